@@ -1,0 +1,242 @@
+"""A Llama-family Transformer with a static KV cache.
+
+It knows no files, no sampling and no process groups: `checkpoint.py` fills it, `generate.py` drives it.
+
+    model.setup_caches(max_batch_size=1, max_seq_length=256)
+    logits = model(tokens, positions)
+
+Shapes: B batch, S new tokens, T cache slots read, H query heads, K kv heads, G = H / K, D head_dim,
+E hidden, F intermediate, V vocab.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
+# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
+MAX_REDUCTION_ROWS = 2
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """`linear` (position interpolation, arXiv:2306.15595) or `llama3` (Llama 3.1's bands of frequencies)."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The arithmetic of a model, in the Hub's field names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Compute the angle by which each pair of channels turns per position: [D / 2], fp32 (arXiv:2104.09864)."""
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    scaled = frequencies / scaling.factor
+    if scaling.rope_type == "linear":
+        return scaled
+    # llama3: long waves are stretched, short ones kept, those between are blended by their length.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * scaled
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, D/2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = x.shape[:-1].numel()
+    if not torch.compiler.is_compiling() or rows > MAX_REDUCTION_ROWS:
+        return F.linear(x, weight, bias)
+    y = (x.float().unsqueeze(-2) * weight.float()).sum(dim=-1)
+    return (y if bias is None else y + bias).type_as(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attend from q [B, S, H, D] to k, v [B, K, T, D] where mask [B, S, T] is true; returns [B, S, H, D].
+
+    A slot that no query sees may hold anything, NaN too: it is cleared and not only weighted by zero.
+    """
+    B, S, H, D = q.shape
+    K, T = k.shape[1:3]
+    # The G query heads of a kv head are rows beside each other, so that K and V are never repeated.
+    q = q.view(B, S, K, -1, D).transpose(1, 2).reshape(B, K, -1, D)
+    seen = mask.any(dim=1)[:, None, :, None]
+    mask = mask[:, None, :, None].expand(B, 1, S, H // K, T).reshape(B, 1, -1, T)
+    v = torch.where(seen, v, 0)
+    if torch.compiler.is_compiling() and S <= MAX_REDUCTION_ROWS:
+        scores = (q.float().unsqueeze(-2) * k.float().unsqueeze(-3)).sum(dim=-1) * D**-0.5
+        weights = torch.where(mask, scores, -torch.inf).softmax(dim=-1)
+        y = (weights.unsqueeze(-1) * v.float().unsqueeze(-3)).sum(dim=-2).type_as(v)
+    else:
+        y = F.scaled_dot_product_attention(q, torch.where(seen, k, 0), v, attn_mask=mask)
+    return y.view(B, K, S, -1, D).transpose(1, 2).reshape(B, S, H, D)
+
+
+class Linear(nn.Module):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+class KVCache(nn.Module):
+    """The keys and values of one layer, in slots numbered by position: [B, K, max_seq_length, D] each."""
+
+    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor):
+        super().__init__()
+        shape = (batch_size, num_heads, length, head_dim)
+        self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
+
+    def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] each."""
+        B = k.shape[0]
+        rows = torch.arange(B, device=k.device).unsqueeze(-1)
+        self.k.transpose(1, 2)[rows, positions] = k
+        self.v.transpose(1, 2)[rows, positions] = v
+        return self.k[:B, :, :length], self.v[:B, :, :length]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
+        self.cache: KVCache | None = None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = self.cache.update_(positions, k, v, mask.shape[-1])
+        return self.o_proj(attention(q, k, v, mask).reshape(B, S, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out. Without caches each call stands alone; with them it continues what they hold."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+        """Allocate the KV caches, in the embedding's dtype and device; what they held is forgotten."""
+        config = self.config
+        for block in self.layers:
+            block.self_attn.cache = KVCache(
+                max_batch_size, config.num_key_value_heads, max_seq_length, config.head_dim, self.embed_tokens.weight
+            )
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""
+        B, S = tokens.shape
+        positions = positions.expand(B, S)
+        if slots is None:
+            cache = self.layers[0].self_attn.cache
+            slots = torch.arange(S if cache is None else cache.k.shape[2], device=tokens.device)
+        mask = slots <= positions.unsqueeze(-1)  # [B, S, T]
+        if self.config.sliding_window is not None:
+            mask &= slots > positions.unsqueeze(-1) - self.config.sliding_window
+        angles = positions[:, :, None, None] * self.inv_freq  # [B, S, 1, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, cos, sin, positions, mask)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Compute the logits of every new token.
+
+        tokens [B, S] ids. positions [S] or [B, S]: where they stand; without caches always 0 to S - 1.
+        slots: arange(T), the cache slots to attend to, T above every position; by default the whole cache.
+        A step's cost follows T. Returns [B, S, V] in the model's dtype.
+        """
+        return self.lm_head(self.hidden_states(tokens, positions, slots))
