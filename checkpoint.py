@@ -14,10 +14,9 @@ import json
 import os
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,10 +36,15 @@ SAFETENSORS_DTYPES = {
     torch.int64: "I64",
 }
 
+# What a weight may be stored as; anything else is quantized, and its bare values are not the weight.
+WEIGHT_DTYPES = {*DTYPES.values(), torch.float64}
+# Far above any real model: what is larger is a slip that would exhaust the memory or overflow a tensor's size.
+MAX_COUNT, MAX_SIZE = 2**12, 2**24
+
 # What `transformers` assumes where a family's config.json is silent.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"sliding_window": None},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
 }
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -68,21 +72,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit status 2; every command runs under it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout left: `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor",
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +85,7 @@ def user_errors() -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -116,7 +109,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     model.py does not have.
     """
     family = raw.get("model_type")
-    if family not in FAMILY_DEFAULTS:
+    if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
         raise ValueError(
             f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILY_DEFAULTS)}"
         )
@@ -124,25 +117,16 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     for key, neutral in NEUTRAL_VALUES.items():
         if key in values and values[key] not in neutral:
             raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
-    if family == "mistral" and (values["attention_bias"] or values["mlp_bias"]):
-        raise ValueError("config.json: attention_bias and mlp_bias are not supported for model_type 'mistral'")
-
-    def number(key: str, kind: type = int, low: float = 1) -> Any:
-        value = values.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < 2**31:
-            raise ValueError(f"config.json: {key} is {value!r}, expected {kind.__name__} of at least {low:g}")
-        return kind(value)
-
-    def flag(key: str) -> bool:
-        if not isinstance(values[key], bool):
-            raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
-        return values[key]
-
-    heads, hidden_size = number("num_attention_heads"), number("hidden_size")
+    for key in ("attention_bias", "mlp_bias"):
+        if family == "mistral" and values[key] is not False:
+            raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type 'mistral'")
+    heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
+    hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
     for key, default in (("num_key_value_heads", heads), ("head_dim", hidden_size // heads)):
         if values.get(key) is None:
             values[key] = default
-    kv_heads, head_dim = number("num_key_value_heads"), number("head_dim", low=2)
+    kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
+    head_dim = read_number(values, "head_dim", low=2, high=MAX_COUNT)
     if heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -152,68 +136,93 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     rope_theta, rope_scaling = parse_rope(values)
     return ModelConfig(
         hidden_size=hidden_size,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
+        intermediate_size=read_number(values, "intermediate_size", high=MAX_SIZE),
+        num_hidden_layers=read_number(values, "num_hidden_layers", high=MAX_COUNT),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings"),
-        rms_norm_eps=number("rms_norm_eps", float, 0),
+        vocab_size=read_number(values, "vocab_size", high=MAX_SIZE),
+        max_position_embeddings=read_number(values, "max_position_embeddings"),
+        rms_norm_eps=read_number(values, "rms_norm_eps", float, low=0),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        sliding_window=number("sliding_window") if uses_sliding_window(values) else None,
-        attention_bias=flag("attention_bias"),
-        mlp_bias=flag("mlp_bias"),
-        tie_word_embeddings=flag("tie_word_embeddings"),
+        sliding_window=parse_sliding_window(values),
+        attention_bias=read_flag(values, "attention_bias"),
+        mlp_bias=read_flag(values, "mlp_bias"),
+        tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
     )
 
 
-def uses_sliding_window(values: dict[str, Any]) -> bool:
-    kinds = set(values.get("layer_types") or ())
-    if len(kinds) > 1 or not kinds <= {"full_attention", "sliding_attention"}:
+def read_number(
+    values: dict[str, Any], key: str, kind: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
+) -> Any:
+    value: Any = values.get(key)
+    if type(value) not in {int, kind} or not low <= value <= high:  # a bool is an int, but not of that type
         raise ValueError(
-            f"config.json: layer_types {sorted(map(str, kinds))} is not supported; one kind for all layers is"
+            f"config.json: {key}{where} is {value!r}, expected {kind.__name__} of at least {low} and at most {high}"
         )
-    return (
-        values["sliding_window"] is not None and values.get("use_sliding_window", True) and kinds != {"full_attention"}
-    )
+    return kind(value)
+
+
+def read_flag(values: dict[str, Any], key: str) -> bool:
+    if not isinstance(values[key], bool):
+        raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
+    return values[key]
+
+
+def parse_sliding_window(values: dict[str, Any]) -> int | None:
+    """Return how far back every layer sees, None for all the way. As in `transformers`, a Llama sees all the way."""
+    window = None if values["sliding_window"] is None else read_number(values, "sliding_window")
+    switched_off = values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
+    if values["model_type"] == "llama" or switched_off:
+        window = None
+    kinds = [] if values.get("layer_types") is None else values["layer_types"]
+    kind = "full_attention" if window is None else "sliding_attention"
+    if not isinstance(kinds, list) or any(k != kind for k in kinds):
+        raise ValueError(
+            f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} every layer is {kind}"
+        )
+    return window
 
 
 def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read rope theta and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
-    rope = values.get(key) or {}
+    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
+    key, rope = next(iter(given.items()), ("rope_parameters", {}))
+    if any(other != rope for other in given.values()):
+        raise ValueError(f"config.json: rope_scaling {rope!r} and rope_parameters {given['rope_parameters']!r} differ")
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
-
-    def number(name: str, default: Any = None) -> float:
-        value = rope.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**40:
-            raise ValueError(f"config.json: {name} in {key} is {value!r}, expected a positive number")
-        return float(value)
-
-    theta = number("rope_theta", values["rope_theta"])
+    rope = {"rope_theta": values["rope_theta"], **rope}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
+    if rope_type not in ("default", "linear", "llama3"):
+        raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: default, linear, llama3")
+    for name in rope:
+        if name not in ROPE_KEYS or (name == "partial_rotary_factor" and rope[name] not in (1, None)):
+            raise ValueError(f"config.json: {name} {rope[name]!r} in {key} is not supported")
+
+    def number(name: str) -> float:
+        return read_number(rope, name, float, low=0.001, high=2**40, where=f" in {key}")
+
+    theta = number("rope_theta")
     if rope_type == "default":
         return theta, None
     if rope_type == "linear":
         return theta, RopeScaling("linear", number("factor"))
-    if rope_type == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
-        if low >= high:
-            raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-        original = int(number("original_max_position_embeddings", values.get("original_max_position_embeddings")))
-        return theta, RopeScaling("llama3", number("factor"), low, high, original)
-    raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: default, linear, llama3")
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if low >= high:
+        raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+    # `transformers` too prefers the one beside the object to the one in it.
+    name = "original_max_position_embeddings"
+    original = read_number({name: values.get(name, rope.get(name))}, name)
+    return theta, RopeScaling("llama3", number("factor"), low, high, original)
 
 
 def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
     """Return the dtype the weights were saved in: `dtype`, or `torch_dtype` as older configs call it."""
-    name = raw.get("dtype", raw.get("torch_dtype")) or "bfloat16"
-    if name not in DTYPES:
+    given = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
+    name = next(given, "bfloat16")
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
 
@@ -223,6 +232,7 @@ def eos_token_ids(checkpoint_path: Path) -> tuple[int, ...]:
     path = checkpoint_path / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
+        path = checkpoint_path / "config.json"
         ids = read_config(checkpoint_path).get("eos_token_id")
     if ids is None:
         return ()
@@ -278,7 +288,7 @@ class TensorFiles:
             if (self.path / single).is_file():
                 return dict.fromkeys(self._names_in(single), single)
             if index.is_file():
-                return self._sharded(index)
+                return self._sharded(index, Path(single).suffix)
         if any(self.path.glob("*.bin")):
             raise FileNotFoundError(
                 f"{self.path} has .bin weights only; convert them: python scripts/convert_hf_checkpoint.py "
@@ -286,13 +296,13 @@ class TensorFiles:
             )
         raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json")
 
-    def _sharded(self, index: Path) -> dict[str, str]:
+    def _sharded(self, index: Path, suffix: str) -> dict[str, str]:
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict):
             raise ValueError(f"{index} has no weight_map")
         for file in sorted(set(map(str, files.values()))):
-            if Path(file).name != file:
-                raise ValueError(f"{index} names {file!r}, expected a file of its own folder")
+            if Path(file).name != file or Path(file).suffix != suffix:
+                raise ValueError(f"{index} names {file!r}, expected a {suffix} file of its own folder")
             if not (self.path / file).is_file():
                 raise FileNotFoundError(f"{self.path / file} is missing, but {index.name} names it; download it again")
             present = set(self._names_in(file))
@@ -309,10 +319,7 @@ class TensorFiles:
     def _open(self, file: str) -> Iterator[Any]:
         path = self.path / file
         if file.endswith(".bin"):
-            try:
-                yield torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-            except Exception as error:  # torch.load raises whatever the bytes lead it to
-                raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+            yield read_pickle(path)
             return
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -329,16 +336,23 @@ class TensorFiles:
             return tensors[name] if file.endswith(".bin") else tensors.get_tensor(name)
 
 
-def is_zip(path: Path) -> bool:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read a .bin state dict and run none of its code; mapped, unless it is of the format before torch 1.6."""
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        is_zip = file.read(2) == b"PK"
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        reason = "it asks to run code" if "Unsupported" in str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
+    entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
+        raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
+    return tensors
 
 
 def hub_tensor(files: TensorFiles, config: ModelConfig, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Read the model's parameter `name`, of `shape`, from its Hub tensors.
-
-    Raises ValueError where one is missing or has another shape.
-    """
+    """Read the model's parameter `name`, of `shape`, from its Hub tensors."""
     parts = []
     for part, rows in zip(hub_names(name), part_rows(name, config, shape[0]), strict=True):
         parts.append(checked_tensor(files, part, torch.Size([rows, *shape[1:]])).to(dtype))
@@ -346,9 +360,9 @@ def hub_tensor(files: TensorFiles, config: ModelConfig, name: str, shape: torch.
 
 
 def checked_tensor(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
-    if name not in files.files:
-        raise ValueError(f"{files.path} lacks tensor {name}")
     tensor = files.get(name)
+    if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
+        raise ValueError(f"{files.path}: tensor {name} is {tensor.dtype}; quantized weights are not supported")
     if tensor.shape != shape:
         raise ValueError(
             f"{files.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
@@ -356,13 +370,15 @@ def checked_tensor(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
     return tensor
 
 
-def check_no_unexpected(files: TensorFiles, expected: Iterable[str]) -> None:
-    unexpected = sorted(set(files.files) - set(expected))
-    # Buffers of old transformers, and the head of a tied model, which is the embedding once more.
-    unexpected = [n for n in unexpected if not n.endswith(".rotary_emb.inv_freq")]
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise ValueError(f"{files.path} has unexpected tensor {unexpected[0]}{more}; is config.json the model's own?")
+def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
+    """Raise ValueError where a tensor is missing, or the model has no place for one. A tied head may be there too."""
+    missing = sorted(set(expected) - set(files.files))
+    # Old releases of transformers stored the rotary frequencies.
+    unexpected = sorted(n for n in set(files.files) - {*expected, *tied} if not n.endswith(".rotary_emb.inv_freq"))
+    for what, names in (("lacks", missing), ("has unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
 
 
 def model_tensors(
@@ -376,11 +392,11 @@ def model_tensors(
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     files = TensorFiles(checkpoint_path, allow_pickle)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     if raw.get("layout") == "fused":
-        check_no_unexpected(files, shapes)
+        check_names(files, shapes)
         return shapes, lambda name: checked_tensor(files, name, shapes[name]).to(dtype)
-    check_no_unexpected(files, [part for name in shapes for part in hub_names(name)] + tied)
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    check_names(files, [part for name in shapes for part in hub_names(name)], tied)
     return shapes, lambda name: hub_tensor(files, config, name, shapes[name], dtype)
 
 
@@ -442,14 +458,25 @@ def write_safetensors(
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # data starts on a cache line
+    check_free_space(path, 8 + len(encoded) + end)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, (dtype, shape) in specs.items():
-            tensor = read(name).to("cpu").contiguous()
-            assert tensor.dtype == dtype and tensor.shape == shape, name
-            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            write_tensor(file, read(name), dtype, shape)
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"{path} needs {needed / 1e9:.3f} GB, but {free / 1e9:.3f} GB are free; make room on the disk")
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+    assert tensor.dtype == dtype and tensor.shape == shape, (tensor.dtype, dtype, tensor.shape, shape)
+    tensor = tensor.detach().to("cpu").contiguous()
+    file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 @contextlib.contextmanager

@@ -90,19 +90,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     A slot that no query sees may hold anything, NaN too: it is cleared and not only weighted by zero.
     """
     B, S, H, D = q.shape
-    K, T = k.shape[1:3]
-    # The G query heads of a kv head are rows beside each other, so that K and V are never repeated.
-    q = q.view(B, S, K, -1, D).transpose(1, 2).reshape(B, K, -1, D)
     seen = mask.any(dim=1)[:, None, :, None]
-    mask = mask[:, None, :, None].expand(B, 1, S, H // K, T).reshape(B, 1, -1, T)
+    mask = mask.unsqueeze(1)  # [B, 1, S, T]
     v = torch.where(seen, v, 0)
-    if torch.compiler.is_compiling() and S <= MAX_REDUCTION_ROWS:
-        scores = (q.float().unsqueeze(-2) * k.float().unsqueeze(-3)).sum(dim=-1) * D**-0.5
-        weights = torch.where(mask, scores, -torch.inf).softmax(dim=-1)
-        y = (weights.unsqueeze(-1) * v.float().unsqueeze(-3)).sum(dim=-2).type_as(v)
-    else:
-        y = F.scaled_dot_product_attention(q, torch.where(seen, k, 0), v, attn_mask=mask)
-    return y.view(B, K, S, -1, D).transpose(1, 2).reshape(B, S, H, D)
+    if not torch.compiler.is_compiling() or S > MAX_REDUCTION_ROWS:
+        k = torch.where(seen, k, 0)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2)
+    # The G query heads of a kv head are rows beside each other, [B, K, G * S, D]: K and V are read once.
+    q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (q.float().unsqueeze(-2) * k.float().unsqueeze(-3)).sum(dim=-1) * D**-0.5
+    scores = torch.where(mask.repeat(1, 1, H // k.shape[1], 1), scores, -torch.inf)  # [B, K, G * S, T]
+    y = (scores.softmax(dim=-1).unsqueeze(-1) * v.float().unsqueeze(-3)).sum(dim=-2).type_as(v)
+    return y.view(B, H, S, D).transpose(1, 2)
 
 
 class Linear(nn.Module):
@@ -186,6 +186,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    # Compiled, all layers share the code of one: compile time does not grow with the depth.
+    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -214,6 +216,17 @@ class Transformer(nn.Module):
             block.self_attn.cache = KVCache(
                 max_batch_size, config.num_key_value_heads, max_seq_length, config.head_dim, self.embed_tokens.weight
             )
+
+    @property
+    def max_seq_length(self) -> int:
+        """The number of cache slots, which is how far a text can grow."""
+        cache = self.layers[0].self_attn.cache
+        return self.config.max_position_embeddings if cache is None else cache.k.shape[2]
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of all weights; a tied head counts once."""
+        return sum(p.nbytes for p in self.parameters())
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""

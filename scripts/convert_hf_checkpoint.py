@@ -6,7 +6,6 @@ Reads safetensors and .bin weights (pickles with `weights_only=True`), one tenso
 its name only when it is whole.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, model_tensors, new_folder, parse_dtype, read_config, user_errors, write_safetensors
+from checkpoint import DTYPES, model_tensors, new_folder, parse_dtype, read_config, write_safetensors
+from cli import ArgumentParser, user_errors
 
 # What stands beside the weights and is taken over as it is.
 COMPANIONS = (
@@ -48,15 +48,20 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     print(f"wrote {output_dir}", file=sys.stderr)
 
 
+def default_output(checkpoint_dir: Path) -> Path:
+    if checkpoint_dir.name in ("", ".."):  # "." and "..", which do not say what the folder is called
+        checkpoint_dir = checkpoint_dir.resolve()
+    return checkpoint_dir.with_name(checkpoint_dir.name + "-converted")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a folder as downloaded from the Hub")
     parser.add_argument("--output_dir", type=Path, help="default: CHECKPOINT_DIR-converted")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     args = parser.parse_args(argv)
-    source = args.checkpoint_dir
     with user_errors():
-        convert(source, args.output_dir or source.with_name(source.name + "-converted"), args.dtype)
+        convert(args.checkpoint_dir, args.output_dir or default_output(args.checkpoint_dir), args.dtype)
 
 
 if __name__ == "__main__":

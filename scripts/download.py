@@ -2,46 +2,38 @@
 
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B
 
-The folder it writes is what `generate.py --checkpoint_path` takes. An interrupted download resumes.
+The folder it writes is what `generate.py --checkpoint_path` takes. Run again after an interruption, it fetches the
+files that are still missing.
 """
 
-import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import user_errors
+from cli import ArgumentParser, user_errors
 
 COMPANIONS = ["*.json", "tokenizer.model", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
+# How weights are named, best first: a repository with several of these holds the same weights several times.
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"]
 
 
-def download(repo_id: str, output_dir: Path, revision: str | None = None, token: str | None = None) -> None:
-    """Fetch the repository's files into `output_dir`: safetensors, or .bin where there are none.
+@contextlib.contextmanager
+def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into a ValueError that says what to do."""
+    from huggingface_hub import errors
 
-    Raises ValueError that says what to do where the Hub refuses or cannot be reached.
-    """
-    import httpx
-    from huggingface_hub import HfApi, errors
-
-    api = HfApi(token=token)
     try:
-        names = api.list_repo_files(repo_id, revision=revision)
-        root = [name for name in names if "/" not in name]
-        kind = "*.safetensors" if any(name.endswith(".safetensors") for name in root) else "pytorch_model*.bin"
-        ignored = ["*/*", "pytorch_model.bin.index.json"] if kind == "*.safetensors" else ["*/*"]
-        api.snapshot_download(
-            repo_id,
-            revision=revision,
-            local_dir=output_dir,
-            allow_patterns=[*COMPANIONS, kind],
-            ignore_patterns=ignored,
-        )
+        yield
     except errors.HFValidationError as error:
         raise ValueError(f"--repo_id {repo_id!r} is not of the form organization/name: {error}") from None
     except errors.GatedRepoError:
         raise ValueError(
-            f"{repo_id} is gated: accept its licence on its page of the Hub, then log in (hf auth login) or pass --hf_token"
+            f"{repo_id} is gated: accept its licence on its page of the Hub, then log in (hf auth login) or pass "
+            "--hf_token"
         ) from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{repo_id} has no revision {revision!r}") from None
@@ -49,16 +41,41 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
         raise ValueError(
             f"{repo_id} was not found: check the spelling, or log in (hf auth login) if it is private"
         ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # its HTTP library's errors too, and which library that is changes between releases
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"{repo_id} could not be downloaded ({reason}); check the network and run the same command again"
+            f"{repo_id} could not be downloaded ({reason}); check the network and the token, then run this again"
         ) from None
+
+
+def download(repo_id: str, output_dir: Path, revision: str | None = None, token: str | None = None) -> None:
+    """Fetch the repository's files into `output_dir`: safetensors, or .bin where there are none.
+
+    Raises ValueError that says what to do where the Hub refuses, cannot be reached or has no weights there.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with hub_errors(repo_id, revision):
+        info = api.model_info(repo_id, revision=revision)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    weights = next((pattern for pattern in WEIGHTS if any(fnmatch(name, pattern) for name in names)), None)
+    if weights is None:
+        raise ValueError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in shards")
+    duplicates = ["*.bin.index.json"] if weights.endswith(".safetensors") else []
+    with hub_errors(repo_id, revision):
+        api.snapshot_download(
+            repo_id,
+            revision=info.sha,
+            local_dir=output_dir,
+            allow_patterns=[*COMPANIONS, weights],
+            ignore_patterns=["*/*", *duplicates],
+        )
     print(f"wrote {output_dir}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo_id", required=True, help="organization/name on the Hub")
     parser.add_argument("--output_dir", type=Path, help="default: checkpoints/REPO_ID")
     parser.add_argument("--revision", help="a branch, tag or commit; default: main")
