@@ -343,7 +343,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = "it asks to run code" if "Unsupported" in str(error) else type(error).__name__
+        reason = "it asks to run code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
     entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
@@ -429,16 +429,15 @@ def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str 
 
 
 def random_model(
-    checkpoint_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+    config: ModelConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Transformer:
-    """Make a model of the folder's config.json with random weights: for speed work."""
-    raw = read_config(Path(checkpoint_path))
+    """Make a model with random weights: for speed work."""
     with torch.device("meta"):
-        model = Transformer(parse_config(raw))
+        model = Transformer(config)
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, dtype=dtype or parse_dtype(raw), device=device)
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
         state[name] = value.fill_(1) if name.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)
     return assign_parameters(model, state, device)
 
@@ -459,12 +458,23 @@ def write_safetensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # data starts on a cache line
     check_free_space(path, 8 + len(encoded) + end)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, (dtype, shape) in specs.items():
             write_tensor(file, read(name), dtype, shape)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add to an OSError of a write which file it was; Python says so only where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_free_space(path: Path, needed: int) -> None:

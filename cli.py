@@ -22,6 +22,7 @@ def user_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout left, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizer import TextStream, Tokenizer, load_tokenizer
 from torch import Tensor
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
 from cli import ArgumentParser, number, user_errors
 from model import MAX_REDUCTION_ROWS, ModelConfig, Transformer
+from tokenizer import TextStream, Tokenizer, load_tokenizer
 
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
 # the vector width.
@@ -107,10 +107,12 @@ def decode(
     return sample(model.lm_head(hidden), sampling, noise), positions + 1
 
 
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile prefill or decode: one graph for every prompt length, position and number of slots."""
-    on_gpu = torch.cuda.is_available() and step is decode
-    graph = torch.compile(step, fullgraph=True, mode="max-autotune" if on_gpu else None)
+def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """Compile prefill or decode: one graph for every prompt length, position and number of slots.
+
+    mode: torch.compile's; "reduce-overhead" replays decode as a CUDA graph.
+    """
+    graph = torch.compile(step, fullgraph=True, mode=mode)
 
     def call(
         model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
@@ -125,6 +127,11 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def visible_slots(slots: Tensor, length: int) -> Tensor:
+    """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
+    return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
 
 
 def prompt_chunks(prompts: list[list[int]], start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -188,7 +195,7 @@ def generate(
     tokens fill the cache. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
     empty or does not fit.
     """
-    capacity, device = model.max_seq_length, model.embed_tokens.weight.device
+    capacity, device = model.max_seq_length, model.device
     lengths = [start + len(p) for p in prompts]
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
@@ -196,10 +203,8 @@ def generate(
         raise ValueError(f"a prompt needs {max(lengths)} cache slots, the cache has {capacity}; set up a longer one")
     rooms = [min(max_new_tokens, capacity - n) for n in lengths]
     ended = [room <= 0 for room in rooms]
-    all_slots = torch.arange(capacity, device=device)
 
-    def slots(length: int) -> Tensor:
-        return all_slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
+    slots = partial(visible_slots, torch.arange(capacity, device=device))
 
     def noise() -> Tensor | None:
         if sampling.temperature == 0:
@@ -488,13 +493,17 @@ def run_metrics(samples: list[list[Row]], model: Transformer, job: Job, args: ar
 def run(args: argparse.Namespace) -> None:
     job = check(args)
     began = time.perf_counter()
-    model = (random_model if args.random_weights else load_model)(args.checkpoint_path, args.device, job.dtype)
+    if args.random_weights:
+        model = random_model(job.config, args.device, job.dtype)
+    else:
+        model = load_model(args.checkpoint_path, args.device, job.dtype)
     model.setup_caches(len(job.batches[0]), job.max_seq_length)
     loaded = time.perf_counter()
 
     generator = torch.Generator(args.device)
     run_prefill = compiled(prefill) if args.compile_prefill else prefill
-    run_decode = compiled(decode) if args.compile else decode
+    decode_mode = "reduce-overhead" if model.device.type == "cuda" else None
+    run_decode = compiled(decode, decode_mode) if args.compile else decode
     launch = partial(
         generate, model, sampling=job.sampling, generator=generator, prefill=run_prefill, decode=run_decode
     )

@@ -10,6 +10,7 @@ E hidden, F intermediate, V vocab.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
+    weight: Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -129,6 +132,9 @@ class RMSNorm(nn.Module):
 
 class KVCache(nn.Module):
     """The keys and values of one layer, in slots numbered by position: [B, K, max_seq_length, D] each."""
+
+    k: Tensor
+    v: Tensor
 
     def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor):
         super().__init__()
@@ -202,7 +208,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # which types its items as any Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -222,6 +229,10 @@ class Transformer(nn.Module):
         """The number of cache slots, which is how far a text can grow."""
         cache = self.layers[0].self_attn.cache
         return self.config.max_position_embeddings if cache is None else cache.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     @property
     def weight_bytes(self) -> int:

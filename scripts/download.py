@@ -7,6 +7,7 @@ files that are still missing.
 """
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -63,6 +64,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     if weights is None:
         raise ValueError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in shards")
     duplicates = ["*.bin.index.json"] if weights.endswith(".safetensors") else []
+    remove_leftovers(output_dir)
     with hub_errors(repo_id, revision):
         api.snapshot_download(
             repo_id,
@@ -74,6 +76,12 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     print(f"wrote {output_dir}", file=sys.stderr)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete the half files of a run that was killed, which the Hub's client neither takes up again nor deletes."""
+    for file in (output_dir / ".cache" / "huggingface" / "download").glob("*.incomplete"):
+        file.unlink(missing_ok=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo_id", required=True, help="organization/name on the Hub")
@@ -81,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision", help="a branch, tag or commit; default: main")
     parser.add_argument("--hf_token", help="access token for gated models; default: the one `hf auth login` stored")
     args = parser.parse_args(argv)
+    # Ctrl-C ends it at once: left to itself, the client first finishes the files it is at, however large.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with user_errors():
         download(args.repo_id, args.output_dir or Path("checkpoints") / args.repo_id, args.revision, args.hf_token)
 

@@ -71,7 +71,8 @@ def hub_config(sizes: dict[str, int]) -> dict[str, Any]:
 def library_texts() -> tuple[dict[str, str], dict[str, str]]:
     """Return the standard library's modules as {path: source}: those to train on, and those held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = {}, {}
+    train: dict[str, str] = {}
+    held_out: dict[str, str] = {}
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
         if SKIPPED & set(path.parts) or path.parts[0].startswith(("_sysconfigdata", "config-")):
@@ -205,7 +206,8 @@ def train(
     return compiled, losses
 
 
-MODEL_CARD = """# {title}
+MODEL_CARD = """\
+# {title}
 
 {summary}
 
@@ -215,9 +217,11 @@ MODEL_CARD = """# {title}
 | shape | {shape} |
 | tokenizer | SentencePiece BPE, {vocab:,} pieces, byte fallback; spaces and newlines kept |
 | context | {context:,} tokens |
-| trained on | the Python {python} standard library's own source: {num_train} modules, {train_mb:.1f} MB, and its top-level functions and classes once more as texts of their own |
+| trained on | the Python {python} standard library's own source: {num_train} modules, {train_mb:.1f} MB; \
+top-level functions and classes once more as texts of their own |
 | steps | {steps:,} of {batch_tokens:,} tokens ({epochs:.1f} epochs) |
-| held-out loss | {loss:.4f} nats a token (perplexity {perplexity:.2f}) on {num_held_out} modules, {held_out_tokens:,} tokens |
+| held-out loss | {loss:.4f} nats a token (perplexity {perplexity:.2f}) \
+on {num_held_out} modules, {held_out_tokens:,} tokens |
 | made by | `python scripts/train_demo.py`, torch {torch}, {threads} threads, seed {seed} |
 
 Held out of training: {held_out}.
@@ -266,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             title=name,
             summary="A small Llama that writes Python: what every command of this project runs by default."
             if teacher is None
-            else "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, same tokenizer.",
+            else "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, same pieces.",
             parameters=sum(p.numel() for p in model.parameters()),
             shape=", ".join(
                 f"{k} {v}" for k, v in raw_config.items() if k.startswith(("num_", "hidden_size", "inter"))
@@ -291,7 +295,11 @@ def main(argv: list[str] | None = None) -> None:
         with new_folder(args.output_dir / name) as folder:
             save_hub_checkpoint(model, raw_config, folder, torch.bfloat16)
             (folder / "tokenizer.model").write_bytes(tokenizer_model)
-            tokenizer_config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+            tokenizer_config: dict[str, Any] = {
+                "tokenizer_class": "LlamaTokenizer",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+            }
             tokenizer_config |= {"unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": False}
             (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
             generation_config = {"bos_token_id": BOS, "eos_token_id": EOS}

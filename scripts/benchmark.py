@@ -1,0 +1,225 @@
+"""Measure decoding on random weights against the memory roof of the same machine, and draw the result.
+
+    python scripts/benchmark.py --config checkpoints/demo/config.json --device cpu
+
+The roof comes first (a streaming read, a matrix product), then each rung after a warm-up, in turns: A B A B. What is
+finished is written at once to results/<date>_<hardware>_<name>.json, so that an interrupted run keeps it.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import DTYPES, parse_config, parse_dtype, random_model, read_json
+from cli import ArgumentParser, number, user_errors
+from generate import Sampling, compiled, decode, generate, prefill, visible_slots
+from model import Transformer
+
+GREEDY = Sampling(temperature=0)
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    began = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure_roof(device: str) -> dict[str, float]:
+    """Return the best of several streaming reads of 1 GiB, in GB/s, and of bf16 products of 2048 x 2048, in TFLOP/s."""
+    data = torch.ones(2**28, device=device)
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    read = [seconds(data.sum, device) for _ in range(6)]
+    product = [seconds(lambda: a @ a, device) for _ in range(6)]
+    return {"read_gb_per_s": data.nbytes / min(read) / 1e9, "gemm_tflop_per_s": 2 * 2048**3 / min(product) / 1e12}
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{names[0]} {torch.get_num_threads()} threads"
+
+
+def decode_rate(model: Transformer, run_decode: Callable[..., Any], num_tokens: int) -> float:
+    """Return tokens a second of plain greedy decoding after a prompt of 6 tokens."""
+    arrivals = [
+        time.perf_counter() for _ in generate(model, [[1, 2, 3, 4, 5, 6]], num_tokens, GREEDY, decode=run_decode)
+    ]
+    return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+
+def prefill_rate(model: Transformer, run_prefill: Callable[..., Any], length: int) -> float:
+    """Return prompt tokens a second until the first new token is known."""
+    prompt = [i % model.config.vocab_size for i in range(length)]
+    return length / seconds(lambda: list(generate(model, [prompt], 1, GREEDY, prefill=run_prefill)), "cpu")
+
+
+@torch.inference_mode()
+def step_ms(model: Transformer, run_decode: Callable[..., Any], position: int, count: int = 10) -> float:
+    """Return the median milliseconds of a decode step at `position`."""
+    device = model.device
+    tokens = torch.tensor([1], device=device)
+    positions = torch.tensor([position], device=device)
+    slots = visible_slots(torch.arange(model.max_seq_length, device=device), position + 1)
+    times = [
+        seconds(lambda: run_decode(model, tokens, positions, slots, GREEDY, None), device.type)
+        for _ in range(count + 1)
+    ]
+    return statistics.median(times[1:]) * 1e3
+
+
+@dataclass
+class Rung:
+    """One thing to measure: with caches of `cache_length`, in turns with the others of its group."""
+
+    group: str
+    name: str
+    unit: str
+    cache_length: int
+    measure: Callable[[Transformer], float]
+    samples: list[float] = field(default_factory=list)
+
+    def take(self, model: Transformer) -> float:
+        model.setup_caches(1, self.cache_length)
+        return self.measure(model)
+
+
+def make_rungs(args: argparse.Namespace) -> list[Rung]:
+    modes: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "eager": (prefill, decode),
+        "compile": (compiled(prefill), compiled(decode, "reduce-overhead" if args.device.startswith("cuda") else None)),
+    }
+    length = 64 * (2 + max(args.new_tokens, *args.prefill) // 64)
+    rungs = []
+    for mode, (run_prefill, run_decode) in modes.items():
+        rate = partial(decode_rate, run_decode=run_decode, num_tokens=args.new_tokens)
+        rungs.append(Rung("decode", mode, "tok/s", length, rate))
+        for size in args.prefill:
+            rate = partial(prefill_rate, run_prefill=run_prefill, length=size)
+            rungs.append(Rung(f"prefill {size}", f"{mode}, prefill of {size}", "tok/s", length, rate))
+        for size in (256, 8192):
+            step = partial(step_ms, run_decode=run_decode, position=100)
+            rungs.append(Rung(f"{mode}, cache size", f"{mode}, step at 100, cache of {size}", "ms", size, step))
+    return sorted(rungs, key=lambda rung: rung.group)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the decode rungs as bars under the roof."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    bars = [rung for rung in report["rungs"] if rung["group"] == "decode"]
+    roof = report["roof"]["read_gb_per_s"] * 1e9 / report["bytes_per_token"]
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.55 * len(bars)))
+    drawn = axes.barh([b["name"] for b in bars], [b["median"] for b in bars], color="#4878a8", height=0.6)
+    axes.bar_label(drawn, [f" {b['median']:.1f}" for b in bars])
+    axes.axvline(roof, color="#b04030", linestyle="--")
+    axes.annotate("memory roof", (roof, len(bars) - 0.45), color="#b04030", ha="right", fontsize=8)
+    axes.set_xlim(0, roof * 1.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"tokens a second, {report['config']}, {report['dtype']}, batch 1, {report['hardware']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def summary(rung: Rung, report: dict[str, Any]) -> dict[str, Any]:
+    median = statistics.median(rung.samples)
+    entry = {"group": rung.group, "name": rung.name, "unit": rung.unit, "median": median, "samples": rung.samples}
+    if rung.group == "decode":
+        entry["gb_per_s"] = median * report["bytes_per_token"] / 1e9
+        entry["share_of_roof"] = entry["gb_per_s"] / report["roof"]["read_gb_per_s"]
+    return entry
+
+
+def run(args: argparse.Namespace) -> None:
+    raw = read_json(args.config)
+    config = parse_config(raw)
+    dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
+    machine = hardware(args.device)
+    name = "-".join("".join(c if c.isalnum() else " " for c in machine.lower()).split())
+    path = args.output_dir / f"{datetime.date.today()}_{name}_{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = random_model(config, args.device, dtype)
+    embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.nbytes
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "config": args.config.stem if args.config.stem != "config" else args.config.parent.name,
+        "hardware": machine,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes_per_token": model.weight_bytes - embedding,
+        "roof": measure_roof(args.device),
+        "rungs": [],
+    }
+    rungs = make_rungs(args)
+    bar = tqdm(total=len(rungs) * (args.samples + 1), unit="sample", dynamic_ncols=True)
+    for _, members in itertools.groupby(rungs, key=lambda rung: rung.group):
+        group = list(members)
+        for turn in range(args.samples + 1):
+            for rung in group:
+                value = rung.take(model)
+                if turn > 0:  # the first warms up and compiles
+                    rung.samples.append(value)
+                bar.update()
+        for rung in group:
+            entry = summary(rung, report)
+            report["rungs"].append(entry)
+            share = f", {entry['share_of_roof']:.0%} of the roof" if "share_of_roof" in entry else ""
+            bar.write(f"{rung.name:36} {entry['median']:9.2f} {rung.unit}{share}", file=sys.stdout)
+        write(report, path)
+    bar.close()
+    draw(report, path.with_suffix(".svg"))
+    print(f"wrote {path} and {path.with_suffix('.svg').name}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="a config.json; the weights are random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the config's own")
+    parser.add_argument("--samples", type=number(int, 1), default=5, help="of each rung (5)")
+    parser.add_argument("--new_tokens", type=number(int, 2), default=64, help="in a decode sample (64)")
+    parser.add_argument(
+        "--prefill", type=number(int, 1), nargs="*", default=[128, 512], help="prompt lengths (128 512)"
+    )
+    parser.add_argument("--name", default="decode", help="what the result file is called (decode)")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    args = parser.parse_args(argv)
+    with user_errors():
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What the tests share: tiny random models of every family, made by `transformers`, and the commands as processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+
+# The kinds of model we read: the family, and what its config has besides the common sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama", {}),
+    "gqa": ("llama", {"num_key_value_heads": 2}),
+    "wide_heads": ("llama", {"num_key_value_heads": 2, "head_dim": 24}),
+    "llama3": ("llama", {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "codellama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "rope_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "rope_llama3": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 5e5,
+            },
+        },
+    ),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biased": ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral_window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+BATCH, LENGTH = 3, 48
+
+
+@dataclass(frozen=True)
+class HubCheckpoint:
+    """A folder as `save_pretrained` writes it, and what `transformers` computes with it in fp32."""
+
+    path: Path
+    tokens: Tensor  # [B, S]
+    logits: Tensor  # [B, S, V]
+
+
+def randomize_(model: torch.nn.Module, seed: int) -> None:
+    """Draw weights under which every parameter shows in the logits, as those of a fresh model do not."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        else:
+            std = parameter.shape[1] ** -0.5 if parameter.ndim == 2 and "embed" not in name else 0.5
+            parameter.data.normal_(0, std, generator=generator)
+
+
+def make_hub_model(family: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    kind, extra = FAMILIES[family]
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[kind]
+    extra = {key: dict(value) if isinstance(value, dict) else value for key, value in extra.items()}
+    model = model_class(config_class(**SIZES, **extra, attn_implementation="eager"))
+    randomize_(model, seed=list(FAMILIES).index(family))
+    return model.float().eval()
+
+
+@pytest.fixture(scope="session")
+def hub_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HubCheckpoint]:
+    made: dict[str, HubCheckpoint] = {}
+
+    def get(family: str) -> HubCheckpoint:
+        if family not in made:
+            model = make_hub_model(family)
+            path = tmp_path_factory.mktemp(family) / "model"
+            model.save_pretrained(path)
+            tokens = torch.randint(SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                made[family] = HubCheckpoint(path, tokens, model(tokens).logits)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def gqa_tensors(hub_checkpoint: Callable[[str], HubCheckpoint]) -> dict[str, Tensor]:
+    return load_file(hub_checkpoint("gqa").path / "model.safetensors")
+
+
+@pytest.fixture
+def gqa_config(hub_checkpoint: Callable[[str], HubCheckpoint]) -> dict[str, Any]:
+    return json.loads((hub_checkpoint("gqa").path / "config.json").read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def shared_data(name: str) -> Path:
+    path = SHARED / "data" / name
+    if not path.is_dir():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+def run_command(script: str, *args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the repository's commands as its user would."""
+    return subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_user_error(result: subprocess.CompletedProcess[str], *fragments: str | Path) -> None:
+    """Check that the command ended as a user's mistake does: status 2, no traceback, one line that says `fragments`."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: "), result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0], result.stderr
+    for fragment in fragments:
+        assert str(fragment) in errors[0]

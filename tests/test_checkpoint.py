@@ -1,0 +1,688 @@
+"""Folders on disk: what is read, how exactly, and what is refused with which words."""
+
+import json
+import struct
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint import (
+    DTYPES,
+    MAX_COUNT,
+    MAX_SIZE,
+    TensorFiles,
+    eos_token_ids,
+    load_model,
+    new_folder,
+    parse_config,
+    parse_dtype,
+    random_model,
+    read_config,
+    save_hub_checkpoint,
+    write_safetensors,
+)
+from model import ModelConfig, RopeScaling, rope_frequencies
+from tests.conftest import LENGTH, HubCheckpoint
+
+GetCheckpoint = Callable[[str], HubCheckpoint]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+}
+LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, **SIZES}
+MISTRAL: dict[str, Any] = {**LLAMA, "model_type": "mistral"}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def write_checkpoint(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def write_shards(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], **changes: Any) -> Path:
+    """Write two shards and their index, whose weight_map is updated with `changes`."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: tensors[name] for name in members}, path / file)
+    weight_map = {name: file for file, members in shards.items() for name in members} | changes
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json: what is read
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_theta": 5e5}, 5e5, None),
+        ({}, {}, 1e4, None),
+        (
+            {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 4}},
+            {"rope_theta": 2e4, "rope_type": "linear", "factor": 4.0},
+            2e4,
+            RopeScaling("linear", 4.0),
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}},
+            {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3_ROPE},
+            5e5,
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 256),
+        ),
+    ],
+)
+def test_both_forms_of_config_mean_the_same(
+    older: dict[str, Any], newer: dict[str, Any], theta: float, scaling: RopeScaling | None
+) -> None:
+    old = {**LLAMA, **older, "torch_dtype": "float16"}
+    new = {**LLAMA, "rope_parameters": newer, "dtype": "float16"}
+    expected = ModelConfig(**SIZES, head_dim=8, rms_norm_eps=1e-5, rope_theta=theta, rope_scaling=scaling)
+    assert parse_config(old) == expected
+    assert parse_config(new) == expected
+    assert parse_dtype(old) == parse_dtype(new) == torch.float16
+
+
+def test_type_is_read_where_rope_type_is_not_there() -> None:
+    scaling = {"type": "llama3", **LLAMA3_ROPE}
+    assert parse_config({**LLAMA, "rope_scaling": scaling}).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+
+
+@pytest.mark.parametrize(
+    "silent", ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "sliding_window"]
+)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_key_left_out_means_what_transformers_assumes(family: str, silent: str) -> None:
+    from transformers import LlamaConfig, MistralConfig
+
+    raw = {**LLAMA, "model_type": family, "num_attention_heads": 16, "hidden_size": 128, "sliding_window": 7}
+    raw.pop(silent, None)
+    theirs = (LlamaConfig if family == "llama" else MistralConfig)(**raw)
+    assert getattr(parse_config(raw), silent) == getattr(theirs, silent, None)
+
+
+def test_a_llama_sees_all_the_way_whatever_its_sliding_window_says() -> None:
+    assert parse_config({**LLAMA, "sliding_window": 4}).sliding_window is None
+
+
+def test_null_heads_mean_their_defaults() -> None:
+    config = parse_config({**LLAMA, "num_key_value_heads": None, "head_dim": None})
+    assert (config.num_key_value_heads, config.head_dim) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 16}, 16),
+        ({"sliding_window": 16, "layer_types": ["sliding_attention"] * 2}, 16),
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 16, "use_sliding_window": False}, None),
+        ({"sliding_window": None, "use_sliding_window": True}, None),
+    ],
+)
+def test_sliding_window_is_for_all_layers_or_none(changes: dict[str, Any], window: int | None) -> None:
+    assert parse_config({**MISTRAL, **changes}).sliding_window == window
+
+
+def test_rope_theta_of_a_million_token_context_is_read() -> None:
+    assert parse_config({**LLAMA, "rope_theta": 3580165449.0}).rope_theta == 3580165449.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": None, "torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "float16", "torch_dtype": "float32"}, torch.float16),
+    ],
+)
+def test_dtype_goes_before_torch_dtype_and_null_is_silence(raw: dict[str, Any], dtype: torch.dtype) -> None:
+    assert parse_dtype(raw) == dtype
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [
+        ({"eos_token_id": [7, 8]}, {"eos_token_id": 2}, (7, 8)),
+        ({"eos_token_id": 0}, {"eos_token_id": 2}, (0,)),
+        ({}, {"eos_token_id": 2}, (2,)),
+        (None, {"eos_token_id": [2, 3]}, (2, 3)),
+        ({"eos_token_id": None}, {}, ()),
+    ],
+)
+def test_eos_ids_come_from_generation_config_else_from_config(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], ids: tuple[int, ...]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert eos_token_ids(tmp_path) == ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json: what is refused
+
+REQUIRED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+NUMBERS = [*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"]
+NOT_SIZES = [-1, 0, 2**40, 10**30, "64", True, 1.5, 64.0, [64], {"a": 1}, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("value", NOT_SIZES, ids=repr)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_what_is_no_size_is_refused_by_key_and_value(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key} is ") as error:
+        parse_config({**LLAMA, key: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_required_key_that_is_null_or_missing_is_refused(key: str) -> None:
+    for raw in ({**LLAMA, key: None}, {k: v for k, v in LLAMA.items() if k != key}):
+        with pytest.raises(ValueError, match=f"{key} is None"):
+            parse_config(raw)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "head_dim"])
+def test_a_size_above_any_real_model_is_refused_before_memory_is_asked_for(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is .* at most"):
+        parse_config({**LLAMA, key: (MAX_COUNT if key in ("num_hidden_layers", "head_dim") else MAX_SIZE) + 2})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["model_type", "'gpt2'", "llama, mistral"]),
+        ({"model_type": None}, ["model_type", "None"]),
+        ({"model_type": ["llama"]}, ["model_type", "['llama']"]),
+        ({"model_type": {"llama": 1}}, ["model_type"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
+        ({"hidden_act": ["silu"]}, ["hidden_act", "['silu']"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "gptq"]),
+        ({"quantization_config": {}}, ["quantization_config"]),
+        ({"num_local_experts": 8}, ["num_local_experts", "8"]),
+        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
+        ({"logits_scaling": 8}, ["logits_scaling", "8"]),
+        ({"is_encoder_decoder": True}, ["is_encoder_decoder", "True"]),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, ["num_attention_heads 8", "num_key_value_heads 3"]),
+        ({"num_key_value_heads": 16}, ["num_attention_heads 8", "num_key_value_heads 16"]),
+        ({"head_dim": 7}, ["head_dim 7", "odd"]),
+        ({"num_attention_heads": 128, "num_key_value_heads": 128}, ["head_dim is 0"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "'yes'"]),
+        ({"attention_bias": None}, ["attention_bias", "None"]),
+        ({"mlp_bias": 1}, ["mlp_bias", "1"]),
+        ({"rms_norm_eps": -1e-5}, ["rms_norm_eps", "-1e-05"]),
+        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "'1e-5'"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        ({"rms_norm_eps": None}, ["rms_norm_eps", "None"]),
+        ({"rope_theta": 0}, ["rope_theta", "0"]),
+        ({"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
+        ({"rope_theta": None}, ["rope_theta", "None"]),
+        ({"rope_theta": float("inf")}, ["rope_theta", "inf"]),
+        ({"rope_theta": True}, ["rope_theta", "True"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
+        ({"rope_scaling": ["linear", 2]}, ["rope_scaling", "['linear', 2]"]),
+        ({"rope_scaling": False}, ["rope_scaling", "False"]),
+        ({"rope_parameters": 3}, ["rope_parameters", "3"]),
+        ({"rope_scaling": YARN}, ["rope type", "'yarn'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope type", "'dynamic'"]),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, ["rope type", "'longrope'"]),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, ["rope type", "['linear']"]),
+        ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, ["rope type", "None"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor", "None", "rope_scaling"]),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor", "'2'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor", "0"]),
+        ({"rope_scaling": {"type": "linear", "factor": [2.0]}}, ["factor", "[2.0]"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mystery": 3}}, ["mystery", "3", "rope_scaling"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["full_attention", "1000000.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}}, ["differ"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE, "low_freq_factor": 4.0}},
+            ["low_freq_factor 4", "high_freq_factor 4"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE, "original_max_position_embeddings": 0.5}},
+            ["original_max_position_embeddings", "0.5"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            ["original_max_position_embeddings", "None"],
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"layer_types": ["chunked_attention"] * 2}, ["layer_types", "chunked_attention"]),
+        ({"layer_types": {"full_attention": [0]}}, ["layer_types", "{'full_attention': [0]}"]),
+        ({"layer_types": [["full_attention"], {}]}, ["layer_types"]),
+        ({"layer_types": 3}, ["layer_types", "3"]),
+    ],
+    ids=str,
+)
+def test_arithmetic_we_do_not_have_is_refused_by_key_and_value(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^config\.json: ") as error:
+        parse_config({**LLAMA, **changes})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention_bias": True}, ["attention_bias", "True", "mistral"]),
+        ({"mlp_bias": True}, ["mlp_bias", "True", "mistral"]),
+        ({"sliding_window": 0}, ["sliding_window", "0"]),
+        ({"sliding_window": "8"}, ["sliding_window", "'8'"]),
+        ({"sliding_window": True}, ["sliding_window", "True"]),
+        ({"sliding_window": 8, "use_sliding_window": "no"}, ["use_sliding_window", "'no'"]),
+        ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, ["layer_types", "sliding_window 8"]),
+        ({"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, ["layer_types", "sliding_window None"]),
+    ],
+    ids=str,
+)
+def test_a_mistral_of_another_arithmetic_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^config\.json: ") as error:
+        parse_config({**MISTRAL, **changes})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("name", ["float64", "int8", "float8_e4m3fn", "fp16", "", 16, ["float16"], {"a": 1}, False])
+def test_a_dtype_we_do_not_run_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match="dtype") as error:
+        parse_dtype({"torch_dtype": name})
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("ids", [2.0, "2", True, [2, "3"], {"a": 1}, [[2]]])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_eos_ids_that_are_no_ids_are_refused_with_their_file(tmp_path: Path, file: str, ids: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=f"^{file}: eos_token_id"):
+        eos_token_ids(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
+     "layer_types", "attention_bias", "mlp_bias", "tie_word_embeddings", "hidden_act", "partial_rotary_factor",
+     "quantization_config", "use_qk_norm", "logit_scale", "original_max_position_embeddings", "dtype", "torch_dtype"]
+)  # fmt: skip
+ROPES = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "llama3"]) | JSON},
+    optional=dict.fromkeys((*LLAMA3_ROPE, "rope_theta", "partial_rotary_factor", "type"), JSON),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    base=st.sampled_from([LLAMA, MISTRAL]),
+    changes=st.dictionaries(KEYS, JSON, min_size=1, max_size=3),
+    rope=st.none() | ROPES,
+)
+def test_no_config_raises_anything_but_value_error(
+    base: dict[str, Any], changes: dict[str, Any], rope: dict[str, Any] | None
+) -> None:
+    raw = {**base, **({} if rope is None else {"rope_scaling": rope}), **changes}
+    for parse in (parse_config, parse_dtype):
+        try:
+            parse(raw)
+        except ValueError as error:
+            assert str(error).startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1, 2]", "null", '"llama"', "", "\x00", "{'a': 1}", '{"a": ' + "9" * 5000 + "}", "[" * 100_000]
+)
+def test_a_config_that_is_no_json_object_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="JSON") as error:
+        load_model(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_config_that_is_not_text_is_refused_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_model(tmp_path)
+
+
+def test_a_path_that_is_no_folder_or_has_no_config_is_refused_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "odd" / "config.json").mkdir(parents=True)
+    for path in (tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not a folder"):
+            load_model(path)
+    for path in (tmp_path, tmp_path / "odd"):
+        with pytest.raises(FileNotFoundError, match=f"{path} has no config.json"):
+            load_model(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: what is read
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_parameter_has_the_dtype_asked_for_and_rope_stays_fp32(hub_checkpoint: GetCheckpoint, name: str) -> None:
+    model = load_model(hub_checkpoint("rope_llama3").path, dtype=DTYPES[name])
+    assert {p.dtype for p in model.parameters()} == {DTYPES[name]}
+    assert model.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(model.inv_freq, rope_frequencies(model.config), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_default_dtype_is_the_configs(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], name: str
+) -> None:
+    config = {key: value for key, value in gqa_config.items() if key != "dtype"} | {"torch_dtype": name}
+    model = load_model(write_checkpoint(tmp_path / "model", config, gqa_tensors))
+    assert {p.dtype for p in model.parameters()} == {DTYPES[name]}
+
+
+def test_a_loaded_model_is_for_inference_only(hub_checkpoint: GetCheckpoint) -> None:
+    model = load_model(hub_checkpoint("gqa").path)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_shards_hold_the_same_model_as_one_file(tmp_path: Path, hub_checkpoint: GetCheckpoint) -> None:
+    from transformers import LlamaForCausalLM
+
+    reference = hub_checkpoint("gqa")
+    LlamaForCausalLM.from_pretrained(reference.path).save_pretrained(tmp_path, max_shard_size="60kB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    logits = load_model(tmp_path)(reference.tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+
+
+def test_a_tied_model_may_store_its_head_too(tmp_path: Path, hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("tied")
+    tensors = load_file(reference.path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    model = load_model(write_checkpoint(tmp_path / "model", read_config(reference.path), tensors))
+    assert model.lm_head.weight is model.embed_tokens.weight
+    logits = model(reference.tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+
+
+def test_rotary_frequencies_that_old_releases_stored_are_passed_over(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    gqa_tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    load_model(write_checkpoint(tmp_path / "model", gqa_config, gqa_tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_follow_the_seed_and_dtype(dtype: torch.dtype) -> None:
+    config = parse_config({**LLAMA, "attention_bias": True, "tie_word_embeddings": True})
+    first, same, other = (random_model(config, dtype=dtype, seed=seed) for seed in (1, 1, 2))
+    assert {p.dtype for p in first.parameters()} == {dtype} and first.inv_freq.dtype == torch.float32
+    tokens, positions = torch.tensor([[1, 2, 3]]), torch.arange(3)
+    assert first.lm_head.weight is first.embed_tokens.weight
+    assert first(tokens, positions).isfinite().all()
+    assert torch.equal(first(tokens, positions), same(tokens, positions))
+    assert not torch.equal(first(tokens, positions), other(tokens, positions))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            ["lacks", "model.layers.1.mlp.up_proj.weight"],
+        ),
+        (lambda t: t.pop("lm_head.weight"), ["lacks", "lm_head.weight"]),
+        (lambda t: t.pop("model.norm.weight"), ["lacks", "model.norm.weight"]),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}),
+            ["unexpected", "model.layers.0.self_attn.q_norm.weight"],
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(112, 64)}),
+            ["unexpected", "model.layers.2.mlp.up_proj.weight"],
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
+            ["unexpected", "model.layers.0.self_attn.q_proj.bias"],
+        ),
+        (
+            lambda t: t.update({"model.layers.1.mlp.gate_proj.weight": torch.ones(113, 64)}),
+            ["model.layers.1.mlp.gate_proj.weight", "[113, 64]", "[112, 64]"],
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.ones(64, 64)}),
+            ["model.layers.1.self_attn.v_proj.weight", "[64, 64]", "[32, 64]"],
+        ),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.ones(96 * 64)}),
+            ["model.embed_tokens.weight", "[6144]", "[96, 64]"],
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_missing_unexpected_and_misshapen_tensors_are_refused_by_name(
+    tmp_path: Path,
+    gqa_config: dict[str, Any],
+    gqa_tensors: dict[str, Tensor],
+    change: Callable[[dict[str, Tensor]], Any],
+    words: list[str],
+) -> None:
+    change(gqa_tensors)
+    for write in (write_checkpoint, write_shards):
+        with pytest.raises(ValueError, match="tensor") as error:
+            load_model(write(tmp_path / write.__name__, gqa_config, gqa_tensors))
+        assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+def test_weights_stored_in_a_quantized_dtype_are_refused_by_name(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    gqa_tensors[name] = gqa_tensors[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} is {dtype}"):
+        load_model(write_checkpoint(tmp_path / "model", gqa_config, gqa_tensors))
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -4000, -1])
+def test_a_truncated_file_is_refused_by_its_path(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], kept: int
+) -> None:
+    file = write_checkpoint(tmp_path / "model", gqa_config, gqa_tensors) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="not a whole safetensors file") as error:
+        load_model(file.parent)
+    assert str(file) in str(error.value)
+
+
+def test_a_header_longer_than_any_file_is_refused(tmp_path: Path, gqa_config: dict[str, Any]) -> None:
+    path = write_checkpoint(tmp_path / "model", gqa_config, {})
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(path)
+
+
+def test_a_shard_that_is_missing_is_refused_by_its_path(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    path = write_shards(tmp_path / "model", gqa_config, gqa_tensors)
+    (path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors is missing"):
+        load_model(path)
+
+
+def test_a_tensor_that_the_index_promises_and_no_shard_has_is_refused_by_name(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    name = "model.norm.weight"
+    elsewhere = sorted(gqa_tensors).index(name) % 2  # the shard that does not hold it
+    shard = f"model-0000{2 - elsewhere}-of-00002.safetensors"
+    with pytest.raises(ValueError, match=f"{shard} lacks tensor {name}"):
+        load_model(write_shards(tmp_path / "model", gqa_config, gqa_tensors, **{name: shard}))
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3, None, ["x"]]
+)
+def test_an_index_that_names_a_file_elsewhere_is_refused(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], file: Any
+) -> None:
+    save_file(gqa_tensors, tmp_path / "outside.safetensors")
+    with pytest.raises(ValueError, match=r"expected a \.safetensors file of its own folder"):
+        load_model(write_shards(tmp_path / "model", gqa_config, gqa_tensors, **{"model.norm.weight": file}))
+
+
+def test_an_index_of_safetensors_cannot_bring_in_a_pickle(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    path = write_shards(tmp_path / "model", gqa_config, gqa_tensors, **{"model.norm.weight": "norm.bin"})
+    torch.save({"model.norm.weight": torch.ones(64)}, path / "norm.bin")
+    with pytest.raises(ValueError, match=r"'norm\.bin'"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["model.safetensors"]}])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, gqa_config: dict[str, Any], index: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(gqa_config))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused_and_bin_weights_name_the_converter(
+    tmp_path: Path, gqa_config: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(gqa_config))
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=f"convert_hf_checkpoint.py --checkpoint_dir {tmp_path}"):
+        load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@pytest.mark.parametrize("family", ["gqa", "tied", "biased", "mistral_window"])
+def test_transformers_reads_what_we_save(tmp_path: Path, hub_checkpoint: GetCheckpoint, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    reference = hub_checkpoint(family)
+    model = load_model(reference.path, dtype=torch.float32)
+    save_hub_checkpoint(model, read_config(reference.path), tmp_path, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(reference.tokens).logits, reference.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        load_model(tmp_path)(reference.tokens, torch.arange(LENGTH)), reference.logits, atol=1e-4, rtol=0
+    )
+
+
+def test_safetensors_library_reads_what_we_write(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "not_contiguous": torch.randn(4, 6).t(),
+        "bf16": torch.randn(7).bfloat16(),
+        "int8": torch.arange(-3, 3, dtype=torch.int8),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "é": torch.ones(1),
+    }
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", specs, tensors.__getitem__)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_only_one_tensor_is_alive_while_a_file_is_written(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def read(name: str) -> Tensor:
+        assert not any(ref() is not None for ref in alive)
+        tensor = torch.ones(4)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    specs = {name: (torch.float32, torch.Size([4])) for name in "abc"}
+    write_safetensors(tmp_path / "x.safetensors", specs, read)
+    assert len(alive) == 3
+
+
+def test_what_cannot_fit_on_the_disk_is_refused_before_a_tensor_is_read(tmp_path: Path) -> None:
+    def never(name: str) -> Tensor:
+        raise AssertionError(name)
+
+    with pytest.raises(OSError, match=r"needs 4000000000\.000 GB, but .* GB are free"):
+        write_safetensors(tmp_path / "x", {"x": (torch.float32, torch.Size([10**9, 10**9]))}, never)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "good") as folder:
+        (folder / "x").touch()
+        assert not (tmp_path / "a" / "good").exists()
+    assert (tmp_path / "a" / "good" / "x").is_file()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "bad") as folder:
+        (folder / "x").touch()
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["good"]
+
+
+def test_a_new_folder_replaces_an_empty_one_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "x").touch()
+    (tmp_path / "file").touch()
+    for taken in ("empty", "file"):
+        with pytest.raises(ValueError, match="exists already"), new_folder(tmp_path / taken):
+            raise AssertionError("not reached")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_file_is_mapped_only_while_its_tensors_live(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("needs Linux's /proc")
+    file = write_checkpoint(tmp_path / "model", gqa_config, gqa_tensors) / "model.safetensors"
+    files = TensorFiles(file.parent)
+    held = [files.get(name) for name in files.files]
+    assert str(file) in maps.read_text()
+    del held
+    assert str(file) not in maps.read_text()

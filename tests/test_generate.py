@@ -1,0 +1,425 @@
+"""generate.py: the sampler, the loop, eager and compiled, and the command."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate as generate_module
+from checkpoint import load_model
+from generate import PREFILL_CHUNK, Row, Sampling, compiled, decode, generate, held_back, prefill, probabilities, sample
+from model import ModelConfig, Transformer
+from tokenizer import TextStream, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "checkpoints" / "demo"
+STORIES = ROOT.parent / "shared" / "data" / "stories260k"
+GREEDY = Sampling(temperature=0)
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
+
+
+def tiny_model(**changes):
+    """A random fp32 model small enough for hundreds of steps a second."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 256, **changes}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**sizes, rms_norm_eps=1e-5, rope_theta=10000.0))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.ones_(parameter) if name.endswith("norm.weight") else torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def model():
+    model = tiny_model()
+    model.setup_caches(4, 256)
+    return model
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return json.loads((STORIES / "expected.json").read_text())["greedy_ids"]
+
+
+def rows_of(steps):
+    """Collect the items of `generate` into one list of ids a row."""
+    rows = [list(row) for row in zip(*steps, strict=True)]
+    return [[token for ids in row for token in ids] for row in rows]
+
+
+def tokens_of(steps):
+    return rows_of(steps)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]).log()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(1.0), [0.5, 0.25, 0.15, 0.07, 0.03]),
+        (Sampling(1.0, top_k=2), [2 / 3, 1 / 3, 0, 0, 0]),
+        (Sampling(1.0, top_k=1), [1, 0, 0, 0, 0]),
+        (Sampling(1.0, top_k=9), [0.5, 0.25, 0.15, 0.07, 0.03]),
+        (Sampling(1.0, top_p=0.75), [2 / 3, 1 / 3, 0, 0, 0]),
+        (Sampling(1.0, top_p=0.76), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0, 0]),
+        (Sampling(1.0, top_p=1e-6), [1, 0, 0, 0, 0]),
+        (Sampling(1.0, min_p=0.29), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0, 0]),
+        (Sampling(1.0, min_p=1.0), [1, 0, 0, 0, 0]),
+        # top-k first: of 0.5, 0.25 the likeliest alone has 2/3, which reaches 0.6
+        (Sampling(1.0, top_k=2, top_p=0.6), [1, 0, 0, 0, 0]),
+        # at temperature 1/2 the probabilities are squared
+        (Sampling(0.5, top_k=2), [0.8, 0.2, 0, 0, 0]),
+    ],
+)
+def test_probabilities_match_the_hand_computed(sampling, expected):
+    expected = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(probabilities(LOGITS, sampling), expected, atol=1e-5, rtol=0)
+
+
+def test_filters_agree_with_transformers():
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
+    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)]
+    expected = LogitsProcessorList(warpers)(torch.zeros(50, 1), logits).softmax(-1)
+    ours = probabilities(logits, Sampling(0.7, top_k=40, top_p=0.9, min_p=0.02))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_follow_the_distribution():
+    """Chi-square over 20,000 draws: 4 degrees of freedom, 18.5 is passed by chance once in a thousand seeds."""
+    draws, generator = 20_000, torch.Generator().manual_seed(1)
+    noise = torch.empty(draws, 5).exponential_(generator=generator)
+    ids = sample(LOGITS.expand(draws, 5), Sampling(1.0), noise)
+    expected = LOGITS.exp() * draws
+    assert ((ids.bincount(minlength=5) - expected).square() / expected).sum() < 18.5
+
+
+def test_filtered_ids_are_never_drawn():
+    noise = torch.zeros(1, 5)  # the harshest draw: every quotient is infinite or undefined
+    assert sample(LOGITS[None], Sampling(1.0, top_k=2), noise).item() in (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@needs_stories
+def test_greedy_text_is_the_published_one(stories):
+    model = load_model(STORIES, dtype=torch.float32)
+    model.setup_caches(1, 256)
+    assert tokens_of(generate(model, [[1]], 200, GREEDY)) == stories[1:]
+
+
+@pytest.fixture(scope="module")
+def compiled_steps():
+    return {"prefill": compiled(prefill), "decode": compiled(decode)}
+
+
+@needs_stories
+def test_compiled_text_is_the_published_one_and_no_second_prompt_recompiles(stories, compiled_steps):
+    model = load_model(STORIES, dtype=torch.float32)
+    model.setup_caches(1, 512)
+    assert tokens_of(generate(model, [[1]], 200, GREEDY, **compiled_steps)) == stories[1:]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (2, 3, 64, 65, 100):
+            ids = tokens_of(generate(model, [stories[:length]], 80, GREEDY, **compiled_steps))
+            assert ids == stories[length : length + 80]
+        # a second turn: the cache holds 50 tokens already
+        list(generate(model, [stories[:50]], 1, GREEDY, **compiled_steps))
+        ids = tokens_of(generate(model, [stories[50:90]], 20, GREEDY, start=50, **compiled_steps))
+        assert ids == stories[90:110]
+
+
+def test_a_seed_gives_the_same_ids_compiled_and_not(model, compiled_steps):
+    def run(seed, **steps):
+        generator = torch.Generator().manual_seed(seed)
+        return tokens_of(generate(model, [[5, 6, 7]], 60, Sampling(0.9, 20, 0.95, 0.01), generator=generator, **steps))
+
+    assert run(1) == run(1)
+    assert run(1) == run(1, **compiled_steps)
+    assert run(1) != run(2)
+
+
+def test_each_row_of_a_batch_equals_its_own_run(model):
+    prompts = [[3], [9, 8, 7, 6, 5], list(range(1, 40)), [11, 12]]
+    single = [tokens_of(generate(model, [p], 40, GREEDY)) for p in prompts]
+    assert rows_of(generate(model, prompts, 40, GREEDY)) == single
+
+
+def test_a_row_that_has_ended_changes_no_other(model):
+    prompts = [[3], [9, 8, 7, 6, 5], [11, 12]]
+    plain = rows_of(generate(model, prompts, 40, GREEDY))
+    eos = plain[1][4]
+    ended = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in plain]
+    assert rows_of(generate(model, prompts, 40, GREEDY, eos_ids=[eos])) == ended
+    assert len(ended[1]) <= 5
+
+
+def test_rows_end_at_the_cache_each_at_its_own_length(model):
+    model.setup_caches(2, 64)
+    rows = rows_of(generate(model, [[1] * 60, [2] * 10], 100, GREEDY))
+    assert [len(row) for row in rows] == [4, 54]
+    model.setup_caches(1, 64)
+    assert rows[1] == tokens_of(generate(model, [[2] * 10], 100, GREEDY))
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 7, 16])
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 13, 17, 31])
+def test_prefill_in_pieces_equals_prefill_at_once(model, monkeypatch, chunk, length):
+    prompts = [[(7 * i) % 64 for i in range(length)], [5, 4]]
+    whole = rows_of(generate(model, prompts, 8, GREEDY))
+    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    assert rows_of(generate(model, prompts, 8, GREEDY)) == whole
+
+
+def test_a_long_prompt_is_prefilled_in_pieces():
+    model = tiny_model(max_position_embeddings=2 * PREFILL_CHUNK)
+    model.setup_caches(1, 2 * PREFILL_CHUNK)
+    prompt = [i % 64 for i in range(PREFILL_CHUNK + 5)]
+    logits = model(torch.tensor([prompt]), torch.arange(len(prompt)))
+    assert tokens_of(generate(model, [prompt], 1, GREEDY)) == [logits[0, -1].argmax().item()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_max_new_tokens_is_exact(model, count):
+    rows = rows_of(generate(model, [[1, 2]], count, GREEDY))
+    assert [len(row) for row in rows] == ([count] if count else [])
+
+
+def test_unused_slots_may_hold_nan(model):
+    clean = tokens_of(generate(model, [[3, 4, 5]], 20, GREEDY))
+    for block in model.layers:
+        block.self_attn.cache.k.fill_(math.nan)
+        block.self_attn.cache.v.fill_(math.nan)
+    assert tokens_of(generate(model, [[3, 4, 5]], 20, GREEDY)) == clean
+
+
+def test_a_prompt_that_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="needs 257 cache slots, the cache has 256"):
+        next(generate(model, [[1] * 257], 5, GREEDY))
+    with pytest.raises(ValueError, match="empty"):
+        next(generate(model, [[]], 5, GREEDY))
+
+
+def test_a_step_reads_the_slots_of_its_position_and_not_the_whole_cache(model):
+    seen = []
+
+    def watched(model, tokens, positions, slots, *rest):
+        seen.append(len(slots))
+        return decode(model, tokens, positions, slots, *rest)
+
+    list(generate(model, [[1] * 60], 10, GREEDY, decode=watched))
+    assert seen == [64] * 4 + [128] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text of a row
+
+
+def test_a_stop_text_is_never_shown_in_part():
+    tokenizer = load_tokenizer(DEMO)
+    for stop in ("return", "):\n", "\n\n", "x"):
+        ids = tokenizer.encode("def f(x):\n    y = x\n    return y\n\n\nclass A:", bos=False)
+        whole = tokenizer.decode(ids)
+        row = Row([], TextStream(tokenizer, []), [stop, "never there"])
+        shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
+        assert shown == row.text == whole[: whole.find(stop)]
+        assert row.finish_reason == "stop"
+
+
+def test_text_that_only_begins_like_a_stop_is_shown_in_the_end():
+    tokenizer = load_tokenizer(DEMO)
+    ids = tokenizer.encode("x = retu", bos=False)
+    row = Row([], TextStream(tokenizer, []), ["return"])
+    shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
+    assert shown == row.text == "x = retu"
+
+
+def test_held_back_is_the_longest_beginning_of_a_stop():
+    assert held_back("abc", ["cab", "bcd"]) == 2
+    assert held_back("abc", ["xyz"]) == 0
+    assert held_back("abc", []) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run_command(*arguments, **options):
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, **options)
+
+
+def test_no_argument_is_needed():
+    result = run_command("--seed", 1)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("def ")
+    assert len(result.stdout) > 100
+    assert "tok/s" in result.stderr
+
+
+def test_metrics_hold_what_the_design_names(tmp_path):
+    path = tmp_path / "metrics.json"
+    result = run_command("--temperature", 0, "--max_new_tokens", 20, "--prompt", "import ", "--metrics_path", path)
+    metrics = json.loads(path.read_text())
+    assert {
+        "samples", "load_s", "compile_s", "weight_bytes", "bytes_per_step", "bandwidth_gb_per_s", "peak_memory_bytes",
+        "device", "dtype", "quantization", "tp", "torch",
+    } <= set(metrics)  # fmt: skip
+    [row] = metrics["samples"]
+    assert row["new_tokens"] == len(row["tokens"]) == 20
+    assert row["finish_reason"] == "length"
+    assert result.stdout == "import " + row["text"] + "\n"
+    assert row["ttft_ms"] > 0
+    assert row["decode_tokens_per_s"] > 0
+    assert metrics["bandwidth_gb_per_s"] > 0
+    weights = sum(p.nbytes for p in load_model(DEMO).parameters())
+    assert metrics["weight_bytes"] == weights
+    assert weights < metrics["bytes_per_step"] < weights + 2 * 6 * 2 * 2 * 64 * 40
+
+
+def test_the_demo_ends_at_eos_and_goes_on_when_told(tmp_path):
+    path = tmp_path / "metrics.json"
+    prompt = "def clear(self):\n    self.data = None\n"
+    options = ("--prompt", prompt, "--max_new_tokens", 300, "--seed", 3, "--num_samples", 4, "--metrics_path", path)
+    assert run_command(*options).returncode == 0
+    ended = [row for row in json.loads(path.read_text())["samples"] if row["finish_reason"] == "eos"]
+    assert ended
+    assert all(row["tokens"].index(2) == row["new_tokens"] - 1 for row in ended)
+    assert run_command(*options, "--ignore_eos").returncode == 0
+    rows = json.loads(path.read_text())["samples"]
+    assert {row["finish_reason"] for row in rows} == {"length"}
+
+
+def test_the_context_ends_a_text_with_a_word(tmp_path):
+    path = tmp_path / "metrics.json"
+    result = run_command("--prompt_length", 1000, "--ignore_eos", "--metrics_path", path)
+    [row] = json.loads(path.read_text())["samples"]
+    assert (row["new_tokens"], row["finish_reason"]) == (24, "context")
+    assert "context of 1024 tokens is full" in result.stderr
+
+
+def test_a_batch_prints_each_row_as_its_own_run_would(tmp_path):
+    (tmp_path / "prompts.txt").write_text("def \nimport \nclass A")
+    options = ("--temperature", 0, "--max_new_tokens", 12, "--dtype", "float32")
+    batch = run_command("--prompt_file", tmp_path / "prompts.txt", *options)
+    single = [run_command("--prompt", p, *options).stdout for p in ("def ", "import ", "class A")]
+    assert batch.stdout == "".join(single)
+
+
+def test_compiled_text_equals_eager(tmp_path):
+    options = ("--dtype", "float32", "--seed", 5, "--max_new_tokens", 60)
+    compiled_run = run_command(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
+    assert compiled_run.returncode == 0, compiled_run.stderr
+    assert compiled_run.stdout == run_command(*options).stdout
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_random_weights_need_only_a_config(tmp_path):
+    (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
+    result = run_command("--checkpoint_path", tmp_path, "--random_weights", "--prompt_length", 4, "--max_new_tokens", 3)
+    assert result.returncode == 0, result.stderr
+    assert "3 tokens" in result.stderr
+
+
+def test_an_empty_prompt_is_the_bos_alone(tmp_path):
+    path = tmp_path / "metrics.json"
+    assert run_command("--prompt", "", "--max_new_tokens", 2, "--metrics_path", path).returncode == 0
+    assert json.loads(path.read_text())["samples"][0]["prompt_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top_p", "0"], "--top_p"),
+        (["--top_p", "1.5"], "--top_p"),
+        (["--min_p", "-0.1"], "--min_p"),
+        (["--top_k", "-1"], "--top_k"),
+        (["--max_new_tokens", "-5"], "--max_new_tokens"),
+        (["--max_new_tokens", "many"], "--max_new_tokens"),
+        (["--batch_size", "0"], "--batch_size"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--checkpoint_path", "no/such/folder"], "no/such/folder"),
+        (["--checkpoint_path", "tests"], "config.json"),
+        (["--prompt_length", "1024"], "1024 tokens and the model's context 1024"),
+        (["--prompt_file", "no/such/file"], "no/such/file"),
+        (["--prompt", "a", "--prompt_length", "3"], "--prompt"),
+        (["--metrics_path", "no/such/folder/m.json"], "no/such/folder"),
+        (["--profile", "no/such/folder/p.json"], "no/such/folder"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
+    result = run_command(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} generate.py --seed 1 | head -c 4"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert result.stdout == "def "
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Imports
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "checkpoint", "generate", "cli"])
+def test_importing_changes_nothing(name):
+    probe = f"""
+import os, random, sys
+import torch, torch._inductor.config, torch._dynamo.config
+def state():
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads(),
+        torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
+        torch.initial_seed(), torch.get_rng_state().sum().item(), random.getstate(), dict(os.environ),
+        torch.cuda.is_initialized(), torch.distributed.is_available() and torch.distributed.is_initialized(),
+        torch._inductor.config.save_config_portable(), torch._dynamo.config.save_config_portable(),
+    )
+before = state()
+import {name}
+assert state() == before, {name!r}
+assert not any("matplotlib" == m or "transformers" == m or "tiktoken" == m for m in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", probe],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,238 @@
+"""The model's arithmetic, against `transformers` and against itself."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint import load_model, parse_config, read_config
+from model import Transformer
+from tests.conftest import FAMILIES, LENGTH, HubCheckpoint, shared_data
+
+GetCheckpoint = Callable[[str], HubCheckpoint]
+
+
+@pytest.fixture(params=FAMILIES)
+def reference(request: pytest.FixtureRequest, hub_checkpoint: GetCheckpoint) -> HubCheckpoint:
+    return hub_checkpoint(request.param)
+
+
+def fresh_model(reference: HubCheckpoint, num_slots: int = LENGTH, batch_size: int | None = None) -> Transformer:
+    """Load with caches whose every slot holds NaN until it is written."""
+    model = load_model(reference.path, dtype=torch.float32)
+    model.setup_caches(batch_size or reference.tokens.shape[0], num_slots)
+    poison_(model)
+    return model
+
+
+def poison_(model: Transformer) -> None:
+    caches = [value for name, value in model.named_buffers() if ".cache." in name]
+    assert len(caches) == 2 * model.config.num_hidden_layers
+    for cache in caches:
+        cache.fill_(torch.nan)
+
+
+def decode(step: Callable[..., Tensor], tokens: Tensor, sizes: list[int]) -> Tensor:
+    """Run tokens [B, S] through `step` in pieces of these sizes; returns the logits of all: [B, S, V]."""
+    logits, start = [], 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        logits.append(step(tokens[:, piece], torch.arange(start, start + size)))
+        start += size
+    assert start == tokens.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against transformers
+
+
+def test_forward_without_caches_matches_transformers(reference: HubCheckpoint) -> None:
+    model = load_model(reference.path, dtype=torch.float32)
+    assert_close(model(reference.tokens, torch.arange(LENGTH)), reference.logits)
+
+
+def test_one_forward_into_the_caches_matches_transformers(reference: HubCheckpoint) -> None:
+    model = fresh_model(reference)
+    assert_close(model(reference.tokens, torch.arange(LENGTH)), reference.logits)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [7, 1, 16, 2, 22], [LENGTH - 1, 1]], ids=["ones", "chunks", "one_more"]
+)
+def test_decode_matches_transformers(reference: HubCheckpoint, sizes: list[int]) -> None:
+    assert_close(decode(fresh_model(reference), reference.tokens, sizes), reference.logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama3", {"rope_theta": 1e4}),
+        ("codellama", {"rope_theta": 1e4}),
+        ("rope_linear", {"rope_scaling": None}),
+        ("rope_llama3", {"rope_scaling": None}),
+        ("mistral_window", {"sliding_window": None}),
+        ("mistral_window", {"sliding_window": 9}),
+        ("gqa", {"rms_norm_eps": 1e-2}),
+    ],
+)
+def test_reference_would_show_a_feature_left_out(
+    hub_checkpoint: GetCheckpoint, family: str, changes: dict[str, Any]
+) -> None:
+    reference = hub_checkpoint(family)
+    model = load_model(reference.path, dtype=torch.float32)
+    other = Transformer(dataclasses.replace(model.config, **changes))
+    other.load_state_dict(model.state_dict())
+    assert (other(reference.tokens, torch.arange(LENGTH)) - reference.logits).abs().max() > 0.01
+
+
+def test_llama3_frequencies_match_transformers_at_the_real_sizes() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    sizes: dict[str, Any] = {"hidden_size": 2048, "num_attention_heads": 32, "max_position_embeddings": 131072}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(rope))).inv_freq
+    raw = {"model_type": "llama", "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    with torch.device("meta"):
+        ours = Transformer(parse_config({**raw, **sizes, "rope_parameters": rope})).inv_freq
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against itself
+
+
+def test_each_row_at_its_own_position_equals_that_row_alone(reference: HubCheckpoint) -> None:
+    model = fresh_model(reference)
+    model(reference.tokens, torch.arange(LENGTH))  # later slots now hold what the shorter rows must not see
+    starts, size = [5, 23, LENGTH - 4], 4
+    positions = torch.tensor(starts).unsqueeze(-1) + torch.arange(size)
+    generator = torch.Generator().manual_seed(1)
+    new = torch.randint(model.config.vocab_size, (len(starts), size), generator=generator)
+    together = model(new, positions)
+    for row, start in enumerate(starts):
+        alone = load_model(reference.path, dtype=torch.float32)
+        text = torch.cat((reference.tokens[row, :start], new[row])).unsqueeze(0)
+        assert_close(together[row : row + 1], alone(text, torch.arange(start + size))[:, start:], 1e-5)
+
+
+def test_caches_larger_than_text_and_batch_change_nothing(reference: HubCheckpoint) -> None:
+    model = fresh_model(reference, num_slots=LENGTH + 40, batch_size=5)
+    assert_close(decode(model, reference.tokens, [20, 1, 27]), reference.logits)
+
+
+def test_attending_to_fewer_slots_equals_the_whole_cache(reference: HubCheckpoint) -> None:
+    whole, few = fresh_model(reference), fresh_model(reference)
+    for start, size in ((0, 9), (9, 1), (10, 5)):
+        piece, positions = reference.tokens[:, start : start + size], torch.arange(start, start + size)
+        slots = torch.arange(start + size + 2)
+        assert_close(few(piece, positions, slots), whole(piece, positions), 1e-5)
+
+
+def test_nan_in_slots_not_yet_reached_changes_nothing(reference: HubCheckpoint) -> None:
+    # A slot the window has left behind is poisoned too, where there is a window.
+    model = fresh_model(reference)
+    window = model.config.sliding_window or LENGTH
+    half = LENGTH // 2
+    model(reference.tokens[:, :half], torch.arange(half))
+    for name, cache in model.named_buffers():
+        if ".cache." in name:
+            cache[:, :, half:] = torch.nan
+            cache[:, :, : max(0, half + 1 - window)] = torch.nan
+    logits = model(reference.tokens[:, half : half + 1], torch.tensor([half]))
+    assert_close(logits, reference.logits[:, half : half + 1])
+
+
+def test_setting_up_caches_again_forgets_the_text_before(hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("gqa")
+    model = fresh_model(reference)
+    model(reference.tokens.flip(-1), torch.arange(LENGTH))
+    model.setup_caches(reference.tokens.shape[0], LENGTH)
+    assert_close(decode(model, reference.tokens, [LENGTH]), reference.logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+@pytest.fixture(scope="module", params=[("biased", 1), ("biased", 2), ("biased", 5), ("mistral_window", 1)])
+def compiled(
+    request: pytest.FixtureRequest, hub_checkpoint: GetCheckpoint
+) -> Iterator[tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int]]:
+    family, size = request.param
+    torch._dynamo.reset()
+    model = fresh_model(hub_checkpoint(family))
+    yield hub_checkpoint(family), model, torch.compile(model, fullgraph=True, dynamic=False), size
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fill", [0.0, torch.nan], ids=["zeros", "nan"])
+def test_compiled_decode_matches_transformers_whatever_unused_slots_hold(
+    compiled: tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int], fill: float
+) -> None:
+    reference, model, step, size = compiled
+    for name, cache in model.named_buffers():
+        if ".cache." in name:
+            cache.fill_(fill)
+    half = LENGTH // 2
+    model(reference.tokens[:, :half], torch.arange(half))
+    tokens = reference.tokens[:, half : half + 2 * size]
+    positions = torch.arange(half, half + 2 * size).expand(tokens.shape)
+    logits = [step(tokens[:, i : i + size], positions[:, i : i + size]) for i in (0, size)]
+    assert_close(torch.cat(logits, dim=1), reference.logits[:, half : half + 2 * size])
+
+
+def test_compiled_rows_at_their_own_positions_equal_eager(
+    compiled: tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int],
+) -> None:
+    reference, model, step, size = compiled
+    positions = torch.tensor([3, 17, LENGTH - 5]).unsqueeze(-1) + torch.arange(size)
+    tokens = reference.tokens[:, :size]
+    outputs = []
+    for call in (model, step):
+        poison_(model)
+        model(reference.tokens, torch.arange(LENGTH))
+        outputs.append(call(tokens, positions))
+    assert_close(outputs[1], outputs[0], 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained model
+
+
+def test_stories260k_gives_the_published_text() -> None:
+    path = shared_data("stories260k")
+    expected = json.loads((path / "expected.json").read_text())
+    model = load_model(path, dtype=torch.float32)
+    ids = list(expected["prompt_ids"])
+    model.setup_caches(1, len(expected["greedy_ids"]))
+    logits = model(torch.tensor([ids]), torch.arange(len(ids)))
+    while len(ids) < len(expected["greedy_ids"]):
+        ids.append(int(logits[0, -1].argmax()))
+        logits = model(torch.tensor([ids[-1:]]), torch.tensor([len(ids) - 1]))
+    assert ids == expected["greedy_ids"]
+
+
+def test_stories260k_logits_match_transformers() -> None:
+    path = shared_data("stories260k")
+    expected = json.loads((path / "expected.json").read_text())
+    assert read_config(path)["vocab_size"] == 512
+    model = load_model(path, dtype=torch.float32)
+    logits = model(torch.tensor([expected["greedy_ids"][:32]]), torch.arange(32))
+    assert_close(logits[0, 31, :16], torch.tensor(expected["logits_at_31_first_16"]))

@@ -1,0 +1,401 @@
+"""Text <-> token ids, for the three tokenizer files that Llama-family checkpoints come with.
+
+- tokenizer.json, read by package `tokenizers`, where the folder has one;
+- tokenizer.model, a SentencePiece model (Llama 2, Mistral) or a tiktoken file (Llama 3), told apart by content.
+
+    tokenizer = load_tokenizer("checkpoints/demo")
+    tokenizer.decode(tokenizer.encode("def main():"))
+
+Each becomes a table of the bytes that every id stands for, and a function that encodes; the rest is common. A prompt is
+to be continued, so an EOS that a tokenizer would append is left out.
+"""
+
+import base64
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Appended to a serialized SentencePiece model this switches add_dummy_prefix off: to protobuf, bytes that follow a
+# message are merged into it. The field is ModelProto.normalizer_spec (3) . add_dummy_prefix (3) = false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+# The decoder of a tokenizer.json that was made from a SentencePiece model; without a dummy prefix the last step is off.
+SENTENCEPIECE_DECODER = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]
+
+LLAMA3_NUM_RANKS = 128000
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The names of Llama 3.1 and 3.2, in the order of their ids; in 3.0 some of them are reserved ones.
+LLAMA3_SPECIAL_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The interface
+
+
+@dataclass(frozen=True, repr=False, eq=False)  # a table of 128,000 rows is neither to print nor to compare
+class Tokenizer:
+    token_bytes: dict[int, bytes]  # what each id stands for; empty for special tokens
+    encode_text: Callable[[str, bool], list[int]]  # (text, parse_special) -> ids without BOS
+    bos_id: int | None  # None: this tokenizer puts nothing before a text
+    strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id + 1; a model may have more rows, as padding."""
+        return max(self.token_bytes) + 1
+
+    def encode(self, text: str, bos: bool = True, parse_special: bool = True) -> list[int]:
+        """Encode a text, with BOS before it unless the text itself begins with the BOS string.
+
+        parse_special: strings such as <|eot_id|> in the text become their ids, as in a rendered chat template; False
+        takes every added token literally, as text that is not trusted needs.
+        Raises ValueError where the text is not Unicode (lone surrogates).
+        """
+        check_unicode(text)
+        ids = self.encode_text(text, parse_special)
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids; special tokens and a model's padding rows are nothing, invalid UTF-8 becomes U+FFFD.
+
+        Raises ValueError where an id is negative.
+        """
+        stream = TextStream(self)
+        return stream.push(ids) + stream.flush()
+
+
+class TextStream:
+    """Turn ids into text as they come; a character split over several tokens waits for its last one.
+
+    The pieces joined are decode(prompt_ids + ids) without the decode(prompt_ids) before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.strips_space = tokenizer.strips_leading_space
+        self.shown = ""
+        self.push(prompt_ids)
+        # decode(prompt_ids) shows a character that the prompt leaves unfinished as U+FFFD: it is not shown again.
+        self.shown = "\ufffd" if self.utf8.getstate()[0] else ""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the text that is whole with these ids."""
+        return self._new_text(b"".join(map(self._bytes_of, ids)))
+
+    def flush(self) -> str:
+        """Return what is left: U+FFFD for an unfinished character."""
+        return self._new_text(b"", final=True)
+
+    def _bytes_of(self, token: int) -> bytes:
+        if token < 0:
+            raise ValueError(
+                f"token id {token} is negative; this tokenizer has the ids 0 to {self.tokenizer.vocab_size - 1}"
+            )
+        return self.tokenizer.token_bytes.get(token, b"")
+
+    def _new_text(self, data: bytes, final: bool = False) -> str:
+        if data and self.strips_space:
+            data = data.removeprefix(b" ")
+            self.strips_space = False
+        text = self.utf8.decode(data, final)
+        if text and self.shown:
+            text = text.removeprefix(self.shown)
+            self.shown = ""
+        return text
+
+
+def check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has the lone surrogate {text[error.start]!r} at position {error.start}, which is no character; "
+            "give valid UTF-8"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a folder
+
+
+def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder.
+
+    Raises FileNotFoundError where there is none, and ValueError where its file is broken or of a kind not supported.
+    """
+    folder = Path(checkpoint_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected a checkpoint folder with its tokenizer files")
+    settings = read_settings(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # older folders declare special tokens in a file of their own
+        settings |= read_settings(folder / "special_tokens_map.json")
+    if (path := folder / "tokenizer.json").is_file():
+        return load_tokenizer_json(path, settings)
+    if (path := folder / "tokenizer.model").is_file():
+        return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
+    raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, {} where there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def token_name(token: Any) -> str | None:
+    """Return a token's string; the settings write a token as that, or as an object around it."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
+
+
+def special_names(settings: dict[str, Any]) -> set[str]:
+    """Name the tokens that the settings declare special: bos_token and its like, and the lists of others."""
+    declared = [value for key, value in settings.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
+        more = list(more.values()) if isinstance(more, dict) else more
+        declared += more if isinstance(more, list) else []
+    return {name for name in map(token_name, declared) if name}
+
+
+def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str], int | None]) -> int | None:
+    """Return the id that goes before a text: the tokenizer file's `own`, unless add_bos_token says otherwise."""
+    add, name = settings.get("add_bos_token"), token_name(settings.get("bos_token"))
+    if add is False:
+        return None
+    if add is None or name is None:
+        return own
+    bos = id_of(name)
+    if bos is None:
+        raise ValueError(f"tokenizer_config.json: bos_token {name!r} is not in the vocabulary; set add_bos_token false")
+    return bos
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no narrower kind
+        raise ValueError(f"{path} cannot be read as a tokenizer.json ({error}); download it again") from None
+    backend.no_truncation()  # both may be left in the file from training
+    backend.no_padding()
+    to_bytes, strips_leading_space = decoding(path, backend)
+    special_ids = mark_added_tokens_(backend, special_names(settings))
+
+    def encode_text(text: str, parse_special: bool) -> list[int]:
+        backend.encode_special_tokens = not parse_special
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return Tokenizer(
+        {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
+        encode_text,
+        choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
+        strips_leading_space,
+    )
+
+
+def mark_added_tokens_(backend: "tokenizers.Tokenizer", names: set[str]) -> set[int]:
+    """Mark every added token as special, and return the ids of those that really are, by their flag or in `names`.
+
+    `encode_special_tokens` takes only marked tokens literally, and text that is not trusted must reach none of them:
+    DeepSeek's <｜User｜> is not marked, for one.
+    """
+    from tokenizers import AddedToken
+
+    added = list(backend.get_added_tokens_decoder().values())
+    in_vocabulary = {name for name in names if backend.token_to_id(name) is not None}
+    added += [AddedToken(name, special=True) for name in in_vocabulary - {token.content for token in added}]
+    special = [token.content for token in added if token.special or token.content in names]
+    backend.add_special_tokens(added)  # this sets their flag
+    return {i for i in map(backend.token_to_id, special) if i is not None}
+
+
+def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | None:
+    encoding = backend.encode("a")
+    num_before = [*encoding.special_tokens_mask, 0].index(0)
+    if num_before > 1:
+        raise ValueError(f"{path} puts {num_before} tokens before a text; at most one, BOS, is supported")
+    return encoding.ids[0] if num_before else None
+
+
+def decoding(path: Path, backend: "tokenizers.Tokenizer") -> tuple[Callable[[str], bytes], bool]:
+    """Return the function from a token's string to its bytes, and whether the text loses its leading space."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return byte_level_bytes, False
+    if steps in (SENTENCEPIECE_DECODER, SENTENCEPIECE_DECODER[:-1]):
+        return piece_bytes, steps == SENTENCEPIECE_DECODER
+    raise ValueError(f"{path} has decoder {kinds}, which is not supported; ByteLevel and SentencePiece's are")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the printable characters that stand for the 256 bytes in byte-level BPE (GPT-2's choice)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = byte_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([BYTE_ALPHABET[character] for character in token])
+    except KeyError:  # an added token, which is written as it is
+        return token.encode()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Return what a SentencePiece piece stands for: ▁ is a space, <0x0A> the byte 10."""
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece
+
+
+class AddedToken(NamedTuple):
+    id: int
+    content: str
+    special: bool
+
+
+def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        first = SentencePieceProcessor(model_file=str(path))
+        later = SentencePieceProcessor(model_proto=path.read_bytes() + NO_DUMMY_PREFIX)
+    except RuntimeError:
+        raise ValueError(f"{path} is neither a SentencePiece model nor a tiktoken file; download it again") from None
+    if settings.get("legacy"):  # a space comes after each special token too, as it comes before a text
+        later = first
+
+    names = special_names(settings)
+    pieces = {i: first.id_to_piece(i) for i in range(first.vocab_size())}
+    tokens = [
+        AddedToken(i, piece, special=True)
+        for i, piece in pieces.items()
+        if first.is_control(i) or first.is_unknown(i) or piece in names
+    ]
+    tokens += read_added_tokens(path.parent, settings, names)
+    parsed_ids = {token.content: token.id for token in tokens}
+    longest_first = sorted(parsed_ids, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode_text(text: str, parse_special: bool) -> list[int]:
+        parts = pattern.split(text) if parse_special else [text]  # [text, token, text, ..., token, text]
+        ids = first.encode(parts[0])
+        for token, part in zip(parts[1::2], parts[2::2], strict=True):
+            ids += [parsed_ids[token], *later.encode(part)]
+        return ids
+
+    token_bytes = {i: piece_bytes(piece) for i, piece in pieces.items()}
+    token_bytes |= {token.id: b"" if token.special else piece_bytes(token.content) for token in tokens}
+    own_bos = first.bos_id() if first.bos_id() >= 0 else None
+    strips_leading_space = first.decode(["▁"]) == ""
+    return Tokenizer(token_bytes, encode_text, choose_bos(settings, own_bos, parsed_ids.get), strips_leading_space)
+
+
+def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -> list[AddedToken]:
+    """Read the tokens of tokenizer_config.json, or of added_tokens.json as older folders have it."""
+    fields = settings.get("added_tokens_decoder")
+    if not isinstance(fields, dict):
+        fields = {i: {"content": content} for content, i in read_settings(folder / "added_tokens.json").items()}
+    tokens = []
+    for i, token in fields.items():
+        content = token_name(token)
+        if not isinstance(token, dict) or not content or not str(i).isdecimal():
+            raise ValueError(f"{folder}: added token {i!r}: {token!r} is malformed, expected an id and its content")
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                raise ValueError(f"{folder}: {flag} of added token {content!r} is supported in a tokenizer.json only")
+        tokens.append(AddedToken(int(i), content, bool(token.get("special")) or content in names))
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiktoken
+
+
+def is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
+
+
+def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    try:
+        import tiktoken
+    except ImportError:
+        raise ValueError(f"{path} is a tiktoken file, which needs a package: pip install tiktoken") from None
+    ranks = read_ranks(path)
+    special_ids = {name: LLAMA3_NUM_RANKS + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+    encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids)
+
+    def encode_text(text: str, parse_special: bool) -> list[int]:
+        return encoding.encode(text, allowed_special="all" if parse_special else set(), disallowed_special=())
+
+    token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
+    return Tokenizer(token_bytes, encode_text, choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get))
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read the lines `base64 rank` of Llama 3. tiktoken's own reader leaves a copy in the temporary folder."""
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise ValueError(f"{path} has a line that is not a base64 token and its rank; download it again") from None
+    if sorted(ranks.values()) != list(range(LLAMA3_NUM_RANKS)):
+        raise ValueError(
+            f"{path} has {len(ranks)} tokens and Llama 3 {LLAMA3_NUM_RANKS}; download it again, or the tokenizer.json"
+        )
+    return ranks
