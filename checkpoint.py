@@ -201,7 +201,7 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         if name not in ROPE_KEYS or (name == "partial_rotary_factor" and rope[name] not in (1, None)):
             raise ValueError(f"config.json: {name} {rope[name]!r} in {key} is not supported")
 
-    def number(name: str) -> float:
+    def number(name: str) -> float:  # within bounds that keep every frequency finite in fp32
         return read_number(rope, name, float, low=0.001, high=2**40, where=f" in {key}")
 
     theta = number("rope_theta")
@@ -214,7 +214,7 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
     # `transformers` too prefers the one beside the object to the one in it.
     name = "original_max_position_embeddings"
-    original = read_number({name: values.get(name, rope.get(name))}, name)
+    original = read_number(rope if values.get(name) is None else values, name)
     return theta, RopeScaling("llama3", number("factor"), low, high, original)
 
 

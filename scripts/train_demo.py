@@ -206,6 +206,10 @@ def train(
     return compiled, losses
 
 
+SUMMARIES = {
+    "demo": "A small Llama that writes Python: what every command of this project runs by default.",
+    "demo-draft": "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, same tokenizer.",
+}
 MODEL_CARD = """\
 # {title}
 
@@ -268,9 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         trained, losses = train(name, model, data, steps, held_out, teacher)
         card = MODEL_CARD.format(
             title=name,
-            summary="A small Llama that writes Python: what every command of this project runs by default."
-            if teacher is None
-            else "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, same pieces.",
+            summary=SUMMARIES[name],
             parameters=sum(p.numel() for p in model.parameters()),
             shape=", ".join(
                 f"{k} {v}" for k, v in raw_config.items() if k.startswith(("num_", "hidden_size", "inter"))

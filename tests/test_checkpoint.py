@@ -130,6 +130,13 @@ def test_a_llama_sees_all_the_way_whatever_its_sliding_window_says() -> None:
     assert parse_config({**LLAMA, "sliding_window": 4}).sliding_window is None
 
 
+@pytest.mark.parametrize(("beside", "expected"), [(None, 256), (128, 128)])
+def test_original_length_beside_rope_scaling_goes_before_the_one_in_it(beside: int | None, expected: int) -> None:
+    raw = {**LLAMA, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}, "original_max_position_embeddings": beside}
+    scaling = parse_config(raw).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == expected
+
+
 def test_null_heads_mean_their_defaults() -> None:
     config = parse_config({**LLAMA, "num_key_value_heads": None, "head_dim": None})
     assert (config.num_key_value_heads, config.head_dim) == (8, 8)
@@ -423,6 +430,18 @@ def test_shards_hold_the_same_model_as_one_file(tmp_path: Path, hub_checkpoint: 
     torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
 
 
+def test_a_folder_of_links_is_read_as_the_hubs_cache_has_them(tmp_path: Path, hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("gqa")
+    for number, file in enumerate(reference.path.iterdir()):
+        blob = tmp_path / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(file.read_bytes())
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "snapshot" / file.name).symlink_to(blob)
+    logits = load_model(tmp_path / "snapshot")(reference.tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+
+
 def test_a_tied_model_may_store_its_head_too(tmp_path: Path, hub_checkpoint: GetCheckpoint) -> None:
     reference = hub_checkpoint("tied")
     tensors = load_file(reference.path / "model.safetensors")
@@ -526,6 +545,15 @@ def test_a_truncated_file_is_refused_by_its_path(
     with pytest.raises(ValueError, match="not a whole safetensors file") as error:
         load_model(file.parent)
     assert str(file) in str(error.value)
+
+
+def test_a_pointer_of_git_lfs_in_place_of_the_weights_is_refused(tmp_path: Path, gqa_config: dict[str, Any]) -> None:
+    path = write_checkpoint(tmp_path / "model", gqa_config, {})
+    (path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2200000000\n"
+    )
+    with pytest.raises(ValueError, match=r"bytes\) is not a whole safetensors file .* download it again"):
+        load_model(path)
 
 
 def test_a_header_longer_than_any_file_is_refused(tmp_path: Path, gqa_config: dict[str, Any]) -> None:

@@ -233,6 +233,19 @@ def test_llama2_style_tokenizer_json_equals_transformers_and_sentencepiece(tmp_p
 
 
 @needs_data
+def test_sentencepiece_decoder_without_a_strip_keeps_the_leading_space(tmp_path):
+    backend = llama2_style_backend(STORIES / "tokenizer.model")
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    folder = save(tmp_path, backend)
+    ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert ours.decode(ours.encode(" Once")) == " Once"
+
+
+@needs_data
 def test_tokenizer_json_made_from_the_tiktoken_file_gives_the_same_ids(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # tiktoken's reader would leave a copy in the temporary folder
     converter = TikTokenConverter(
@@ -295,6 +308,14 @@ def test_bos_is_the_post_processors_unless_the_config_says_otherwise(tmp_path, o
     plain = tokenizer.encode("hello", bos=False)
     assert tokenizer.bos_id == bos_id
     assert tokenizer.encode("hello") == ([] if bos_id is None else [bos_id]) + plain
+
+
+def test_bos_is_found_where_the_vocabulary_lacks_most_letters(tmp_path):
+    backend = tokenizers.Tokenizer(models.BPE({"<bos>": 0, "0": 1}, []))
+    backend.add_special_tokens(["<bos>"])
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = post_processor("<bos> $A", ["<bos>"])
+    assert load_tokenizer(save(tmp_path, backend)).encode("0a0") == [0, 1, 1]
 
 
 @needs_data
