@@ -118,6 +118,15 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Module):
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -207,7 +216,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # which types its items as any Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -208,7 +208,8 @@ def train(
 
 SUMMARIES = {
     "demo": "A small Llama that writes Python: what every command of this project runs by default.",
-    "demo-draft": "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, same tokenizer.",
+    "demo-draft": "The draft of `checkpoints/demo` for speculative decoding: trained on its distribution, "
+    "same tokenizer.",
 }
 MODEL_CARD = """\
 # {title}

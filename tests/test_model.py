@@ -171,41 +171,50 @@ def test_setting_up_caches_again_forgets_the_text_before(hub_checkpoint: GetChec
 # Compiled
 
 
-@pytest.fixture(scope="module", params=[("biased", 1), ("biased", 2), ("biased", 5), ("mistral_window", 1)])
-def compiled(
-    request: pytest.FixtureRequest, hub_checkpoint: GetCheckpoint
-) -> Iterator[tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int]]:
-    family, size = request.param
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    reference: HubCheckpoint
+    model: Transformer
+    step: Callable[..., Tensor]
+    size: int  # S
+
+
+# Batch and new tokens: products of one and two rows are compiled otherwise than those of more, and so is attention.
+@pytest.fixture(
+    scope="module",
+    params=[("biased", 1, 1), ("biased", 1, 2), ("biased", 1, 5), ("mistral_window", 2, 1)],
+    ids=lambda param: f"{param[0]}-B{param[1]}-S{param[2]}",
+)
+def compiled(request: pytest.FixtureRequest, hub_checkpoint: GetCheckpoint) -> Iterator[Compiled]:
+    family, batch, size = request.param
+    whole = hub_checkpoint(family)
+    reference = dataclasses.replace(whole, tokens=whole.tokens[:batch], logits=whole.logits[:batch])
+    model = fresh_model(reference)
     torch._dynamo.reset()
-    model = fresh_model(hub_checkpoint(family))
-    yield hub_checkpoint(family), model, torch.compile(model, fullgraph=True, dynamic=False), size
+    yield Compiled(reference, model, torch.compile(model, fullgraph=True, dynamic=False), size)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fill", [0.0, torch.nan], ids=["zeros", "nan"])
-def test_compiled_decode_matches_transformers_whatever_unused_slots_hold(
-    compiled: tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int], fill: float
-) -> None:
-    reference, model, step, size = compiled
+def test_compiled_decode_matches_transformers_whatever_unused_slots_hold(compiled: Compiled, fill: float) -> None:
+    reference, model, size = compiled.reference, compiled.model, compiled.size
     for name, cache in model.named_buffers():
         if ".cache." in name:
             cache.fill_(fill)
     half = LENGTH // 2
     model(reference.tokens[:, :half], torch.arange(half))
     tokens = reference.tokens[:, half : half + 2 * size]
-    positions = torch.arange(half, half + 2 * size).expand(tokens.shape)
-    logits = [step(tokens[:, i : i + size], positions[:, i : i + size]) for i in (0, size)]
+    positions = [torch.arange(half + i, half + i + size).repeat(len(tokens), 1) for i in (0, size)]
+    logits = [compiled.step(*piece) for piece in zip(tokens.split(size, dim=1), positions, strict=True)]
     assert_close(torch.cat(logits, dim=1), reference.logits[:, half : half + 2 * size])
 
 
-def test_compiled_rows_at_their_own_positions_equal_eager(
-    compiled: tuple[HubCheckpoint, Transformer, Callable[..., Tensor], int],
-) -> None:
-    reference, model, step, size = compiled
-    positions = torch.tensor([3, 17, LENGTH - 5]).unsqueeze(-1) + torch.arange(size)
+def test_compiled_rows_at_their_own_positions_equal_eager(compiled: Compiled) -> None:
+    reference, model, size = compiled.reference, compiled.model, compiled.size
     tokens = reference.tokens[:, :size]
+    positions = torch.tensor([3, 17, LENGTH - 5])[: len(tokens), None] + torch.arange(size)
     outputs = []
-    for call in (model, step):
+    for call in (model, compiled.step):
         poison_(model)
         model(reference.tokens, torch.arange(LENGTH))
         outputs.append(call(tokens, positions))
