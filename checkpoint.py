@@ -227,13 +227,14 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
-def eos_token_ids(checkpoint_path: Path) -> tuple[int, ...]:
+def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     """Return every id that ends a text: generation_config.json's, else config.json's; () where neither has one."""
-    path = checkpoint_path / "generation_config.json"
+    folder = Path(checkpoint_path)
+    path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
-        path = checkpoint_path / "config.json"
-        ids = read_config(checkpoint_path).get("eos_token_id")
+        path = folder / "config.json"
+        ids = read_config(folder).get("eos_token_id")
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list) else [ids]

@@ -140,14 +140,18 @@ class RMSNorm(nn.Module):
 
 
 class KVCache(nn.Module):
-    """The keys and values of one layer, in slots numbered by position: [B, K, max_seq_length, D] each."""
+    """The keys and values of one layer, in slots numbered by position: [B, K, length, D] each.
+
+    One slot more is allocated than a text can fill, and never read: all slots would otherwise be a contiguous tensor
+    and the first ones not, which torch.compile takes for two cases and compiles apart.
+    """
 
     k: Tensor
     v: Tensor
 
     def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor):
         super().__init__()
-        shape = (batch_size, num_heads, length, head_dim)
+        shape = (batch_size, num_heads, length + 1, head_dim)
         self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
 
@@ -224,20 +228,16 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+        self.max_seq_length = config.max_position_embeddings
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV caches, in the embedding's dtype and device; what they held is forgotten."""
         config = self.config
+        self.max_seq_length = max_seq_length
         for block in self.layers:
             block.self_attn.cache = KVCache(
                 max_batch_size, config.num_key_value_heads, max_seq_length, config.head_dim, self.embed_tokens.weight
             )
-
-    @property
-    def max_seq_length(self) -> int:
-        """The number of cache slots, which is how far a text can grow."""
-        cache = self.layers[0].self_attn.cache
-        return self.config.max_position_embeddings if cache is None else cache.k.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -253,8 +253,8 @@ class Transformer(nn.Module):
         B, S = tokens.shape
         positions = positions.expand(B, S)
         if slots is None:
-            cache = self.layers[0].self_attn.cache
-            slots = torch.arange(S if cache is None else cache.k.shape[2], device=tokens.device)
+            cached = self.layers[0].self_attn.cache is not None
+            slots = torch.arange(self.max_seq_length if cached else S, device=tokens.device)
         mask = slots <= positions.unsqueeze(-1)  # [B, S, T]
         if self.config.sliding_window is not None:
             mask &= slots > positions.unsqueeze(-1) - self.config.sliding_window

@@ -153,6 +153,21 @@ def test_compiled_text_is_the_published_one_and_no_second_prompt_recompiles(stor
         assert ids == stories[90:110]
 
 
+@pytest.mark.parametrize("first", [1, 64, 69])
+def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(model, first):
+    """The sizes under which the graphs are made leave no trace: as many tokens as slots, a cache that gets full."""
+    torch._dynamo.reset()
+    steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
+    model.setup_caches(1, 70)
+    list(generate(model, [[1] * first], 2, GREEDY, **steps))
+    if first == 69:  # no room for a second token: decode was not needed
+        list(generate(model, [[1, 2]], 2, GREEDY, **steps))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (1, 3, 63, 64, 65, 68, 69):
+            prompt = [[i % 64 for i in range(length)]]
+            assert rows_of(generate(model, prompt, 99, GREEDY, **steps)) == rows_of(generate(model, prompt, 99, GREEDY))
+
+
 def test_a_seed_gives_the_same_ids_compiled_and_not(model, compiled_steps):
     def run(seed, **steps):
         generator = torch.Generator().manual_seed(seed)
@@ -274,10 +289,10 @@ def run_command(*arguments, **options):
 
 
 def test_no_argument_is_needed():
-    result = run_command("--seed", 1)
+    result = run_command()
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def ")
-    assert len(result.stdout) > 100
+    assert len(result.stdout) > len("def \n")
     assert "tok/s" in result.stderr
 
 

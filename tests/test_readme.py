@@ -39,7 +39,7 @@ def test_commands_run(command, tmp_path):
     assert result.stdout.strip()
 
 
-@pytest.mark.parametrize("command", [c for c in commands("") if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in commands("console") if c.startswith("python ")])
 def test_commands_that_need_a_model_have_the_options_they_name(command):
     _, script, *arguments = shlex.split(command)
     shown = subprocess.run(
