@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 
@@ -414,7 +415,8 @@ def load_model(
     shapes, read = model_tensors(path, dtype)
     with torch.device("meta"):
         model = Transformer(parse_config(raw))
-    state = {name: read(name).to(device) for name in shapes}
+    bar = tqdm(shapes, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=None)
+    state = {name: read(name).to(device) for name in bar}
     return assign_parameters(model, state, device)
 
 

@@ -381,7 +381,7 @@ def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path: Path) -> 
     held = peak_bytes(tmp_path / "model", tmp_path / "out") - peak_bytes(tmp_path / "tiny", tmp_path / "tiny-out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 230e6
     shutil.rmtree(tmp_path / "out")  # pytest would keep it for days
-    assert held < largest + 64e6, f"{held / 1e6:.0f} MB, where the largest tensor has {largest / 1e6:.0f} MB"
+    assert held < largest + 110e6, f"{held / 1e6:.0f} MB, where the largest tensor has {largest / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
