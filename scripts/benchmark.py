@@ -1,6 +1,6 @@
 """Measure decoding on random weights against the memory roof of the same machine, and draw the result.
 
-    python scripts/benchmark.py --config checkpoints/demo/config.json --device cpu
+    python scripts/benchmark.py --config configs/tinyllama-1.1b.json --device cpu
 
 The roof comes first (a streaming read, a matrix product), then each rung after a warm-up, in turns: A B A B. What is
 finished is written at once to results/<date>_<hardware>_<name>.json, so that an interrupted run keeps it.
