@@ -400,10 +400,13 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
     elif tokenizer is None:
         raise ValueError(f"{args.checkpoint_path} has no tokenizer; give --prompt_length instead of a text")
     else:
-        texts = args.prompt_file.read_text(encoding="utf-8").splitlines() if args.prompt_file else args.prompt
-        if texts == []:
-            raise ValueError(f"--prompt_file {args.prompt_file} is empty")
-        prompts = [tokenizer.encode(text) for text in texts or ["def "]]
+        texts = args.prompt or ["def "]
+        if args.prompt_file:
+            text = args.prompt_file.read_text(encoding="utf-8")
+            if not text:
+                raise ValueError(f"--prompt_file {args.prompt_file} is empty")
+            texts = text.removesuffix("\n").split("\n")
+        prompts = [tokenizer.encode(text) for text in texts]
     for ids in prompts:
         if not ids:
             raise ValueError("the prompt is empty and the tokenizer has no BOS token; give a --prompt")

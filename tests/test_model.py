@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model, parse_config, read_config
-from model import Transformer
+from model import Transformer, linear
 from tests.conftest import FAMILIES, LENGTH, HubCheckpoint, shared_data
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
@@ -219,6 +219,17 @@ def test_compiled_rows_at_their_own_positions_equal_eager(compiled: Compiled) ->
         model(reference.tokens, torch.arange(LENGTH))
         outputs.append(call(tokens, positions))
     assert_close(outputs[1], outputs[0], 1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 172, 4096, 4099, 5632, 11008, 28672])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_product_equals_eager_at_every_size(size: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, rows, size, generator=generator), torch.randn(24, size, generator=generator)
+    bias = torch.randn(24, generator=generator)
+    torch._dynamo.reset()
+    y = torch.compile(linear, fullgraph=True, dynamic=False)(x, weight, bias)
+    torch.testing.assert_close(y, linear(x, weight, bias), atol=1e-3, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
