@@ -10,7 +10,6 @@ goes to stdout as it is made, all else to stderr.
 import argparse
 import contextlib
 import json
-import os
 import resource
 import secrets
 import statistics
@@ -28,13 +27,15 @@ import torch
 from torch import Tensor
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
-from cli import ArgumentParser, number, user_errors
+from cli import ArgumentParser, number, user_errors, write_whole
 from model import MAX_REDUCTION_ROWS, ModelConfig, Transformer
 from tokenizer import TextStream, Tokenizer, load_tokenizer
 
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
 # the vector width.
 SLOTS_STEP = 64
+# What fp32 takes for a positive number, where a user's is so small that it would become 0.
+TINY = 1e-30
 # Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
 PREFILL_CHUNK = 2048
 
@@ -57,14 +58,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     The filters come in the order `transformers` has them: top-k, top-p, min-p.
     """
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, TINY)
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[..., -1:]
         logits = torch.where(logits < smallest, -torch.inf, logits)
     p = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, ids = p.sort(dim=-1, descending=True)
-        kept = ordered.cumsum(dim=-1) - ordered < sampling.top_p  # the likeliest always is
+        kept = ordered.cumsum(dim=-1) - ordered < max(sampling.top_p, TINY)  # the likeliest always is
         p = torch.zeros_like(p).scatter(-1, ids, torch.where(kept, ordered, 0))
     if sampling.min_p > 0:
         p = torch.where(p < sampling.min_p * p.amax(dim=-1, keepdim=True), 0, p)
@@ -108,19 +110,23 @@ def decode(
 
 
 def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    """Compile prefill or decode: one graph for every prompt length, position and number of slots.
+    """Compile prefill or decode: one graph for every prompt length and position.
 
-    mode: torch.compile's; "reduce-overhead" replays decode as a CUDA graph.
+    Another batch size or set of filters makes another graph, and so do more than 4,096 slots, over which inductor sums
+    in another way. mode: torch.compile's; "reduce-overhead" replays decode as a CUDA graph.
     """
     graph = torch.compile(step, fullgraph=True, mode=mode)
 
     def call(
         model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
     ) -> Any:
-        for tensor in (tokens, positions) * (step is prefill):
-            torch._dynamo.mark_dynamic(tensor, 1)
+        if tokens.ndim == 2:  # prefill: any number of columns
+            torch._dynamo.mark_dynamic(tokens, 1)
+            torch._dynamo.mark_dynamic(positions, 1)
         torch._dynamo.mark_dynamic(slots, 0)
-        return graph(model, tokens, positions, slots, sampling, noise)
+        result = graph(model, tokens, positions, slots, sampling, noise)
+        # The next replay of a CUDA graph writes over its outputs.
+        return tuple(tensor.clone() for tensor in result) if mode and tokens.ndim == 1 else result
 
     return call
 
@@ -150,7 +156,13 @@ def prompt_chunks(prompts: list[list[int]], start: int, device: torch.device) ->
     first = first if first >= shortest else first + PREFILL_CHUNK
     bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
     for begin, end in pairwise(bounds):
-        yield tokens[:, begin:end], positions[:, begin:end], start + end
+        # Copies, since a compiled prefill would take a slice's strides for another case.
+        piece = slice(begin, end)
+        yield copy_of(tokens[:, piece]), copy_of(positions[:, piece]), start + end
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[int]]:
@@ -168,7 +180,7 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[int]]:
             in_flight.append((ids, None))
         else:
             on_host = ids.to("cpu", non_blocking=True)
-            in_flight.append((on_host, torch.accelerator.current_stream().record_event()))
+            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
         if len(in_flight) > lag:
             yield read()
     while in_flight:
@@ -256,15 +268,15 @@ class Row:
         self.tokens += ids
         self.arrivals.append(time.perf_counter())
         if ids[-1] in eos_ids:
-            return self.finish("eos", ids)
+            return self.finish("eos")
         return self._release(self.stream.push(ids) if self.stream else "")
 
-    def finish(self, reason: str, ids: list[int] | None = None) -> str:
+    def finish(self, reason: str) -> str:
         """End the row, for `reason` unless it has ended already; return the rest of its text."""
         if self.finish_reason:
             return ""
         self.finish_reason = reason
-        return self._release(self.stream.push(ids or []) + self.stream.flush() if self.stream else "", last=True)
+        return self._release(self.stream.flush() if self.stream else "", last=True)
 
     def _release(self, piece: str, last: bool = False) -> str:
         self.held += piece
@@ -317,7 +329,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo", metavar="DIR",
                       help="a folder from the Hub, or a converted one (checkpoints/demo)")  # fmt: skip
     source = what.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat: a batch of prompts ('def ')")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat: a batch of prompts ('def')")
     source.add_argument("--prompt_file", type=Path, metavar="FILE", help="a batch of prompts, one a line")
     source.add_argument("--prompt_length", type=number(int, 1), metavar="N", help="a prompt of N random tokens")
     what.add_argument("--max_new_tokens", type=number(int, 0), default=200, metavar="N", help="per row (200)")
@@ -362,22 +374,32 @@ class Job:
     sampling: Sampling
 
 
+def check_device(name: str) -> None:
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name} is not supported; cpu and cuda are")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def check(args: argparse.Namespace) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
     raw = read_config(args.checkpoint_path)
     config = parse_config(raw)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    for path in filter(None, (args.metrics_path, args.profile)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: {path.parent} is not a folder")
+    check_device(args.device)
+    for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that exists")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; give the text to end before")
     try:
         tokenizer = load_tokenizer(args.checkpoint_path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if not args.prompt_length:
-            raise
+            raise ValueError(f"{error}; or give --prompt_length for a prompt of random tokens") from None
+        if args.stop:
+            raise ValueError(f"--stop needs a tokenizer: {error}") from None
         tokenizer = None
     prompts = read_prompts(args, tokenizer, config)
     batch_size = args.batch_size or len(prompts)
@@ -392,20 +414,24 @@ def check(args: argparse.Namespace) -> Job:
     )
 
 
+def read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_file {path} is not UTF-8: {error}") from None
+    if not text:
+        raise ValueError(f"--prompt_file {path} is empty")
+    return text.removesuffix("\n").split("\n")  # splitlines would cut at form feeds too
+
+
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
     """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
     if args.prompt_length:
         generator = torch.Generator().manual_seed(args.seed)
         prompts = [torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()]
-    elif tokenizer is None:
-        raise ValueError(f"{args.checkpoint_path} has no tokenizer; give --prompt_length instead of a text")
     else:
-        texts = args.prompt or ["def "]
-        if args.prompt_file:
-            text = args.prompt_file.read_text(encoding="utf-8")
-            if not text:
-                raise ValueError(f"--prompt_file {args.prompt_file} is empty")
-            texts = text.removesuffix("\n").split("\n")
+        assert tokenizer is not None
+        texts = read_lines(args.prompt_file) if args.prompt_file else args.prompt or ["def"]
         prompts = [tokenizer.encode(text) for text in texts]
     for ids in prompts:
         if not ids:
@@ -430,7 +456,9 @@ def bytes_per_step(model: Transformer, rows: list[Row]) -> int:
     return int(weights + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows))
 
 
-def run_sample(job: Job, prompts: list[list[int]], stops: list[str], new_ids: Iterator[list[list[int]]]) -> list[Row]:
+def run_sample(
+    job: Job, prompts: list[list[int]], stops: list[str], max_new_tokens: int, new_ids: Iterator[list[list[int]]]
+) -> list[Row]:
     """Print a batch's text, as it comes for one row and row by row for several; return the rows."""
     rows = [Row(ids, TextStream(job.tokenizer, ids) if job.tokenizer else None, stops) for ids in prompts]
 
@@ -446,11 +474,11 @@ def run_sample(job: Job, prompts: list[list[int]], stops: list[str], new_ids: It
         if all(row.finish_reason for row in rows):
             break
     for row in rows:
-        full = len(row.prompt_ids) + len(row.tokens) >= job.config.max_position_embeddings
-        show(row.finish("context" if full else "length"))
-    show("\n")
-    if len(rows) > 1 and job.tokenizer:
-        for row in rows:
+        show(row.finish("length" if len(row.tokens) >= max_new_tokens else "context"))
+    if job.tokenizer:
+        show("\n")
+        for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
+            print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
             print(job.tokenizer.decode(row.prompt_ids) + row.text, flush=True)
     return rows
 
@@ -466,6 +494,8 @@ def report_rows(rows: list[Row], config: ModelConfig) -> None:
         if metrics["decode_tokens_per_s"]:
             line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"
         print(line, file=sys.stderr)
+    if len(rows) > 1 and (rate := sum(row.decode_tokens_per_s or 0 for row in rows)):
+        print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
 
 
 def run_metrics(samples: list[list[Row]], model: Transformer, job: Job, args: argparse.Namespace) -> dict[str, Any]:
@@ -475,13 +505,15 @@ def run_metrics(samples: list[list[Row]], model: Transformer, job: Job, args: ar
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
         name, peak = args.device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step_bytes = bytes_per_step(model, samples[-1])
-    rates = [rate for rows in samples if (rate := max(row.decode_tokens_per_s or 0 for row in rows))]
+    step_bytes = [bytes_per_step(model, rows) for rows in samples]
+    # The row that ran longest saw every step of its batch.
+    rates = [max(rows, key=lambda row: len(row.tokens)).decode_tokens_per_s for rows in samples]
+    bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
     return {
         "samples": [row.metrics() for rows in samples for row in rows],
         "weight_bytes": model.weight_bytes,
-        "bytes_per_step": step_bytes,
-        "bandwidth_gb_per_s": statistics.median(rates) * step_bytes / 1e9 if rates else None,
+        "bytes_per_step": int(statistics.median(step_bytes)),
+        "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,
         "peak_memory_bytes": peak,
         "device": name,
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -512,8 +544,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.compile or args.compile_prefill:
         print("compiling ...", file=sys.stderr)
-        for _ in launch(job.batches[0], 2):
-            pass
+        for prompts in {len(batch): batch for batch in job.batches}.values():
+            for start in {0, job.max_seq_length - max(map(len, prompts)) - 2}:  # few slots, and all: see `compiled`
+                for _ in launch(prompts, 2, start=max(0, start)):
+                    pass
     ready = time.perf_counter()
 
     generator.manual_seed(args.seed)
@@ -521,9 +555,8 @@ def run(args: argparse.Namespace) -> None:
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches)
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            samples.append(
-                run_sample(job, prompts, args.stop, launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids))
-            )
+            new_ids = launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids)
+            samples.append(run_sample(job, prompts, args.stop, args.max_new_tokens, new_ids))
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
         report_rows(samples[-1], job.config)
@@ -536,9 +569,7 @@ def run(args: argparse.Namespace) -> None:
         line += f"; {metrics['bandwidth_gb_per_s']:.1f} GB/s read while decoding"
     print(line + f"; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB", file=sys.stderr)
     if args.metrics_path:
-        temporary = args.metrics_path.with_name(f".{args.metrics_path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-        temporary.replace(args.metrics_path)
+        write_whole(args.metrics_path, json.dumps(metrics, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,8 +79,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.shape[:-1].numel()
-    if not torch.compiler.is_compiling() or rows > MAX_REDUCTION_ROWS:
+    if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
+    if rows > MAX_REDUCTION_ROWS:
+        # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
+        y = F.linear(x, weight)
+        return y if bias is None else y + bias
     # as_strided has x computed once, before the product: inductor would else compute it again for every output.
     x = x.contiguous()
     x = x.as_strided(x.shape, x.stride())
@@ -263,8 +267,15 @@ class Transformer(nn.Module):
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""
         B, S = tokens.shape
         positions = positions.expand(B, S)
+        cached = self.layers[0].self_attn.cache is not None
+        # A read on the host: only where it stalls nothing.
+        if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = int(positions.max())
+            if last >= self.max_seq_length:
+                raise ValueError(
+                    f"position {last} is outside the caches of {self.max_seq_length} slots; set up longer ones"
+                )
         if slots is None:
-            cached = self.layers[0].self_attn.cache is not None
             slots = torch.arange(self.max_seq_length if cached else S, device=tokens.device)
         mask = slots <= positions.unsqueeze(-1)  # [B, S, T]
         if self.config.sliding_window is not None:
@@ -279,7 +290,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.
 
-        tokens [B, S] ids. positions [S] or [B, S]: where they stand; without caches always 0 to S - 1.
+        tokens [B, S] ids. positions [S] or [B, S]: where they stand, below max_seq_length; without caches always 0 to
+        S - 1.
         slots: arange(T), the cache slots to attend to, T above every position; by default the whole cache.
         A step's cost follows T. Returns [B, S, V] in the model's dtype.
         """

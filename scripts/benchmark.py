@@ -10,7 +10,6 @@ import argparse
 import datetime
 import itertools
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import DTYPES, parse_config, parse_dtype, random_model, read_json
-from cli import ArgumentParser, number, user_errors
+from cli import ArgumentParser, number, user_errors, write_whole
 from generate import Sampling, compiled, decode, generate, prefill, visible_slots
 from model import Transformer
 
@@ -148,12 +147,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def summary(rung: Rung, report: dict[str, Any]) -> dict[str, Any]:
     median = statistics.median(rung.samples)
     entry = {"group": rung.group, "name": rung.name, "unit": rung.unit, "median": median, "samples": rung.samples}
@@ -198,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
             report["rungs"].append(entry)
             share = f", {entry['share_of_roof']:.0%} of the roof" if "share_of_roof" in entry else ""
             bar.write(f"{rung.name:36} {entry['median']:9.2f} {rung.unit}{share}", file=sys.stdout)
-        write(report, path)
+        write_whole(path, json.dumps(report, indent=1) + "\n")
     bar.close()
     draw(report, path.with_suffix(".svg"))
     print(f"wrote {path} and {path.with_suffix('.svg').name}", file=sys.stderr)
@@ -207,7 +200,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a config.json; the weights are random")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the config's own")
     parser.add_argument("--samples", type=number(int, 1), default=5, help="of each rung (5)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=64, help="in a decode sample (64)")
@@ -215,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         "--prefill", type=number(int, 1), nargs="*", default=[128, 512], help="prompt lengths (128 512)"
     )
     parser.add_argument("--name", default="decode", help="what the result file is called (decode)")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
     args = parser.parse_args(argv)
     with user_errors():
         run(args)
