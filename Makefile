@@ -3,7 +3,7 @@ PYTHON ?= python3
 .PHONY: demo check
 # Make the environment and write text with the demo.
 demo: .venv/user
-	.venv/bin/python generate.py
+	.venv/bin/python generate.py --seed 23
 
 # Make the environment and check everything: style, types, tests.
 check: .venv/dev

@@ -138,7 +138,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     drawn = axes.barh([b["name"] for b in bars], [b["median"] for b in bars], color="#4878a8", height=0.6)
     axes.bar_label(drawn, [f" {b['median']:.1f}" for b in bars])
     axes.axvline(roof, color="#b04030", linestyle="--")
-    axes.annotate("memory roof", (roof, len(bars) - 0.45), color="#b04030", ha="right", fontsize=8)
+    axes.annotate("memory roof", (roof, 1.02), xycoords=("data", "axes fraction"), color="#b04030", ha="center")
     axes.set_xlim(0, roof * 1.12)
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, {report['config']}, {report['dtype']}, batch 1, {report['hardware']}")
