@@ -129,7 +129,7 @@ def shared_data(name: str) -> Path:
     return path
 
 
-def run_command(script: str, *args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run one of the repository's commands as its user would."""
     return subprocess.run(
         [sys.executable, str(REPO / script), *map(str, args)],
@@ -137,7 +137,7 @@ def run_command(script: str, *args: str | Path, cwd: Path, **env: str) -> subpro
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

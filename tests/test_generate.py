@@ -14,6 +14,7 @@ import generate as generate_module
 from checkpoint import load_model
 from generate import PREFILL_CHUNK, Row, Sampling, compiled, decode, generate, held_back, prefill, probabilities, sample
 from model import ModelConfig, Transformer
+from tests import conftest
 from tokenizer import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,9 +302,8 @@ def test_held_back_is_the_longest_beginning_of_a_stop():
 # The command
 
 
-def run_command(*arguments, **options):
-    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False, **options)
+def run_command(*arguments, **environment):
+    return conftest.run_command("generate.py", *arguments, cwd=ROOT, **environment)
 
 
 def test_no_argument_is_needed():
@@ -366,7 +366,7 @@ def test_a_batch_prints_each_row_as_its_own_run_would(tmp_path):
 def test_batches_of_every_size_are_compiled_before_the_clock_starts(tmp_path):
     (tmp_path / "prompts.txt").write_text("def\nimport\nclass")
     options = ("--prompt_file", tmp_path / "prompts.txt", "--batch_size", 2, "--max_new_tokens", 8, "--compile")
-    result = run_command(*options, env={**os.environ, "TORCH_LOGS": "recompiles"})
+    result = run_command(*options, TORCH_LOGS="recompiles")
     assert result.returncode == 0, result.stderr
     assert "Recompiling" in result.stderr  # the second size is another graph
     assert result.stderr.rindex("Recompiling") < result.stderr.index("tokens, ended by")
