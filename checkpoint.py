@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from quantize import Scheme, parse_scheme, quantize_linears_, repack_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -37,10 +38,17 @@ SAFETENSORS_DTYPES = {
     torch.int64: "I64",
 }
 
-# What a weight may be stored as; anything else is quantized, and its bare values are not the weight.
-WEIGHT_DTYPES = {*DTYPES.values(), torch.float64}
+# What a weight may be stored as to be cast to the run dtype; codes of a quantized weight are never cast.
+FLOAT_DTYPES = {*DTYPES.values(), torch.float64}
+Spec = tuple[torch.dtype, torch.Size]  # of a tensor
 # Far above any real model: what is larger is a slip that would exhaust the memory or overflow a tensor's size.
 MAX_COUNT, MAX_SIZE = 2**12, 2**24
+
+# What stands beside the weights and goes with them into another form.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "vocab.json", "merges.txt", "README*", "LICENSE*", "USE_POLICY*",
+)  # fmt: skip
 
 # What `transformers` assumes where a family's config.json is silent.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -353,23 +361,30 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def hub_tensor(files: TensorFiles, config: ModelConfig, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Read the model's parameter `name`, of `shape`, from its Hub tensors."""
+def hub_tensor(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Tensor:
+    """Read the model's parameter `name` from its Hub tensors."""
+    dtype, shape = spec
     parts = []
     for part, rows in zip(hub_names(name), part_rows(name, config, shape[0]), strict=True):
-        parts.append(checked_tensor(files, part, torch.Size([rows, *shape[1:]])).to(dtype))
+        parts.append(checked_tensor(files, part, (dtype, torch.Size([rows, *shape[1:]]))))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def checked_tensor(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
+def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
+    """Read a tensor; floats are cast to the dtype of `spec`, codes must have it."""
     tensor = files.get(name)
-    if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
-        raise ValueError(f"{files.path}: tensor {name} is {tensor.dtype}; quantized weights are not supported")
+    dtype, shape = spec
+    if (tensor.dtype != dtype and not {tensor.dtype, dtype} <= FLOAT_DTYPES) or tensor.layout != torch.strided:
+        expected = "floats" if dtype in FLOAT_DTYPES else str(dtype)
+        raise ValueError(
+            f"{files.path}: tensor {name} is {tensor.dtype}, expected {expected}; "
+            "of quantized weights only those that quantize.py wrote are supported"
+        )
     if tensor.shape != shape:
         raise ValueError(
             f"{files.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
         )
-    return tensor
+    return tensor.to(dtype)
 
 
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
@@ -383,23 +398,37 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
             raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
 
 
+def meta_model(raw_config: dict[str, Any]) -> Transformer:
+    """Make the model that config.json describes, on the meta device: shapes without memory."""
+    scheme = parse_scheme(raw_config.get("quantization"))
+    if scheme is not None and raw_config.get("layout") != "fused":
+        raise ValueError(f"config.json: quantization with layout {raw_config.get('layout')!r}, expected 'fused'")
+    with torch.device("meta"):
+        model = Transformer(parse_config(raw_config))
+        if scheme is not None:
+            quantize_linears_(model, scheme)
+    return model
+
+
+def tensor_specs(model: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
+    """Return what each parameter of a meta model is stored as: fp32 ones in `dtype`, codes and scales in their own."""
+    return {name: (dtype if p.dtype == torch.float32 else p.dtype, p.shape) for name, p in model.named_parameters()}
+
+
 def model_tensors(
     checkpoint_path: Path, dtype: torch.dtype, allow_pickle: bool = False
-) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
-    """Return the model's parameters' shapes and the function that reads one, from either layout."""
+) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
+    """Return the specs of the model's parameters and the function that reads one, from either layout."""
     raw = read_config(checkpoint_path)
-    config = parse_config(raw)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Transformer(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+    model = meta_model(raw)
+    specs = tensor_specs(model, dtype)
     files = TensorFiles(checkpoint_path, allow_pickle)
     if raw.get("layout") == "fused":
-        check_names(files, shapes)
-        return shapes, lambda name: checked_tensor(files, name, shapes[name]).to(dtype)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    check_names(files, [part for name in shapes for part in hub_names(name)], tied)
-    return shapes, lambda name: hub_tensor(files, config, name, shapes[name], dtype)
+        check_names(files, specs)
+        return specs, lambda name: checked_tensor(files, name, specs[name])
+    tied = ["lm_head.weight"] if model.tied else []
+    check_names(files, [part for name in specs for part in hub_names(name)], tied)
+    return specs, lambda name: hub_tensor(files, model.config, name, specs[name])
 
 
 def load_model(
@@ -412,36 +441,49 @@ def load_model(
     path = Path(checkpoint_path)
     raw = read_config(path)
     dtype = parse_dtype(raw) if dtype is None else dtype
-    shapes, read = model_tensors(path, dtype)
-    with torch.device("meta"):
-        model = Transformer(parse_config(raw))
-    bar = tqdm(shapes, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=None)
+    specs, read = model_tensors(path, dtype)
+    bar = tqdm(specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=None)
     state = {name: read(name).to(device) for name in bar}
-    return assign_parameters(model, state, device)
+    return assign_parameters(meta_model(raw), state, device)
 
 
 def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str | torch.device) -> Transformer:
     """Give a model made on the meta device its parameters; the tied head and the buffers follow."""
-    if model.config.tie_word_embeddings:
-        state = {**state, "lm_head.weight": state["embed_tokens.weight"]}
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
+    tied = model.tied
+    model.load_state_dict({**state, "lm_head.weight": state["embed_tokens.weight"]} if tied else state, assign=True)
+    if tied:
         model.lm_head.weight = model.embed_tokens.weight
     model.inv_freq = rope_frequencies(model.config).to(device)
+    repack_(model)
     return model.eval().requires_grad_(False)
 
 
 def random_model(
-    config: ModelConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: ModelConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    scheme: Scheme | None = None,
 ) -> Transformer:
-    """Make a model with random weights: for speed work."""
+    """Make a model with random weights, quantized by `scheme`: for speed work."""
     with torch.device("meta"):
         model = Transformer(config)
+        if scheme is not None:
+            quantize_linears_(model, scheme)
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
-    for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        state[name] = value.fill_(1) if name.endswith("norm.weight") else value.normal_(0, 0.02, generator=generator)
+    for name, (kind, shape) in tensor_specs(model, dtype).items():
+        value = torch.empty(shape, dtype=kind, device=device)
+        if kind in (torch.int8, torch.uint8):
+            info = torch.iinfo(kind)
+            value.random_(info.min, info.max + 1, generator=generator)
+        elif name.endswith("norm.weight"):
+            value.fill_(1)
+        elif name.endswith(".scales"):
+            value.fill_(0.001)
+        else:
+            value.normal_(0, 0.02, generator=generator)
+        state[name] = value
     return assign_parameters(model, state, device)
 
 
@@ -449,9 +491,7 @@ def random_model(
 # Writing
 
 
-def write_safetensors(
-    path: Path, specs: dict[str, tuple[torch.dtype, torch.Size]], read: Callable[[str], Tensor]
-) -> None:
+def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], Tensor]) -> None:
     """Write the tensors that `read` returns, one in memory at a time. Format: the safetensors README."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -508,6 +548,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sibling(path: Path, suffix: str) -> Path:
+    """Return the folder beside `path` whose name has `suffix` too."""
+    if path.name in ("", ".."):  # "." and "..", which do not say what the folder is called
+        path = path.resolve()
+    return path.with_name(path.name + suffix)
+
+
+def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
+    """Write config.json of the fused layout into the folder `path`, and copy what stood beside the weights."""
+    raw_config = {key: value for key, value in raw_config.items() if key != "torch_dtype"}
+    raw_config |= {"dtype": str(dtype).removeprefix("torch."), "layout": "fused"}
+    (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+    for pattern in COMPANIONS:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(file, path / file.name)
 
 
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:

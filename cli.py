@@ -43,6 +43,29 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_text(option: str, path: Path) -> str:
+    """Read the file that `option` names. Raises ValueError where it is empty or not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8: {error}") from None
+    if not text:
+        raise ValueError(f"{option} {path} is empty")
+    return text
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError where --device `name` is not one that works here."""
+    import torch  # here, since not every command needs it
+
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name} is not supported; cpu and cuda are")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:
     """Make an argparse type for int or float from low (excluded if `above`) to high."""
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
 from cli import ArgumentParser, number, user_errors, write_whole
-from model import MAX_REDUCTION_ROWS, ModelConfig, Transformer
+from model import ModelConfig, Transformer
+from quantize import MAX_KERNEL_ROWS
 from tokenizer import TextStream, Tokenizer, load_tokenizer
 
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
@@ -146,7 +147,7 @@ def prompt_chunks(prompts: list[list[int]], start: int, device: torch.device) ->
     Rows end together. A shorter one is filled up at its left with its own first token at its own first position,
     which only writes that slot once more. So are very short prompts, which would be compiled apart.
     """
-    shortest = MAX_REDUCTION_ROWS + 1
+    shortest = MAX_KERNEL_ROWS + 1
     length = max(shortest, *map(len, prompts))
     tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
     columns = torch.arange(length, device=device)

@@ -259,14 +259,22 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight.device
 
     @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding table; a quantized head never is."""
+        return self.lm_head.weight is self.embed_tokens.weight
+
+    @property
     def weight_bytes(self) -> int:
         """The bytes of all weights; a tied head counts once."""
         return sum(p.nbytes for p in self.parameters())
 
-    def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""
-        B, S = tokens.shape
-        positions = positions.expand(B, S)
+    @property
+    def step_weight_bytes(self) -> int:
+        """The bytes of weights that a decode step reads: all but the embedding table, unless that is the head."""
+        return self.weight_bytes - (0 if self.tied else self.embed_tokens.weight.nbytes)
+
+    def block_context(self, positions: Tensor, slots: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return what all blocks share at positions [B, S]: cos and sin, the positions, and the mask over the slots."""
         cached = self.layers[0].self_attn.cache is not None
         # A read on the host: only where it stalls nothing.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -276,15 +284,19 @@ class Transformer(nn.Module):
                     f"position {last} is outside the caches of {self.max_seq_length} slots; set up longer ones"
                 )
         if slots is None:
-            slots = torch.arange(self.max_seq_length if cached else S, device=tokens.device)
+            slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         mask = slots <= positions.unsqueeze(-1)  # [B, S, T]
         if self.config.sliding_window is not None:
             mask &= slots > positions.unsqueeze(-1) - self.config.sliding_window
         angles = positions[:, :, None, None] * self.inv_freq  # [B, S, 1, D/2]
-        cos, sin = angles.cos(), angles.sin()
+        return angles.cos(), angles.sin(), positions, mask
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""
+        context = self.block_context(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos, sin, positions, mask)
+            x = block(x, *context)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -6,8 +6,6 @@ Reads safetensors and .bin weights (pickles with `weights_only=True`), one tenso
 its name only when it is whole.
 """
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,14 +13,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, model_tensors, new_folder, parse_dtype, read_config, write_safetensors
+from checkpoint import (
+    DTYPES,
+    model_tensors,
+    new_folder,
+    parse_dtype,
+    read_config,
+    sibling,
+    write_fused_config,
+    write_safetensors,
+)
 from cli import ArgumentParser, user_errors
-
-# What stands beside the weights and is taken over as it is.
-COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "vocab.json", "merges.txt", "README*", "LICENSE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = None) -> None:
@@ -34,24 +35,12 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
     dtype = DTYPES[dtype_name] if dtype_name else parse_dtype(raw)
-    shapes, read = model_tensors(checkpoint_dir, dtype, allow_pickle=True)
+    specs, read = model_tensors(checkpoint_dir, dtype, allow_pickle=True)
     with new_folder(output_dir) as folder:
-        with tqdm(total=len(shapes), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
-            specs = {name: (dtype, shape) for name, shape in shapes.items()}
+        with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
             write_safetensors(folder / "model.safetensors", specs, lambda name: (bar.update(), read(name))[1])
-        raw = {k: v for k, v in raw.items() if k != "torch_dtype"}
-        raw |= {"dtype": str(dtype).removeprefix("torch."), "layout": "fused"}
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        for pattern in COMPANIONS:
-            for file in filter(Path.is_file, checkpoint_dir.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+        write_fused_config(checkpoint_dir, raw, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
-
-
-def default_output(checkpoint_dir: Path) -> Path:
-    if checkpoint_dir.name in ("", ".."):  # "." and "..", which do not say what the folder is called
-        checkpoint_dir = checkpoint_dir.resolve()
-    return checkpoint_dir.with_name(checkpoint_dir.name + "-converted")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     args = parser.parse_args(argv)
     with user_errors():
-        convert(args.checkpoint_dir, args.output_dir or default_output(args.checkpoint_dir), args.dtype)
+        convert(args.checkpoint_dir, args.output_dir or sibling(args.checkpoint_dir, "-converted"), args.dtype)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What the tests share: tiny random models of every family, made by `transformers`, and the commands as processes."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,20 @@ def assert_user_error(result: subprocess.CompletedProcess[str], *fragments: str 
     assert result.stderr.splitlines()[-1] == errors[0], result.stderr
     for fragment in fragments:
         assert str(fragment) in errors[0]
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: int) -> Iterator[Path]:
+    """Mount a file system of so many bytes."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

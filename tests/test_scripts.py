@@ -1,6 +1,5 @@
 """The converter and the downloader, run as their users run them; the Hub is a server of this process."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from checkpoint import load_model, read_config
 from scripts.convert_hf_checkpoint import convert, main
-from tests.conftest import FAMILIES, LENGTH, REPO, HubCheckpoint, assert_user_error, run_command
+from tests.conftest import FAMILIES, LENGTH, REPO, HubCheckpoint, assert_user_error, run_command, small_disk
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 CONVERT, DOWNLOAD = "scripts/convert_hf_checkpoint.py", "scripts/download.py"
@@ -283,23 +282,6 @@ def test_sparse_and_quantized_tensors_of_a_bin_file_are_refused_by_name(tmp_path
         torch.save(tensors, path / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is "):
             convert(path, tmp_path / "out")
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """Mount a file system of so many bytes."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.parametrize("room_for_weights", [False, True])

@@ -1,0 +1,158 @@
+"""GPTQ: int4 codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
+
+`quantize.py --mode int4-gptq` is the command. It walks the model block by block: in memory are one block, the sums
+x x^T of its linears' inputs, and the hidden states of the calibration text.
+"""
+
+import argparse
+import sysconfig
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cli import read_text
+from model import Block, ModelConfig, Transformer, rope_frequencies
+from quantize import Encode, encode_int4, group_parameters, linears
+from tokenizer import load_tokenizer
+
+# Columns that are rounded before the rest of the matrix is brought up to date (section 3.3, step 2).
+BLOCK_SIZE = 128
+# The default calibration text: modules of the standard library that the demo was not trained on.
+CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
+
+
+def gptq(weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose codes, scales and zeros as `quantize_int4` does, but to keep the products with the calibration inputs.
+
+    hessian [K, K]: the sum of x x^T over those inputs. Column by column, the error of rounding one is made up for by
+    those not yet rounded (algorithm 1). act_order: the columns with the largest inputs first,
+    each in the group that it has by its place.
+    """
+    K = weight.shape[1]
+    scales, zeros = group_parameters(weight, group_size)
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
+    factor = inverse_factor(hessian[order][:, order])
+    columns = weight.float().t()[order]  # [K, N]: each column of the weight lies whole in memory
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    places = order.tolist()
+    for begin in range(0, K, BLOCK_SIZE):
+        end = min(begin + BLOCK_SIZE, K)
+        errors = torch.empty_like(columns[begin:end])
+        for i in range(begin, end):
+            group = places[i] // group_size
+            if not act_order and i % group_size == 0:  # by now the group has taken over the errors before it
+                span = group_parameters(columns[i : i + group_size].t(), group_size)
+                scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
+            scale, zero = scales[:, group].float(), zeros[:, group].float()
+            codes[i] = encode_int4(columns[i], scale, zero)
+            error = (columns[i] - (codes[i].float() - 8) * scale - zero) / factor[i, i]
+            columns[i + 1 : end] -= factor[i, i + 1 : end, None] * error
+            errors[i - begin] = error
+        columns[end:] -= factor[begin:end, end:].t() @ errors
+    return codes[order.argsort()].t(), scales, zeros
+
+
+def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    """Return the upper triangular U with U^T U = H^-1, where `damping` of its mean was added to the diagonal of H.
+
+    Inputs that are few or depend on each other leave H singular: more is added until it can be inverted.
+    """
+    mean = hessian.diagonal().mean().clamp(min=1e-6)
+    if not mean.isfinite():
+        raise ValueError("the calibration text gives activations that are not finite; run in --dtype float32?")
+    while True:
+        damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+        damping *= 10
+
+
+class Calibration:
+    """The hidden states of a calibration text on their way through a model, block by block."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        table: Tensor,
+        windows: Tensor,
+        act_order: bool = False,
+        tick: Callable[[], Any] = lambda: None,
+    ):
+        """model: on the meta device. table: its embedding [V, E]. windows [num, S]: token ids.
+
+        `tick` is called each time that a window has passed a block, which each does twice.
+        """
+        self.act_order, self.tick = act_order, tick
+        x = torch.nn.functional.embedding(windows.to(table.device), table)
+        self.hidden = list(x.split(1))  # [1, S, E] each
+        positions = torch.arange(windows.shape[1], device=table.device)
+        model.inv_freq = rope_frequencies(model.config).to(table.device)
+        self.context = model.block_context(positions.unsqueeze(0))
+
+    def encoders(self, block: Block) -> dict[str, Encode]:
+        """Run the text into `block`; return by name of its linears what chooses their codes."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.flatten(0, 1).float()
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            sums[name].addmm_(x.t(), x)
+
+        hooks = [
+            child.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+            for name, child in linears(block).items()
+        ]
+        for x in self.hidden:
+            block(x, *self.context)
+            self.tick()
+        for hook in hooks:
+            hook.remove()
+        return {name: partial(gptq, hessian=total, act_order=self.act_order) for name, total in sums.items()}
+
+    def advance(self, block: Block) -> None:
+        """Run the text through `block`, quantized by now."""
+        for n, x in enumerate(self.hidden):
+            self.hidden[n] = block(x, *self.context)
+            self.tick()
+
+
+def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
+    """Cut token ids [num, S] evenly out of the calibration text, each window with its BOS; fewer if it is short."""
+    tokenizer = load_tokenizer(args.checkpoint_path)
+    text = read_text("--calibration_file", args.calibration_file) if args.calibration_file else default_text()
+    length = args.calibration_length or min(512, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--calibration_length {length} is above the model's context of {config.max_position_embeddings}"
+        )
+    bos, ids = tokenizer.encode(""), tokenizer.encode(text, bos=False)
+    size = length - len(bos)
+    available = len(ids) // size
+    if available == 0:
+        raise ValueError(
+            f"the calibration text has {len(ids)} tokens, a window takes {size}; give a longer --calibration_file or "
+            "a smaller --calibration_length"
+        )
+    if max(ids) >= config.vocab_size:
+        raise ValueError(
+            f"the calibration text has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its "
+            "own?"
+        )
+    num = min(args.calibration_samples or 64, available)
+    starts = [size * (available * n // num) for n in range(num)]
+    return torch.tensor([bos + ids[start : start + size] for start in starts])
+
+
+def default_text() -> str:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [root / name for name in CALIBRATION_MODULES]
+    files = [file for path in paths for file in ([path] if path.suffix else sorted(path.glob("*.py")))]
+    return "".join(file.read_text(encoding="utf-8") for file in files)

@@ -1,0 +1,416 @@
+"""int8 and int4 weights: the arithmetic, the linears, GPTQ, and the command.
+
+    python quantize.py --checkpoint_path checkpoints/demo --mode int4-gptq --groupsize 32
+
+The linears of the blocks take the mode, the output head is always int8, the embedding and the norms stay as they are;
+activations are never quantized. A checkpoint's stored form is one for all devices: `repack_` turns it, when a model is
+loaded, into what the device's kernel reads.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cli import ArgumentParser, check_device, number, user_errors
+from model import Linear, Transformer, linear
+
+if TYPE_CHECKING:
+    from gptq import Calibration
+
+MODES = ("int8", "int4", "int4-gptq")
+GROUP_SIZES = (32, 64, 128, 256)
+# The least scale: what a group of zeros gets, so that no code is divided by 0.
+MIN_SCALE = 2.0**-40
+# Up to so many rows of x the kernels that stream the codes are faster than GEMM. A prefill always has more, so that one
+# compiled graph serves all prompts.
+MAX_KERNEL_ROWS = 16
+# Weight [N, K] and group size to codes [N, K], scales and zeros [N, groups].
+Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the linears of a checkpoint are stored."""
+
+    mode: str
+    group_size: int | None = None  # input columns that share a scale and a zero point; None in int8: a whole row does
+
+    def __str__(self) -> str:
+        return self.mode if self.group_size is None else f"{self.mode}-g{self.group_size}"
+
+
+# Rounding the output head to int8 is not seen in the perplexity, to int4 it is: results/NOTES.md.
+HEAD_SCHEME = Scheme("int8")
+
+
+def parse_scheme(value: Any) -> Scheme | None:
+    """Read `quantization` of config.json. Raises ValueError where it is not one that this file writes."""
+    if value is None:
+        return None
+    try:
+        scheme = Scheme(value["mode"], value.get("groupsize"))
+        known = scheme.mode in MODES and scheme.group_size in ([None] if scheme.mode == "int8" else GROUP_SIZES)
+    except (TypeError, KeyError, AttributeError):
+        known = False
+    if not known or type(scheme.group_size) not in (int, type(None)):
+        raise ValueError(
+            f"config.json: quantization {value!r} is not supported; expected mode {', '.join(MODES)} and for int4 a "
+            f"groupsize of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return scheme
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N], symmetric in each output channel."""
+    weight = weight.float()
+    scales = (weight.abs().amax(dim=1) / 127).clamp(min=MIN_SCALE).bfloat16()
+    return (weight / scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the weight [N, K] that `quantize_int8` stands for, in fp32."""
+    return codes.float() * scales.float().unsqueeze(1)
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros [N, groups].
+
+    A code c stands for (c - 8) * scale + zero; the least and the greatest weight of a group are codes 0 and 15. Where
+    group_size does not divide K the last group is shorter.
+    """
+    scales, zeros = group_parameters(weight, group_size)
+    group_of = torch.arange(weight.shape[1], device=weight.device) // group_size
+    return encode_int4(weight, scales[:, group_of], zeros[:, group_of]), scales, zeros
+
+
+def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """Return the weight [N, K] that `quantize_int4` stands for, in fp32."""
+    K = codes.shape[1]
+    groups = F.pad(codes, (0, -K % group_size)).unflatten(1, (-1, group_size)).float()
+    return ((groups - 8) * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).flatten(1)[:, :K]
+
+
+def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the bf16 scales and zeros [N, groups] that span each group from its least to its greatest weight."""
+    groups = weight.float().split(group_size, dim=1)
+    low = torch.stack([group.amin(dim=1) for group in groups], dim=1)
+    high = torch.stack([group.amax(dim=1) for group in groups], dim=1)
+    scales = ((high - low) / 15).clamp(min=MIN_SCALE).bfloat16()
+    return scales, (low + 8 * scales.float()).bfloat16()
+
+
+def encode_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Return the nearest codes, uint8 0 to 15; scales and zeros as large as weight."""
+    return ((weight.float() - zeros.float()) / scales.float() + 8).round().clamp(0, 15).to(torch.uint8)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack codes 0 to 15 [N, K] two to a byte, the even column in the low half: uint8 [N, K / 2 rounded up]."""
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
+    """Undo `pack_nibbles`: uint8 [N, K]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :num_columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linears
+
+
+class Int8Linear(nn.Module):
+    """int8 as it is stored, and the plain path where no kernel takes the shape."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = constant(torch.empty(out_features, in_features, dtype=torch.int8))
+        self.scales = constant(torch.empty(out_features, dtype=torch.bfloat16))
+        self.bias = constant(torch.empty(out_features)) if bias else None
+
+    def dequantize(self) -> Tensor:
+        return dequantize_int8(self.weight, self.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.dequantize().to(x.dtype), self.bias)
+
+
+class Int4Linear(nn.Module):
+    """int4 as it is stored, codes packed in pairs, and the plain path where no kernel takes the shape."""
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False):
+        super().__init__()
+        self.in_features, self.group_size = in_features, group_size
+        num_groups = -(-in_features // group_size)
+        self.weight = constant(torch.empty(out_features, -(-in_features // 2), dtype=torch.uint8))
+        self.scales = constant(torch.empty(out_features, num_groups, dtype=torch.bfloat16))
+        self.zeros = constant(torch.empty(out_features, num_groups, dtype=torch.bfloat16))
+        self.bias = constant(torch.empty(out_features)) if bias else None
+
+    def dequantize(self) -> Tensor:
+        codes = unpack_nibbles(self.weight, self.in_features)
+        return dequantize_int4(codes, self.scales, self.zeros, self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.dequantize().to(x.dtype), self.bias)
+
+
+def constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class CpuInt8Linear(nn.Module):
+    """Int8Linear by ATen's kernel, which streams the codes for a few rows of x; for more, GEMM is faster."""
+
+    def __init__(self, stored: Int8Linear):
+        super().__init__()
+        self.weight, self.scales, self.bias = stored.weight, stored.scales, stored.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] > MAX_KERNEL_ROWS:
+            return linear(x, dequantize_int8(self.weight, self.scales).to(x.dtype), self.bias)
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+# An operator of our own: inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
+@torch.library.custom_op("quantize::int4_product", mutates_args=())
+def int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    group_size = x.shape[1] // scales_and_zeros.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
+
+
+@int4_product.register_fake
+def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
+
+
+class CpuInt4Linear(nn.Module):
+    """Int4Linear by ATen's kernel, whose order of the codes depends on the processor and is never stored."""
+
+    def __init__(self, stored: Int4Linear):
+        super().__init__()
+        codes = unpack_nibbles(stored.weight, stored.in_features).int()
+        self.weight = constant(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        # [groups, N, 2], as the kernel reads them.
+        self.scales_and_zeros = constant(torch.stack((stored.scales.t(), stored.zeros.t()), dim=-1))
+        self.bias = stored.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = int4_product(x.reshape(-1, x.shape[-1]), self.weight, self.scales_and_zeros)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def kernel_for(stored: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """Return the kernel's form of a stored linear, None where the plain path must do: other sizes crash the kernels."""
+    if not isinstance(stored, (Int8Linear, Int4Linear)) or stored.weight.device.type != "cpu":
+        return None
+    N = stored.weight.shape[0]
+    if isinstance(stored, Int8Linear):
+        return CpuInt8Linear if N % 4 == 0 and stored.weight.shape[1] % 16 == 0 else None
+    return CpuInt4Linear if N % 16 == 0 and stored.in_features % stored.group_size == 0 else None
+
+
+def repack_(model: Transformer) -> None:
+    """Bring the quantized linears of a loaded model into the form that its device's kernels read."""
+    dtype = model.embed_tokens.weight.dtype
+    for name, stored in list(model.named_modules()):
+        if isinstance(stored, (Int8Linear, Int4Linear)):
+            for key in {"scales", "zeros"} & dict(stored.named_parameters()).keys():
+                setattr(stored, key, constant(getattr(stored, key).to(dtype)))
+            if kernel := kernel_for(stored):
+                model.set_submodule(name, kernel(stored))
+
+
+def linears(module: nn.Module) -> dict[str, Linear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, Linear)}
+
+
+def quantized_form(child: Linear, scheme: Scheme) -> Int8Linear | Int4Linear:
+    """Make the quantized linear of the same sizes, on the meta device."""
+    N, K = child.weight.shape
+    with torch.device("meta"):
+        if scheme.group_size is None:
+            return Int8Linear(K, N, child.bias is not None)
+        return Int4Linear(K, N, scheme.group_size, child.bias is not None)
+
+
+def quantize_linears_(model: Transformer, scheme: Scheme) -> None:
+    """Replace the linears of a model on the meta device by quantized ones, still to be filled."""
+    for name, child in linears(model).items():
+        model.set_submodule(name, quantized_form(child, HEAD_SCHEME if name == "lm_head" else scheme))
+
+
+def quantize_linear(child: Linear, scheme: Scheme, encode: Encode = quantize_int4) -> Int8Linear | Int4Linear:
+    stored = quantized_form(child, scheme)
+    if isinstance(stored, Int8Linear):
+        stored.weight, stored.scales = map(constant, quantize_int8(child.weight))
+    else:
+        codes, scales, zeros = encode(child.weight, stored.group_size)
+        stored.weight, stored.scales, stored.zeros = map(constant, (pack_nibbles(codes), scales, zeros))
+    stored.bias = child.bias
+    return stored
+
+
+@torch.inference_mode()
+def quantized_parts(
+    model: Transformer,
+    read: Callable[[str], Tensor],
+    scheme: Scheme,
+    calibration: "Calibration | None" = None,
+    tick: Callable[[], Any] = lambda: None,
+) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the quantized model's parameters by name: the embedding, block after block, then norm and head.
+
+    model: the one to quantize, on the meta device; `read` gives its parameters by name, and one block's are in memory
+    at a time. calibration: GPTQ's, None rounds to nearest. `tick` is called after every linear.
+    """
+    head = "embed_tokens.weight" if model.tied else "lm_head.weight"
+    yield {"embed_tokens.weight": read("embed_tokens.weight")}
+    for i, block in enumerate(model.layers):
+        prefix = f"layers.{i}."
+        block.load_state_dict({name: read(prefix + name) for name, _ in block.named_parameters()}, assign=True)
+        parameters = dict(block.named_parameters(prefix[:-1]))
+        encoders = calibration.encoders(block) if calibration else {}
+        for name, child in linears(block).items():
+            check_finite(prefix + name, child.weight)
+            stored = quantize_linear(child, scheme, encoders.pop(name, quantize_int4))
+            parameters |= stored.named_parameters(prefix + name)
+            child.weight = constant(stored.dequantize().to(child.weight.dtype))
+            tick()
+        if calibration:  # the next block is to see what the quantized ones before it give
+            calibration.advance(block)
+        yield parameters
+        block.to("meta")
+    model.lm_head.weight = constant(read(head))
+    check_finite(head, model.lm_head.weight)
+    stored = quantize_linear(model.lm_head, HEAD_SCHEME)
+    yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite; the checkpoint is damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="quantize.py", description="Quantize the linears of a checkpoint.")
+    parser.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo",
+                        metavar="DIR", help="a folder that generate.py loads (checkpoints/demo)")  # fmt: skip
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, help="weights that share a scale, in int4 (32)")
+    parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-MODE[-gGROUPSIZE]")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    gptq = parser.add_argument_group("int4-gptq")
+    gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (parts of Python's standard library)")
+    gptq.add_argument("--calibration_samples", type=number(int, 1), metavar="N", help="windows of that text (64)")
+    gptq.add_argument("--calibration_length", type=number(int, 2), metavar="N", help="tokens of a window (512)")
+    gptq.add_argument("--act_order", action="store_true", help="round the columns with the largest inputs first")
+    args = parser.parse_args(argv)
+    if args.mode == "int8" and args.groupsize:
+        parser.error(f"--groupsize {args.groupsize} does not go with --mode int8, which has a scale per output channel")
+    for option in ("calibration_file", "calibration_samples", "calibration_length", "act_order"):
+        if args.mode != "int4-gptq" and getattr(args, option):
+            parser.error(f"--{option} does not go with --mode {args.mode}; it is for --mode int4-gptq")
+    if args.mode != "int8":
+        args.groupsize = args.groupsize or 32
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    # Not above: checkpoint.py imports this file to load what it writes.
+    import checkpoint as ckpt
+    from gptq import Calibration, calibration_windows
+
+    raw, scheme = ckpt.read_config(args.checkpoint_path), Scheme(args.mode, args.groupsize)
+    if raw.get("quantization") is not None:
+        raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
+    check_device(args.device)
+    source, dtype = ckpt.meta_model(raw), ckpt.parse_dtype(raw)
+    raw |= {"layout": "fused", "quantization": {"mode": scheme.mode, "groupsize": scheme.group_size}}
+    target = ckpt.meta_model(raw)
+    specs, read_here = ckpt.model_tensors(args.checkpoint_path, dtype)
+    new_specs = ckpt.tensor_specs(target, dtype)
+    output_path = args.output_path or ckpt.sibling(args.checkpoint_path, f"-{scheme}")
+
+    def read(name: str) -> Tensor:
+        return read_here(name).to(args.device)
+
+    windows = calibration_windows(args, source.config) if args.mode == "int4-gptq" else None
+    num_steps = len(linears(source)) - 1 + (0 if windows is None else 2 * len(source.layers) * len(windows))
+    with (
+        ckpt.new_folder(output_path) as folder,
+        tqdm(total=num_steps, desc=args.mode, dynamic_ncols=True, disable=None) as bar,
+    ):
+        calibration = None
+        if windows is not None:
+            calibration = Calibration(source, read("embed_tokens.weight"), windows, args.act_order, bar.update)
+        parts = quantized_parts(source, read, scheme, calibration, bar.update)
+        pending: dict[str, Tensor] = {}
+
+        def take(name: str) -> Tensor:
+            while name not in pending:
+                pending.update(next(parts))
+            return pending.pop(name)
+
+        ckpt.write_safetensors(folder / "model.safetensors", new_specs, take)
+        ckpt.write_fused_config(args.checkpoint_path, raw, dtype, folder)
+    if windows is not None:
+        print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
+    print(*summary(specs, new_specs, target), f"wrote {output_path}", sep="\n")
+
+
+def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) -> Iterator[str]:
+    """Say, a line for each kind of tensor, what becomes of it. before, after: their specs; target: on meta."""
+
+    def megabytes(specs: dict[str, Any], kind: str) -> float:
+        return sum(shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind in name) / 1e6
+
+    kinds = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in after)
+    forms = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
+    yield f"{'':26}{'stored as':28}{'MB before':>10}{'MB after':>10}"
+    for kind in kinds:
+        form = describe(forms[kind])
+        yield f"{kind:26}{form:28}{megabytes(before, kind):10.2f}{megabytes(after, kind):10.2f}"
+    yield f"{'all':54}{megabytes(before, ''):10.2f}{megabytes(after, ''):10.2f}"
+
+
+def describe(module: nn.Module) -> str:
+    if isinstance(module, Int8Linear):
+        return "int8, a scale per channel"
+    if isinstance(module, Int4Linear):
+        rest = module.in_features % module.group_size
+        return f"int4, groups of {module.group_size}" + (f", last of {rest}" if rest else "")
+    return "as it was"
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        run(parse_args(argv))
+
+
+if __name__ == "__main__":
+    # checkpoint.py imports this file by its name: run that module and not a second copy with classes of its own.
+    from quantize import main as command
+
+    command()

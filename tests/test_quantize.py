@@ -1,0 +1,486 @@
+"""int8, int4 and GPTQ: the arithmetic, the linears, and the command."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import quantize
+from checkpoint import load_model, meta_model, random_model, read_config
+from generate import Sampling, compiled, decode, generate, prefill
+from gptq import Calibration, gptq
+from model import Linear, Transformer
+from quantize import (
+    GROUP_SIZES,
+    MAX_KERNEL_ROWS,
+    CpuInt4Linear,
+    CpuInt8Linear,
+    Int4Linear,
+    Int8Linear,
+    Scheme,
+    dequantize_int4,
+    dequantize_int8,
+    linears,
+    pack_nibbles,
+    quantize_int4,
+    quantize_int8,
+    quantize_linear,
+    repack_,
+    unpack_nibbles,
+)
+from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
+from tokenizer import load_tokenizer
+
+GetCheckpoint = Callable[[str], HubCheckpoint]
+DEMO = REPO / "checkpoints/demo"
+SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128), Scheme("int4-gptq", 32)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(N: int, K: int, bias: bool = False, seed: int = 0) -> Linear:
+    child = Linear(K, N, bias)
+    child.weight.data = normal(N, K, seed=seed)
+    if child.bias is not None:
+        child.bias.data = normal(N, seed=seed + 1)
+    return child.requires_grad_(False)
+
+
+def on_this_device(stored: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return what `repack_` makes of one linear in a model of this dtype."""
+    model = random_model(meta_model(read_config(DEMO)).config, dtype=dtype)
+    model.lm_head = stored  # type: ignore[assignment]
+    if stored.bias is not None:
+        stored.bias.data = stored.bias.data.to(dtype)
+    repack_(model)
+    return model.lm_head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+@given(st.integers(1, 9), st.integers(1, 99), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=50)
+def test_unpacking_undoes_packing(N: int, K: int, seed: int) -> None:
+    codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = pack_nibbles(codes)
+    assert packed.shape == (N, math.ceil(K / 2))
+    assert torch.equal(unpack_nibbles(packed, K), codes)
+
+
+def test_an_even_column_is_the_low_half_of_its_byte() -> None:
+    assert pack_nibbles(torch.tensor([[1, 2, 15]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
+
+
+@given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([1e-20, 1e-3, 1.0, 1e4]), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=50)
+def test_no_weight_moves_by_more_than_half_a_step(N: int, K: int, size: float, seed: int) -> None:
+    weight = size * normal(N, K, seed=seed)
+    codes, scales = quantize_int8(weight)
+    error = (dequantize_int8(codes, scales) - weight).abs()
+    assert (error <= 0.51 * scales.float().unsqueeze(1)).all()
+    for group_size in GROUP_SIZES:
+        codes, scales, zeros = quantize_int4(weight, group_size)
+        error = (dequantize_int4(codes, scales, zeros, group_size) - weight).abs()
+        # The zero point is rounded too, by at most a 256th of the largest weight.
+        step = scales.float().repeat_interleave(group_size, dim=1)[:, :K]
+        assert (error <= 0.51 * step + weight.abs().amax() / 256).all()
+
+
+def test_a_row_of_equal_weights_or_zeros_stays_what_it_is() -> None:
+    weight = torch.tensor([0.0, 0.5, -2.0]).unsqueeze(1).expand(3, 40)
+    codes, scales = quantize_int8(weight)
+    torch.testing.assert_close(dequantize_int8(codes, scales), weight, rtol=1 / 128, atol=0)
+    torch.testing.assert_close(dequantize_int4(*quantize_int4(weight, 32), 32), weight, rtol=1 / 128, atol=1e-9)
+
+
+def test_int8_codes_are_symmetric_and_use_the_whole_range() -> None:
+    codes, _ = quantize_int8(normal(64, 256))
+    assert codes.min() >= -127
+    assert (codes.abs().amax(dim=1) >= 126).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linears
+
+
+# What the kernels take, and what they do not: rows of 12 or 63, columns that no group divides.
+SHAPES = [(64, 128), (128, 256), (12, 64), (63, 61), (64, 172), (16, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 64)], ids=str)
+def test_a_quantized_linear_equals_its_explicit_dequantized_product(
+    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    stored = quantize_linear(filled(*shape, bias=True), scheme)
+    assert stored.bias is not None
+    weight, bias = stored.dequantize().double(), stored.bias.data.to(dtype).double()
+    ready = on_this_device(stored, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for leading in ((1,), (3,), (MAX_KERNEL_ROWS,), (MAX_KERNEL_ROWS + 1,), (2, 5)):
+        x = normal(*leading, shape[1], seed=7).to(dtype)
+        expected = x.double() @ weight.t() + bias
+        y = ready(x)
+        assert y.dtype == dtype and y.shape == (*leading, shape[0])
+        assert (y.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_the_kernels_run_where_the_shape_allows() -> None:
+    def kind(scheme: Scheme, N: int, K: int) -> type:
+        return type(on_this_device(quantize_linear(filled(N, K), scheme), torch.float32))
+
+    assert kind(Scheme("int8"), 64, 128) is CpuInt8Linear
+    assert kind(Scheme("int8"), 63, 61) is Int8Linear
+    assert kind(Scheme("int4", 32), 64, 128) is CpuInt4Linear
+    assert kind(Scheme("int4", 32), 64, 172) is Int4Linear
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPTQ
+
+
+def correlated_inputs(num: int, K: int) -> Tensor:
+    return normal(num, K, seed=3) @ normal(K, K, seed=4) / K**0.5 * torch.linspace(0.1, 3, K)
+
+
+def output_error(weight: Tensor, quantized: tuple[Tensor, Tensor, Tensor], group_size: int, x: Tensor) -> float:
+    return (x @ (dequantize_int4(*quantized, group_size) - weight).t()).square().mean().item()
+
+
+@pytest.mark.parametrize("K", [96, 172, 320])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [32, 256])
+def test_gptq_is_nearer_on_its_calibration_inputs_than_rounding(K: int, act_order: bool, group_size: int) -> None:
+    weight, x = normal(48, K), correlated_inputs(500, K)
+    rounded = output_error(weight, quantize_int4(weight, group_size), group_size, x)
+    chosen = output_error(weight, gptq(weight, group_size, x.t() @ x, act_order), group_size, x)
+    assert chosen < 0.8 * rounded
+
+
+def test_gptq_on_independent_inputs_is_rounding_to_nearest() -> None:
+    weight = normal(8, 64)
+    for ours, theirs in zip(gptq(weight, 32, torch.eye(64)), quantize_int4(weight, 32), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gptq_takes_inputs_that_never_vary_and_fewer_inputs_than_columns() -> None:
+    weight, x = normal(8, 64), correlated_inputs(5, 64)
+    x[:, 10:20] = 0
+    rounded = output_error(weight, quantize_int4(weight, 32), 32, x)
+    assert output_error(weight, gptq(weight, 32, x.t() @ x), 32, x) < rounded
+    assert torch.equal(gptq(weight, 32, torch.zeros(64, 64))[0], quantize_int4(weight, 32)[0])
+
+
+def test_gptq_refuses_inputs_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(normal(8, 64), 32, torch.full((64, 64), torch.inf))
+
+
+def test_the_hessians_are_of_the_inputs_that_the_linears_see(hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("gqa")
+    model = load_model(reference.path, dtype=torch.float32)
+    block, seen = model.layers[0], {}
+    for name, child in linears(block).items():
+        child.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs[0].flatten(0, 1)}))
+    model(reference.tokens, torch.arange(reference.tokens.shape[1]))
+    expected = {name: x.t() @ x for name, x in seen.items()}
+    calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
+    for name, encoder in calibration.encoders(block).items():
+        assert isinstance(encoder, partial)
+        torch.testing.assert_close(encoder.keywords["hessian"], expected.pop(name), rtol=1e-4, atol=1e-3)
+    assert not expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint, quantized
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model of odd sizes: 64 and 172 columns, head_dim 8."""
+    return shared_data("stories260k")
+
+
+def quantized(source: Path, output: Path, *args: object) -> Path:
+    quantize.main(["--checkpoint_path", str(source), "--output_path", str(output), *map(str, args)])
+    return output
+
+
+def arguments(scheme: Scheme) -> list[object]:
+    group = ["--groupsize", scheme.group_size] if scheme.group_size else []
+    calibration = ["--calibration_samples", 4, "--calibration_length", 64] if scheme.mode == "int4-gptq" else []
+    return ["--mode", scheme.mode, *group, *calibration]
+
+
+def plain_twin(path: Path) -> Transformer:
+    """Load a quantized checkpoint as the plain model in fp32 whose weights its codes stand for."""
+    from safetensors.torch import load_file
+
+    stored = load_file(path / "model.safetensors")
+    raw = read_config(path)
+    scheme = raw.pop("quantization")
+    model = Transformer(meta_model({**raw, "tie_word_embeddings": False}).config)
+    state = dict(stored)
+    for name, child in linears(model).items():
+        codes, scales = stored[f"{name}.weight"], state.pop(f"{name}.scales")
+        if codes.dtype == torch.int8:
+            state[f"{name}.weight"] = codes.float() * scales.float()[:, None]
+        else:
+            K, group_size = child.weight.shape[1], scheme["groupsize"]
+            zeros = state.pop(f"{name}.zeros").float()
+            low, high = codes % 16, codes // 16
+            codes = torch.stack((low, high), dim=2).reshape(len(codes), -1)[:, :K].float()
+            group_of = torch.tensor([column // group_size for column in range(K)])
+            state[f"{name}.weight"] = (codes - 8) * scales.float()[:, group_of] + zeros[:, group_of]
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return model
+
+
+@pytest.mark.parametrize("family", ["gqa", "tied", "biased"])
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 256)], ids=str)
+def test_a_loaded_checkpoint_computes_with_the_stored_codes(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, scheme: Scheme
+) -> None:
+    reference = hub_checkpoint(family)
+    path = quantized(reference.path, tmp_path / "out", *arguments(scheme))
+    positions = torch.arange(reference.tokens.shape[1])
+    logits = load_model(path, dtype=torch.float32)(reference.tokens, positions)
+    torch.testing.assert_close(logits, plain_twin(path)(reference.tokens, positions), atol=1e-4, rtol=0)
+    # And those are the model's own, rounded: not another model's.
+    assert (logits - reference.logits).std() < 0.5 * reference.logits.std()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_save_load_and_generate_give_the_text_of_the_plain_twin(stories: Path, tmp_path: Path, scheme: Scheme) -> None:
+    path = quantized(stories, tmp_path / "out", *arguments(scheme))
+    texts = []
+    for model in (load_model(path, dtype=torch.float32), plain_twin(path)):
+        model.setup_caches(1, 64)
+        texts.append(list(generate(model, [[1, 403]], 40, Sampling(temperature=0))))
+    assert texts[0] == texts[1] and len(texts[0]) == 40
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_compiled_equals_eager_and_compiles_once(tmp_path: Path, scheme: Scheme) -> None:
+    model = load_model(quantized(DEMO, tmp_path / "out", *arguments(scheme)), dtype=torch.float32)
+    torch._dynamo.reset()
+    steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
+    model.setup_caches(1, 256)
+
+    def text(prompt: list[int], **steps: Any) -> list[list[list[int]]]:
+        return list(generate(model, [prompt], 12, Sampling(temperature=0), **steps))
+
+    assert text([1, 5, 9], **steps) == text([1, 5, 9])
+    for prompt in ([1], list(range(1, 60)), list(range(1, 150))):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = text(prompt, **steps)
+        assert found == text(prompt)
+
+
+def test_one_rounded_block_after_another_is_what_gptq_sees(stories: Path) -> None:
+    # With the blocks before it left unquantized, a block's inputs and so its codes would be others.
+    model = load_model(stories, dtype=torch.float32)
+    tokens = torch.randint(512, (4, 64), generator=torch.Generator().manual_seed(0))
+    source = meta_model(read_config(stories))
+    state = dict(model.named_parameters())
+    calibration = Calibration(source, state["embed_tokens.weight"], tokens)
+    parts = list(quantize.quantized_parts(source, state.__getitem__, Scheme("int4", 32), calibration))
+    # The hidden states that came out at the end are those of the quantized model.
+    twin = load_model(stories, dtype=torch.float32)
+    merged = {name: value for part in parts for name, value in part.items()}
+    for name, child in linears(twin).items():
+        if name != "lm_head":
+            codes = unpack_nibbles(merged[f"{name}.weight"].data, child.weight.shape[1])
+            weight = dequantize_int4(codes, merged[f"{name}.scales"], merged[f"{name}.zeros"], 32)
+            child.weight = nn.Parameter(weight)
+    expected = twin.hidden_states(tokens, torch.arange(64))
+    torch.testing.assert_close(twin.norm(torch.cat(calibration.hidden)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
+    text = Path(shutil.__file__).with_name("shlex.py").read_text()
+    ids = load_tokenizer(DEMO).encode(text)[:1025]
+    windows = torch.tensor(ids[:-1]).view(2, 512), torch.tensor(ids[1:]).view(2, 512)
+
+    def loss(model: Transformer) -> float:
+        logits = model(windows[0], torch.arange(512))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), windows[1].flatten()).item()
+
+    plain = loss(load_model(DEMO, dtype=torch.float32))
+    added = {
+        str(scheme): loss(plain_twin(quantized(DEMO, tmp_path / str(scheme), "--mode", scheme.mode, *group))) - plain
+        for scheme, group in (
+            (Scheme("int8"), []),
+            (Scheme("int4", 64), ["--groupsize", 64]),
+            (Scheme("int4", 128), ["--groupsize", 128]),
+            (Scheme("int4-gptq", 128), ["--groupsize", 128, "--calibration_length", 256]),
+        )
+    }
+    assert abs(added["int8"]) < 0.003
+    assert added["int4-gptq-g128"] < min(added["int4-g64"], added["int4-g128"]) < 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run_quantize(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_command("quantize.py", *args, cwd=cwd, **env)
+
+
+def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(DEMO, source)
+    result = run_quantize("--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
+    assert lines["down_proj"].startswith("int4, groups of 256 2.36 0.") or "int4, groups of 256" in lines["down_proj"]
+    assert "int8" in lines["lm_head"] and "as it was" in lines["embed_tokens"] and "as it was" in lines["norm"]
+    output = tmp_path / "model-int4-g256"
+    before, after = (float(size) for size in lines["all"].split())
+    assert before == pytest.approx((source / "model.safetensors").stat().st_size / 1e6, abs=0.02)
+    assert after == pytest.approx((output / "model.safetensors").stat().st_size / 1e6, abs=0.02)
+    assert {file.name for file in source.iterdir()} == {file.name for file in output.iterdir()}
+    result = run_command("generate.py", "--checkpoint_path", output, "--max_new_tokens", 5, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_group_that_does_not_divide_is_told(stories: Path, tmp_path: Path, capsys: Any) -> None:
+    quantized(stories, tmp_path / "out", "--mode", "int4", "--groupsize", 32)
+    assert "down_proj" in (out := capsys.readouterr().out) and "int4, groups of 32, last of 12" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (["--mode", "int4", "--groupsize", 33], ["--groupsize", "33", "32, 64, 128, 256"]),
+        (["--mode", "int8", "--groupsize", 32], ["--groupsize 32", "int8"]),
+        (["--mode", "int5"], ["--mode", "int5"]),
+        ([], ["--mode"]),
+        (["--mode", "int4", "--calibration_length", 64], ["--calibration_length", "int4-gptq"]),
+        (["--mode", "int4-gptq", "--calibration_length", 2000], ["--calibration_length 2000", "1024"]),
+        (["--mode", "int4-gptq", "--calibration_file", "none.txt"], ["none.txt"]),
+        (["--mode", "int4-gptq", "--calibration_file", "short.txt"], ["tokens", "--calibration_length"]),
+        (["--mode", "int4-gptq", "--calibration_file", "bytes.txt"], ["bytes.txt", "UTF-8"]),
+        (["--mode", "int8", "--device", "cuda:77"], ["--device cuda:77"]),
+        (["--mode", "int8", "--checkpoint_path", "nowhere"], ["nowhere"]),
+        (["--mode", "int8", "--output_path", "full"], ["full", "exists"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: Any, args: list[object], fragments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("def")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(SystemExit) as exit:
+        quantize.main(["--output_path", "out", *map(str, args)])
+    assert exit.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.txt", "full", "short.txt"]
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
+    path = quantized(DEMO, tmp_path / "once", "--mode", "int8")
+    result = run_quantize("--checkpoint_path", path, "--mode", "int4", cwd=tmp_path)
+    assert_user_error(result, path, "quantized already")
+    assert [file.name for file in tmp_path.iterdir()] == ["once"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    for room in (2**20, 7 * 2**20):  # neither the weights fit, nor, after them, the tokenizer
+        with small_disk(tmp_path / f"disk{room}", room) as disk:
+            source = tmp_path / f"model{room}"
+            shutil.copytree(DEMO, source)
+            (source / "tokenizer.json").write_bytes(bytes(2**21))
+            result = run_quantize(
+                "--checkpoint_path", source, "--mode", "int4", "--output_path", disk / "out", cwd=tmp_path
+            )
+            assert_user_error(result, "disk")
+            assert not list(disk.iterdir())
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    hub_checkpoint: GetCheckpoint, gqa_tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    source = tmp_path / "model"
+    shutil.copytree(hub_checkpoint("gqa").path, source)
+    gqa_tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = torch.nan
+    save_file(gqa_tensors, source / "model.safetensors")
+    with pytest.raises(SystemExit):
+        quantize.main(["--checkpoint_path", str(source), "--mode", "int8"])
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def damaged(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads((path / "config.json").read_text())
+    change(raw)
+    (path / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"mode": "int5"}, {"mode": "int4"}, {"mode": "int4", "groupsize": 33}, {"mode": "int4", "groupsize": "32"},
+        {"mode": "int8", "groupsize": 32}, {"mode": "int4", "groupsize": True}, {"mode": "int4", "groupsize": [32]},
+        {}, [], "int8", 8,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_quantization_is_refused_with_its_value(tmp_path: Path, value: Any) -> None:
+    path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
+    damaged(path, lambda raw: raw.update(quantization=value))
+    with pytest.raises(ValueError, match="quantization") as error:
+        load_model(path)
+    assert str(value) in str(error.value)
+
+
+def test_quantized_weights_in_the_hubs_layout_are_refused(tmp_path: Path) -> None:
+    path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
+    damaged(path, lambda raw: raw.pop("layout"))
+    with pytest.raises(ValueError, match="layout"):
+        load_model(path)
+
+
+def test_codes_that_config_does_not_announce_are_refused(tmp_path: Path) -> None:
+    path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
+    damaged(path, lambda raw: raw.pop("quantization"))
+    with pytest.raises(ValueError, match="tensor"):
+        load_model(path)
+    damaged(path, lambda raw: raw.update(quantization={"mode": "int4", "groupsize": 32}))
+    with pytest.raises(ValueError, match="tensor"):
+        load_model(path)
+
+
+def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
+    model = random_model(meta_model(read_config(DEMO)).config, dtype=torch.float32, scheme=Scheme("int4", 32))
+    logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
+    assert logits.isfinite().all() and logits.std() > 0
+    assert isinstance(model.layers[0].mlp.down_proj, CpuInt4Linear) and isinstance(model.lm_head, CpuInt8Linear)
