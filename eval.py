@@ -457,10 +457,10 @@ def check(args: argparse.Namespace) -> Job:
 
 
 def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"--text_file {path} is not a file; give a text in UTF-8")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # line ends stay what they are
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--text_file {path} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text_file {path} is not UTF-8: {error}") from None
     if not text:
@@ -487,10 +487,12 @@ def evaluate_text(model: Transformer, job: Job, batch_size: int) -> dict[str, fl
 def evaluate_tasks(model: Transformer, job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """Run the tasks; return the harness's results. Raises ValueError where it refuses them."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     return lm_eval.simple_evaluate(
         harness_model(model, job.tokenizer, job.eos_ids, job.task_window, args.batch_size),
         tasks=job.tasks,
+        task_manager=TaskManager(include_defaults=False),  # they are loaded: it need not look for them again
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         log_samples=False,
@@ -500,9 +502,9 @@ def evaluate_tasks(model: Transformer, job: Job, args: argparse.Namespace) -> di
 def print_tasks(results: dict[str, Any]) -> None:
     from lm_eval.utils import make_table
 
-    print(make_table(results))
-    if results.get("groups"):
-        print(make_table(results, "groups"))
+    for part in ("results", "groups"):
+        if results.get(part):
+            print(make_table(results, part).rstrip())
 
 
 def run(args: argparse.Namespace) -> None:
