@@ -255,8 +255,11 @@ def parse_generation(kwargs: dict[str, Any], max_seq_length: int) -> Generation:
 def generate_texts(
     model: Transformer, tokenizer: Tokenizer, eos_ids: tuple[int, ...], prompts: list[list[int]], how: Generation
 ) -> list[str]:
-    """Continue each prompt, up to EOS or the first of its stop texts, which is left out."""
-    rows = [Row(ids, TextStream(tokenizer, ids), list(how.until)) for ids in prompts]
+    """Continue each prompt, up to EOS or the first of its stop texts, which is left out.
+
+    It is decoded as a text of its own, as the harness does: SentencePiece drops a space at its beginning.
+    """
+    rows = [Row(ids, TextStream(tokenizer), list(how.until)) for ids in prompts]
     model.setup_caches(len(prompts), max(map(len, prompts)) + how.max_new_tokens)
     for step in generate(model, prompts, how.max_new_tokens, how.sampling, eos_ids=eos_ids):
         for row, ids in zip(rows, step, strict=True):

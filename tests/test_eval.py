@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from tokenizers import decoders, normalizers
 
@@ -274,21 +275,25 @@ def ours(task_folder: Path) -> dict[str, Any]:
     return run_tasks(demo_in_harness(batch_size=1), task_folder)
 
 
-@pytest.fixture(scope="module")
-def theirs(task_folder: Path) -> dict[str, Any]:
-    """Run the same tasks on the same checkpoint through `transformers` and the harness's own model."""
+def in_harness_own_model(path: Path, backend: tokenizers.Tokenizer) -> Any:
+    """Load a checkpoint with `transformers` into the harness's own model."""
     pytest.importorskip("accelerate", reason="the harness's own model needs accelerate, see requirements-dev.txt")
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # Its logits_cache gives a wrong answer where "import" + " os" and "" + "import os" are asked in one task.
+    return HFLM(model, tokenizer=tokenizer, max_length=CONTEXT, device="cpu", logits_cache=False)
+
+
+@pytest.fixture(scope="module")
+def theirs(task_folder: Path) -> dict[str, Any]:
+    """Run the same tasks on the same checkpoint through the harness's own model."""
     backend = llama2_style_backend(DEMO / "tokenizer.model")
     backend.normalizer = normalizers.Replace(" ", "▁")  # unlike Llama 2's, the demo's puts no space before a text
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-    # Its logits_cache gives a wrong answer where "import" + " os" and "" + "import os" are asked in one task.
-    lm = HFLM(model, tokenizer=tokenizer, max_length=CONTEXT, device="cpu", logits_cache=False)
-    return run_tasks(lm, task_folder)
+    return run_tasks(in_harness_own_model(DEMO, backend), task_folder)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -316,6 +321,19 @@ def test_generated_texts_equal_the_harness_own_model(ours, theirs):
     assert answers == responses(theirs, "tiny_generate")
     assert len(set(answers)) == len(PROMPTS)
     assert not any(stop in text for text in answers for stop in ("\n\n", "return"))
+
+
+def test_generated_texts_of_stories_equal_the_harness_own_model():
+    """Unlike the demo's, this tokenizer puts a space before a text and takes it away in decoding."""
+    from lm_eval.api.instance import Instance
+
+    path = shared_data("stories260k")
+    lm = harness_model(load_model(path), load_tokenizer(path), eos_token_ids(path), CONTEXT, batch_size=2)
+    how = {"until": ["\n"], "max_gen_toks": 12}
+    contexts = ["Once upon a time, there was a", "Lily went to the park and", "One day, a little girl named"]
+    requests = [Instance("generate_until", {}, (context, how), i) for i, context in enumerate(contexts)]
+    reference = in_harness_own_model(path, llama2_style_backend(path / "tokenizer.model"))
+    assert lm.generate_until(requests) == reference.generate_until(requests)
 
 
 def test_task_results_do_not_depend_on_the_batch_size(ours, task_folder):
