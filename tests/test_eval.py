@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import tokenizers
 import torch
@@ -19,7 +20,9 @@ from tokenizers import decoders, normalizers
 import eval as eval_module
 from checkpoint import eos_token_ids, load_model, random_model
 from eval import (
+    Generation,
     Window,
+    generate_texts,
     harness_model,
     kl_divergence,
     log_probabilities,
@@ -364,6 +367,23 @@ def test_a_context_is_cut_on_the_left_to_leave_room_for_what_is_scored(ours, tas
     assert text == load_tokenizer(DEMO).decode(i for [step] in steps for i in step)
 
 
+def test_a_text_ends_before_eos_and_before_the_first_stop_text():
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), load_tokenizer(DEMO)
+    prompt = tokenizer.encode("class Stack")
+    model.setup_caches(1, CONTEXT)
+    made = [i for [step] in generate(model, [prompt], 8, Sampling(0)) for i in step]
+    assert len(set(made)) > 4 and made[4] not in made[:4]
+
+    def text(eos_ids: tuple[int, ...], *until: str) -> str:
+        [text] = generate_texts(model, tokenizer, eos_ids, [prompt], Generation(until, 8, Sampling(0)))
+        return text
+
+    whole = tokenizer.decode(made)
+    assert text(()) == whole
+    assert text((made[4],)) == tokenizer.decode(made[:4])
+    assert text((), whole[6:9], whole[3:5]) == whole[: min(whole.find(whole[6:9]), whole.find(whole[3:5]))]
+
+
 def test_a_continuation_that_cannot_be_scored_is_refused():
     lm = demo_in_harness(batch_size=1)
     for length in (0, CONTEXT + 1):
@@ -465,6 +485,15 @@ def test_the_command_runs_tasks_and_groups(run_here, ours, task_folder, tmp_path
                 assert metrics["tasks"][task][name] == pytest.approx(value, rel=1e-4), name
     assert metrics["tasks"]["tiny"]["acc,none"] == ours["results"]["tiny_choice"]["acc,none"]
     assert all(f"|{word}" in result.stdout for word in ("Groups", "tiny_generate", " - tiny_rolling"))
+
+
+def test_figures_that_are_numpy_s_are_written_too(run_here, monkeypatch, tmp_path):
+    monkeypatch.setattr(eval_module, "load_tasks", lambda *_: ["a task"])
+    results = {"tasks": {"m": numpy.float32(0.5), "n": numpy.int64(3)}}
+    monkeypatch.setattr(eval_module, "evaluate_tasks", lambda *_: {"results": results})
+    monkeypatch.setattr(eval_module, "print_tasks", lambda _: None)
+    assert run_here("--tasks", "x", "--metrics_path", tmp_path / "metrics.json").returncode == 0
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"tasks": {"tasks": {"m": 0.5, "n": 3}}}
 
 
 @pytest.mark.parametrize(
