@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, read_config
-from cli import ArgumentParser, number, user_errors, write_whole
-from generate import Row, Sampling, check_device, generate
+from cli import ArgumentParser, check_device, number, user_errors, write_whole
+from generate import Row, Sampling, generate
 from model import ModelConfig, Transformer
 from tokenizer import TextStream, Tokenizer, load_tokenizer
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
-from cli import ArgumentParser, number, user_errors, write_whole
+from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
 from model import ModelConfig, Transformer
 from quantize import MAX_KERNEL_ROWS
 from tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -375,15 +375,6 @@ class Job:
     sampling: Sampling
 
 
-def check_device(name: str) -> None:
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {name} is not supported; cpu and cuda are")
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-
-
 def check(args: argparse.Namespace) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
     raw = read_config(args.checkpoint_path)
@@ -415,16 +406,6 @@ def check(args: argparse.Namespace) -> Job:
     )
 
 
-def read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt_file {path} is not UTF-8: {error}") from None
-    if not text:
-        raise ValueError(f"--prompt_file {path} is empty")
-    return text.removesuffix("\n").split("\n")  # splitlines would cut at form feeds too
-
-
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
     """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
     if args.prompt_length:
@@ -432,7 +413,9 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
         prompts = [torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()]
     else:
         assert tokenizer is not None
-        texts = read_lines(args.prompt_file) if args.prompt_file else args.prompt or ["def"]
+        texts = args.prompt or ["def"]
+        if args.prompt_file:  # splitlines would cut at form feeds too
+            texts = read_text("--prompt_file", args.prompt_file).removesuffix("\n").split("\n")
         prompts = [tokenizer.encode(text) for text in texts]
     for ids in prompts:
         if not ids:

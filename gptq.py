@@ -6,7 +6,7 @@ x x^T of its linears' inputs, and the hidden states of the calibration text.
 
 import argparse
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,8 @@ class Calibration:
 def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
     """Cut token ids [num, S] evenly out of the calibration text, each window with its BOS; fewer if it is short."""
     tokenizer = load_tokenizer(args.checkpoint_path)
-    text = read_text("--calibration_file", args.calibration_file) if args.calibration_file else default_text()
+    path = args.calibration_file
+    text = read_text("--calibration_file", path) if path else library_text(CALIBRATION_MODULES)
     length = args.calibration_length or min(512, config.max_position_embeddings)
     if length > config.max_position_embeddings:
         raise ValueError(
@@ -151,8 +152,8 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
     return torch.tensor([bos + ids[start : start + size] for start in starts])
 
 
-def default_text() -> str:
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [root / name for name in CALIBRATION_MODULES]
+def library_text(modules: Sequence[str]) -> str:
+    """Return the source of these modules and packages of the standard library."""
+    paths = [Path(sysconfig.get_path("stdlib"), name) for name in modules]
     files = [file for path in paths for file in ([path] if path.suffix else sorted(path.glob("*.py")))]
     return "".join(file.read_text(encoding="utf-8") for file in files)

@@ -29,13 +29,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import new_folder, parse_config, save_hub_checkpoint
+from gptq import CALIBRATION_MODULES
 from model import Transformer
 
 # Never trained on: perplexity is taken here.
-HELD_OUT = (
-    "calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json", "queue.py",
-    "sched.py", "shlex.py", "textwrap.py", "tomllib", "wave.py",
-)  # fmt: skip
+HELD_OUT = (*CALIBRATION_MODULES, "queue.py", "sched.py", "shlex.py", "textwrap.py", "tomllib", "wave.py")
 # Tests, generated tables, prose, and files that describe one machine.
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__", "lib-dynload"}
 CONTEXT = 1024
