@@ -22,21 +22,31 @@ def commands(language):
     return [line for block in blocks(language) for line in block.splitlines() if line and not line.startswith("#")]
 
 
+@pytest.fixture
+def project(tmp_path):
+    """A folder that looks like the project's, so that what the commands write stays there."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in (
+        "generate.py", "quantize.py", "eval.py", "scripts", "README.md", "checkpoints/demo",
+        "checkpoints/demo-draft",
+    ):  # fmt: skip
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
 def run(arguments, cwd):
-    # The commands run in a folder of their own that looks like the project's, so that what they write stays there.
-    for name in ("generate.py", "scripts", "checkpoints"):
-        (cwd / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-@pytest.mark.parametrize("command", [c for c in commands("sh") if c.startswith("python ")])
-def test_commands_run(command, tmp_path):
-    result = run(shlex.split(command)[1:], tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+@pytest.mark.parametrize("block", [block for block in blocks("sh") if block.startswith("python ")])
+def test_commands_run(block, project):
+    for line in block.splitlines():
+        result = run(shlex.split(line)[1:], project)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [c for c in commands("console") if c.startswith("python ")])
@@ -50,8 +60,8 @@ def test_commands_that_need_a_model_have_the_options_they_name(command):
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block, tmp_path):
-    result = run(["-c", block], tmp_path)
+def test_python_blocks_run(block, project):
+    result = run(["-c", block], project)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def main(")
 
