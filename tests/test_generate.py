@@ -12,10 +12,10 @@ import torch
 
 import generate as generate_module
 from checkpoint import load_model
-from generate import PREFILL_CHUNK, Row, Sampling, compiled, decode, generate, held_back, prefill, probabilities, sample
+from generate import PREFILL_CHUNK, Sampling, compiled, decode, generate, prefill, probabilities, sample
 from model import ModelConfig, Transformer
 from tests import conftest
-from tokenizer import TextStream, load_tokenizer
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -270,35 +270,6 @@ def test_a_step_reads_the_slots_of_its_position_and_not_the_whole_cache(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The text of a row
-
-
-def test_a_stop_text_is_never_shown_in_part():
-    tokenizer = load_tokenizer(DEMO)
-    for stop in ("return", "):\n", "\n\n", "x"):
-        ids = tokenizer.encode("def f(x):\n    y = x\n    return y\n\n\nclass A:", bos=False)
-        whole = tokenizer.decode(ids)
-        row = Row([], TextStream(tokenizer, []), [stop, "never there"])
-        shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
-        assert shown == row.text == whole[: whole.find(stop)]
-        assert row.finish_reason == "stop"
-
-
-def test_text_that_only_begins_like_a_stop_is_shown_in_the_end():
-    tokenizer = load_tokenizer(DEMO)
-    ids = tokenizer.encode("x = retu", bos=False)
-    row = Row([], TextStream(tokenizer, []), ["return"])
-    shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
-    assert shown == row.text == "x = retu"
-
-
-def test_held_back_is_the_longest_beginning_of_a_stop():
-    assert held_back("abc", ["cab", "bcd"]) == 2
-    assert held_back("abc", ["xyz"]) == 0
-    assert held_back("abc", []) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -456,7 +427,7 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-@pytest.mark.parametrize("name", ["model", "tokenizer", "checkpoint", "generate", "cli"])
+@pytest.mark.parametrize("name", ["model", "tokenizer", "checkpoint", "generate", "report", "cli"])
 def test_importing_changes_nothing(name):
     probe = f"""
 import os, random, sys
