@@ -27,16 +27,23 @@ class Row:
     finish_reason: str | None = None
     began: float = field(default_factory=time.perf_counter)
     arrivals: list[float] = field(default_factory=list)
+    accept_counts: list[int] = field(default_factory=list)  # as in `Speculation`
+    num_drafted: int = 0
 
     def push(self, ids: list[int], eos_ids: tuple[int, ...]) -> str:
         """Take the row's new ids; return the text that is now certain."""
         if self.finish_reason or not ids:
             return ""
-        self.tokens += ids
         self.arrivals.append(time.perf_counter())
-        if ids[-1] in eos_ids:
-            return self.finish("eos")
-        return self._release(self.stream.push(ids) if self.stream else "")
+        ready = ""
+        for token in ids:
+            self.tokens.append(token)
+            if token in eos_ids:
+                return ready + self.finish("eos")
+            ready += self._release(self.stream.push([token]) if self.stream else "")
+            if self.finish_reason:  # a stop: the ids after it are not part of the text
+                break
+        return ready
 
     def finish(self, reason: str) -> str:
         """End the row, for `reason` unless it has ended already; return the rest of its text."""
@@ -65,7 +72,20 @@ class Row:
     def decode_tokens_per_s(self) -> float | None:
         if len(self.arrivals) < 2:
             return None
+        return (len(self.tokens) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """Forwards of the model a second: as many as tokens, or fewer where drafts were accepted."""
+        if len(self.arrivals) < 2:
+            return None
         return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        if not self.accept_counts or len(self.arrivals) < 2:
+            return None
+        return (len(self.tokens) - 1) / (len(self.arrivals) - 1)
 
     def metrics(self) -> dict[str, Any]:
         return {
@@ -77,7 +97,7 @@ class Row:
             "ttft_ms": self.ttft_s and self.ttft_s * 1e3,
             "prefill_tokens_per_s": self.ttft_s and len(self.prompt_ids) / self.ttft_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
-            "accept_counts": [],
+            "accept_counts": self.accept_counts,
         }
 
 
@@ -90,13 +110,21 @@ def held_back(text: str, stops: list[str]) -> int:
     return 0
 
 
-def bytes_per_step(model: Transformer, rows: list[Row]) -> int:
-    """Return the bytes that an average decode step must read: weights, and the keys and values of the text so far."""
+def bytes_per_step(model: Transformer, rows: list[Row], draft_model: Transformer | None = None) -> int:
+    """Return the bytes that an average step must read: weights, and the keys and values of the text so far.
+
+    With speculation a step is a forward of the target, however many tokens it accepts, and its share of the draft's.
+    """
+    drafts = max(row.num_drafted for row in rows) / max(1, *(sum(row.accept_counts) for row in rows))
+    return int(forward_bytes(model, rows) + (drafts * forward_bytes(draft_model, rows) if draft_model else 0))
+
+
+def forward_bytes(model: Transformer, rows: list[Row]) -> float:
     config = model.config
     embedding = model.embed_tokens.weight
     weights = model.weight_bytes - (0 if config.tie_word_embeddings else embedding.nbytes)
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.itemsize
-    return int(weights + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows))
+    return weights + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows)
 
 
 def run_sample(
@@ -141,21 +169,23 @@ def report_rows(rows: list[Row], context: int) -> None:
             line += f"; first after {metrics['ttft_ms']:.0f} ms"
         if metrics["decode_tokens_per_s"]:
             line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"
+        if row.tokens_per_round:
+            line += f", {row.tokens_per_round:.1f} tokens a round"
         print(line, file=sys.stderr)
     if len(rows) > 1 and (rate := sum(row.decode_tokens_per_s or 0 for row in rows)):
         print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
 
 
-def run_metrics(samples: list[list[Row]], model: Transformer) -> dict[str, Any]:
+def run_metrics(samples: list[list[Row]], model: Transformer, draft_model: Transformer | None) -> dict[str, Any]:
     """Collect what `--metrics_path` writes, but for the times and settings that only the caller knows."""
     device = model.device
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
         name, peak = str(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step_bytes = [bytes_per_step(model, rows) for rows in samples]
+    step_bytes = [bytes_per_step(model, rows, draft_model) for rows in samples]
     # The row that ran longest saw every step of its batch.
-    rates = [max(rows, key=lambda row: len(row.tokens)).decode_tokens_per_s for rows in samples]
+    rates = [max(rows, key=lambda row: len(row.arrivals)).steps_per_s for rows in samples]
     bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
     return {
         "samples": [row.metrics() for rows in samples for row in rows],

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate as generate_module
+import steps as steps_module
 from checkpoint import load_model
-from generate import PREFILL_CHUNK, Sampling, compiled, decode, generate, prefill, probabilities, sample
+from generate import generate
 from model import ModelConfig, Transformer
+from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
 from tokenizer import load_tokenizer
 
@@ -162,7 +163,7 @@ KINDS = {"plain": {}, "biased": {"attention_bias": True, "mlp_bias": True}, "win
 @pytest.mark.parametrize(("first", "kind"), [(1, "plain"), (64, "biased"), (69, "window")])
 def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(monkeypatch, first, kind):
     """The sizes under which the graphs are made leave no trace: as many tokens as slots, a full cache, pieces."""
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", 66)
+    monkeypatch.setattr(steps_module, "PREFILL_CHUNK", 66)
     torch._dynamo.reset()
     model = tiny_model(**KINDS[kind])
     steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
@@ -220,7 +221,7 @@ def test_rows_end_at_the_cache_each_at_its_own_length(model):
 def test_prefill_in_pieces_equals_prefill_at_once(model, monkeypatch, chunk, length):
     prompts = [[(7 * i) % 64 for i in range(length)], [5, 4]]
     whole = rows_of(generate(model, prompts, 8, GREEDY))
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(steps_module, "PREFILL_CHUNK", chunk)
     assert rows_of(generate(model, prompts, 8, GREEDY)) == whole
 
 
@@ -427,7 +428,9 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-@pytest.mark.parametrize("name", ["model", "tokenizer", "checkpoint", "generate", "report", "cli"])
+@pytest.mark.parametrize(
+    "name", ["model", "tokenizer", "checkpoint", "generate", "steps", "speculate", "report", "cli"]
+)
 def test_importing_changes_nothing(name):
     probe = f"""
 import os, random, sys
