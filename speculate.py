@@ -261,9 +261,10 @@ class Speculation:
                 return None
             drafted = torch.tensor(guesses, device=device)
         else:
-            self.catch_up(texts, ends)
+            last_id = self.draft_model.config.vocab_size - 1  # stands for ids that only the target has
+            self.catch_up(texts, ends, last_id)
             noise = None if sampling.temperature == 0 else clocks(len(texts), k)
-            tokens = torch.tensor([[text[0], *text][-2:] for text in texts], device=device)
+            tokens = torch.tensor([[text[0], *text][-2:] for text in texts], device=device).clamp(max=last_id)
             at = torch.tensor([[end - 2, end - 1] for end in ends], device=device)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
         tokens = torch.cat((torch.tensor([text[-1:] for text in texts], device=device), drafted), dim=1)
@@ -289,7 +290,7 @@ class Speculation:
             return []
         return [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
 
-    def catch_up(self, texts: list[list[int]], ends: list[int]) -> None:
+    def catch_up(self, texts: list[list[int]], ends: list[int], last_id: int) -> None:
         """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
         assert self.draft_model is not None
         # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
@@ -299,4 +300,6 @@ class Speculation:
         missing = [text[first - self.start : max(len(text) - 1, 1)] for text, first in zip(texts, starts, strict=True)]
         slots = torch.arange(self.draft_model.max_seq_length, device=self.draft_model.device)
         for tokens, positions, filled in prompt_chunks(missing, starts, slots.device):
-            self.prefill(self.draft_model, tokens, positions, visible_slots(slots, filled), GREEDY, None)
+            self.prefill(
+                self.draft_model, tokens.clamp(max=last_id), positions, visible_slots(slots, filled), GREEDY, None
+            )

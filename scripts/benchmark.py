@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import DTYPES, parse_config, parse_dtype, random_model, read_json
 from cli import ArgumentParser, number, user_errors, write_whole
-from generate import Sampling, compiled, decode, generate, prefill, visible_slots
+from generate import generate
 from model import Transformer
+from steps import Sampling, compiled, decode, prefill, visible_slots
 
 GREEDY = Sampling(temperature=0)
 
