@@ -156,8 +156,8 @@ class Pace:
 
 
 def levels_below(max_k: int) -> tuple[int, ...]:
-    """Return max_k, half of it, and so on to 1 and 0: few, since each has a graph of its own."""
-    return (max_k, *levels_below(max_k // 2)) if max_k else (0,)
+    """Return max_k, three fifths of it, and so on to 1 and 0: few, since each has a graph of its own."""
+    return (max_k, *levels_below(max_k * 3 // 5)) if max_k else (0,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ class Speculation:
     """Where drafts come from, how many there may be, and what became of them.
 
     draft_model: its caches set up as long as the target's, and for as many rows; None is prompt lookup. Beyond the
-    context it was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default max_k,
-    its halves, and 0. The steps are the plain ones or `steps.compiled`.
+    context it was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
+    `levels_below(max_k)`. The steps are the plain ones or `steps.compiled`.
     """
 
     draft_model: Transformer | None = None

@@ -331,9 +331,10 @@ def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, 
 # How many drafts
 
 
-def test_levels_are_halves_down_to_plain_decoding():
-    assert levels_below(5) == (5, 2, 1, 0)
-    assert levels_below(1) == (1, 0)
+def test_levels_fall_to_plain_decoding():
+    assert levels_below(5) == (5, 3, 1, 0)
+    assert levels_below(16) == (16, 9, 5, 3, 1, 0)
+    assert levels_below(2) == (2, 1, 0)
 
 
 def test_drafts_grow_while_they_are_accepted_and_shrink_when_not():
