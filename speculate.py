@@ -117,9 +117,9 @@ DRAFT_COST = 0.2
 # A round weighs this much less in the next estimate.
 DECAY = 0.875
 # The drafts that are taken for accepted before the first: enough to begin with the largest k.
-PRIOR = 2.0
+PRIOR = 1.0
 # Where drafts do not pay, so many tokens are decoded plainly before the next try; twice as many after each that fails.
-FIRST_WAIT, LONGEST_WAIT = 8, 256
+FIRST_WAIT, LONGEST_WAIT = 16, 256
 
 
 def expected_tokens(acceptance: float, k: int) -> float:

@@ -177,12 +177,14 @@ class Duel:
     num_tokens: int
     accept: Callable[..., tuple[Tensor, Tensor]] = accept
     levels: list[tuple[int, ...]] = field(default_factory=list)  # a speculation each: one number is a fixed k
+    eager: bool = False
 
     def run(self, num_samples: int, mode: str | None) -> list[dict[str, Any]]:
         device = str(self.target.device)
-        run_decode, run_draft = Timed(compiled(decode, mode), device), Timed(compiled(draft, mode), device)
-        run_verify = Timed(compiled(partial(verify, accept=self.accept), mode), device)
-        run_prefill = compiled(prefill)
+        make = (lambda step, mode=None: step) if self.eager else compiled
+        run_decode, run_draft = Timed(make(decode, mode), device), Timed(make(draft, mode), device)
+        run_verify = Timed(make(partial(verify, accept=self.accept), mode), device)
+        run_prefill = make(prefill)
         max_k = max(max(levels) for levels in self.levels)
         length = 64 * (2 + (len(self.prompt) + self.num_tokens + max_k) // 64)
         for model in (self.target, self.draft_model):
@@ -246,9 +248,12 @@ def make_duels(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[Duel]:
     adaptive = levels_below(max(args.speculate_k))
     target = load_model(demo, args.device)
     draft_model = load_model(demo_draft, args.device)
-    yield Duel("demo, its draft", target, draft_model, prompt, args.new_tokens, levels=[*fixed, adaptive])
     random_draft = random_model(draft_model.config, args.device)
-    yield Duel("demo, a random draft", target, random_draft, prompt, max(200, args.new_tokens), levels=[adaptive])
+    for eager in (True, False):
+        how, long = "eager" if eager else "compiled", max(200, args.new_tokens)
+        levels = [*fixed, adaptive]
+        yield Duel(f"demo, its draft, {how}", target, draft_model, prompt, long, levels=levels, eager=eager)
+        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompt, long, levels=[adaptive], eager=eager)
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
     target = random_model(parse_config(raw), args.device, dtype)
     draft_model = random_model(parse_config(raw | {"num_hidden_layers": 2}), args.device, dtype, seed=1)
