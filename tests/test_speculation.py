@@ -163,6 +163,13 @@ def test_equal_distributions_accept_everything_even_at_the_largest_draw():
     assert torch.equal(following, p.argmax(dim=-1))
 
 
+def test_a_rejection_by_rounding_alone_still_draws_from_p():
+    p = torch.tensor([0.0, 0.5, 0.5])
+    noise = (torch.ones(1, 1), torch.ones(1, 3))  # the draw 1 does not occur: it stands for p a little below q
+    counts, following = accept(p.log().expand(1, 2, 3), torch.tensor([[1]]), p.expand(1, 1, 3), Sampling(1.0), noise)
+    assert (counts.item(), following.item()) == (0, 1)
+
+
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
 SMALL_DRAFTS = {
     "nearly the target": lambda: nearly(tiny_model(**SMALL), noise=0.1),
@@ -221,6 +228,12 @@ def test_the_target_as_its_own_draft_has_every_token_accepted(target, sampling):
     ids = tokens_of(generate(target, [[1, 2, 3]], 61, sampling, generator=generator, speculation=speculation))
     assert speculation.accept_counts == [[0, 0, 0, 0, 0, 10]]
     assert len(ids) == 61
+
+
+def test_a_random_draft_is_soon_asked_no_more(target):
+    speculation = Speculation(make_draft("random"))
+    list(generate(target, [[1, 2, 3]], 100, GREEDY, speculation=speculation))
+    assert 5 < speculation.num_drafted < 20
 
 
 def test_counts_add_up_to_the_tokens(target):
