@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
-from quantize import Scheme, parse_scheme, quantize_linears_, repack_
+from quantize import parse_scheme, quantize_linears_, repack_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -459,17 +459,13 @@ def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str 
 
 
 def random_model(
-    config: ModelConfig,
+    raw_config: dict[str, Any],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-    scheme: Scheme | None = None,
 ) -> Transformer:
-    """Make a model with random weights, quantized by `scheme`: for speed work."""
-    with torch.device("meta"):
-        model = Transformer(config)
-        if scheme is not None:
-            quantize_linears_(model, scheme)
+    """Make the model that config.json describes, quantized or not, with random weights: for speed work."""
+    model = meta_model(raw_config)
     generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, (kind, shape) in tensor_specs(model, dtype).items():

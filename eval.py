@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, read_config
 from cli import ArgumentParser, check_device, number, user_errors, write_whole
-from generate import Row, Sampling, generate
+from generate import generate
 from model import ModelConfig, Transformer
+from report import Row
+from steps import Sampling
 from tokenizer import TextStream, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

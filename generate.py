@@ -1,4 +1,4 @@
-"""Generate text: sampling, prefill, decode, and the command.
+"""Generate text: the loop over prefill, decode and rounds of speculation, and the command.
 
     python generate.py
     python generate.py --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B --prompt "Once upon a time" --compile
@@ -10,16 +10,13 @@ goes to stdout as it is made, all else to stderr.
 import argparse
 import contextlib
 import json
-import resource
 import secrets
-import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,141 +26,14 @@ from torch import Tensor
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
 from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
 from model import ModelConfig, Transformer
-from quantize import MAX_KERNEL_ROWS
-from tokenizer import TextStream, Tokenizer, load_tokenizer
-
-# Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
-# the vector width.
-SLOTS_STEP = 64
-# What fp32 takes for a positive number, where a user's is so small that it would become 0.
-TINY = 1e-30
-# Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
-PREFILL_CHUNK = 2048
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen: argmax at temperature 0, else a draw from the filtered distribution."""
-
-    temperature: float = 0.8
-    top_k: int = 0  # keep the k likeliest; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest that together reach this mass (arXiv:1904.09751)
-    min_p: float = 0.0  # keep those at least this share of the likeliest (arXiv:2407.01082)
-
-
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Turn logits [..., V] into the fp32 distribution to draw from, at a temperature above 0.
-
-    The filters come in the order `transformers` has them: top-k, top-p, min-p.
-    """
-    logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, TINY)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k).values[..., -1:]
-        logits = torch.where(logits < smallest, -torch.inf, logits)
-    p = logits.softmax(dim=-1)
-    if sampling.top_p < 1:
-        ordered, ids = p.sort(dim=-1, descending=True)
-        kept = ordered.cumsum(dim=-1) - ordered < max(sampling.top_p, TINY)  # the likeliest always is
-        p = torch.zeros_like(p).scatter(-1, ids, torch.where(kept, ordered, 0))
-    if sampling.min_p > 0:
-        p = torch.where(p < sampling.min_p * p.amax(dim=-1, keepdim=True), 0, p)
-    return p / p.sum(dim=-1, keepdim=True)
-
-
-def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
-    """Choose one id [B] from logits [B, V].
-
-    noise [B, V]: draws from Exp(1), made by the caller so that a seed gives the same text compiled and not; unused at
-    temperature 0.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    assert noise is not None
-    p = probabilities(logits, sampling)
-    # The first of exponential clocks with rates p to ring is distributed as p.
-    return torch.where(p > 0, p / noise, -1).argmax(dim=-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two steps
-
-
-def prefill(
-    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
-) -> Tensor:
-    """Run tokens [B, S] at positions [B, S]; return the ids [B] that follow the last column."""
-    hidden = model.hidden_states(tokens, positions, slots)[:, -1]
-    return sample(model.lm_head(hidden), sampling, noise)
-
-
-def decode(
-    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run one token [B] a row at positions [B]; return the next ids and their positions."""
-    # A row that has ended may have walked past the slots that the others still need.
-    positions = positions.clamp(max=slots.shape[0] - 1)
-    hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
-    return sample(model.lm_head(hidden), sampling, noise), positions + 1
-
-
-def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    """Compile prefill or decode: one graph for every prompt length and position.
-
-    Another batch size or set of filters makes another graph, and so do more than 4,096 slots, over which inductor sums
-    in another way. mode: torch.compile's; "reduce-overhead" replays decode as a CUDA graph.
-    """
-    graph = torch.compile(step, fullgraph=True, mode=mode)
-
-    def call(
-        model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
-    ) -> Any:
-        if tokens.ndim == 2:  # prefill: any number of columns
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(positions, 1)
-        torch._dynamo.mark_dynamic(slots, 0)
-        result = graph(model, tokens, positions, slots, sampling, noise)
-        # The next replay of a CUDA graph writes over its outputs.
-        return tuple(tensor.clone() for tensor in result) if mode and tokens.ndim == 1 else result
-
-    return call
-
+from quantize import Scheme, parse_scheme
+from report import report_rows, run_metrics, run_sample
+from speculate import Speculation, draft, levels_below, verify
+from steps import Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
+from tokenizer import Tokenizer, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def visible_slots(slots: Tensor, length: int) -> Tensor:
-    """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
-    return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
-
-
-def prompt_chunks(prompts: list[list[int]], start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield tokens [B, S], positions [B, S] and the length up to which they fill the longest row's cache.
-
-    Rows end together. A shorter one is filled up at its left with its own first token at its own first position,
-    which only writes that slot once more. So are very short prompts, which would be compiled apart.
-    """
-    shortest = MAX_KERNEL_ROWS + 1
-    length = max(shortest, *map(len, prompts))
-    tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
-    columns = torch.arange(length, device=device)
-    fill = torch.tensor([length - len(p) for p in prompts], device=device)
-    positions = start + (columns - fill.unsqueeze(-1)).clamp(min=0)
-    first = length % PREFILL_CHUNK  # the odd piece comes first: a last one could be too short
-    first = first if first >= shortest else first + PREFILL_CHUNK
-    bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
-    for begin, end in pairwise(bounds):
-        # Copies, since a compiled prefill would take a slice's strides for another case.
-        piece = slice(begin, end)
-        yield copy_of(tokens[:, piece]), copy_of(positions[:, piece]), start + end
-
-
-def copy_of(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[int]]:
@@ -193,135 +63,91 @@ def generate(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
     *,
     eos_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     start: int = 0,
     prefill: Callable[..., Any] = prefill,
     decode: Callable[..., Any] = decode,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Yield, step by step, the new ids of each row: [] for a row that has ended.
+    """Yield, step by step, the new ids of each row: [] for a row that has ended, several where drafts were accepted.
 
     model: its caches set up for at least len(prompts) rows. prompts: ids, at least one a row; they continue the first
     `start` cache slots. A row ends with one of eos_ids (yielded too), after max_new_tokens, or when prompt and new
-    tokens fill the cache. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
-    empty or does not fit.
+    tokens fill the cache, of which speculation keeps the last max_k slots for drafts that go too far. prefill, decode:
+    the plain steps or `compiled` ones. Raises ValueError where a prompt is empty or does not fit.
     """
-    capacity, device = model.max_seq_length, model.device
-    lengths = [start + len(p) for p in prompts]
+    device = model.device
+    capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
+    longest = start + max(map(len, prompts))
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
-    if max(lengths) > capacity:
-        raise ValueError(f"a prompt needs {max(lengths)} cache slots, the cache has {capacity}; set up a longer one")
-    rooms = [min(max_new_tokens, capacity - n) for n in lengths]
-    ended = [room <= 0 for room in rooms]
+    if longest > capacity:
+        raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
+    ends = frozenset(eos_ids)
+    texts = [list(p) for p in prompts]
+    rooms = [min(max_new_tokens, capacity - start - len(p)) for p in prompts]  # 0 when a row has ended
 
-    slots = partial(visible_slots, torch.arange(capacity, device=device))
+    slots = partial(visible_slots, torch.arange(model.max_seq_length, device=device))
 
     def noise() -> Tensor | None:
         if sampling.temperature == 0:
             return None
-        return torch.empty(len(prompts), model.config.vocab_size, device=device).exponential_(generator=generator)
+        return exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
 
-    def steps() -> Iterator[Tensor]:
-        for tokens, positions, filled in prompt_chunks(prompts, start, device):
-            ids = prefill(model, tokens, positions, slots(filled), sampling, noise())
-        yield ids
-        at = torch.tensor(lengths, device=device)
-        for n in range(1, max(rooms)):
-            longest = max(length for length, done in zip(lengths, ended, strict=True) if not done)
+    def take(step: list[list[int]]) -> list[list[int]]:
+        """Cut what each row was given at its end, and add the rest to its text."""
+        taken = [ids[:room] for ids, room in zip(step, rooms, strict=True)]
+        for row, ids in enumerate(taken):
+            eos = next((i for i, token in enumerate(ids) if token in ends), None)
+            if eos is not None:
+                del ids[eos + 1 :]
+            texts[row] += ids
+            rooms[row] = rooms[row] - len(ids) if eos is None else 0
+        return taken
+
+    def plain_steps(count: int) -> Iterator[Tensor]:
+        ids = torch.tensor([text[-1] for text in texts], device=device)
+        lengths = [start + len(text) for text in texts]
+        at = torch.tensor(lengths, device=device) - 1
+        for n in range(count):
+            longest = max(length for length, room in zip(lengths, rooms, strict=True) if room)
             ids, at = decode(model, ids, at, slots(longest + n), sampling, noise())
             yield ids
 
-    if all(ended):
+    def plain(count: int) -> Iterator[list[list[int]]]:
+        for ids in read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1):
+            yield [[token] for token in ids]
+
+    def steps() -> Iterator[list[list[int]]]:
+        while speculation:
+            num_plain, k = speculation.plan()
+            yield from plain(num_plain)
+            new_ids = speculation.round(model, texts, rooms, k, sampling, generator)
+            yield from plain(1) if new_ids is None else [new_ids]
+        yield from plain(max(rooms))
+
+    if speculation:
+        speculation.begin(len(prompts), start)
+    if not any(room > 0 for room in rooms):
         return
-    ends = frozenset(eos_ids)
-    for n, ids in enumerate(read_behind(steps(), lag=0 if device.type == "cpu" else 1), start=1):
-        yield [[] if done else [token] for token, done in zip(ids, ended, strict=True)]
-        ended = [done or n >= room or i in ends for i, done, room in zip(ids, ended, rooms, strict=True)]
-        if all(ended):
+    for tokens, positions, filled in prompt_chunks(prompts, [start] * len(prompts), device):
+        ids = prefill(model, tokens, positions, slots(filled), sampling, noise())
+    yield take([[token] for token in ids.tolist()])
+    if not any(rooms):
+        return
+    for step in steps():
+        if speculation:
+            speculation.count(step, rooms)
+        yield take(step)
+        if not any(rooms):
             return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-@dataclass
-class Row:
-    """One row of a sample: what has come of it so far, and what the metrics report."""
-
-    prompt_ids: list[int]
-    stream: TextStream | None
-    stops: list[str]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    held: str = ""  # decoded, but perhaps the beginning of a stop text
-    finish_reason: str | None = None
-    began: float = field(default_factory=time.perf_counter)
-    arrivals: list[float] = field(default_factory=list)
-
-    def push(self, ids: list[int], eos_ids: tuple[int, ...]) -> str:
-        """Take the row's new ids; return the text that is now certain."""
-        if self.finish_reason or not ids:
-            return ""
-        self.tokens += ids
-        self.arrivals.append(time.perf_counter())
-        if ids[-1] in eos_ids:
-            return self.finish("eos")
-        return self._release(self.stream.push(ids) if self.stream else "")
-
-    def finish(self, reason: str) -> str:
-        """End the row, for `reason` unless it has ended already; return the rest of its text."""
-        if self.finish_reason:
-            return ""
-        self.finish_reason = reason
-        return self._release(self.stream.flush() if self.stream else "", last=True)
-
-    def _release(self, piece: str, last: bool = False) -> str:
-        self.held += piece
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.finish_reason = "stop"
-            ready, self.held = self.held[: min(found)], ""
-        else:
-            certain = len(self.held) - (0 if last else held_back(self.held, self.stops))
-            ready, self.held = self.held[:certain], self.held[certain:]
-        self.text += ready
-        return ready
-
-    @property
-    def ttft_s(self) -> float | None:
-        return self.arrivals[0] - self.began if self.arrivals else None
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        if len(self.arrivals) < 2:
-            return None
-        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
-
-    def metrics(self) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens,
-            "text": self.text,
-            "prompt_tokens": len(self.prompt_ids),
-            "new_tokens": len(self.tokens),
-            "finish_reason": self.finish_reason,
-            "ttft_ms": self.ttft_s and self.ttft_s * 1e3,
-            "prefill_tokens_per_s": self.ttft_s and len(self.prompt_ids) / self.ttft_s,
-            "decode_tokens_per_s": self.decode_tokens_per_s,
-            "accept_counts": [],
-        }
-
-
-def held_back(text: str, stops: list[str]) -> int:
-    """Return the length of the longest end of text that a stop text begins with."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return size
-    return 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -349,6 +175,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
     )
+    drafts = parser.add_argument_group("speculation (the text stays the model's own)")
+    source = drafts.add_mutually_exclusive_group()
+    source.add_argument("--draft_checkpoint_path", type=Path, metavar="DIR",
+                        help="a smaller model of the same vocabulary drafts")  # fmt: skip
+    source.add_argument(
+        "--prompt_lookup", action="store_true", help="what followed the last n-gram before is the draft"
+    )
+    drafts.add_argument(
+        "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
+    )
     run = parser.add_argument_group("how to run")
     run.add_argument("--compile", action="store_true", help="compile decode")
     run.add_argument("--compile_prefill", action="store_true", help="compile prefill too")
@@ -373,6 +209,8 @@ class Job:
     batches: list[list[list[int]]]  # of prompts, of ids
     max_seq_length: int
     sampling: Sampling
+    quantization: Scheme | None
+    draft_dtype: torch.dtype | None
 
 
 def check(args: argparse.Namespace) -> Job:
@@ -403,7 +241,38 @@ def check(args: argparse.Namespace) -> Job:
         [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
         min(config.max_position_embeddings, max(map(len, prompts)) + args.max_new_tokens),
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+        parse_scheme(raw.get("quantization")),
+        check_draft(args, tokenizer, config.vocab_size),
     )
+
+
+def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> torch.dtype | None:
+    """Return the draft's dtype, None without a draft. Raises ValueError where its vocabulary is another."""
+    path = args.draft_checkpoint_path
+    if args.speculate_k and not path and not args.prompt_lookup:
+        raise ValueError("--speculate_k needs a draft; give --draft_checkpoint_path or --prompt_lookup")
+    if not path:
+        return None
+    raw = read_config(path)
+    config = parse_config(raw)
+    try:
+        theirs = load_tokenizer(path).token_bytes
+        ours = (tokenizer or load_tokenizer(args.checkpoint_path)).token_bytes
+    except FileNotFoundError as error:
+        if not args.random_weights:
+            raise ValueError(f"{error}; the draft's vocabulary and the model's have to be compared") from None
+        if config.vocab_size != vocab_size:
+            raise ValueError(
+                f"the draft {path} has {config.vocab_size} ids and the model {vocab_size}; they must have the same"
+            ) from None
+    else:
+        differ = sorted(i for i in {*theirs, *ours} if theirs.get(i) != ours.get(i))
+        if differ:
+            raise ValueError(
+                f"the draft {path} has another vocabulary than the model: {len(differ)} ids differ, the first is "
+                f"{differ[0]}: {theirs.get(differ[0])!r} and {ours.get(differ[0])!r}; they must be one"
+            )
+    return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
@@ -431,107 +300,58 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
 
 
-def bytes_per_step(model: Transformer, rows: list[Row]) -> int:
-    """Return the bytes that an average decode step must read: weights, and the keys and values of the text so far."""
-    config = model.config
-    embedding = model.embed_tokens.weight
-    weights = model.weight_bytes - (0 if config.tie_word_embeddings else embedding.nbytes)
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.itemsize
-    return int(weights + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows))
+def load(args: argparse.Namespace, job: Job) -> tuple[Transformer, Speculation | None]:
+    """Load the model and what speculates for it, with caches for the longest text and drafts that go beyond its end."""
+
+    def one(path: Path, dtype: torch.dtype) -> Transformer:
+        if args.random_weights:
+            return random_model(read_config(path), args.device, dtype)
+        return load_model(path, args.device, dtype)
+
+    model = one(args.checkpoint_path, job.dtype)
+    speculation = None
+    if job.draft_dtype or args.prompt_lookup:
+        draft_model = one(args.draft_checkpoint_path, job.draft_dtype) if job.draft_dtype else None
+        speculation = Speculation(draft_model, *([args.speculate_k] if args.speculate_k else []))
+    for each in (model, speculation and speculation.draft_model):
+        if each:
+            each.setup_caches(len(job.batches[0]), job.max_seq_length + (speculation.max_k if speculation else 0))
+    return model, speculation
 
 
-def run_sample(
-    job: Job, prompts: list[list[int]], stops: list[str], max_new_tokens: int, new_ids: Iterator[list[list[int]]]
-) -> list[Row]:
-    """Print a batch's text, as it comes for one row and row by row for several; return the rows."""
-    rows = [Row(ids, TextStream(job.tokenizer, ids) if job.tokenizer else None, stops) for ids in prompts]
-
-    def show(text: str) -> None:
-        if len(rows) == 1:
-            print(text, end="", flush=True)
-
-    if job.tokenizer:
-        show(job.tokenizer.decode(prompts[0]))
-    for step in new_ids:
-        for row, ids in zip(rows, step, strict=True):
-            show(row.push(ids, job.eos_ids))
-        if all(row.finish_reason for row in rows):
-            break
-    for row in rows:
-        show(row.finish("length" if len(row.tokens) >= max_new_tokens else "context"))
-    if job.tokenizer:
-        show("\n")
-        for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
-            print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
-            print(job.tokenizer.decode(row.prompt_ids) + row.text, flush=True)
-    return rows
-
-
-def report_rows(rows: list[Row], config: ModelConfig) -> None:
-    for row in rows:
-        metrics = row.metrics()
-        line = f"{metrics['new_tokens']} tokens, ended by {row.finish_reason}"
-        if row.finish_reason == "context":
-            line += f": the model's context of {config.max_position_embeddings} tokens is full"
-        if metrics["ttft_ms"]:
-            line += f"; first after {metrics['ttft_ms']:.0f} ms"
-        if metrics["decode_tokens_per_s"]:
-            line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"
-        print(line, file=sys.stderr)
-    if len(rows) > 1 and (rate := sum(row.decode_tokens_per_s or 0 for row in rows)):
-        print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
-
-
-def run_metrics(samples: list[list[Row]], model: Transformer, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Collect what `--metrics_path` writes, but for the times that only the caller knows."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        name, peak = args.device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step_bytes = [bytes_per_step(model, rows) for rows in samples]
-    # The row that ran longest saw every step of its batch.
-    rates = [max(rows, key=lambda row: len(row.tokens)).decode_tokens_per_s for rows in samples]
-    bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
-    return {
-        "samples": [row.metrics() for rows in samples for row in rows],
-        "weight_bytes": model.weight_bytes,
-        "bytes_per_step": int(statistics.median(step_bytes)),
-        "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,
-        "peak_memory_bytes": peak,
-        "device": name,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "quantization": None,
-        "tp": 1,
-        "torch": torch.__version__,
-        "seed": args.seed,
-        "sampling": asdict(job.sampling),
-    }
+def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None) -> None:
+    """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
+    for prompts in {len(batch): batch for batch in job.batches}.values():
+        for start in {0, max(0, job.max_seq_length - max(map(len, prompts)) - 2)}:
+            for _ in launch(prompts, 2, start=start):
+                pass
+            if speculation is None:
+                continue
+            for k in levels_below(speculation.max_k)[:-1]:
+                for _ in launch(prompts, 2, start=start, speculation=replace(speculation, levels=(k,))):
+                    pass
 
 
 def run(args: argparse.Namespace) -> None:
     job = check(args)
     began = time.perf_counter()
-    if args.random_weights:
-        model = random_model(job.config, args.device, job.dtype)
-    else:
-        model = load_model(args.checkpoint_path, args.device, job.dtype)
-    model.setup_caches(len(job.batches[0]), job.max_seq_length)
+    model, speculation = load(args, job)
     loaded = time.perf_counter()
 
     generator = torch.Generator(args.device)
     run_prefill = compiled(prefill) if args.compile_prefill else prefill
     decode_mode = "reduce-overhead" if model.device.type == "cuda" else None
     run_decode = compiled(decode, decode_mode) if args.compile else decode
+    if speculation:
+        speculation.prefill = run_prefill
+        if args.compile:
+            speculation.draft, speculation.verify = compiled(draft, decode_mode), compiled(verify, decode_mode)
     launch = partial(
         generate, model, sampling=job.sampling, generator=generator, prefill=run_prefill, decode=run_decode
     )
     if args.compile or args.compile_prefill:
         print("compiling ...", file=sys.stderr)
-        for prompts in {len(batch): batch for batch in job.batches}.values():
-            for start in {0, job.max_seq_length - max(map(len, prompts)) - 2}:  # few slots, and all: see `compiled`
-                for _ in launch(prompts, 2, start=max(0, start)):
-                    pass
+        warm_up(launch, job, speculation)
     ready = time.perf_counter()
 
     generator.manual_seed(args.seed)
@@ -539,13 +359,24 @@ def run(args: argparse.Namespace) -> None:
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches)
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            new_ids = launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids)
-            samples.append(run_sample(job, prompts, args.stop, args.max_new_tokens, new_ids))
+            new_ids = launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids, speculation=speculation)
+            rows = run_sample(prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop)
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
-        report_rows(samples[-1], job.config)
+        for row, counts in zip(rows, speculation.accept_counts if speculation else [], strict=False):
+            row.accept_counts, row.num_drafted = counts, speculation.num_drafted if speculation else 0
+        report_rows(rows, job.config.max_position_embeddings)
+        samples.append(rows)
 
-    metrics = {"load_s": loaded - began, "compile_s": ready - loaded, **run_metrics(samples, model, job, args)}
+    metrics = {
+        "load_s": loaded - began,
+        "compile_s": ready - loaded,
+        **run_metrics(samples, model, speculation.draft_model if speculation else None),
+        "quantization": job.quantization and str(job.quantization),
+        "tp": 1,
+        "seed": args.seed,
+        "sampling": asdict(job.sampling),
+    }
     line = f"seed {args.seed}; {metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
     if args.compile or args.compile_prefill:
         line += f", compiled in {metrics['compile_s']:.1f} s"

@@ -1,6 +1,7 @@
 """Measure decoding on random weights against the memory roof of the same machine, and draw the result.
 
     python scripts/benchmark.py --config configs/tinyllama-1.1b.json --device cpu
+    python scripts/benchmark.py --config configs/tinyllama-1.1b.json --device cpu --speculate
 
 The roof comes first (a streaming read, a matrix product), then each rung after a warm-up, in turns: A B A B. What is
 finished is written at once to results/<date>_<hardware>_<name>.json, so that an interrupted run keeps it.
@@ -15,22 +16,26 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import DTYPES, parse_config, parse_dtype, random_model, read_json
+from checkpoint import DTYPES, load_model, parse_dtype, random_model, read_config, read_json
 from cli import ArgumentParser, number, user_errors, write_whole
-from generate import Sampling, compiled, decode, generate, prefill, visible_slots
+from generate import generate
 from model import Transformer
+from speculate import Speculation, accept, count_leading, draft, expected_tokens, levels_below, verify
+from steps import Sampling, compiled, decode, prefill, visible_slots
+from tokenizer import load_tokenizer
 
 GREEDY = Sampling(temperature=0)
 
@@ -124,6 +129,184 @@ def make_rungs(args: argparse.Namespace) -> list[Rung]:
     return sorted(rungs, key=lambda rung: rung.group)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculation
+
+
+ACCEPTANCE = 0.7
+
+
+def accept_by_chance(
+    logits: Tensor, drafted: Tensor, q: Tensor | None, sampling: Sampling, noise: Any
+) -> tuple[Tensor, Tensor]:
+    """Accept each draft with probability ACCEPTANCE, whatever it is: random weights have no drafts worth accepting.
+
+    The text is not the target's. This times the machinery, and stands here so that no command can reach it.
+    """
+    accepted = torch.rand(drafted.shape, device=drafted.device) < ACCEPTANCE
+    num_accepted = count_leading(accepted)
+    return num_accepted, logits.argmax(dim=-1).gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+
+
+class Timed:
+    """A step that remembers how long each of its calls took."""
+
+    def __init__(self, step: Callable[..., Any], device: str):
+        self.step, self.device = step, device
+        self.times: list[float] = []
+
+    def __call__(self, *args: Any) -> Any:
+        result = None
+
+        def call() -> None:
+            nonlocal result
+            result = self.step(*args)
+
+        self.times.append(seconds(call, self.device))
+        return result
+
+
+@dataclass
+class Duel:
+    """Decode of one target, plain and with speculation, in turns."""
+
+    name: str
+    target: Transformer
+    draft_model: Transformer
+    prompt: list[int]
+    num_tokens: int
+    accept: Callable[..., tuple[Tensor, Tensor]] = accept
+    levels: list[tuple[int, ...]] = field(default_factory=list)  # a speculation each: one number is a fixed k
+    eager: bool = False
+
+    def run(self, num_samples: int, mode: str | None) -> list[dict[str, Any]]:
+        device = str(self.target.device)
+        make = (lambda step, mode=None: step) if self.eager else compiled
+        run_decode, run_draft = Timed(make(decode, mode), device), Timed(make(draft, mode), device)
+        run_verify = Timed(make(partial(verify, accept=self.accept), mode), device)
+        run_prefill = make(prefill)
+        max_k = max(max(levels) for levels in self.levels)
+        length = 64 * (2 + (len(self.prompt) + self.num_tokens + max_k) // 64)
+        for model in (self.target, self.draft_model):
+            model.setup_caches(1, length)
+
+        def take(levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+            speculation = Speculation(self.draft_model, max_k, levels, run_draft, run_verify, run_prefill)
+            timed = (run_decode, run_draft, run_verify)
+            for step in timed:
+                step.times.clear()
+            steps = generate(
+                self.target, [self.prompt], num_tokens, GREEDY, prefill=run_prefill, decode=run_decode,
+                speculation=speculation if levels else None,
+            )  # fmt: skip
+            arrivals = [(time.perf_counter(), len(row)) for [row] in steps]
+            [counts] = speculation.accept_counts if levels else [[len(arrivals) - 1]]
+            # What the last round gave beyond the text's end counts too: it took its time.
+            tokens = sum((n + 1) * count for n, count in enumerate(counts))
+            medians = [statistics.median(step.times) * 1e3 if step.times else None for step in timed]
+            return {
+                "tok_per_s": tokens / (arrivals[-1][0] - arrivals[0][0]),
+                "accept_counts": counts,
+                "num_drafted": speculation.num_drafted,
+                **dict(zip(("decode_ms", "draft_ms", "verify_ms"), medians, strict=True)),
+            }
+
+        rungs: list[tuple[int, ...]] = [(), *self.levels]
+        for levels in {(k,) for rung in rungs for k in rung if k}:
+            take(levels, 2)
+        samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
+        for turn in range(num_samples + 1):
+            for rung, taken in samples.items():
+                sample = take(rung, self.num_tokens)
+                if turn > 0:  # the first warms up
+                    taken.append(sample)
+        return [self.summary(rung, taken, samples[()]) for rung, taken in samples.items()]
+
+    def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
+        def median(key: str, of: list[dict[str, Any]] = samples) -> float:
+            return statistics.median(sample[key] for sample in of)
+
+        entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
+        entry |= {"tok_per_s": median("tok_per_s"), "speedup": median("tok_per_s") / median("tok_per_s", plain)}
+        if len(levels) != 1:
+            return entry
+        [k] = levels
+        counts = [sum(column) for column in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
+        accepted = sum(n * count for n, count in enumerate(counts))
+        a = accepted / (accepted + sum(counts[:k]))
+        step_ms = median("decode_ms", plain)
+        c = median("draft_ms") / k / step_ms
+        promised = expected_tokens(a, k) / (c * k + 1)
+        entry |= {"k": k, "a": a, "c": c, "verify_steps": median("verify_ms") / step_ms}
+        return entry | {"formula": promised, "share_of_formula": entry["speedup"] / promised}
+
+
+def make_duels(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[Duel]:
+    demo, demo_draft = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
+    prompt = load_tokenizer(demo).encode("class Stack:\n    def __init__(self, items=None):\n")
+    fixed = [(k,) for k in args.speculate_k]
+    adaptive = levels_below(max(args.speculate_k))
+    target = load_model(demo, args.device)
+    draft_model = load_model(demo_draft, args.device)
+    random_draft = random_model(read_config(demo_draft), args.device)
+    for eager in (True, False):
+        how, long = "eager" if eager else "compiled", max(200, args.new_tokens)
+        levels = [*fixed, adaptive]
+        yield Duel(f"demo, its draft, {how}", target, draft_model, prompt, long, levels=levels, eager=eager)
+        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompt, long, levels=[adaptive], eager=eager)
+    dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
+    target = random_model(raw, args.device, dtype)
+    draft_model = random_model(raw | {"num_hidden_layers": 2}, args.device, dtype, seed=1)
+    name, prompt = args.config.stem, [1, 2, 3, 4, 5, 6]
+    yield Duel(
+        f"{name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}",
+        target, draft_model, prompt, args.new_tokens, accept_by_chance, [*fixed, adaptive],
+    )  # fmt: skip
+    yield Duel(f"{name}, 2 random layers", target, draft_model, prompt, max(200, args.new_tokens), levels=[adaptive])
+
+
+def run_speculation(args: argparse.Namespace) -> None:
+    """Measure speculation against the paper's formula, with a and c of the same run."""
+    report, path = new_report(args), result_path(args)
+    report["speculation"] = []
+    for duel in make_duels(args, read_json(args.config)):
+        entries = duel.run(args.samples, "reduce-overhead" if args.device.startswith("cuda") else None)
+        report["speculation"] += entries
+        print(duel.name)
+        for entry in entries:
+            what = f"k {entry['levels']}" if entry["levels"] else "plain"
+            line = f"  {what:20} {entry['tok_per_s']:8.2f} tok/s  {entry['speedup']:5.2f}x"
+            if "formula" in entry:
+                line += "  a {a:.2f}  c {c:.2f}  verify {verify_steps:.2f} steps  formula {formula:.2f}x".format(
+                    **entry
+                )
+                line += f"  {entry['share_of_formula']:.0%} of it"
+            print(line, flush=True)
+        write_whole(path, json.dumps(report, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def result_path(args: argparse.Namespace) -> Path:
+    name = "-".join("".join(c if c.isalnum() else " " for c in hardware(args.device).lower()).split())
+    what = args.name or ("speculation" if args.speculate else "decode")
+    path = args.output_dir / f"{datetime.date.today()}_{name}_{what}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def new_report(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "config": args.config.stem if args.config.stem != "config" else args.config.parent.name,
+        "hardware": hardware(args.device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()},
+    }
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the decode rungs as bars under the roof."""
     import matplotlib
@@ -158,21 +341,13 @@ def summary(rung: Rung, report: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     raw = read_json(args.config)
-    config = parse_config(raw)
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
-    machine = hardware(args.device)
-    name = "-".join("".join(c if c.isalnum() else " " for c in machine.lower()).split())
-    path = args.output_dir / f"{datetime.date.today()}_{name}_{args.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = random_model(config, args.device, dtype)
-    embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.nbytes
+    path = result_path(args)
+    model = random_model(raw, args.device, dtype)
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-        "config": args.config.stem if args.config.stem != "config" else args.config.parent.name,
-        "hardware": machine,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()},
+        **new_report(args),
         "dtype": str(dtype).removeprefix("torch."),
-        "bytes_per_token": model.weight_bytes - embedding,
+        "bytes_per_token": model.step_weight_bytes,
         "roof": measure_roof(args.device),
         "rungs": [],
     }
@@ -212,11 +387,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prefill", type=number(int, 1), nargs="*", default=[128, 512], help="prompt lengths (128 512)"
     )
-    parser.add_argument("--name", default="decode", help="what the result file is called (decode)")
+    parser.add_argument("--speculate", action="store_true", help="measure speculation, and nothing else")
+    parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", default=[1, 3, 5], help="drafts (1 3 5)")
+    parser.add_argument("--name", help="what the result file is called (decode, or speculation)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
     args = parser.parse_args(argv)
     with user_errors():
-        run(args)
+        (run_speculation if args.speculate else run)(args)
 
 
 if __name__ == "__main__":

@@ -462,8 +462,8 @@ def test_rotary_frequencies_that_old_releases_stored_are_passed_over(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_follow_the_seed_and_dtype(dtype: torch.dtype) -> None:
-    config = parse_config({**LLAMA, "attention_bias": True, "tie_word_embeddings": True})
-    first, same, other = (random_model(config, dtype=dtype, seed=seed) for seed in (1, 1, 2))
+    raw = {**LLAMA, "attention_bias": True, "tie_word_embeddings": True}
+    first, same, other = (random_model(raw, dtype=dtype, seed=seed) for seed in (1, 1, 2))
     assert {p.dtype for p in first.parameters()} == {dtype} and first.inv_freq.dtype == torch.float32
     tokens, positions = torch.tensor([[1, 2, 3]]), torch.arange(3)
     assert first.lm_head.weight is first.embed_tokens.weight

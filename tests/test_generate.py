@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate as generate_module
+import steps as steps_module
 from checkpoint import load_model
-from generate import PREFILL_CHUNK, Row, Sampling, compiled, decode, generate, held_back, prefill, probabilities, sample
+from generate import generate
 from model import ModelConfig, Transformer
+from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
-from tokenizer import TextStream, load_tokenizer
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -162,7 +163,7 @@ KINDS = {"plain": {}, "biased": {"attention_bias": True, "mlp_bias": True}, "win
 @pytest.mark.parametrize(("first", "kind"), [(1, "plain"), (64, "biased"), (69, "window")])
 def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(monkeypatch, first, kind):
     """The sizes under which the graphs are made leave no trace: as many tokens as slots, a full cache, pieces."""
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", 66)
+    monkeypatch.setattr(steps_module, "PREFILL_CHUNK", 66)
     torch._dynamo.reset()
     model = tiny_model(**KINDS[kind])
     steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
@@ -220,7 +221,7 @@ def test_rows_end_at_the_cache_each_at_its_own_length(model):
 def test_prefill_in_pieces_equals_prefill_at_once(model, monkeypatch, chunk, length):
     prompts = [[(7 * i) % 64 for i in range(length)], [5, 4]]
     whole = rows_of(generate(model, prompts, 8, GREEDY))
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(steps_module, "PREFILL_CHUNK", chunk)
     assert rows_of(generate(model, prompts, 8, GREEDY)) == whole
 
 
@@ -267,35 +268,6 @@ def test_a_step_reads_the_slots_of_its_position_and_not_the_whole_cache(model):
 
     list(generate(model, [[1] * 60], 10, GREEDY, decode=watched))
     assert seen == [64] * 4 + [128] * 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text of a row
-
-
-def test_a_stop_text_is_never_shown_in_part():
-    tokenizer = load_tokenizer(DEMO)
-    for stop in ("return", "):\n", "\n\n", "x"):
-        ids = tokenizer.encode("def f(x):\n    y = x\n    return y\n\n\nclass A:", bos=False)
-        whole = tokenizer.decode(ids)
-        row = Row([], TextStream(tokenizer, []), [stop, "never there"])
-        shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
-        assert shown == row.text == whole[: whole.find(stop)]
-        assert row.finish_reason == "stop"
-
-
-def test_text_that_only_begins_like_a_stop_is_shown_in_the_end():
-    tokenizer = load_tokenizer(DEMO)
-    ids = tokenizer.encode("x = retu", bos=False)
-    row = Row([], TextStream(tokenizer, []), ["return"])
-    shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
-    assert shown == row.text == "x = retu"
-
-
-def test_held_back_is_the_longest_beginning_of_a_stop():
-    assert held_back("abc", ["cab", "bcd"]) == 2
-    assert held_back("abc", ["xyz"]) == 0
-    assert held_back("abc", []) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,7 +428,9 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-@pytest.mark.parametrize("name", ["model", "tokenizer", "checkpoint", "generate", "cli"])
+@pytest.mark.parametrize(
+    "name", ["model", "tokenizer", "checkpoint", "generate", "steps", "speculate", "report", "cli"]
+)
 def test_importing_changes_nothing(name):
     probe = f"""
 import os, random, sys

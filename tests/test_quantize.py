@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import quantize
 from checkpoint import load_model, meta_model, random_model, read_config
-from generate import Sampling, compiled, decode, generate, prefill
+from generate import generate
 from gptq import Calibration, gptq
 from model import Linear, Transformer
 from quantize import (
@@ -38,6 +38,7 @@ from quantize import (
     repack_,
     unpack_nibbles,
 )
+from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
 from tokenizer import load_tokenizer
 
@@ -60,7 +61,7 @@ def filled(N: int, K: int, bias: bool = False, seed: int = 0) -> Linear:
 
 def on_this_device(stored: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return what `repack_` makes of one linear in a model of this dtype."""
-    model = random_model(meta_model(read_config(DEMO)).config, dtype=dtype)
+    model = random_model(read_config(DEMO), dtype=dtype)
     model.lm_head = stored  # type: ignore[assignment]
     if stored.bias is not None:
         stored.bias.data = stored.bias.data.to(dtype)
@@ -480,7 +481,9 @@ def test_codes_that_config_does_not_announce_are_refused(tmp_path: Path) -> None
 
 
 def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
-    model = random_model(meta_model(read_config(DEMO)).config, dtype=torch.float32, scheme=Scheme("int4", 32))
+    quantization = {"mode": "int4", "groupsize": 32}
+    raw = {**read_config(DEMO), "layout": "fused", "quantization": quantization}
+    model = random_model(raw, dtype=torch.float32)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0
     assert isinstance(model.layers[0].mlp.down_proj, CpuInt4Linear) and isinstance(model.lm_head, CpuInt8Linear)

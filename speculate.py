@@ -1,0 +1,305 @@
+"""Speculative decoding: a draft proposes k tokens, the target verifies them in one forward (arXiv:2211.17192).
+
+The text is the target's own, whatever the draft: exactly so at temperature 0, and in distribution above it. As in the
+paper, p is the target's distribution and q the draft's; both go through the same temperature and filters.
+
+A round is two calls that torch.compile captures whole, `draft` and `verify` (which accepts too), and one read on the
+host. With prompt lookup a search on the host takes the place of `draft`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Transformer
+from steps import Sampling, draw, exponential, prefill, probabilities, prompt_chunks, visible_slots
+
+GREEDY = Sampling(temperature=0)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps of a round
+
+
+def draft(
+    model: Transformer,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    sampling: Sampling,
+    noise: Tensor | None,
+    k: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Propose k ids a row, [B, k], and return with them what they were drawn from: q [B, k, V], None at temperature 0.
+
+    tokens, positions [B, 2]: the last two of the text. The first of them is missing in the caches where the round
+    before accepted every draft, and else written once more. noise [B, k, V]: as in `sample`. vocab_size: the target's
+    V; ids that the draft lacks are never proposed, nor are those that only the draft has.
+    """
+    ids: list[Tensor] = []
+    q: list[Tensor] = []
+    for i in range(k):
+        logits = model.lm_head(model.hidden_states(tokens, positions, slots)[:, -1])
+        if logits.shape[-1] != vocab_size:
+            logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
+        if noise is None:
+            ids.append(logits.argmax(dim=-1, keepdim=True))
+        else:
+            q.append(probabilities(logits, sampling))
+            ids.append(draw(q[-1], noise[:, i]).unsqueeze(-1))
+        tokens, positions = ids[-1], positions[:, -1:] + 1
+    return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
+
+
+def accept(
+    logits: Tensor, drafted: Tensor, q: Tensor | None, sampling: Sampling, noise: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Decide how many drafts each row accepts and which id follows them: [B] each (algorithm 1 of the paper).
+
+    logits [B, k + 1, V]: the target's. drafted [B, k], drawn from q [B, k, V]; None stands for drafts that were not
+    drawn at all. noise: uniform draws [B, k] and draws of Exp(1) [B, V], unused at temperature 0.
+    """
+    if sampling.temperature == 0:
+        choices = logits.argmax(dim=-1)
+        num_accepted = count_leading(drafted == choices[:, :-1])
+        return num_accepted, choices.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+    assert noise is not None
+    uniform, clocks = noise
+    p = probabilities(logits, sampling)
+    chosen = drafted.unsqueeze(-1)
+    if q is None:
+        q = torch.zeros_like(p[:, :-1]).scatter(-1, chosen, 1)
+    # A draft is accepted with probability p / q.
+    accepted = uniform * q.gather(-1, chosen).squeeze(-1) < p.gather(-1, chosen).squeeze(-1)
+    num_accepted = count_leading(accepted)
+    # The id after them comes from what q left of p; after the last draft q is 0.
+    after = num_accepted.view(-1, 1, 1).expand(-1, 1, p.shape[-1])
+    p_after = p.gather(1, after).squeeze(1)
+    rest = (p_after - F.pad(q, (0, 0, 0, 1)).gather(1, after).squeeze(1)).clamp(min=0)
+    # Where p and q differ by rounding alone, nothing may be left.
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_after)
+    return num_accepted, draw(rest, clocks)
+
+
+def count_leading(accepted: Tensor) -> Tensor:
+    """Count how many of each row's [B, k] are true before the first that is not."""
+    return accepted.long().cumprod(dim=-1).sum(dim=-1)
+
+
+def verify(
+    model: Transformer,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    sampling: Sampling,
+    noise: tuple[Tensor, Tensor] | None,
+    q: Tensor | None,
+    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
+) -> Tensor:
+    """Run the last token and its k drafts, [B, k + 1], through the target; q and noise as in `accept`.
+
+    Returns all that the host needs to know: the number accepted, the id that follows, and the drafts, [B, k + 2].
+    """
+    num_accepted, following = accept(model(tokens, positions, slots), tokens[:, 1:], q, sampling, noise)
+    return torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), tokens[:, 1:]), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many drafts
+
+
+# Taken for the cost of one more draft, in steps of the target: that of a draft a tenth its size, and of verifying.
+DRAFT_COST = 0.25
+# A round weighs this much less in the next estimate.
+DECAY = 0.875
+# The drafts that are taken for accepted before the first: enough to begin with the largest k.
+PRIOR = 1.0
+# Where drafts do not pay, so many tokens are decoded plainly before the next try; twice as many after each that fails.
+FIRST_WAIT, LONGEST_WAIT = 32, 256
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Return how many tokens a round of k drafts yields on average: (1 - a^(k + 1)) / (1 - a)."""
+    return sum(acceptance**i for i in range(k + 1))
+
+
+class Pace:
+    """Choose how many tokens to draft, by how many were accepted lately.
+
+    Never by the clock: the same seed must give the same text.
+    """
+
+    def __init__(self, levels: tuple[int, ...]):
+        self.levels = levels  # the numbers to choose from, falling; the last may be 0, which is plain decoding
+        self.accepted, self.rejected = PRIOR, 0.0
+        self.wait = FIRST_WAIT
+
+    def best(self) -> int:
+        a = self.accepted / (self.accepted + self.rejected)
+        return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + DRAFT_COST * k))
+
+    def plan(self) -> tuple[int, int]:
+        """Return how many tokens to decode plainly, and how many to draft then."""
+        k = self.best()
+        return (0, k) if k else (self.wait, min(level for level in self.levels if level))
+
+    def update(self, counts: list[int], k: int) -> None:
+        """Take in a round: how many of k drafts each row accepted."""
+        was_plain = self.best() == 0
+        self.accepted = DECAY * self.accepted + sum(counts)
+        self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
+        self.wait = min(2 * self.wait, LONGEST_WAIT) if was_plain and self.best() == 0 else FIRST_WAIT
+
+
+def levels_below(max_k: int) -> tuple[int, ...]:
+    """Return max_k, three fifths of it, and so on to 1 and 0: few, since each has a graph of its own."""
+    return (max_k, *levels_below(max_k * 3 // 5)) if max_k else (0,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt lookup
+
+
+class Ngrams:
+    """Where each run of tokens last stood in a text, to guess that the text goes on as it did then."""
+
+    SIZES = (3, 2)
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> the index after it, for those before the text's last
+
+    def extend(self, ids: list[int]) -> None:
+        for i in ids:
+            for size in self.SIZES:
+                if len(self.ids) >= size:
+                    self.ends[tuple(self.ids[-size:])] = len(self.ids)
+            self.ids.append(i)
+
+    def continuation(self, k: int) -> list[int]:
+        """Return the k ids that followed the last occurrence of the text's end; [] where it is new."""
+        for size in self.SIZES:
+            end = self.ends.get(tuple(self.ids[-size:]))
+            if end is not None:
+                period = len(self.ids) - end
+                return [self.ids[end + i % period] for i in range(k)]
+        return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A round
+
+
+@dataclass
+class Speculation:
+    """Where drafts come from, how many there may be, and what became of them.
+
+    draft_model: its caches set up as long as the target's, and for as many rows; None is prompt lookup. Beyond the
+    context it was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
+    `levels_below(max_k)`. The steps are the plain ones or `steps.compiled`.
+    """
+
+    draft_model: Transformer | None = None
+    max_k: int = 5
+    levels: tuple[int, ...] = ()
+    draft: Callable[..., Any] = draft
+    verify: Callable[..., Any] = verify
+    prefill: Callable[..., Any] = prefill
+
+    # Of the latest text: how many forwards of the target accepted 0, 1, ..., max_k drafts, for each row; those of plain
+    # decoding count as 0. And how many tokens were drafted a row.
+    accept_counts: list[list[int]] = field(default_factory=list, init=False)
+    num_drafted: int = field(default=0, init=False)
+
+    def begin(self, num_rows: int, start: int) -> None:
+        """Forget the latest text; the next one continues the first `start` slots of all caches."""
+        self.pace = Pace(self.levels or levels_below(self.max_k))
+        self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
+        self.num_drafted = 0
+        self.start = start
+        self.filled = [start] * num_rows  # slots of the draft's caches that hold the text
+        self.ngrams = [Ngrams() for _ in range(num_rows)]
+
+    def plan(self) -> tuple[int, int]:
+        return self.pace.plan()
+
+    def count(self, step: list[list[int]], rooms: list[int]) -> None:
+        """Take in the ids that a forward of the target gave each row, before they are cut to the row's room."""
+        for counts, ids, room in zip(self.accept_counts, step, rooms, strict=True):
+            if room:
+                counts[len(ids) - 1] += 1
+
+    def round(
+        self,
+        target: Transformer,
+        texts: list[list[int]],
+        rooms: list[int],
+        k: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> list[list[int]] | None:
+        """Draft k tokens and verify them: return each row's new ids, or None where prompt lookup finds nothing.
+
+        texts: the rows' ids from slot `start` on; the caches of the target hold all but the last. rooms: how many more
+        each row can take; a row with none runs along for nothing.
+        """
+        device, vocab_size = target.device, target.config.vocab_size
+        ends = [self.start + len(text) for text in texts]
+        slots = visible_slots(torch.arange(target.max_seq_length, device=device), max(ends) + k)
+
+        def clocks(*shape: int) -> Tensor:
+            return exponential(*shape, vocab_size, generator=generator, device=device)
+
+        q = None
+        if self.draft_model is None:
+            guesses = self.look_up(texts, rooms, k)
+            if not guesses:
+                return None
+            drafted = torch.tensor(guesses, device=device)
+        else:
+            last_id = self.draft_model.config.vocab_size - 1  # stands for ids that only the target has
+            self.catch_up(texts, ends, last_id)
+            noise = None if sampling.temperature == 0 else clocks(len(texts), k)
+            tokens = torch.tensor([[text[0], *text][-2:] for text in texts], device=device).clamp(max=last_id)
+            at = torch.tensor([[end - 2, end - 1] for end in ends], device=device)
+            drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
+        tokens = torch.cat((torch.tensor([text[-1:] for text in texts], device=device), drafted), dim=1)
+        at = torch.tensor([list(range(end - 1, end + k)) for end in ends], device=device)
+        accept_noise = None
+        if sampling.temperature > 0:
+            uniform = torch.rand(len(texts), k, generator=generator, device=device)
+            accept_noise = (uniform, clocks(len(texts)))
+        read = self.verify(target, tokens, at, slots, sampling, accept_noise, q).tolist()  # the round's one read
+
+        counts = [n for n, *_ in read]
+        self.filled = [end - 1 + n for end, n in zip(ends, counts, strict=True)]
+        self.num_drafted += k
+        self.pace.update([n for n, room in zip(counts, rooms, strict=True) if room], k)
+        return [[*ids[:n], following] for n, following, *ids in read]
+
+    def look_up(self, texts: list[list[int]], rooms: list[int], k: int) -> list[list[int]]:
+        """Return k guesses for each row, [] where no row has any."""
+        for ngrams, text in zip(self.ngrams, texts, strict=True):
+            ngrams.extend(text[len(ngrams.ids) :])
+        found = [ngrams.continuation(k) if room else [] for ngrams, room in zip(self.ngrams, rooms, strict=True)]
+        if not any(found) and 0 in self.pace.levels:
+            return []
+        return [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
+
+    def catch_up(self, texts: list[list[int]], ends: list[int], last_id: int) -> None:
+        """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
+        assert self.draft_model is not None
+        # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
+        if all(filled >= end - 2 for filled, end in zip(self.filled, ends, strict=True)):
+            return
+        starts = [min(filled, max(end - 2, self.start)) for filled, end in zip(self.filled, ends, strict=True)]
+        missing = [text[first - self.start : max(len(text) - 1, 1)] for text, first in zip(texts, starts, strict=True)]
+        slots = torch.arange(self.draft_model.max_seq_length, device=self.draft_model.device)
+        for tokens, positions, filled in prompt_chunks(missing, starts, slots.device):
+            self.prefill(
+                self.draft_model, tokens.clamp(max=last_id), positions, visible_slots(slots, filled), GREEDY, None
+            )

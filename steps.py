@@ -1,0 +1,160 @@
+"""The steps of generating text: choose a token, prefill, decode; each is a function that torch.compile captures whole.
+
+`generate.py` runs them in a loop, `speculate.py` adds those of speculative decoding.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from model import Transformer
+from quantize import MAX_KERNEL_ROWS
+
+# Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
+# the vector width.
+SLOTS_STEP = 64
+# What fp32 takes for a positive number, where a user's is so small that it would become 0.
+TINY = 1e-30
+# Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
+PREFILL_CHUNK = 2048
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: argmax at temperature 0, else a draw from the filtered distribution."""
+
+    temperature: float = 0.8
+    top_k: int = 0  # keep the k likeliest; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest that together reach this mass (arXiv:1904.09751)
+    min_p: float = 0.0  # keep those at least this share of the likeliest (arXiv:2407.01082)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Turn logits [..., V] into the fp32 distribution to draw from, at a temperature above 0.
+
+    The filters come in the order `transformers` has them: top-k, top-p, min-p.
+    """
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, TINY)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[..., -1:]
+        logits = torch.where(logits < smallest, -torch.inf, logits)
+    p = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, ids = p.sort(dim=-1, descending=True)
+        kept = ordered.cumsum(dim=-1) - ordered < max(sampling.top_p, TINY)  # the likeliest always is
+        p = torch.zeros_like(p).scatter(-1, ids, torch.where(kept, ordered, 0))
+    if sampling.min_p > 0:
+        p = torch.where(p < sampling.min_p * p.amax(dim=-1, keepdim=True), 0, p)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """Choose one id [B] from logits [B, V].
+
+    noise [B, V]: draws from Exp(1), made by the caller so that a seed gives the same text compiled and not; unused at
+    temperature 0.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    assert noise is not None
+    return draw(probabilities(logits, sampling), noise)
+
+
+def draw(p: Tensor, noise: Tensor) -> Tensor:
+    """Draw one id from weights p [..., V], which need not sum to 1, with noise [..., V] from Exp(1)."""
+    # The first of exponential clocks with rates p to ring is distributed as p.
+    return torch.where(p > 0, p / noise, -1).argmax(dim=-1)
+
+
+def exponential(*shape: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    return torch.empty(shape, device=device).exponential_(generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two steps
+
+
+def prefill(
+    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
+) -> Tensor:
+    """Run tokens [B, S] at positions [B, S]; return the ids [B] that follow the last column."""
+    hidden = model.hidden_states(tokens, positions, slots)[:, -1]
+    return sample(model.lm_head(hidden), sampling, noise)
+
+
+def decode(
+    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run one token [B] a row at positions [B]; return the next ids and their positions."""
+    # A row that has ended may have walked past the slots that the others still need.
+    positions = positions.clamp(max=slots.shape[0] - 1)
+    hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
+    return sample(model.lm_head(hidden), sampling, noise), positions + 1
+
+
+def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """Compile prefill, decode, draft or verify: one graph for every position, and for every prompt length.
+
+    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
+    which inductor sums in another way. mode: torch.compile's; "reduce-overhead" replays a step as a CUDA graph.
+    """
+    graph = torch.compile(step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=64)  # type: ignore[call-overload]
+
+    def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
+        if step is prefill:  # any number of columns
+            torch._dynamo.mark_dynamic(tokens, 1)
+            torch._dynamo.mark_dynamic(positions, 1)
+        torch._dynamo.mark_dynamic(slots, 0)
+        result = graph(model, tokens, positions, slots, *rest)
+        # The next replay of a CUDA graph writes over its outputs.
+        return tree_map_only(Tensor, torch.clone, result) if mode else result
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they run on
+
+
+def visible_slots(slots: Tensor, length: int) -> Tensor:
+    """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
+    return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
+
+
+def prompt_chunks(
+    prompts: list[list[int]], starts: list[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield tokens [B, S], positions [B, S] and the length up to which they fill the longest row's cache.
+
+    Each row continues its first `starts` slots. Rows end together. A shorter one is filled up at its left with its own
+    first token at its own first position, which only writes that slot once more. So are very short prompts, which
+    would be compiled apart.
+    """
+    shortest = MAX_KERNEL_ROWS + 1
+    length = max(shortest, *map(len, prompts))
+    tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
+    columns = torch.arange(length, device=device)
+    shifts = [start + len(p) - length for start, p in zip(starts, prompts, strict=True)]
+    positions = columns + torch.tensor(shifts, device=device).unsqueeze(-1)
+    positions = positions.maximum(torch.tensor(starts, device=device).unsqueeze(-1))
+    first = length % PREFILL_CHUNK  # the odd piece comes first: a last one could be too short
+    first = first if first >= shortest else first + PREFILL_CHUNK
+    bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
+    for begin, end in pairwise(bounds):
+        # Copies, since a compiled prefill would take a slice's strides for another case.
+        piece = slice(begin, end)
+        filled = max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
+        yield copy_of(tokens[:, piece]), copy_of(positions[:, piece]), filled
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,529 @@
+"""speculate.py: the accept rule, rounds with a draft and with prompt lookup, eager and compiled, and the command."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import generate
+from quantize import HEAD_SCHEME, Scheme, linears, quantize_linear, repack_
+from speculate import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    Ngrams,
+    Pace,
+    Speculation,
+    accept,
+    draft,
+    expected_tokens,
+    levels_below,
+    verify,
+)
+from steps import Sampling, compiled, decode, prefill, probabilities
+from tests.conftest import REPO, assert_user_error, run_command
+from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
+
+DEMO, DEMO_DRAFT = REPO / "checkpoints" / "demo", REPO / "checkpoints" / "demo-draft"
+LENGTH = 128
+MAX_K = 5
+FILTERED = Sampling(0.9, top_k=20, top_p=0.95, min_p=0.01)
+PROMPTS = [[3], [9, 8, 7, 6, 5], list(range(1, 40)), [11, 12]]
+
+
+def nearly(model, noise=0.02):
+    """Make of a target a draft that is right most of the time."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+    return model
+
+
+def random_draft():
+    model = tiny_model(num_hidden_layers=1, hidden_size=16)
+    for parameter in model.parameters():
+        parameter.neg_()
+    return model
+
+
+def quantized(model, scheme):
+    for name, child in linears(model).items():
+        model.set_submodule(name, quantize_linear(child, HEAD_SCHEME if name == "lm_head" else scheme))
+    repack_(model)
+    return model
+
+
+# A further kind of draft is a line here: a function of the target.
+DRAFTS = {
+    "the target in int8": lambda model: quantized(model, Scheme("int8")),
+    "the target in int4": lambda model: quantized(model, Scheme("int4", 32)),
+    "the target": lambda model: model,
+    "nearly the target": nearly,
+    "random": lambda model: random_draft(),
+    "fewer ids": lambda model: tiny_model(num_hidden_layers=1, vocab_size=40),
+    "a shorter context": lambda model: tiny_model(num_hidden_layers=1, max_position_embeddings=16),
+    "more ids": lambda model: tiny_model(num_hidden_layers=1, vocab_size=80),
+    "prompt lookup": lambda model: None,
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    model = tiny_model()
+    model.setup_caches(4, LENGTH + MAX_K)
+    return model
+
+
+def make_draft(name):
+    draft_model = DRAFTS[name](tiny_model())
+    if draft_model:
+        draft_model.setup_caches(4, LENGTH + MAX_K)
+    return draft_model
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    """Each prompt's greedy text, decoded alone and without speculation, up to the end of its slots."""
+    return [tokens_of(generate(target, [p], LENGTH - len(p), GREEDY)) for p in PROMPTS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The accept rule
+
+
+def by_the_rule(p, q, draws=40_000, rule=accept, seed=0):
+    """Draw the first two ids of many rounds of two drafts, each from q, where the target's distribution is p."""
+    generator = torch.Generator().manual_seed(seed)
+    drafted = q.expand(draws, -1).multinomial(2, replacement=True, generator=generator)
+    uniform = torch.rand(draws, 2, generator=generator)
+    clocks = torch.empty(draws, len(p)).exponential_(generator=generator)
+    logits = p.log().expand(draws, 3, -1)
+    counts, following = rule(logits, drafted, q.expand(draws, 2, -1), Sampling(1.0), (uniform, clocks))
+    ids = torch.cat((drafted, following.unsqueeze(1)), dim=1)
+    return torch.where(counts.unsqueeze(1) == torch.arange(3), following.unsqueeze(1), ids), counts
+
+
+def chi_square(ids, p):
+    expected = p * len(ids)
+    kept = expected > 0
+    counts = ids.bincount(minlength=len(p)).float()
+    assert counts[~kept].sum() == 0, "an id was drawn that the filters exclude"
+    return ((counts - expected)[kept].square() / expected[kept]).sum().item()
+
+
+P = torch.tensor([0.4, 0.3, 0.2, 0.08, 0.02])
+Q = torch.tensor([0.1, 0.2, 0.1, 0.3, 0.3])
+
+
+def take_always(logits, drafted, q, sampling, noise):
+    return accept(logits, drafted, q, sampling, (torch.zeros_like(noise[0]), noise[1]))
+
+
+def follow_p(logits, drafted, q, sampling, noise):
+    """Draw the id after a rejection from p, and not from what q has left of it."""
+    counts, _ = accept(logits, drafted, q, sampling, noise)
+    _, following = accept(logits, drafted, torch.zeros_like(q), sampling, (torch.ones_like(noise[0]), noise[1]))
+    return counts, following
+
+
+# Chi-square with 4 degrees of freedom: 18.5 is passed by chance once in a thousand seeds.
+LIMIT = 18.5
+
+
+def test_the_first_id_of_a_round_is_distributed_as_p():
+    ids, counts = by_the_rule(P, Q)
+    assert chi_square(ids[:, 0], P) < LIMIT
+    # ... and the second, where the first draft was accepted
+    assert chi_square(ids[counts > 0, 1], P) < LIMIT
+    assert chi_square(ids[counts == 2, 2], P) < LIMIT
+
+
+@pytest.mark.parametrize("rule", [take_always, follow_p])
+def test_chi_square_finds_a_broken_accept_rule(rule):
+    ids, _ = by_the_rule(P, Q, rule=rule)
+    assert chi_square(ids[:, 0], P) > 10 * LIMIT
+
+
+def test_as_many_drafts_are_accepted_as_p_and_q_have_in_common():
+    _, counts = by_the_rule(P, Q)
+    assert (counts > 0).float().mean().item() == pytest.approx(torch.minimum(P, Q).sum().item(), abs=0.01)
+
+
+def test_a_certain_draft_is_accepted_with_its_probability_and_leaves_the_rest_of_p():
+    draws, generator = 40_000, torch.Generator().manual_seed(0)
+    noise = (torch.rand(draws, 1, generator=generator), torch.empty(draws, 5).exponential_(generator=generator))
+    drafted = torch.full((draws, 1), 1)
+    counts, following = accept(P.log().expand(draws, 2, -1), drafted, None, Sampling(1.0), noise)
+    assert counts.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    ids = torch.where(counts > 0, drafted[:, 0], following)
+    assert chi_square(ids, P) < LIMIT
+
+
+def test_equal_distributions_accept_everything_even_at_the_largest_draw():
+    p = probabilities(torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)), Sampling(1.0))
+    drafted = p.multinomial(1, generator=torch.Generator().manual_seed(0))
+    largest = torch.full((1000, 1), 1 - 2**-24)
+    logits = p.log().unsqueeze(1).expand(-1, 2, -1)
+    q = probabilities(logits[:, :1], Sampling(1.0))
+    counts, following = accept(logits, drafted, q, Sampling(1.0), (largest, torch.ones(1000, 50)))
+    assert counts.min() == 1
+    # Without a draw left over from rounding: p itself.
+    assert torch.equal(following, p.argmax(dim=-1))
+
+
+def test_a_rejection_by_rounding_alone_still_draws_from_p():
+    p = torch.tensor([0.0, 0.5, 0.5])
+    noise = (torch.ones(1, 1), torch.ones(1, 3))  # the draw 1 does not occur: it stands for p a little below q
+    counts, following = accept(p.log().expand(1, 2, 3), torch.tensor([[1]]), p.expand(1, 1, 3), Sampling(1.0), noise)
+    assert (counts.item(), following.item()) == (0, 1)
+
+
+SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
+SMALL_DRAFTS = {
+    "nearly the target": lambda: nearly(tiny_model(**SMALL), noise=0.1),
+    "random": lambda: tiny_model(**SMALL | {"num_hidden_layers": 2}),
+    "prompt lookup": lambda: None,
+}
+
+
+@pytest.mark.parametrize("name", SMALL_DRAFTS)
+def test_sampled_text_follows_the_targets_distribution_under_filters(name):
+    """The second and third new token of 3,000 texts, against what the target's logits give."""
+    target, draft_model = tiny_model(**SMALL), SMALL_DRAFTS[name]()
+    sampling, prompt, rows = Sampling(1.2, top_k=8, top_p=0.9, min_p=0.02), [5, 6, 7, 5, 6], 3000
+    pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12))  # all first and second tokens
+    texts = torch.cat((torch.tensor(prompt).expand(144, -1), pairs), dim=1)
+    p = probabilities(target(texts, torch.arange(7)), sampling).view(12, 12, 7, 12)
+    first, second, third = p[0, 0, 4], p[:, 0, 5], p[:, :, 6]
+    joint = first.unsqueeze(1) * second
+
+    for model in (target, draft_model):
+        if model:
+            model.setup_caches(rows, 16)
+    speculation = Speculation(draft_model, max_k=2, levels=(2,))
+    generator = torch.Generator().manual_seed(3)
+    steps = generate(target, [prompt] * rows, 3, sampling, generator=generator, speculation=speculation)
+    ids = torch.tensor(rows_of(steps))
+    # 11 degrees of freedom: 31.3 is passed by chance once in a thousand seeds.
+    assert chi_square(ids[:, 1], joint.sum(0)) < 31.3
+    assert chi_square(ids[:, 2], (joint.unsqueeze(-1) * third).sum((0, 1))) < 31.3
+    accepted = sum(torch.tensor(speculation.accept_counts))
+    assert accepted[0] > 100 and accepted[1:].sum() > 100, "both kinds of round have to occur"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_greedy_text_is_the_plain_one_to_the_last_slot(target, plain, name):
+    speculation = Speculation(make_draft(name))
+    for prompt, expected in zip(PROMPTS, plain, strict=True):
+        assert tokens_of(generate(target, [prompt], LENGTH, GREEDY, speculation=speculation)) == expected
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_each_row_of_a_batch_equals_its_own_run_at_every_number_of_drafts(target, plain, name, k):
+    speculation = Speculation(make_draft(name), max_k=MAX_K, levels=(k,))
+    assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, speculation=speculation)) == plain
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
+def test_the_target_as_its_own_draft_has_every_token_accepted(target, sampling):
+    speculation = Speculation(make_draft("the target"))
+    generator = torch.Generator().manual_seed(0)
+    ids = tokens_of(generate(target, [[1, 2, 3]], 61, sampling, generator=generator, speculation=speculation))
+    assert speculation.accept_counts == [[0, 0, 0, 0, 0, 10]]
+    assert len(ids) == 61
+
+
+def test_a_random_draft_is_soon_asked_no_more(target):
+    speculation = Speculation(make_draft("random"))
+    list(generate(target, [[1, 2, 3]], 100, GREEDY, speculation=speculation))
+    assert 5 < speculation.num_drafted < 20
+
+
+def test_counts_add_up_to_the_tokens(target):
+    speculation = Speculation(make_draft("nearly the target"))
+    ids = tokens_of(generate(target, [[1, 2, 3]], 100, GREEDY, speculation=speculation))
+    [counts] = speculation.accept_counts
+    given = 1 + sum((n + 1) * count for n, count in enumerate(counts))
+    assert len(ids) <= given < len(ids) + MAX_K + 1
+    assert sum(counts[1:]) > 10
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 7, 8])
+def test_max_new_tokens_is_exact_inside_a_round(target, plain, count):
+    speculation = Speculation(make_draft("the target"))
+    rows = rows_of(generate(target, PROMPTS, count, GREEDY, speculation=speculation))
+    assert rows == ([ids[:count] for ids in plain] if count else [])
+
+
+def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(target, plain):
+    for place in range(1, 8):
+        eos = plain[1][place]
+        expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in plain]
+        speculation = Speculation(make_draft("the target"))
+        assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, eos_ids=[eos], speculation=speculation)) == expected
+
+
+def test_a_second_turn_continues_the_first(target, plain):
+    speculation = Speculation(make_draft("nearly the target"))
+    list(generate(target, [PROMPTS[1][:3]], 1, GREEDY, speculation=speculation))
+    text = [*PROMPTS[1][3:], *plain[1][:10]]
+    assert tokens_of(generate(target, [text], 20, GREEDY, start=3, speculation=speculation)) == plain[1][10:30]
+
+
+def test_unused_slots_may_hold_nan_in_both_caches(target, plain):
+    draft_model = make_draft("nearly the target")
+    for model in (target, draft_model):
+        for block in model.layers:
+            block.self_attn.cache.k.fill_(math.nan)
+            block.self_attn.cache.v.fill_(math.nan)
+    speculation = Speculation(draft_model)
+    assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, speculation=speculation)) == plain
+    assert sum(speculation.accept_counts[0][1:]) > 10
+
+
+def test_a_draft_that_missed_plain_tokens_guesses_as_well_as_one_that_saw_all(target):
+    """Whatever the order of plain steps and rounds: a draft equal to the target is never wrong."""
+    speculation = Speculation(make_draft("the target"))
+    speculation.plan = lambda: (7, 2)
+    list(generate(target, PROMPTS, 60, GREEDY, speculation=speculation))
+    for counts in speculation.accept_counts:
+        assert counts[2] > 4
+        assert sum(counts) == counts[0] + counts[2]
+        assert counts[0] == 7 * (counts[2] + (counts[0] % 7 > 0)) - (-counts[0] % 7)
+
+
+def test_a_round_is_one_draft_call_and_one_verify_call(target):
+    calls = []
+
+    def watched(name, step):
+        def call(*args):
+            calls.append(name)
+            return step(*args)
+
+        return call
+
+    speculation = Speculation(
+        make_draft("the target"),
+        draft=watched("draft", draft),
+        verify=watched("verify", verify),
+        prefill=watched("prefill of the draft", prefill),
+    )
+    list(generate(target, [[1, 2, 3]], 61, GREEDY, decode=watched("decode", decode), speculation=speculation))
+    assert calls == ["prefill of the draft"] + ["draft", "verify"] * 10
+
+
+def test_slots_kept_for_drafts_are_not_for_prompts(target):
+    with pytest.raises(ValueError, match=f"needs {LENGTH + 1} cache slots, the cache has {LENGTH}"):
+        next(generate(target, [[1] * (LENGTH + 1)], 5, GREEDY, speculation=Speculation()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return {"prefill": compiled(prefill), "decode": compiled(decode)}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["nearly the target", "prompt lookup"])
+def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, steps, name, sampling):
+    plain_rounds = Speculation(make_draft(name), max_k=2)
+    rounds = replace(plain_rounds, draft=compiled(draft), verify=compiled(verify), prefill=steps["prefill"])
+    list(generate(target, [[1, 2]], 2, sampling, **steps))
+    for k in levels_below(2)[:-1]:
+        list(generate(target, [[1, 2]], 2, sampling, **steps, speculation=replace(rounds, levels=(k,))))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for prompt, expected in zip(PROMPTS, plain, strict=True):
+            texts = [
+                tokens_of(
+                    generate(
+                        target,
+                        [prompt],
+                        LENGTH,
+                        sampling,
+                        generator=torch.Generator().manual_seed(4),
+                        speculation=speculation,
+                        **how,
+                    )
+                )
+                for speculation, how in ((plain_rounds, {}), (rounds, steps))
+            ]
+            assert texts[0] == texts[1]
+            assert texts[0][: len(expected)] == expected or sampling is FILTERED
+            assert rounds.accept_counts == plain_rounds.accept_counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many drafts
+
+
+def test_levels_fall_to_plain_decoding():
+    assert levels_below(5) == (5, 3, 1, 0)
+    assert levels_below(16) == (16, 9, 5, 3, 1, 0)
+    assert levels_below(2) == (2, 1, 0)
+
+
+def test_drafts_grow_while_they_are_accepted_and_shrink_when_not():
+    pace = Pace(levels_below(5))
+    assert pace.plan() == (0, 5)
+    seen = []
+    for _ in range(8):
+        seen.append(pace.plan()[1] if pace.best() else 0)
+        pace.update([0], seen[-1] or 1)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] == 0
+    for _ in range(20):
+        k = pace.plan()[1]
+        pace.update([k], k)
+    assert pace.plan() == (0, 5)
+
+
+def test_tries_of_a_bad_draft_come_rarer_and_rarer():
+    pace = Pace(levels_below(5))
+    waits = []
+    for _ in range(20):
+        waits.append(pace.plan()[0])
+        pace.update([0], pace.plan()[1])
+    waits = [wait for wait in waits if wait]
+    assert waits[:4] == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT, 8 * FIRST_WAIT]
+    assert max(waits) == waits[-1] == LONGEST_WAIT
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_a_draft_that_is_always_wrong_costs_less_than_a_tenth(k):
+    """In steps, over 200 tokens, where a draft costs as much as half a step and a prefill of the missed a whole one."""
+    pace = Pace(levels_below(k))
+    tokens, cost = 0, 0.0
+    while tokens < 200:
+        num_plain, drafts = pace.plan()
+        tokens += num_plain + 1
+        cost += num_plain + 1 + 0.5 * drafts + (1 if num_plain else 0)
+        pace.update([0], drafts)
+    assert cost / tokens < 1.1
+
+
+def test_expected_tokens_is_the_papers_formula():
+    assert expected_tokens(0.7, 5) == pytest.approx((1 - 0.7**6) / 0.3)
+    assert expected_tokens(1.0, 5) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt lookup
+
+
+def test_lookup_continues_as_the_text_did_after_the_last_equal_n_gram():
+    ngrams = Ngrams()
+    ngrams.extend([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7])
+    assert ngrams.continuation(3) == []
+    ngrams.extend([2, 3])
+    assert ngrams.continuation(3) == [5, 6, 7]  # the later of two
+    ngrams.extend([4])
+    assert ngrams.continuation(2) == [9, 1]
+
+
+def test_lookup_goes_on_round_a_loop():
+    ngrams = Ngrams()
+    ngrams.extend([7, 1, 2, 1, 2])
+    assert ngrams.continuation(5) == [1, 2, 1, 2, 1]
+
+
+def test_lookup_finds_the_loop_of_a_model_that_sees_only_the_last_token():
+    model = tiny_model()
+    for block in model.layers:
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    model.setup_caches(1, 128)
+    speculation = Speculation()
+    ids = tokens_of(generate(model, [[3, 4]], 100, GREEDY, speculation=speculation))
+    assert ids == tokens_of(generate(model, [[3, 4]], 100, GREEDY))
+    assert sum(speculation.accept_counts[0]) < 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.parametrize(
+    "how", [("--draft_checkpoint_path", DEMO_DRAFT), ("--prompt_lookup",)], ids=["draft", "lookup"]
+)
+def test_the_command_prints_the_plain_text_up_to_a_stop_inside_a_round(tmp_path, how):
+    path = tmp_path / "metrics.json"
+    options = ("--prompt", "import ", "--temperature", 0, "--dtype", "float32", "--max_new_tokens", 150)
+    options += ("--ignore_eos", "--stop", "__repr__", "--metrics_path", path)
+    plain = run_command("generate.py", *options, cwd=REPO)
+    expected = json.loads(path.read_text())["samples"][0]
+    result = run_command("generate.py", *options, *how, "--speculate_k", 4, cwd=REPO)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(path.read_text())
+    [row] = metrics["samples"]
+    assert result.stdout == plain.stdout
+    assert {key: row[key] for key in ("tokens", "text", "finish_reason")} == {
+        key: expected[key] for key in ("tokens", "text", "finish_reason")
+    }
+    assert len(row["accept_counts"]) == 5
+    assert sum(row["accept_counts"][1:]) > 0
+    assert sum((n + 1) * count for n, count in enumerate(row["accept_counts"])) >= row["new_tokens"] - 1
+    assert "tokens a round" in result.stderr
+
+
+def write_config(path: Path, **changes):
+    path.mkdir()
+    config = json.loads((DEMO_DRAFT / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_command_compiles_all_before_the_clock_starts(tmp_path):
+    options = ("--random_weights", "--checkpoint_path", write_config(tmp_path / "a", num_hidden_layers=1))
+    options += ("--prompt_length", 3, "--temperature", 0, "--max_new_tokens", 40, "--speculate_k", 2, "--prompt_lookup")
+    result = run_command("generate.py", "--compile", *options, cwd=REPO, TORCH_LOGS="recompiles")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.rindex("Recompiling") < result.stderr.index("tokens, ended by")
+
+
+def test_random_weights_need_only_the_configs(tmp_path):
+    target, draft_model = write_config(tmp_path / "a"), write_config(tmp_path / "b", num_hidden_layers=1)
+    options = ("--random_weights", "--prompt_length", 4, "--max_new_tokens", 30, "--ignore_eos")
+    result = run_command(
+        "generate.py", *options, "--checkpoint_path", target, "--draft_checkpoint_path", draft_model, cwd=REPO
+    )
+    assert result.returncode == 0, result.stderr
+    assert "30 tokens" in result.stderr
+
+
+def test_another_vocabulary_is_refused_by_content(tmp_path):
+    other = write_config(tmp_path / "other")
+    piece = (DEMO / "tokenizer.model").read_bytes()
+    assert piece.count(b"return") > 0
+    (other / "tokenizer.model").write_bytes(piece.replace(b"return", b"nruter"))
+    result = run_command("generate.py", "--draft_checkpoint_path", other, cwd=REPO)
+    assert_user_error(result, other, "another vocabulary", "nruter", "return")
+
+
+def test_another_number_of_ids_is_refused_where_there_is_no_tokenizer(tmp_path):
+    options = ("--random_weights", "--prompt_length", 4, "--checkpoint_path", write_config(tmp_path / "a"))
+    other = write_config(tmp_path / "b", vocab_size=5000)
+    result = run_command("generate.py", *options, "--draft_checkpoint_path", other, cwd=REPO)
+    assert_user_error(result, "5000 ids", "4096")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speculate_k", 3], "--speculate_k needs a draft"),
+        (["--speculate_k", 0, "--prompt_lookup"], "--speculate_k"),
+        (["--prompt_lookup", "--draft_checkpoint_path", DEMO_DRAFT], "--draft_checkpoint_path"),
+        (["--draft_checkpoint_path", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    assert_user_error(run_command("generate.py", *arguments, cwd=REPO), message)
