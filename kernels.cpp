@@ -1,10 +1,10 @@
 // Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
-// the plain twin of each function. N is a multiple of 4, K of 64 (of 32 for bf16 weights).
+// the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
 //
-// Four rows of w are one block, and a block's bytes lie in the order in which they are read: one stream that is fetched
-// ahead of its use. That is what reaches memory speed; with four streams the same arithmetic reaches half of it.
+// The bytes of w lie in the order in which they are read: one stream a thread, fetched ahead of its use. That is what
+// reaches memory speed; with a stream for each of four rows the same arithmetic reaches half of it.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -15,9 +15,9 @@
 #include <vector>
 
 using bf16 = uint16_t;
-constexpr int ROWS = 4;       // of w in a block
-constexpr int MAX_M = 8;      // rows of x in one pass; their sums stay in registers
-constexpr int AHEAD = 2048;   // bytes between what is read and what is fetched
+constexpr int ROWS = 4;      // of w in a block
+constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
+constexpr int AHEAD = 2048;  // bytes between what is read and what is fetched
 
 static inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -42,6 +42,12 @@ static inline __m512 broadcast(const bf16* p) {
 static inline __m512 widen16(const bf16* p) {
     __m256i raw = _mm256_loadu_si256((const __m256i*)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// Replace each index in 0 to 15 (its higher bits do not count) by that of the 16 values, rounded to bf16.
+static inline __m512bh look_up(__m512 values, __m512i indices) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
+    return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
 }
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
@@ -73,22 +79,21 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 
 template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
-        __m512 sums[ROWS][M] = {};
-        for (int64_t k = 0; k < K; k += 32) {
-            __m512bh row[ROWS];
-            for (int r = 0; r < ROWS; r++) {
-                const bf16* p = w + (n + r) * K + k;
-                _mm_prefetch((const char*)p + AHEAD / 2, _MM_HINT_T0);
-                row[r] = load_bf16(p);
+    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    for (int64_t n = first * ROWS; n < last * ROWS; n++) {
+        const bf16* row = w + n * K;
+        __m512 sums[M][PARTS] = {};
+        for (int64_t k = 0; k < K; k += 32 * PARTS)
+            for (int i = 0; i < PARTS; i++) {
+                fetch(row + k + 32 * i);
+                __m512bh weights = load_bf16(row + k + 32 * i);
+                for (int m = 0; m < M; m++)
+                    sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + m * K + k + 32 * i));
             }
-            for (int m = 0; m < M; m++) {
-                __m512bh in = load_bf16(x + m * K + k);
-                for (int r = 0; r < ROWS; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], row[r], in);
-            }
+        for (int m = 0; m < M; m++) {
+            for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
+            y[m * N + n] = narrow(_mm512_reduce_add_ps(sums[m][0]));
         }
-        for (int r = 0; r < ROWS; r++)
-            for (int m = 0; m < M; m++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]));
     }
 }
 
@@ -114,7 +119,7 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
                 for (int i = 0; i < 4; i++)
                     codes[i] = _mm512_cvtepi32_ps(
                         _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
-                if constexpr (M <= 2) {
+                if constexpr (M == 1) {
                     for (int m = 0; m < M; m++)
                         for (int i = 0; i < 4; i++)
                             sums[r][m] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + m * K + k + 16 * i), sums[r][m]);
@@ -164,38 +169,47 @@ extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, 
 template <int M>
 static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const bf16* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    alignas(64) bf16 values[32];  // the values of the codes, twice: the fifth bit of an index is not its own
-    for (int i = 0; i < 32; i++) values[i] = narrow(float((i & 15) - 8));
-    const __m512i table = _mm512_load_si512(values);
+    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
     const int64_t G = K / group;
     for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
         __m512 sums[ROWS][M] = {};
         const uint8_t* p = w + n * K / 2;
-        const bf16* scale = scales + n * G;
+        const bf16 *scale = scales + n * G, *zero = zeros + n * G;
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
-            _mm_prefetch((const char*)(scale + k / group * ROWS) + AHEAD / 8, _MM_HINT_T0);
-            const bf16 *low_scale = scale + k / group * ROWS, *high_scale = scale + (k + 32) / group * ROWS;
+            const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
+            _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
             for (int r = 0; r < ROWS; r++) {
                 __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
-                __m512bh low = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
-                __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-                __m512 s0 = broadcast(low_scale + r), s1 = broadcast(high_scale + r);
-                for (int m = 0; m < M; m++) {
-                    const bf16* in = x + m * K + k;
-                    __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, load_bf16(in));
-                    sums[r][m] = _mm512_fmadd_ps(part, s0, sums[r][m]);
-                    part = _mm512_dpbf16_ps(_mm512_setzero_ps(), high, load_bf16(in + 32));
-                    sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
+                __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
+                if constexpr (M <= 2) {  // sums of codes times x, and then the scale
+                    __m512bh low = look_up(values, bytes), high = look_up(values, _mm512_srli_epi16(bytes, 4));
+                    for (int m = 0; m < M; m++) {
+                        const bf16* in = x + m * K + k;
+                        __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, load_bf16(in));
+                        sums[r][m] = _mm512_fmadd_ps(part, s0, sums[r][m]);
+                        part = _mm512_dpbf16_ps(_mm512_setzero_ps(), high, load_bf16(in + 32));
+                        sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
+                    }
+                } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
+                    __m512 weights0 = _mm512_fmadd_ps(values, s0, broadcast(zero + g0 + r));
+                    __m512 weights1 = _mm512_fmadd_ps(values, s1, broadcast(zero + g1 + r));
+                    __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
+                    for (int m = 0; m < M; m++) {
+                        const bf16* in = x + m * K + k;
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], low, load_bf16(in));
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], high, load_bf16(in + 32));
+                    }
                 }
             }
         }
-        for (int m = 0; m < M; m++) {  // the zero points, times what x sums to in their groups
-            float parts[ROWS] = {};
-            for (int64_t g = 0; g < G; g++)
-                for (int r = 0; r < ROWS; r++) parts[r] += totals[m * G + g] * widen(zeros[n * G + g * ROWS + r]);
-            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) + parts[r]);
+        for (int m = 0; m < M; m++) {
+            float rest[ROWS] = {};  // the zero points, times what x sums to in their groups
+            if (M <= 2)
+                for (int64_t g = 0; g < G; g++)
+                    for (int r = 0; r < ROWS; r++) rest[r] += totals[m * G + g] * widen(zero[g * ROWS + r]);
+            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) + rest[r]);
         }
     }
 }

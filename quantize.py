@@ -215,7 +215,7 @@ def ready(stored: Linear | Int8Linear | Int4Linear, dtype: torch.dtype) -> nn.Mo
     weight, bias = stored.weight, stored.bias
     N = weight.shape[0]
     if isinstance(stored, Linear):
-        fast = dtype == torch.bfloat16 and kernels.takes(weight, N, weight.shape[1], 32)
+        fast = dtype == torch.bfloat16 and kernels.takes(weight, N, weight.shape[1], 128)
         return kernels.StreamedLinear(weight, bias) if fast else stored
     if isinstance(stored, Int8Linear):
         K = weight.shape[1]
