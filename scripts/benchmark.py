@@ -349,7 +349,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def summary(rung: Rung, report: dict[str, Any]) -> dict[str, Any]:
     median = statistics.median(rung.samples)
-    entry = {"group": rung.group, "name": rung.name, "unit": rung.unit, "weights": rung.weights}
+    entry: dict[str, Any] = {"group": rung.group, "name": rung.name, "unit": rung.unit, "weights": rung.weights}
     entry |= {"median": median, "samples": rung.samples}
     if rung.group == "decode":
         entry["gb_per_s"] = median * report["bytes_per_token"][rung.weights or "plain"] / 1e9
