@@ -69,75 +69,86 @@ def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, x [M, K] in bf16 each; weights as the layers below pack them
+# The operators, `torch.ops.kernels.*`, which torch.compile takes as they are; x [M, K], weights as the layers below pack
+# them. `torch.library.custom_op` would load the compiler at the first call: a second, before an eager run's first token.
+
+OPERATORS = {
+    "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
+    "int8_product": "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
+    "int8_dequantize": "(Tensor weight, Tensor scales) -> Tensor",
+    "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
+    "int4_dequantize": "(Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
+    "aten_int4_product": "(Tensor x, Tensor weight, Tensor scales_and_zeros) -> Tensor",
+}
+for name, schema in OPERATORS.items():
+    torch.library.define(f"kernels::{name}", schema)
 
 
-@torch.library.custom_op("kernels::bf16_product", mutates_args=())
+@torch.library.impl("kernels::bf16_product", "CPU")
 def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
     M, (N, K) = x.shape[0], weight.shape
     return call("bf16_product", [x.contiguous(), weight, x.new_empty(M, N)], M, N, K)
 
 
-@torch.library.custom_op("kernels::int8_product", mutates_args=())
+@torch.library.impl("kernels::int8_product", "CPU")
 def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     (M, K), N = x.shape, scales.numel()
     return call("int8_product", [x.contiguous(), weight, scales, x.new_empty(M, N)], M, N, K)
 
 
-@torch.library.custom_op("kernels::int4_product", mutates_args=())
+@torch.library.impl("kernels::int4_product", "CPU")
 def int4_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     (M, K), N = x.shape, scales.shape[0] * ROWS
-    return call(
-        "int4_product", [x.contiguous(), weight, scales, zeros, x.new_empty(M, N)], M, N, K, K // scales.shape[1]
-    )
+    tensors = [x.contiguous(), weight, scales, zeros, x.new_empty(M, N)]
+    return call("int4_product", tensors, M, N, K, K // scales.shape[1])
 
 
-@torch.library.custom_op("kernels::int8_dequantize", mutates_args=())
+@torch.library.impl("kernels::int8_dequantize", "CPU")
 def int8_dequantize(weight: Tensor, scales: Tensor) -> Tensor:
     N, K = scales.numel(), weight.numel() // scales.numel()
     return call("int8_dequantize", [weight, scales, scales.new_empty(N, K)], N, K)
 
 
-@torch.library.custom_op("kernels::int4_dequantize", mutates_args=())
+@torch.library.impl("kernels::int4_dequantize", "CPU")
 def int4_dequantize(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     N = scales.shape[0] * ROWS
     K = 2 * weight.numel() // N
     return call("int4_dequantize", [weight, scales, zeros, scales.new_empty(N, K)], N, K, K // scales.shape[1])
 
 
-@bf16_product.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@int8_product.register_fake
-def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales.numel())
-
-
-@int4_product.register_fake
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales.shape[0] * ROWS)
-
-
-@int8_dequantize.register_fake
-def _(weight: Tensor, scales: Tensor) -> Tensor:
-    return scales.new_empty(scales.numel(), weight.numel() // scales.numel())
-
-
-@int4_dequantize.register_fake
-def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return scales.new_empty(scales.shape[0] * ROWS, 2 * weight.numel() // (scales.shape[0] * ROWS))
-
-
-# An operator of our own: inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
-@torch.library.custom_op("kernels::aten_int4_product", mutates_args=())
+# Of our own, since inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
+@torch.library.impl("kernels::aten_int4_product", "CPU")
 def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group_size = x.shape[1] // scales_and_zeros.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
 
 
-@aten_int4_product.register_fake
+@torch.library.register_fake("kernels::bf16_product")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("kernels::int8_product")
+def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales.numel())
+
+
+@torch.library.register_fake("kernels::int4_product")
+def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales.shape[0] * ROWS)
+
+
+@torch.library.register_fake("kernels::int8_dequantize")
+def _(weight: Tensor, scales: Tensor) -> Tensor:
+    return scales.new_empty(scales.numel(), weight.numel() // scales.numel())
+
+
+@torch.library.register_fake("kernels::int4_dequantize")
+def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return scales.new_empty(scales.shape[0] * ROWS, 2 * weight.numel() // (scales.shape[0] * ROWS))
+
+
+@torch.library.register_fake("kernels::aten_int4_product")
 def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
@@ -178,7 +189,7 @@ class StreamedLinear(KernelLinear):
         self.weight = weight
 
     def product(self, rows: Tensor) -> Tensor:
-        return bf16_product(rows, self.weight)
+        return torch.ops.kernels.bf16_product(rows, self.weight)
 
     def gemm(self, rows: Tensor) -> Tensor:
         return F.linear(rows, self.weight)
@@ -194,10 +205,10 @@ class StreamedInt8Linear(KernelLinear):
         self.weight, self.scales = constant(packed), constant(scales)
 
     def product(self, rows: Tensor) -> Tensor:
-        return int8_product(rows, self.weight, self.scales)
+        return torch.ops.kernels.int8_product(rows, self.weight, self.scales)
 
     def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, int8_dequantize(self.weight, self.scales))
+        return F.linear(rows, torch.ops.kernels.int8_dequantize(self.weight, self.scales))
 
 
 class StreamedInt4Linear(KernelLinear):
@@ -213,10 +224,10 @@ class StreamedInt4Linear(KernelLinear):
         )
 
     def product(self, rows: Tensor) -> Tensor:
-        return int4_product(rows, self.weight, self.scales, self.zeros)
+        return torch.ops.kernels.int4_product(rows, self.weight, self.scales, self.zeros)
 
     def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, int4_dequantize(self.weight, self.scales, self.zeros))
+        return F.linear(rows, torch.ops.kernels.int4_dequantize(self.weight, self.scales, self.zeros))
 
 
 class AtenInt8Linear(KernelLinear):
@@ -242,7 +253,7 @@ class AtenInt4Linear(KernelLinear):
         self.scales_and_zeros = constant(torch.stack((scales.t(), zeros.t()), dim=-1))  # [K / group, N, 2]
 
     def product(self, rows: Tensor) -> Tensor:
-        return aten_int4_product(rows, self.weight, self.scales_and_zeros)
+        return torch.ops.kernels.aten_int4_product(rows, self.weight, self.scales_and_zeros)
 
     gemm = product  # slower than GEMM, but the order is not documented and cannot be undone
 

@@ -60,10 +60,12 @@ def test_each_row_is_multiplied_alone() -> None:
 def test_unpacked_weights_are_the_dequantized_ones() -> None:
     codes, scales = quantize_int8(normal(64, 192))
     layer = StreamedInt8Linear(codes, scales, None)
-    assert torch.equal(kernels.int8_dequantize(layer.weight, layer.scales), dequantize_int8(codes, scales).bfloat16())
+    assert torch.equal(
+        torch.ops.kernels.int8_dequantize(layer.weight, layer.scales), dequantize_int8(codes, scales).bfloat16()
+    )
     quantized = quantize_int4(normal(64, 192), 64)
     packed = StreamedInt4Linear(*quantized, None)
-    unpacked = kernels.int4_dequantize(packed.weight, packed.scales, packed.zeros)
+    unpacked = torch.ops.kernels.int4_dequantize(packed.weight, packed.scales, packed.zeros)
     torch.testing.assert_close(unpacked, dequantize_int4(*quantized, 64).bfloat16(), rtol=2**-8, atol=0)
 
 
