@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
-from quantize import parse_scheme, quantize_linears_, repack_
+from quantize import Scheme, parse_scheme, quantize_linears_, repack_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -398,11 +398,16 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
             raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
 
 
-def meta_model(raw_config: dict[str, Any]) -> Transformer:
-    """Make the model that config.json describes, on the meta device: shapes without memory."""
+def quantization_scheme(raw_config: dict[str, Any]) -> Scheme | None:
     scheme = parse_scheme(raw_config.get("quantization"))
     if scheme is not None and raw_config.get("layout") != "fused":
         raise ValueError(f"config.json: quantization with layout {raw_config.get('layout')!r}, expected 'fused'")
+    return scheme
+
+
+def meta_model(raw_config: dict[str, Any]) -> Transformer:
+    """Make the model that config.json describes, on the meta device: shapes without memory."""
+    scheme = quantization_scheme(raw_config)
     with torch.device("meta"):
         model = Transformer(parse_config(raw_config))
         if scheme is not None:
@@ -453,6 +458,7 @@ def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str 
     model.load_state_dict({**state, "lm_head.weight": state["embed_tokens.weight"]} if tied else state, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
+    state.clear()  # so that a weight is given up as soon as it is repacked
     model.inv_freq = rope_frequencies(model.config).to(device)
     repack_(model)
     return model.eval().requires_grad_(False)

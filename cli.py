@@ -31,6 +31,12 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if "allocate" in line), None)
+        if reason is None:
+            raise
+        print(f"error: out of memory ({reason}); give fewer rows, a shorter text or a smaller --dtype", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -47,6 +53,8 @@ def read_text(option: str, path: Path) -> str:
     """Read the file that `option` names. Raises ValueError where it is empty or not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path} is not UTF-8: {error}") from None
     if not text:

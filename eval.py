@@ -132,7 +132,8 @@ class TextLikelihood:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.num_tokens)
+        mean = self.nll / self.num_tokens
+        return math.exp(mean) if mean < 709 else math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """Return what one of the text's UTF-8 bytes costs: unlike perplexity, the same scale for every tokenizer."""

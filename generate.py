@@ -23,10 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, random_model, read_config
+from checkpoint import (
+    DTYPES,
+    eos_token_ids,
+    load_model,
+    parse_config,
+    parse_dtype,
+    quantization_scheme,
+    random_model,
+    read_config,
+)
 from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
 from model import ModelConfig, Transformer
-from quantize import Scheme, parse_scheme
+from quantize import Scheme
 from report import report_rows, run_metrics, run_sample
 from speculate import Speculation, draft, levels_below, verify
 from steps import Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
@@ -86,6 +95,11 @@ def generate(
         raise ValueError("a prompt is empty; give at least one token, the BOS")
     if longest > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
+    drafter = speculation.draft_model if speculation else None
+    if drafter and drafter.max_seq_length < model.max_seq_length:
+        raise ValueError(
+            f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}; they must match"
+        )
     ends = frozenset(eos_ids)
     texts = [list(p) for p in prompts]
     rooms = [min(max_new_tokens, capacity - start - len(p)) for p in prompts]  # 0 when a row has ended
@@ -241,7 +255,7 @@ def check(args: argparse.Namespace) -> Job:
         [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
         min(config.max_position_embeddings, max(map(len, prompts)) + args.max_new_tokens),
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
-        parse_scheme(raw.get("quantization")),
+        quantization_scheme(raw),
         check_draft(args, tokenizer, config.vocab_size),
     )
 
@@ -254,7 +268,11 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
     if not path:
         return None
     raw = read_config(path)
-    config = parse_config(raw)
+    try:
+        config = parse_config(raw)
+        quantization_scheme(raw)
+    except ValueError as error:
+        raise ValueError(f"--draft_checkpoint_path {path}: {error}") from None
     try:
         theirs = load_tokenizer(path).token_bytes
         ours = (tokenizer or load_tokenizer(args.checkpoint_path)).token_bytes

@@ -63,7 +63,10 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     """
     mean = hessian.diagonal().mean().clamp(min=1e-6)
     if not mean.isfinite():
-        raise ValueError("the calibration text gives activations that are not finite; run in --dtype float32?")
+        raise ValueError(
+            "the calibration text gives activations that are not finite: they overflow its dtype; convert "
+            "the checkpoint by scripts/convert_hf_checkpoint.py --dtype bfloat16"
+        )
     while True:
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -135,7 +138,7 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
             f"--calibration_length {length} is above the model's context of {config.max_position_embeddings}"
         )
     bos, ids = tokenizer.encode(""), tokenizer.encode(text, bos=False)
-    size = length - len(bos)
+    size = max(1, length - len(bos))
     available = len(ids) // size
     if available == 0:
         raise ValueError(

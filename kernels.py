@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -38,13 +39,19 @@ def library() -> ctypes.CDLL | None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
         path = folder / f"{key[:16]}.so"
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True)
-            temporary.replace(path)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:  # others may compile at the same time
+                built = Path(temporary, path.name)
+                subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
+                with built.open("rb") as file:
+                    os.fsync(file.fileno())
+                built.replace(path)
+        if path.stat().st_uid != os.getuid():
+            raise OSError(f"{path} belongs to another user")
         return with_types(ctypes.CDLL(str(path)))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"kernels.cpp is not used, products will be slower: {error}", file=sys.stderr)
+        said = getattr(error, "stderr", None) or str(error)
+        print("kernels.cpp is not used, products will be slower:", said.strip().splitlines()[-1:], file=sys.stderr)
         return None
 
 
@@ -69,8 +76,9 @@ def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, `torch.ops.kernels.*`, which torch.compile takes as they are; x [M, K], weights as the layers below pack
-# them. `torch.library.custom_op` would load the compiler at the first call: a second, before an eager run's first token.
+# The operators, `torch.ops.kernels.*`, which torch.compile takes as they are. x [M, K]; weights as the layers pack
+# them.
+# `torch.library.custom_op` would load the compiler at the first call: a second, before an eager run's first token.
 
 OPERATORS = {
     "bf16_product": "(Tensor x, Tensor weight) -> Tensor",

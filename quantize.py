@@ -168,17 +168,22 @@ class Int4Linear(nn.Module):
 def repack_(model: Transformer) -> None:
     """Bring the linears of a loaded model into the form that its device's kernels read, where one takes their shape."""
     dtype = model.embed_tokens.weight.dtype
-    for name, stored in list(model.named_modules()):
-        layer = None
+
+    def cast(values: Tensor) -> Tensor:
+        """Cast bf16 to the model's dtype, unless float16 would lose small values: then no kernel is to take them."""
+        return values.to(dtype) if torch.equal(values.to(dtype).to(values.dtype), values) else values
+
+    for name in [name for name, child in model.named_modules() if isinstance(child, (Linear, Int8Linear, Int4Linear))]:
+        stored, layer = model.get_submodule(name), None
         if isinstance(stored, Linear):
             layer = kernels.linear_layer(stored.weight, stored.bias)
-        elif isinstance(stored, Int8Linear):
-            stored.scales = constant(stored.scales.to(dtype))
-            layer = kernels.int8_layer(stored.weight, stored.scales, stored.bias)
+        elif isinstance(stored, Int8Linear) and (scales := cast(stored.scales)).dtype == dtype:
+            layer = kernels.int8_layer(stored.weight, scales, stored.bias)
         elif isinstance(stored, Int4Linear):
-            stored.scales, stored.zeros = constant(stored.scales.to(dtype)), constant(stored.zeros.to(dtype))
-            codes = unpack_nibbles(stored.weight, stored.in_features)
-            layer = kernels.int4_layer(codes, stored.scales, stored.zeros, stored.bias, stored.group_size)
+            scales, zeros = cast(stored.scales), cast(stored.zeros)
+            if scales.dtype == zeros.dtype == dtype:
+                codes = unpack_nibbles(stored.weight, stored.in_features)
+                layer = kernels.int4_layer(codes, scales, zeros, stored.bias, stored.group_size)
         if layer is not None:
             model.set_submodule(name, layer)
 
@@ -234,7 +239,6 @@ def quantized_parts(
         parameters = dict(block.named_parameters(prefix[:-1]))
         encoders = calibration.encoders(block) if calibration else {}
         for name, child in linears(block).items():
-            check_finite(prefix + name, child.weight)
             stored = quantize_linear(child, scheme, encoders.pop(name, quantize_int4))
             parameters |= stored.named_parameters(prefix + name)
             child.weight = constant(stored.dequantize().to(child.weight.dtype))
@@ -244,14 +248,8 @@ def quantized_parts(
         yield parameters
         block.to("meta")
     model.lm_head.weight = constant(read(head))
-    check_finite(head, model.lm_head.weight)
     stored = quantize_linear(model.lm_head, HEAD_SCHEME)
     yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ValueError(f"{name} has values that are not finite; the checkpoint is damaged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +299,12 @@ def run(args: argparse.Namespace) -> None:
     output_path = args.output_path or ckpt.sibling(args.checkpoint_path, f"-{scheme}")
 
     def read(name: str) -> Tensor:
-        return read_here(name).to(args.device)
+        tensor = read_here(name).to(args.device)
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{args.checkpoint_path}: {name} has values that are not finite; the checkpoint is damaged"
+            )
+        return tensor
 
     windows = calibration_windows(args, source.config) if args.mode == "int4-gptq" else None
     num_steps = len(linears(source)) - 1 + (0 if windows is None else 2 * len(source.layers) * len(windows))
@@ -331,15 +334,21 @@ def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) 
     """Say, a line for each kind of tensor, what becomes of it. before, after: their specs; target: on meta."""
 
     def megabytes(specs: dict[str, Any], kind: str) -> float:
-        return sum(shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind in name) / 1e6
+        return (
+            sum(shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind_of(name) == kind) / 1e6
+        )
 
-    kinds = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in after)
+    def kind_of(name: str) -> str:
+        return name.split(".")[-2]
+
+    kinds = dict.fromkeys(map(kind_of, after))
+    totals = [sum(megabytes(specs, kind) for kind in kinds) for specs in (before, after)]
     forms = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
     yield f"{'':26}{'stored as':28}{'MB before':>10}{'MB after':>10}"
     for kind in kinds:
         form = describe(forms[kind])
-        yield f"{kind:26}{form:28}{megabytes(before, kind):10.2f}{megabytes(after, kind):10.2f}"
-    yield f"{'all':54}{megabytes(before, ''):10.2f}{megabytes(after, ''):10.2f}"
+        yield f"{kind:26}{form:28}{megabytes(before, kind):10.3f}{megabytes(after, kind):10.3f}"
+    yield f"{'all':54}{totals[0]:10.3f}{totals[1]:10.3f}"
 
 
 def describe(module: nn.Module) -> str:

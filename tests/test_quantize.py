@@ -348,7 +348,8 @@ def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
     result = run_quantize("--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
-    assert lines["down_proj"].startswith("int4, groups of 256 2.36 0.") or "int4, groups of 256" in lines["down_proj"]
+    assert lines["down_proj"] == "int4, groups of 256 2.359 0.608"
+    assert lines["norm"] == "as it was 0.001 0.001"
     assert "int8" in lines["lm_head"] and "as it was" in lines["embed_tokens"] and "as it was" in lines["norm"]
     output = tmp_path / "model-int4-g256"
     before, after = (float(size) for size in lines["all"].split())
