@@ -74,7 +74,7 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
             f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of the {count} ranks; start another "
             "number of them"
         )
-    if scheme is None or scheme.group_size is None:
+    if count == 1 or scheme is None or scheme.group_size is None:
         return
     for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
         if size % (count * scheme.group_size):
@@ -105,10 +105,14 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the ranks say to each other: operators of our own, which torch.compile takes as they are
+# What the ranks say to each other: operators of our own, which torch.compile takes as they are; not by way of
+# `torch.library.custom_op`, which loads the compiler at the first call: a second, before an eager run's first token.
+
+for operator in ("all_reduce", "all_gather", "broadcast"):
+    torch.library.define(f"tp::{operator}", "(Tensor x) -> Tensor")
 
 
-@torch.library.custom_op("tp::all_reduce", mutates_args=())
+@torch.library.impl("tp::all_reduce", "CompositeExplicitAutograd")
 def all_reduce(x: Tensor) -> Tensor:
     """Return the sum over all ranks, by the fastest way there is for x."""
     x = x.clone(memory_format=torch.contiguous_format)
@@ -120,7 +124,7 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-@torch.library.custom_op("tp::all_gather", mutates_args=())
+@torch.library.impl("tp::all_gather", "CompositeExplicitAutograd")
 def all_gather(x: Tensor) -> Tensor:
     """Return every rank's x beside each other, along the last dimension."""
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
@@ -128,7 +132,7 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-@torch.library.custom_op("tp::broadcast", mutates_args=())
+@torch.library.impl("tp::broadcast", "CompositeExplicitAutograd")
 def broadcast(x: Tensor) -> Tensor:
     """Return rank 0's x."""
     x = x.clone(memory_format=torch.contiguous_format)
@@ -136,13 +140,13 @@ def broadcast(x: Tensor) -> Tensor:
     return x
 
 
-@all_reduce.register_fake
-@broadcast.register_fake
+@torch.library.register_fake("tp::all_reduce")
+@torch.library.register_fake("tp::broadcast")
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@all_gather.register_fake
+@torch.library.register_fake("tp::all_gather")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] * dist.get_world_size())
 
@@ -192,7 +196,7 @@ def process_group() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
     try:
-        yield Ranks(rank, count, all_reduce, all_gather, broadcast)
+        yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -225,16 +229,17 @@ def together(function: Callable[[], T], ranks: Ranks) -> T:
     except (ValueError, OSError, SystemExit) as error:
         raised = error
     all_raised: list[Any] = [None] * ranks.count
-    dist.all_gather_object(all_raised, None if raised is None else str(raised))
-    mistakes = {rank: text for rank, text in enumerate(all_raised) if text is not None}
+    dist.all_gather_object(all_raised, None if raised is None else (str(raised), getattr(raised, "code", 2)))
+    mistakes = {rank: told for rank, told in enumerate(all_raised) if told is not None}
     if not mistakes:
         return result
+    first, (text, status) = next(iter(mistakes.items()))
     if ranks.rank == 0:
-        raise raised or ValueError("rank {}: {}".format(*next(iter(mistakes.items()))))
+        raise raised or ValueError(f"rank {first}: {text}")
     # torchrun ends all ranks when one has ended: rank 0 first, so that it can speak. It never sends what is awaited.
     with contextlib.suppress(RuntimeError):
         dist.recv(torch.empty(1), src=0)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
