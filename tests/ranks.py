@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc_per_node=2 tests/ranks.py FOLDER MODEL ...
 """
 
+import json
 import resource
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model, random_model, read_config
+from cli import user_errors
 from generate import generate
 from model import ONE_RANK
 from speculate import Speculation, draft, verify
 from steps import Sampling, compiled, decode, prefill
-from tp import process_group
+from tp import process_group, together
 
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.9, top_k=50)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 8]]
@@ -96,12 +98,14 @@ def run(folder, names, ranks):
 
 
 def main(folder, *names):
-    with process_group() as ranks:
+    with user_errors(), process_group() as ranks:
         torch.set_num_threads(1)
         if folder == "fail":  # a rank fails while the others wait for it
             if ranks.rank == 1:
                 raise LookupError("this rank has lost its way")
             ranks.all_reduce(torch.ones(1))
+        if folder == "mistake":  # only rank 1 finds it
+            together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
         found = run(Path(folder), names, ranks)
         torch.save(found, Path(folder) / f"{ranks.count}-{ranks.rank}.pt")
 
