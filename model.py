@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
-# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins; so it does where the
-# rows together have more elements than stay in the first cache while the weight streams by.
-MAX_REDUCTION_ROWS, MAX_REDUCTION_ELEMENTS = 4, 8192
+# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
+MAX_REDUCTION_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.shape[:-1].numel()
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if rows > MAX_REDUCTION_ROWS or (rows > 1 and x.numel() > MAX_REDUCTION_ELEMENTS):
+    if rows > MAX_REDUCTION_ROWS:
         # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
         y = F.linear(x, weight)
         return y if bias is None else y + bias
@@ -109,11 +108,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x = x.contiguous()
     x = x.as_strided(x.shape, x.stride())
     parts = num_partial_sums(weight.shape[1])
-    # One product for each row and half of the weight: inductor fuses them into a single pass over both halves, which
-    # reads the weight once for all rows, and each row once for two outputs.
-    halves = weight.float().view(2 if weight.shape[0] % 2 == 0 else 1, -1, parts, weight.shape[1] // parts)
-    products = [(row.float().view(parts, -1) * half).sum(dim=-1) for row in x.view(rows, -1) for half in halves]
-    y = torch.stack(products).sum(dim=-1).view(*x.shape[:-1], -1)
+    products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
+    y = products.sum(dim=-1).sum(dim=-1)
     return (y if bias is None else y + bias).type_as(x)
 
 

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kernels
 from cli import ArgumentParser, check_device, number, user_errors
+from kernels import MAX_ROWS, constant
 from model import Linear, Transformer, linear
 
 if TYPE_CHECKING:
@@ -28,9 +30,6 @@ MODES = ("int8", "int4", "int4-gptq")
 GROUP_SIZES = (32, 64, 128, 256)
 # The least scale: what a group of zeros gets, so that no code is divided by 0.
 MIN_SCALE = 2.0**-40
-# Up to so many rows of x the kernels that stream the codes are faster than GEMM. A prefill always has more, so that one
-# compiled graph serves all prompts.
-MAX_KERNEL_ROWS = 16
 # Weight [N, K] and group size to codes [N, K], scales and zeros [N, groups].
 Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
@@ -166,10 +165,6 @@ class Int4Linear(nn.Module):
         return linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
-def constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
 class CpuInt8Linear(nn.Module):
     """Int8Linear by ATen's kernel, which streams the codes for a few rows of x; for more, GEMM is faster."""
 
@@ -179,7 +174,7 @@ class CpuInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] > MAX_KERNEL_ROWS:
+        if rows.shape[0] > MAX_ROWS:
             return linear(x, dequantize_int8(self.weight, self.scales).to(x.dtype), self.bias)
         y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
         y = y if self.bias is None else y + self.bias
@@ -215,25 +210,33 @@ class CpuInt4Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def kernel_for(stored: nn.Module) -> Callable[[Any], nn.Module] | None:
-    """Return the kernel's form of a stored linear, None where the plain path must do: other sizes crash the kernels."""
-    if not isinstance(stored, (Int8Linear, Int4Linear)) or stored.weight.device.type != "cpu":
-        return None
-    N = stored.weight.shape[0]
+def ready(stored: Linear | Int8Linear | Int4Linear, dtype: torch.dtype) -> nn.Module:
+    """Return the form of a linear that the device's kernels read; where none takes its shape it stays as it is."""
+    weight, bias = stored.weight, stored.bias
+    N = weight.shape[0]
+    if isinstance(stored, Linear):
+        fast = dtype == torch.bfloat16 and kernels.takes(weight, N, weight.shape[1], 128)
+        return kernels.StreamedLinear(weight, bias) if fast else stored
     if isinstance(stored, Int8Linear):
-        return CpuInt8Linear if N % 4 == 0 and stored.weight.shape[1] % 16 == 0 else None
-    return CpuInt4Linear if N % 16 == 0 and stored.in_features % stored.group_size == 0 else None
+        K = weight.shape[1]
+        if dtype == torch.bfloat16 and kernels.takes(weight, N, K, 64):
+            return kernels.StreamedInt8Linear(weight, stored.scales, bias)
+        stored.scales = constant(stored.scales.to(dtype))
+        # Sizes that are no multiples of its tile crash ATen's kernel.
+        return CpuInt8Linear(stored) if weight.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else stored
+    K, whole_groups = stored.in_features, stored.in_features % stored.group_size == 0
+    if dtype == torch.bfloat16 and whole_groups and kernels.takes(weight, N, K, 64):
+        return kernels.StreamedInt4Linear(unpack_nibbles(weight, K), stored.scales, stored.zeros, bias)
+    stored.scales, stored.zeros = constant(stored.scales.to(dtype)), constant(stored.zeros.to(dtype))
+    return CpuInt4Linear(stored) if weight.device.type == "cpu" and N % 16 == 0 and whole_groups else stored
 
 
 def repack_(model: Transformer) -> None:
-    """Bring the quantized linears of a loaded model into the form that its device's kernels read."""
+    """Bring the linears of a loaded model into the form that its device's kernels read."""
     dtype = model.embed_tokens.weight.dtype
     for name, stored in list(model.named_modules()):
-        if isinstance(stored, (Int8Linear, Int4Linear)):
-            for key in {"scales", "zeros"} & dict(stored.named_parameters()).keys():
-                setattr(stored, key, constant(getattr(stored, key).to(dtype)))
-            if kernel := kernel_for(stored):
-                model.set_submodule(name, kernel(stored))
+        if isinstance(stored, (Linear, Int8Linear, Int4Linear)):
+            model.set_submodule(name, ready(stored, dtype))
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kernels import MAX_ROWS
 from model import Transformer
-from quantize import MAX_KERNEL_ROWS
 
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
 # the vector width.
@@ -139,7 +139,7 @@ def prompt_chunks(
     first token at its own first position, which only writes that slot once more. So are very short prompts, which
     would be compiled apart.
     """
-    shortest = MAX_KERNEL_ROWS + 1
+    shortest = MAX_ROWS + 1
     length = max(shortest, *map(len, prompts))
     tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
     columns = torch.arange(length, device=device)

@@ -103,11 +103,23 @@ class Rung:
     unit: str
     cache_length: int
     measure: Callable[[Transformer], float]
+    weights: str = ""  # the scheme they are quantized by
     samples: list[float] = field(default_factory=list)
 
-    def take(self, model: Transformer) -> float:
+    def take(self, models: dict[str, Transformer]) -> float:
+        model = models[self.weights]
         model.setup_caches(1, self.cache_length)
         return self.measure(model)
+
+
+def make_models(args: argparse.Namespace, raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Transformer]:
+    """Make the model that the config describes, and one for each scheme of --quantize, with random weights."""
+    models = {"": random_model(raw, args.device, dtype)}
+    for scheme in args.quantize:
+        mode, _, group_size = scheme.partition("-g")
+        quantization = {"mode": mode, "groupsize": int(group_size) if group_size else None}
+        models[scheme] = random_model(raw | {"layout": "fused", "quantization": quantization}, args.device, dtype)
+    return models
 
 
 def make_rungs(args: argparse.Namespace) -> list[Rung]:
@@ -123,6 +135,9 @@ def make_rungs(args: argparse.Namespace) -> list[Rung]:
         for size in args.prefill:
             rate = partial(prefill_rate, run_prefill=run_prefill, length=size)
             rungs.append(Rung(f"prefill {size}", f"{mode}, prefill of {size}", "tok/s", length, rate))
+        for scheme in args.quantize:
+            rate = partial(decode_rate, run_decode=run_decode, num_tokens=args.new_tokens)
+            rungs.append(Rung("decode", f"{mode}, {scheme}", "tok/s", length, rate, scheme))
         for size in (256, 8192):
             step = partial(step_ms, run_decode=run_decode, position=100)
             rungs.append(Rung(f"{mode}, cache size", f"{mode}, step at 100, cache of {size}", "ms", size, step))
@@ -316,13 +331,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [rung for rung in report["rungs"] if rung["group"] == "decode"]
-    roof = report["roof"]["read_gb_per_s"] * 1e9 / report["bytes_per_token"]
+    size = {bar["name"]: report["bytes_per_token"][bar["weights"] or "plain"] for bar in bars}
+    roofs = [report["roof"]["read_gb_per_s"] * 1e9 / size[bar["name"]] for bar in bars]
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.55 * len(bars)))
     drawn = axes.barh([b["name"] for b in bars], [b["median"] for b in bars], color="#4878a8", height=0.6)
     axes.bar_label(drawn, [f" {b['median']:.1f}" for b in bars])
-    axes.axvline(roof, color="#b04030", linestyle="--")
-    axes.annotate("memory roof", (roof, 1.02), xycoords=("data", "axes fraction"), color="#b04030", ha="center")
-    axes.set_xlim(0, roof * 1.12)
+    for i, roof in enumerate(roofs):
+        axes.plot([roof, roof], [i - 0.4, i + 0.4], color="#b04030", linestyle="--")
+    axes.annotate("memory roof", (roofs[0], 1.02), xycoords=("data", "axes fraction"), color="#b04030", ha="center")
+    axes.set_xlim(0, max(roofs) * 1.12)
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, {report['config']}, {report['dtype']}, batch 1, {report['hardware']}")
     axes.spines[["top", "right"]].set_visible(False)
@@ -332,9 +349,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def summary(rung: Rung, report: dict[str, Any]) -> dict[str, Any]:
     median = statistics.median(rung.samples)
-    entry = {"group": rung.group, "name": rung.name, "unit": rung.unit, "median": median, "samples": rung.samples}
+    entry: dict[str, Any] = {"group": rung.group, "name": rung.name, "unit": rung.unit, "weights": rung.weights}
+    entry |= {"median": median, "samples": rung.samples}
     if rung.group == "decode":
-        entry["gb_per_s"] = median * report["bytes_per_token"] / 1e9
+        entry["gb_per_s"] = median * report["bytes_per_token"][rung.weights or "plain"] / 1e9
         entry["share_of_roof"] = entry["gb_per_s"] / report["roof"]["read_gb_per_s"]
     return entry
 
@@ -343,11 +361,11 @@ def run(args: argparse.Namespace) -> None:
     raw = read_json(args.config)
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
     path = result_path(args)
-    model = random_model(raw, args.device, dtype)
+    models = make_models(args, raw, dtype)
     report: dict[str, Any] = {
         **new_report(args),
         "dtype": str(dtype).removeprefix("torch."),
-        "bytes_per_token": model.step_weight_bytes,
+        "bytes_per_token": {name or "plain": model.step_weight_bytes for name, model in models.items()},
         "roof": measure_roof(args.device),
         "rungs": [],
     }
@@ -360,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
             roof = measure_roof(args.device)
             report["roof"] = {key: max(value, roof[key]) for key, value in report["roof"].items()}
             for rung in group:
-                value = rung.take(model)
+                value = rung.take(models)
                 if turn > 0:  # the first warms up and compiles
                     rung.samples.append(value)
                 bar.update()
@@ -387,6 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prefill", type=number(int, 1), nargs="*", default=[128, 512], help="prompt lengths (128 512)"
     )
+    parser.add_argument("--quantize", nargs="*", default=["int8", "int4-g32"], help="schemes (int8 int4-g32)")
     parser.add_argument("--speculate", action="store_true", help="measure speculation, and nothing else")
     parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", default=[1, 3, 5], help="drafts (1 3 5)")
     parser.add_argument("--name", help="what the result file is called (decode, or speculation)")

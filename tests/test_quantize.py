@@ -22,7 +22,7 @@ from gptq import Calibration, gptq
 from model import Linear, Transformer
 from quantize import (
     GROUP_SIZES,
-    MAX_KERNEL_ROWS,
+    MAX_ROWS,
     CpuInt4Linear,
     CpuInt8Linear,
     Int4Linear,
@@ -133,7 +133,7 @@ def test_a_quantized_linear_equals_its_explicit_dequantized_product(
     weight, bias = stored.dequantize().double(), stored.bias.data.to(dtype).double()
     ready = on_this_device(stored, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for leading in ((1,), (3,), (MAX_KERNEL_ROWS,), (MAX_KERNEL_ROWS + 1,), (2, 5)):
+    for leading in ((1,), (3,), (MAX_ROWS,), (MAX_ROWS + 1,), (2, 5)):
         x = normal(*leading, shape[1], seed=7).to(dtype)
         expected = x.double() @ weight.t() + bias
         y = ready(x)

@@ -1,0 +1,252 @@
+// Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
+//
+// y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
+// the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
+//
+// The bytes of w lie in the order in which they are read: one stream a thread, fetched ahead of its use. That is what
+// reaches memory speed; with a stream for each of four rows the same arithmetic reaches half of it.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using bf16 = uint16_t;
+constexpr int ROWS = 4;      // of w in a block
+constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
+constexpr int AHEAD = 2048;  // bytes between what is read and what is fetched
+
+static inline float widen(bf16 value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+static inline bf16 narrow(float value) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+static inline __m512 broadcast(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(*p), 16));
+}
+
+static inline __m512 widen16(const bf16* p) {
+    __m256i raw = _mm256_loadu_si256((const __m256i*)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// Replace each index in 0 to 15 (its higher bits do not count) by that of the 16 values, rounded to bf16.
+static inline __m512bh look_up(__m512 values, __m512i indices) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
+    return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
+}
+
+static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
+
+// Call run(M, x row, y row, first block, last block) on all threads, for at most MAX_M rows of x at a time.
+template <class Run>
+static void over_rows(int64_t M, int64_t N, Run run) {
+    for (int64_t m = 0; m < M; m += MAX_M) {
+        int rows = int(std::min<int64_t>(MAX_M, M - m));
+#pragma omp parallel
+        {
+            int64_t blocks = N / ROWS, t = omp_get_thread_num(), T = omp_get_num_threads();
+            run(rows, m, blocks * t / T, blocks * (t + 1) / T);
+        }
+    }
+}
+
+// Choose the instance of a template for a number of rows.
+#define WITH_M(rows, call)                                                                   \
+    switch (rows) {                                                                          \
+        case 1: { constexpr int M = 1; call; break; } case 2: { constexpr int M = 2; call; break; } \
+        case 3: { constexpr int M = 3; call; break; } case 4: { constexpr int M = 4; call; break; } \
+        case 5: { constexpr int M = 5; call; break; } case 6: { constexpr int M = 6; call; break; } \
+        case 7: { constexpr int M = 7; call; break; } case 8: { constexpr int M = 8; call; break; } \
+    }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16: w [N, K] as it is
+
+template <int M>
+static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
+    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    for (int64_t n = first * ROWS; n < last * ROWS; n++) {
+        const bf16* row = w + n * K;
+        __m512 sums[M][PARTS] = {};
+        for (int64_t k = 0; k < K; k += 32 * PARTS)
+            for (int i = 0; i < PARTS; i++) {
+                fetch(row + k + 32 * i);
+                __m512bh weights = load_bf16(row + k + 32 * i);
+                for (int m = 0; m < M; m++)
+                    sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + m * K + k + 32 * i));
+            }
+        for (int m = 0; m < M; m++) {
+            for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
+            y[m * N + n] = narrow(_mm512_reduce_add_ps(sums[m][0]));
+        }
+    }
+}
+
+extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+        WITH_M(rows, bf16_blocks<M>(x + m * K, w, y + m * N, N, K, first, last))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int8: w [N / 4, K / 64, 4, 64], scales [N]
+
+template <int M>
+static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, const bf16* scales, bf16* y, int64_t N,
+                        int64_t K, int64_t first, int64_t last) {
+    for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
+        __m512 sums[ROWS][M] = {};
+        const int8_t* p = w + n * K;
+        for (int64_t k = 0; k < K; k += 64, p += ROWS * 64) {
+            for (int r = 0; r < ROWS; r++) fetch(p + 64 * r);
+            for (int r = 0; r < ROWS; r++) {
+                __m512 codes[4];
+                for (int i = 0; i < 4; i++)
+                    codes[i] = _mm512_cvtepi32_ps(
+                        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
+                if constexpr (M == 1) {
+                    for (int m = 0; m < M; m++)
+                        for (int i = 0; i < 4; i++)
+                            sums[r][m] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + m * K + k + 16 * i), sums[r][m]);
+                } else {  // codes are exact in bf16, and one instruction takes 32 of them
+                    __m512bh low = _mm512_cvtne2ps_pbh(codes[1], codes[0]);
+                    __m512bh high = _mm512_cvtne2ps_pbh(codes[3], codes[2]);
+                    for (int m = 0; m < M; m++) {
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], low, load_bf16(x + m * K + k));
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], high, load_bf16(x + m * K + k + 32));
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int m = 0; m < M; m++)
+                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) * widen(scales[n + r]));
+    }
+}
+
+extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
+                             int64_t K) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(M * K);
+    float* wide_x = buffer.data();
+    for (int64_t i = 0; i < M * K; i++) wide_x[i] = widen(x[i]);
+    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+        WITH_M(rows, int8_blocks<M>(x + m * K, wide_x + m * K, w, scales, y + m * N, N, K, first, last))
+    });
+}
+
+extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
+#pragma omp parallel for
+    for (int64_t block = 0; block < N / ROWS; block++)
+        for (int64_t k = 0; k < K; k += 64)
+            for (int r = 0; r < ROWS; r++) {
+                int64_t n = block * ROWS + r;
+                const int8_t* p = w + block * ROWS * K + k * ROWS + 64 * r;
+                float scale = widen(scales[n]);
+                for (int i = 0; i < 64; i++) out[n * K + k + i] = narrow(p[i] * scale);
+            }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int4: w [N / 4, K / 64, 4, 32], byte i holds the codes of columns i and (high half) i + 32 of its 64;
+// scales and zeros [N / 4, K / group, 4]. A code c stands for (c - 8) * scale + zero.
+
+template <int M>
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const bf16* zeros,
+                        bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
+    const int64_t G = K / group;
+    for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
+        __m512 sums[ROWS][M] = {};
+        const uint8_t* p = w + n * K / 2;
+        const bf16 *scale = scales + n * G, *zero = zeros + n * G;
+        for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
+            fetch(p);
+            fetch(p + 64);
+            const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
+            _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
+            for (int r = 0; r < ROWS; r++) {
+                __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
+                __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
+                if constexpr (M <= 2) {  // sums of codes times x, and then the scale
+                    __m512bh low = look_up(values, bytes), high = look_up(values, _mm512_srli_epi16(bytes, 4));
+                    for (int m = 0; m < M; m++) {
+                        const bf16* in = x + m * K + k;
+                        __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, load_bf16(in));
+                        sums[r][m] = _mm512_fmadd_ps(part, s0, sums[r][m]);
+                        part = _mm512_dpbf16_ps(_mm512_setzero_ps(), high, load_bf16(in + 32));
+                        sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
+                    }
+                } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
+                    __m512 weights0 = _mm512_fmadd_ps(values, s0, broadcast(zero + g0 + r));
+                    __m512 weights1 = _mm512_fmadd_ps(values, s1, broadcast(zero + g1 + r));
+                    __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
+                    for (int m = 0; m < M; m++) {
+                        const bf16* in = x + m * K + k;
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], low, load_bf16(in));
+                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], high, load_bf16(in + 32));
+                    }
+                }
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            float rest[ROWS] = {};  // the zero points, times what x sums to in their groups
+            if (M <= 2)
+                for (int64_t g = 0; g < G; g++)
+                    for (int r = 0; r < ROWS; r++) rest[r] += totals[m * G + g] * widen(zero[g * ROWS + r]);
+            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) + rest[r]);
+        }
+    }
+}
+
+extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
+                             int64_t N, int64_t K, int64_t group) {
+    static thread_local std::vector<float> buffer;
+    const int64_t G = K / group;
+    buffer.resize(M * G);
+    float* totals = buffer.data();
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    for (int64_t i = 0; i < M * G; i++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
+        totals[i] = _mm512_reduce_add_ps(sum);
+    }
+    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+        WITH_M(rows, int4_blocks<M>(x + m * K, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+    });
+}
+
+extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
+                                int64_t group) {
+    const int64_t G = K / group;
+#pragma omp parallel for
+    for (int64_t block = 0; block < N / ROWS; block++)
+        for (int64_t k = 0; k < K; k += 64)
+            for (int r = 0; r < ROWS; r++) {
+                int64_t n = block * ROWS + r;
+                const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + 32 * r;
+                for (int half = 0; half < 2; half++) {
+                    int64_t at = block * ROWS * G + (k + 32 * half) / group * ROWS + r;
+                    float scale = widen(scales[at]), zero = widen(zeros[at]);
+                    for (int i = 0; i < 32; i++) {
+                        int code = half ? p[i] >> 4 : p[i] & 15;
+                        out[n * K + k + 32 * half + i] = narrow((code - 8) * scale + zero);
+                    }
+                }
+            }
+}

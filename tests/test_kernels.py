@@ -1,0 +1,86 @@
+"""The C++ products against their plain twins."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels import MAX_ROWS, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear
+from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+pytestmark = pytest.mark.skipif(
+    kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check against the product in fp64: weights may be rounded to bf16, and results are, twice with their bias."""
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    y = layer(x)
+    assert y.dtype == torch.bfloat16 and y.shape == expected.shape
+    bound = 2**-7 * expected.abs() + 2**-9 * F.linear(x.double().abs(), weight.double().abs()) + 2**-6
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (64, 256), (300, 640)], ids=str)
+@pytest.mark.parametrize("rows", range(1, MAX_ROWS + 3))
+def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tuple[int, int]) -> None:
+    N, K = shape
+    x, weight, bias = normal(rows, K), normal(N, K, seed=1), normal(N, seed=2)
+    assert_product(StreamedLinear(weight, bias), x, weight, bias)
+    codes, scales = quantize_int8(weight)
+    assert_product(StreamedInt8Linear(codes, scales, None), x, dequantize_int8(codes, scales), None)
+    for group_size in (32, 64, 128):
+        quantized = quantize_int4(weight, group_size)
+        twin = dequantize_int4(*quantized, group_size)
+        assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
+
+
+def test_each_row_is_multiplied_alone() -> None:
+    x = normal(MAX_ROWS, 256)
+    layers = [StreamedLinear(normal(64, 256), None), StreamedInt8Linear(*quantize_int8(normal(64, 256)), None)]
+    layers.append(StreamedInt4Linear(*quantize_int4(normal(64, 256), 32), None))
+    for layer in layers:
+        together = layer(x)
+        for i in (0, 7, 8, MAX_ROWS - 1):
+            changed = x.clone()
+            changed[i] = torch.nan
+            others = [n for n in range(MAX_ROWS) if n != i]
+            assert torch.equal(layer(changed)[others], together[others])
+            assert layer(changed)[i].isnan().all()
+
+
+def test_unpacked_weights_are_the_dequantized_ones() -> None:
+    codes, scales = quantize_int8(normal(64, 192))
+    layer = StreamedInt8Linear(codes, scales, None)
+    assert torch.equal(kernels.int8_dequantize(layer.weight, layer.scales), dequantize_int8(codes, scales).bfloat16())
+    quantized = quantize_int4(normal(64, 192), 64)
+    packed = StreamedInt4Linear(*quantized, None)
+    unpacked = kernels.int4_dequantize(packed.weight, packed.scales, packed.zeros)
+    torch.testing.assert_close(unpacked, dequantize_int4(*quantized, 64).bfloat16(), rtol=2**-8, atol=0)
+
+
+def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
+    x, weight = normal(4, 512)[:, ::2], normal(64, 256, seed=1)
+    assert_product(StreamedLinear(weight, None), x, weight, None)
+
+
+def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
+    weight = torch.empty(64, 128)
+    assert kernels.takes(weight, 64, 128, 64)
+    assert not kernels.takes(weight, 63, 128, 64)
+    assert not kernels.takes(weight, 64, 100, 64)
+    assert not kernels.takes(weight.to("meta"), 64, 128, 64)
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert kernels.library.__wrapped__() is None
+    assert "slower" in capsys.readouterr().err
+    assert not list((tmp_path / "llama-kernels").iterdir())
