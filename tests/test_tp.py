@@ -275,6 +275,22 @@ def test_ctrl_c_ends_all_ranks_within_seconds():
         assert_all_gone(pids)
 
 
+def test_ctrl_c_ends_a_rank_that_waits_for_one_that_never_comes():
+    with contextlib.ExitStack() as stack:
+        agent = generating(stack)
+        first, second = ranks_of(agent)
+        os.kill(first, signal.SIGSTOP)
+        time.sleep(1)  # by now the second waits for it
+        os.kill(second, signal.SIGINT)
+        deadline = time.perf_counter() + 5
+        while second in ranks_of(agent) and time.perf_counter() < deadline:
+            time.sleep(0.1)
+        assert second not in ranks_of(agent)
+        os.kill(first, signal.SIGCONT)
+        agent.communicate(timeout=60)
+        assert_all_gone([first, second])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
