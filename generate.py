@@ -357,6 +357,8 @@ def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Specula
 def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     job = together(partial(check, args, ranks), ranks)
     job = replace(job, batches=from_rank_0(lambda: job.batches, ranks))
+    if torch.device(job.device).type == "cuda":
+        torch.cuda.set_device(job.device)
     began = time.perf_counter()
     model, speculation = together(partial(load, args, job, ranks), ranks)
     loaded = time.perf_counter()

@@ -201,7 +201,7 @@ def process_group() -> Iterator[Ranks]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         # Another rank has ended, and said why; torchrun ends the rest.
-        print(f"rank {rank} lost the others: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
         sys.exit(1)
     dist.destroy_process_group()
 

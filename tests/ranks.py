@@ -99,6 +99,7 @@ def run(folder, names, ranks):
 
 def main(folder, *names):
     with user_errors(), process_group() as ranks:
+        num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         if folder == "fail":  # a rank fails while the others wait for it
             if ranks.rank == 1:
@@ -106,7 +107,7 @@ def main(folder, *names):
             ranks.all_reduce(torch.ones(1))
         if folder == "mistake":  # only rank 1 finds it
             together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
-        found = run(Path(folder), names, ranks)
+        found = {"threads": num_threads, **run(Path(folder), names, ranks)}
         torch.save(found, Path(folder) / f"{ranks.count}-{ranks.rank}.pt")
 
 

@@ -22,7 +22,7 @@ from scripts import project_tp
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
 from tests.conftest import run_command
-from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device
+from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device, num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -158,6 +158,11 @@ def test_a_rank_reads_its_share_of_the_file_and_no_more(found, folder, count):
     size = (folder / "large" / "model.safetensors").stat().st_size
     for rank in found[count]:
         assert rank["memory"]["grown"] < 1.1 * size / count + 2**24
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_cores_are_divided_among_the_ranks(found, count):
+    assert [rank["threads"] for rank in found[count]] == [max(1, num_cores() // count)] * count
 
 
 @pytest.mark.parametrize("count", COUNTS)
