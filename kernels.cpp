@@ -79,7 +79,7 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 
 template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    constexpr int PARTS = M == 1 ? 4 : M <= 6 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
     for (int64_t n = first * ROWS; n < last * ROWS; n++) {
         const bf16* row = w + n * K;
         __m512 sums[M][PARTS] = {};

@@ -1,14 +1,14 @@
-"""Products of a few rows with a weight that streams from memory once: C++ for CPUs with AVX-512 and bf16.
+"""Products of a few rows on a CPU, where the weight streams from memory once: kernels.cpp, or ATen's.
 
-kernels.cpp is compiled when a model first wants it, and kept in the user's cache. Where the CPU, the compiler, the
-dtype or a shape is another, `streamed` returns None and the model stays as it is. The plain twin of each product is
-`F.linear` with the dequantized weight.
+kernels.cpp is for AVX-512 with bf16. It is compiled when a model first wants it, and kept in the user's cache. ATen has
+kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,23 +27,23 @@ ROWS = 4  # of the weight that the kernels take together
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Compile and load kernels.cpp; None, and a line on stderr, where that cannot be done."""
-    compiler, info = os.environ.get("CXX") or shutil.which("g++"), Path("/proc/cpuinfo")
+    compiler, info = shlex.split(os.environ.get("CXX", "g++")), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
-    if "avx512_bf16" not in cpu or compiler is None:
+    if "avx512_bf16" not in cpu or not shutil.which(compiler[0]):
         return None
-    command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", str(SOURCE)]
+    command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", str(SOURCE)]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
     key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *features]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
-    path = folder / f"{key[:16]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
+        path = folder / f"{key[:16]}.so"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True)
             temporary.replace(path)
         return with_types(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"kernels.cpp is not used, products will be slower: {error}", file=sys.stderr)
         return None
 
@@ -63,6 +63,7 @@ def with_types(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
     """Call a function of kernels.cpp; the last tensor is its output, and returned."""
+    assert all(tensor.dtype in (torch.bfloat16, torch.int8, torch.uint8) for tensor in tensors)
     getattr(library(), name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return tensors[-1]
 
@@ -129,72 +130,153 @@ def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return scales.new_empty(scales.shape[0] * ROWS, 2 * weight.numel() // (scales.shape[0] * ROWS))
 
 
+# An operator of our own: inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
+@torch.library.custom_op("kernels::aten_int4_product", mutates_args=())
+def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    group_size = x.shape[1] // scales_and_zeros.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
+
+
+@aten_int4_product.register_fake
+def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers
 
 
-def takes(weight: Tensor, N: int, K: int, multiple: int) -> bool:
-    """Say whether the kernels can compute with a weight [N, K] in a model of bf16."""
-    fits = N % ROWS == 0 and K % multiple == 0
-    return fits and weight.device.type == "cpu" and library() is not None
+def constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
-class StreamedLinear(nn.Module):
-    """A linear layer in bf16, its weight as it is: [N, K]."""
+class KernelLinear(nn.Module):
+    """A linear layer whose product of up to MAX_ROWS rows is a kernel's; above, GEMM with the weight unpacked."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, bias: Tensor | None):
         super().__init__()
-        self.weight, self.bias = weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = bf16_product(rows, self.weight) if rows.shape[0] <= MAX_ROWS else F.linear(rows, self.weight)
-        return with_bias(y, self.bias).view(*x.shape[:-1], -1)
-
-
-class StreamedInt8Linear(nn.Module):
-    """codes int8 [N, K] and scales bf16 [N]; packed by four rows and 64 columns: [N / 4, K / 64, 4, 64]."""
-
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
-        super().__init__()
-        N, K = codes.shape
-        packed = codes.view(N // ROWS, ROWS, K // 64, 64).transpose(1, 2).contiguous()
-        self.weight, self.scales, self.bias = constant(packed), constant(scales), bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] <= MAX_ROWS:
-            y = int8_product(rows, self.weight, self.scales)
-        else:
-            y = F.linear(rows, int8_dequantize(self.weight, self.scales))
-        return with_bias(y, self.bias).view(*x.shape[:-1], -1)
-
-
-class StreamedInt4Linear(nn.Module):
-    """codes uint8 0 to 15 [N, K], scales and zeros bf16 [N, K / group]; packed as kernels.cpp says."""
-
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
-        super().__init__()
-        N, K = codes.shape
-        blocks = codes.view(N // ROWS, ROWS, K // 64, 2, 32).transpose(1, 2)  # [.., .., ROWS, halves, 32]
-        self.weight = constant((blocks[..., 0, :] | blocks[..., 1, :] << 4).contiguous())
-        self.scales, self.zeros = (
-            constant(values.view(N // ROWS, ROWS, -1).transpose(1, 2).contiguous()) for values in (scales, zeros)
-        )
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] <= MAX_ROWS:
-            y = int4_product(rows, self.weight, self.scales, self.zeros)
-        else:
-            y = F.linear(rows, int4_dequantize(self.weight, self.scales, self.zeros))
-        return with_bias(y, self.bias).view(*x.shape[:-1], -1)
+        y = self.product(rows) if rows.shape[0] <= MAX_ROWS else self.gemm(rows)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gemm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias
+class StreamedLinear(KernelLinear):
+    """bf16, the weight [N, K] as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight = weight
+
+    def product(self, rows: Tensor) -> Tensor:
+        return bf16_product(rows, self.weight)
+
+    def gemm(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight)
 
 
-def constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+class StreamedInt8Linear(KernelLinear):
+    """codes int8 [N, K] and scales bf16 [N]; packed by four rows and 64 columns: [N / 4, K / 64, 4, 64]."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        N, K = codes.shape
+        packed = codes.view(N // ROWS, ROWS, K // 64, 64).transpose(1, 2).contiguous()
+        self.weight, self.scales = constant(packed), constant(scales)
+
+    def product(self, rows: Tensor) -> Tensor:
+        return int8_product(rows, self.weight, self.scales)
+
+    def gemm(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, int8_dequantize(self.weight, self.scales))
+
+
+class StreamedInt4Linear(KernelLinear):
+    """codes uint8 0 to 15 [N, K], scales and zeros bf16 [N, K / group]; packed as kernels.cpp says."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        N, K = codes.shape
+        blocks = codes.view(N // ROWS, ROWS, K // 64, 2, 32).transpose(1, 2)  # [N / 4, K / 64, 4, halves, 32]
+        self.weight = constant((blocks[..., 0, :] | blocks[..., 1, :] << 4).contiguous())
+        self.scales, self.zeros = (
+            constant(values.view(N // ROWS, ROWS, -1).transpose(1, 2).contiguous()) for values in (scales, zeros)
+        )
+
+    def product(self, rows: Tensor) -> Tensor:
+        return int4_product(rows, self.weight, self.scales, self.zeros)
+
+    def gemm(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, int4_dequantize(self.weight, self.scales, self.zeros))
+
+
+class AtenInt8Linear(KernelLinear):
+    """codes int8 [N, K], scales [N] in the dtype of x."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight, self.scales = constant(codes), constant(scales)
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+
+    def gemm(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, (self.weight.float() * self.scales.float().unsqueeze(1)).to(rows.dtype))
+
+
+class AtenInt4Linear(KernelLinear):
+    """codes uint8 [N, K], scales and zeros [N, K / group] in the dtype of x; packed as the processor likes it."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight = constant(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
+        self.scales_and_zeros = constant(torch.stack((scales.t(), zeros.t()), dim=-1))  # [K / group, N, 2]
+
+    def product(self, rows: Tensor) -> Tensor:
+        return aten_int4_product(rows, self.weight, self.scales_and_zeros)
+
+    gemm = product  # slower than GEMM, but the order is not documented and cannot be undone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layer a weight gets
+
+
+def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+    """Return the layer for a weight [N, K]; None where no kernel takes it, as below."""
+    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 128) else None
+
+
+def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module | None:
+    """Return the layer for codes [N, K] and scales [N], whose dtype is the model's."""
+    if streams(scales.dtype, codes, 64):
+        return StreamedInt8Linear(codes, scales, bias)
+    # ATen's kernels crash on sizes that are no multiples of their tiles.
+    N, K = codes.shape
+    return AtenInt8Linear(codes, scales, bias) if codes.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else None
+
+
+def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
+    """Return the layer for codes [N, K], scales and zeros [N, groups], whose dtype is the model's."""
+    N, K = codes.shape
+    if K % group_size:
+        return None
+    if streams(scales.dtype, codes, 64):
+        return StreamedInt4Linear(codes, scales, zeros, bias)
+    return AtenInt4Linear(codes, scales, zeros, bias) if codes.device.type == "cpu" and N % 16 == 0 else None
+
+
+def streams(dtype: torch.dtype, weight: Tensor, multiple: int) -> bool:
+    """Say whether kernels.cpp takes a weight [N, K] in a model of this dtype."""
+    N, K = weight.shape
+    fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % ROWS == 0 and K % multiple == 0
+    return fits and library() is not None

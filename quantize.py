@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import kernels
 from cli import ArgumentParser, check_device, number, user_errors
-from kernels import MAX_ROWS, constant
+from kernels import constant
 from model import Linear, Transformer, linear
 
 if TYPE_CHECKING:
@@ -165,78 +165,22 @@ class Int4Linear(nn.Module):
         return linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
-class CpuInt8Linear(nn.Module):
-    """Int8Linear by ATen's kernel, which streams the codes for a few rows of x; for more, GEMM is faster."""
-
-    def __init__(self, stored: Int8Linear):
-        super().__init__()
-        self.weight, self.scales, self.bias = stored.weight, stored.scales, stored.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] > MAX_ROWS:
-            return linear(x, dequantize_int8(self.weight, self.scales).to(x.dtype), self.bias)
-        y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
-
-
-# An operator of our own: inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
-@torch.library.custom_op("quantize::int4_product", mutates_args=())
-def int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    group_size = x.shape[1] // scales_and_zeros.shape[0]
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
-
-
-@int4_product.register_fake
-def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
-
-
-class CpuInt4Linear(nn.Module):
-    """Int4Linear by ATen's kernel, whose order of the codes depends on the processor and is never stored."""
-
-    def __init__(self, stored: Int4Linear):
-        super().__init__()
-        codes = unpack_nibbles(stored.weight, stored.in_features).int()
-        self.weight = constant(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        # [groups, N, 2], as the kernel reads them.
-        self.scales_and_zeros = constant(torch.stack((stored.scales.t(), stored.zeros.t()), dim=-1))
-        self.bias = stored.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = int4_product(x.reshape(-1, x.shape[-1]), self.weight, self.scales_and_zeros)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
-
-
-def ready(stored: Linear | Int8Linear | Int4Linear, dtype: torch.dtype) -> nn.Module:
-    """Return the form of a linear that the device's kernels read; where none takes its shape it stays as it is."""
-    weight, bias = stored.weight, stored.bias
-    N = weight.shape[0]
-    if isinstance(stored, Linear):
-        fast = dtype == torch.bfloat16 and kernels.takes(weight, N, weight.shape[1], 128)
-        return kernels.StreamedLinear(weight, bias) if fast else stored
-    if isinstance(stored, Int8Linear):
-        K = weight.shape[1]
-        if dtype == torch.bfloat16 and kernels.takes(weight, N, K, 64):
-            return kernels.StreamedInt8Linear(weight, stored.scales, bias)
-        stored.scales = constant(stored.scales.to(dtype))
-        # Sizes that are no multiples of its tile crash ATen's kernel.
-        return CpuInt8Linear(stored) if weight.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else stored
-    K, whole_groups = stored.in_features, stored.in_features % stored.group_size == 0
-    if dtype == torch.bfloat16 and whole_groups and kernels.takes(weight, N, K, 64):
-        return kernels.StreamedInt4Linear(unpack_nibbles(weight, K), stored.scales, stored.zeros, bias)
-    stored.scales, stored.zeros = constant(stored.scales.to(dtype)), constant(stored.zeros.to(dtype))
-    return CpuInt4Linear(stored) if weight.device.type == "cpu" and N % 16 == 0 and whole_groups else stored
-
-
 def repack_(model: Transformer) -> None:
-    """Bring the linears of a loaded model into the form that its device's kernels read."""
+    """Bring the linears of a loaded model into the form that its device's kernels read, where one takes their shape."""
     dtype = model.embed_tokens.weight.dtype
     for name, stored in list(model.named_modules()):
-        if isinstance(stored, (Linear, Int8Linear, Int4Linear)):
-            model.set_submodule(name, ready(stored, dtype))
+        layer = None
+        if isinstance(stored, Linear):
+            layer = kernels.linear_layer(stored.weight, stored.bias)
+        elif isinstance(stored, Int8Linear):
+            stored.scales = constant(stored.scales.to(dtype))
+            layer = kernels.int8_layer(stored.weight, stored.scales, stored.bias)
+        elif isinstance(stored, Int4Linear):
+            stored.scales, stored.zeros = constant(stored.scales.to(dtype)), constant(stored.zeros.to(dtype))
+            codes = unpack_nibbles(stored.weight, stored.in_features)
+            layer = kernels.int4_layer(codes, stored.scales, stored.zeros, stored.bias, stored.group_size)
+        if layer is not None:
+            model.set_submodule(name, layer)
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:

@@ -1,5 +1,7 @@
 """The C++ products against their plain twins."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,16 +73,18 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
 
 
 def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
-    weight = torch.empty(64, 128)
-    assert kernels.takes(weight, 64, 128, 64)
-    assert not kernels.takes(weight, 63, 128, 64)
-    assert not kernels.takes(weight, 64, 100, 64)
-    assert not kernels.takes(weight.to("meta"), 64, 128, 64)
+    weight = torch.empty(64, 128, dtype=torch.bfloat16)
+    assert isinstance(kernels.linear_layer(weight, None), StreamedLinear)
+    for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta")):
+        assert kernels.linear_layer(other, None) is None
 
 
-def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(("compiler", "said"), [("no-compiler", ""), ("false", "slower")])
+def test_without_a_compiler_that_works_there_is_no_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiler: str, said: str
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("CXX", compiler)
     assert kernels.library.__wrapped__() is None
-    assert "slower" in capsys.readouterr().err
-    assert not list((tmp_path / "llama-kernels").iterdir())
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/*"))

@@ -19,12 +19,10 @@ import quantize
 from checkpoint import load_model, meta_model, random_model, read_config
 from generate import generate
 from gptq import Calibration, gptq
+from kernels import MAX_ROWS, AtenInt4Linear, AtenInt8Linear
 from model import Linear, Transformer
 from quantize import (
     GROUP_SIZES,
-    MAX_ROWS,
-    CpuInt4Linear,
-    CpuInt8Linear,
     Int4Linear,
     Int8Linear,
     Scheme,
@@ -145,9 +143,9 @@ def test_the_kernels_run_where_the_shape_allows() -> None:
     def kind(scheme: Scheme, N: int, K: int) -> type:
         return type(on_this_device(quantize_linear(filled(N, K), scheme), torch.float32))
 
-    assert kind(Scheme("int8"), 64, 128) is CpuInt8Linear
+    assert kind(Scheme("int8"), 64, 128) is AtenInt8Linear
     assert kind(Scheme("int8"), 63, 61) is Int8Linear
-    assert kind(Scheme("int4", 32), 64, 128) is CpuInt4Linear
+    assert kind(Scheme("int4", 32), 64, 128) is AtenInt4Linear
     assert kind(Scheme("int4", 32), 64, 172) is Int4Linear
 
 
@@ -486,4 +484,4 @@ def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
     model = random_model(raw, dtype=torch.float32)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0
-    assert isinstance(model.layers[0].mlp.down_proj, CpuInt4Linear) and isinstance(model.lm_head, CpuInt8Linear)
+    assert isinstance(model.layers[0].mlp.down_proj, AtenInt4Linear) and isinstance(model.lm_head, AtenInt8Linear)
