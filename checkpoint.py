@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from model import ONE_RANK, ModelConfig, Ranks, RopeScaling, Transformer, rope_frequencies
 from quantize import Scheme, parse_scheme, quantize_linears_, repack_
+from tp import check_sizes, local_part
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -361,17 +362,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def hub_tensor(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Tensor:
-    """Read the model's parameter `name` from its Hub tensors."""
+def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Iterator[Tensor]:
+    """Map the Hub tensors that the model's parameter `name` is made of."""
     dtype, shape = spec
-    parts = []
     for part, rows in zip(hub_names(name), part_rows(name, config, shape[0]), strict=True):
-        parts.append(checked_tensor(files, part, (dtype, torch.Size([rows, *shape[1:]]))))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        yield checked_tensor(files, part, (dtype, torch.Size([rows, *shape[1:]])))
 
 
 def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
-    """Read a tensor; floats are cast to the dtype of `spec`, codes must have it."""
+    """Map a tensor of the shape of `spec`; if it is of floats they may be others, codes must have its dtype."""
     tensor = files.get(name)
     dtype, shape = spec
     if (tensor.dtype != dtype and not {tensor.dtype, dtype} <= FLOAT_DTYPES) or tensor.layout != torch.strided:
@@ -384,7 +383,7 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
         raise ValueError(
             f"{files.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
         )
-    return tensor.to(dtype)
+    return tensor
 
 
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
@@ -405,11 +404,16 @@ def quantization_scheme(raw_config: dict[str, Any]) -> Scheme | None:
     return scheme
 
 
-def meta_model(raw_config: dict[str, Any]) -> Transformer:
-    """Make the model that config.json describes, on the meta device: shapes without memory."""
+def meta_model(raw_config: dict[str, Any], ranks: Ranks = ONE_RANK) -> Transformer:
+    """Make the model that config.json describes, or this rank's share, on the meta device: shapes without memory.
+
+    Raises ValueError where its sizes cannot be shared so.
+    """
     scheme = quantization_scheme(raw_config)
+    config = parse_config(raw_config)
+    check_sizes(config, scheme, ranks.count)
     with torch.device("meta"):
-        model = Transformer(parse_config(raw_config))
+        model = Transformer(config, ranks)
         if scheme is not None:
             quantize_linears_(model, scheme)
     return model
@@ -421,35 +425,51 @@ def tensor_specs(model: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
 
 
 def model_tensors(
-    checkpoint_path: Path, dtype: torch.dtype, allow_pickle: bool = False
+    checkpoint_path: Path, dtype: torch.dtype, allow_pickle: bool = False, ranks: Ranks = ONE_RANK
 ) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
-    """Return the specs of the model's parameters and the function that reads one, from either layout."""
+    """Return the specs of the model's parameters, and the function that reads this rank's share of one.
+
+    From either layout.
+    """
     raw = read_config(checkpoint_path)
     model = meta_model(raw)
     specs = tensor_specs(model, dtype)
     files = TensorFiles(checkpoint_path, allow_pickle)
     if raw.get("layout") == "fused":
         check_names(files, specs)
-        return specs, lambda name: checked_tensor(files, name, specs[name])
-    tied = ["lm_head.weight"] if model.tied else []
-    check_names(files, [part for name in specs for part in hub_names(name)], tied)
-    return specs, lambda name: hub_tensor(files, model.config, name, specs[name])
+    else:
+        tied = ["lm_head.weight"] if model.tied else []
+        check_names(files, [part for name in specs for part in hub_names(name)], tied)
+
+    def read(name: str) -> Tensor:
+        stored: Iterable[Tensor] = hub_parts(files, model.config, name, specs[name])
+        if raw.get("layout") == "fused":
+            whole = checked_tensor(files, name, specs[name])
+            stored = [whole] if ranks.count == 1 else whole.split(part_rows(name, model.config, whole.shape[0]))
+        parts = [local_part(name, i, part, model.config, ranks).to(specs[name][0]) for i, part in enumerate(stored)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return specs, read
 
 
 def load_model(
-    checkpoint_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    checkpoint_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Transformer:
-    """Load a checkpoint folder; dtype None keeps the one that config.json names.
+    """Load a checkpoint folder, or this rank's share of it; dtype None keeps the one that config.json names.
 
     Raises FileNotFoundError or ValueError, each naming the file, key or tensor.
     """
     path = Path(checkpoint_path)
     raw = read_config(path)
     dtype = parse_dtype(raw) if dtype is None else dtype
-    specs, read = model_tensors(path, dtype)
-    bar = tqdm(specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=None)
-    state = {name: read(name).to(device) for name in bar}
-    return assign_parameters(meta_model(raw), state, device)
+    model = meta_model(raw, ranks)
+    specs, read = model_tensors(path, dtype, ranks=ranks)
+    hidden = True if ranks.rank else None  # None: shown on a terminal
+    bar = tqdm(specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
+    return assign_parameters(model, {name: read(name).to(device) for name in bar}, device)
 
 
 def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str | torch.device) -> Transformer:
@@ -469,10 +489,14 @@ def random_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    ranks: Ranks = ONE_RANK,
 ) -> Transformer:
-    """Make the model that config.json describes, quantized or not, with random weights: for speed work."""
-    model = meta_model(raw_config)
-    generator = torch.Generator(device).manual_seed(seed)
+    """Make the model that config.json describes, quantized or not, with random weights: for speed work.
+
+    Each of several ranks draws its own share, so that together they are another model than one rank alone.
+    """
+    model = meta_model(raw_config, ranks)
+    generator = torch.Generator(device).manual_seed(seed + ranks.rank)
     state = {}
     for name, (kind, shape) in tensor_specs(model, dtype).items():
         value = torch.empty(shape, dtype=kind, device=device)

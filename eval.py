@@ -103,7 +103,7 @@ def log_probabilities(model: Transformer, batch: Sequence[Window]) -> Iterator[t
     size = max(1, PIECE_ELEMENTS // model.config.vocab_size)
     pieces = states.split(size), torch.tensor(targets, device=model.device).split(size)
     for piece, ids in zip(*pieces, strict=True):
-        log_p = model.lm_head(piece).float().log_softmax(dim=-1)
+        log_p = model.logits(piece).float().log_softmax(dim=-1)
         if log_p[:, 0].isnan().any():  # softmax spreads a NaN over its row
             raise ValueError(f"the model's logits are not finite in {piece.dtype}; give another --dtype")
         yield log_p, ids

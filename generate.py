@@ -27,19 +27,22 @@ from checkpoint import (
     DTYPES,
     eos_token_ids,
     load_model,
+    meta_model,
     parse_config,
     parse_dtype,
     quantization_scheme,
     random_model,
     read_config,
+    tensor_specs,
 )
 from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
-from model import ModelConfig, Transformer
+from model import ONE_RANK, ModelConfig, Ranks, Transformer
 from quantize import Scheme
 from report import report_rows, run_metrics, run_sample
 from speculate import Speculation, draft, levels_below, verify
 from steps import Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
 from tokenizer import Tokenizer, load_tokenizer
+from tp import check_sizes, draft_ranks, from_rank_0, local_device, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -98,7 +101,7 @@ def generate(
     drafter = speculation.draft_model if speculation else None
     if drafter and drafter.max_seq_length < model.max_seq_length:
         raise ValueError(
-            f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}; they must match"
+            f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}: too few"
         )
     ends = frozenset(eos_ids)
     texts = [list(p) for p in prompts]
@@ -217,6 +220,7 @@ class Job:
     """A command line that has been checked: everything but the weights."""
 
     config: ModelConfig
+    device: str
     dtype: torch.dtype
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
@@ -227,11 +231,13 @@ class Job:
     draft_dtype: torch.dtype | None
 
 
-def check(args: argparse.Namespace) -> Job:
+def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
     raw = read_config(args.checkpoint_path)
-    config = parse_config(raw)
-    check_device(args.device)
+    config, quantization = parse_config(raw), quantization_scheme(raw)
+    check_sizes(config, quantization, ranks.count)
+    device = local_device(args.device, ranks)
+    check_device(device)
     for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that exists")
@@ -249,13 +255,14 @@ def check(args: argparse.Namespace) -> Job:
     batch_size = args.batch_size or len(prompts)
     return Job(
         config,
+        device,
         DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
         tokenizer,
         () if args.ignore_eos else eos_token_ids(args.checkpoint_path),
         [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
         min(config.max_position_embeddings, max(map(len, prompts)) + args.max_new_tokens),
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
-        quantization_scheme(raw),
+        quantization,
         check_draft(args, tokenizer, config.vocab_size),
     )
 
@@ -318,18 +325,25 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
 
 
-def load(args: argparse.Namespace, job: Job) -> tuple[Transformer, Speculation | None]:
+def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer, Speculation | None]:
     """Load the model and what speculates for it, with caches for the longest text and drafts that go beyond its end."""
 
-    def one(path: Path, dtype: torch.dtype) -> Transformer:
+    def one(path: Path, dtype: torch.dtype, ranks: Ranks) -> Transformer:
         if args.random_weights:
-            return random_model(read_config(path), args.device, dtype)
-        return load_model(path, args.device, dtype)
+            return random_model(read_config(path), job.device, dtype, ranks=ranks)
+        return load_model(path, job.device, dtype, ranks)
 
-    model = one(args.checkpoint_path, job.dtype)
-    speculation = None
+    model = one(args.checkpoint_path, job.dtype, ranks)
+    speculation = draft_model = None
     if job.draft_dtype or args.prompt_lookup:
-        draft_model = one(args.draft_checkpoint_path, job.draft_dtype) if job.draft_dtype else None
+        if job.draft_dtype:
+            raw = read_config(args.draft_checkpoint_path)
+            whole, scheme = meta_model(raw), quantization_scheme(raw)
+            num_bytes = sum(
+                kind.itemsize * shape.numel() for kind, shape in tensor_specs(whole, job.draft_dtype).values()
+            )
+            shared_by = draft_ranks(whole.config, scheme, num_bytes, ranks)
+            draft_model = one(args.draft_checkpoint_path, job.draft_dtype, shared_by)
         speculation = Speculation(draft_model, *([args.speculate_k] if args.speculate_k else []))
     for each in (model, speculation and speculation.draft_model):
         if each:
@@ -350,13 +364,16 @@ def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Specula
                     pass
 
 
-def run(args: argparse.Namespace) -> None:
-    job = check(args)
+def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
+    job = together(partial(check, args, ranks), ranks)
+    job = replace(job, batches=from_rank_0(lambda: job.batches, ranks))
+    if torch.device(job.device).type == "cuda":
+        torch.cuda.set_device(job.device)
     began = time.perf_counter()
-    model, speculation = load(args, job)
+    model, speculation = together(partial(load, args, job, ranks), ranks)
     loaded = time.perf_counter()
 
-    generator = torch.Generator(args.device)
+    generator = torch.Generator(job.device)
     run_prefill = compiled(prefill) if args.compile_prefill else prefill
     decode_mode = "reduce-overhead" if model.device.type == "cuda" else None
     run_decode = compiled(decode, decode_mode) if args.compile else decode
@@ -368,30 +385,36 @@ def run(args: argparse.Namespace) -> None:
         generate, model, sampling=job.sampling, generator=generator, prefill=run_prefill, decode=run_decode
     )
     if args.compile or args.compile_prefill:
-        print("compiling ...", file=sys.stderr)
+        if ranks.rank == 0:
+            print("compiling ...", file=sys.stderr)
         warm_up(launch, job, speculation)
     ready = time.perf_counter()
 
     generator.manual_seed(args.seed)
     samples = []
     for i, prompts in enumerate(job.batches, start=1):
-        trace = args.profile and i == len(job.batches)
+        trace = args.profile and i == len(job.batches) and ranks.rank == 0
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
             new_ids = launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids, speculation=speculation)
-            rows = run_sample(prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop)
+            rows = run_sample(
+                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0
+            )
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
         for row, counts in zip(rows, speculation.accept_counts if speculation else [], strict=False):
             row.accept_counts, row.num_drafted = counts, speculation.num_drafted if speculation else 0
-        report_rows(rows, job.config.max_position_embeddings)
         samples.append(rows)
+        if ranks.rank == 0:
+            report_rows(rows, job.config.max_position_embeddings)
 
+    if ranks.rank:
+        return
     metrics = {
         "load_s": loaded - began,
         "compile_s": ready - loaded,
         **run_metrics(samples, model, speculation.draft_model if speculation else None),
         "quantization": job.quantization and str(job.quantization),
-        "tp": 1,
+        "tp": ranks.count,
         "seed": args.seed,
         "sampling": asdict(job.sampling),
     }
@@ -406,8 +429,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with user_errors():
-        run(parse_args(argv))
+    with user_errors(), process_group() as ranks:
+        run(from_rank_0(partial(parse_args, argv), ranks), ranks)
 
 
 if __name__ == "__main__":

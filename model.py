@@ -1,6 +1,7 @@
 """A Llama-family Transformer with a static KV cache.
 
-It knows no files, no sampling and no process groups: `checkpoint.py` fills it, `generate.py` drives it.
+It knows no files, no sampling and no process groups: `checkpoint.py` fills it, `generate.py` drives it, and where
+several ranks share it, `tp.py` says which and how they meet.
 
     model.setup_caches(max_batch_size=1, max_seq_length=256)
     logits = model(tokens, positions)
@@ -10,7 +11,7 @@ E hidden, F intermediate, V vocab.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,24 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a model, each with a slice of the weights; alone, one meets only itself."""
+
+    rank: int = 0
+    count: int = 1
+    all_reduce: Callable[[Tensor], Tensor] = itself  # the sum over all ranks
+    all_gather: Callable[[Tensor], Tensor] = itself  # every rank's, beside each other along the last dimension
+    broadcast: Callable[[Tensor], Tensor] = itself  # rank 0's
+
+
+ONE_RANK = Ranks()
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -134,12 +153,19 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, num_embeddings: int, embedding_dim: int):
+    def __init__(self, num_embeddings: int, embedding_dim: int, ranks: Ranks):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+        self.ranks = ranks
+        self.weight = nn.Parameter(torch.empty(num_embeddings // ranks.count, embedding_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        if self.ranks.count == 1:
+            return F.embedding(tokens, self.weight)
+        num_local = self.weight.shape[0]
+        local = tokens - self.ranks.rank * num_local
+        mine = (local >= 0) & (local < num_local)
+        x = F.embedding(torch.where(mine, local, 0), self.weight)
+        return self.ranks.all_reduce(torch.where(mine.unsqueeze(-1), x, 0))
 
 
 class RMSNorm(nn.Module):
@@ -180,11 +206,13 @@ class KVCache(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.ranks = ranks
+        self.num_local_heads = config.num_attention_heads // ranks.count
+        self.num_local_kv_heads = max(1, config.num_key_value_heads // ranks.count)
         self.head_dim = config.head_dim
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
         self.cache: KVCache | None = None
@@ -192,33 +220,35 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
         heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
             k, v = self.cache.update_(positions, k, v, mask.shape[-1])
-        return self.o_proj(attention(q, k, v, mask).reshape(B, S, -1))
+        return self.ranks.all_reduce(self.o_proj(attention(q, k, v, mask).reshape(B, S, -1)))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.ranks = ranks
+        local_size = config.intermediate_size // ranks.count
+        self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
+        self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.ranks.all_reduce(self.down_proj(F.silu(gate) * up))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, ranks)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ranks)
 
     # Compiled, all layers share the code of one: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
@@ -228,18 +258,21 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits out. Without caches each call stands alone; with them it continues what they hold."""
+    """Token ids in, logits out. Without caches each call stands alone; with them it continues what they hold.
+
+    Of several ranks each makes its own, whose parameters are the local slices that `tp.py` cuts.
+    """
 
     inv_freq: Tensor
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks = ONE_RANK):
         super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.config, self.ranks = config, ranks
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ranks)
+        blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # which types its items as any Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size // ranks.count)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
@@ -247,12 +280,10 @@ class Transformer(nn.Module):
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate the KV caches, in the embedding's dtype and device; what they held is forgotten."""
-        config = self.config
         self.max_seq_length = max_seq_length
-        for block in self.layers:
-            block.self_attn.cache = KVCache(
-                max_batch_size, config.num_key_value_heads, max_seq_length, config.head_dim, self.embed_tokens.weight
-            )
+        like = self.embed_tokens.weight
+        for attn in (block.self_attn for block in self.layers):
+            attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
 
     @property
     def device(self) -> torch.device:
@@ -265,7 +296,7 @@ class Transformer(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of all weights; a tied head counts once."""
+        """The bytes of all weights of this rank; a tied head counts once."""
         return sum(p.nbytes for p in self.parameters())
 
     @property
@@ -292,12 +323,15 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin(), positions, mask
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `lm_head`."""
+        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""
         context = self.block_context(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
         for block in self.layers:
             x = block(x, *context)
         return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.ranks.all_gather(self.lm_head(hidden))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.
@@ -307,4 +341,4 @@ class Transformer(nn.Module):
         slots: arange(T), the cache slots to attend to, T above every position; by default the whole cache.
         A step's cost follows T. Returns [B, S, V] in the model's dtype.
         """
-        return self.lm_head(self.hidden_states(tokens, positions, slots))
+        return self.logits(self.hidden_states(tokens, positions, slots))

@@ -121,7 +121,7 @@ def bytes_per_step(model: Transformer, rows: list[Row], draft_model: Transformer
 
 def forward_bytes(model: Transformer, rows: list[Row]) -> float:
     config = model.config
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    slot = 2 * config.num_hidden_layers * model.layers[0].self_attn.num_local_kv_heads * config.head_dim
     slot *= model.embed_tokens.weight.itemsize
     return model.step_weight_bytes + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows)
 
@@ -133,12 +133,13 @@ def run_sample(
     tokenizer: Tokenizer | None,
     eos_ids: tuple[int, ...],
     stops: list[str],
+    quiet: bool = False,
 ) -> list[Row]:
-    """Print a batch's text, as it comes for one row and row by row for several; return the rows."""
+    """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows."""
     rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
 
     def show(text: str) -> None:
-        if len(rows) == 1:
+        if len(rows) == 1 and not quiet:
             print(text, end="", flush=True)
 
     if tokenizer:
@@ -150,7 +151,7 @@ def run_sample(
             break
     for row in rows:
         show(row.finish("length" if len(row.tokens) >= max_new_tokens else "context"))
-    if tokenizer:
+    if tokenizer and not quiet:
         show("\n")
         for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
             print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
@@ -176,7 +177,10 @@ def report_rows(rows: list[Row], context: int) -> None:
 
 
 def run_metrics(samples: list[list[Row]], model: Transformer, draft_model: Transformer | None) -> dict[str, Any]:
-    """Collect what `--metrics_path` writes, but for the times and settings that only the caller knows."""
+    """Collect what `--metrics_path` writes, but for the times and settings that only the caller knows.
+
+    Bytes and bandwidth are those of this rank.
+    """
     device = model.device
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)

@@ -43,14 +43,15 @@ def draft(
     ids: list[Tensor] = []
     q: list[Tensor] = []
     for i in range(k):
-        logits = model.lm_head(model.hidden_states(tokens, positions, slots)[:, -1])
+        logits = model.logits(model.hidden_states(tokens, positions, slots)[:, -1])
         if logits.shape[-1] != vocab_size:
             logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
         if noise is None:
-            ids.append(logits.argmax(dim=-1, keepdim=True))
+            chosen = logits.argmax(dim=-1, keepdim=True)
         else:
             q.append(probabilities(logits, sampling))
-            ids.append(draw(q[-1], noise[:, i]).unsqueeze(-1))
+            chosen = draw(q[-1], noise[:, i]).unsqueeze(-1)
+        ids.append(model.ranks.broadcast(chosen))
         tokens, positions = ids[-1], positions[:, -1:] + 1
     return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
 
@@ -105,7 +106,7 @@ def verify(
     Returns all that the host needs to know: the number accepted, the id that follows, and the drafts, [B, k + 2].
     """
     num_accepted, following = accept(model(tokens, positions, slots), tokens[:, 1:], q, sampling, noise)
-    return torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), tokens[:, 1:]), dim=1)
+    return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), tokens[:, 1:]), dim=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +268,7 @@ class Speculation:
             tokens = torch.tensor([[text[0], *text][-2:] for text in texts], device=device).clamp(max=last_id)
             at = torch.tensor([[end - 2, end - 1] for end in ends], device=device)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
+            drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
         tokens = torch.cat((torch.tensor([text[-1:] for text in texts], device=device), drafted), dim=1)
         at = torch.tensor([list(range(end - 1, end + k)) for end in ends], device=device)
         accept_noise = None

@@ -88,7 +88,7 @@ def prefill(
 ) -> Tensor:
     """Run tokens [B, S] at positions [B, S]; return the ids [B] that follow the last column."""
     hidden = model.hidden_states(tokens, positions, slots)[:, -1]
-    return sample(model.lm_head(hidden), sampling, noise)
+    return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise))
 
 
 def decode(
@@ -98,7 +98,7 @@ def decode(
     # A row that has ended may have walked past the slots that the others still need.
     positions = positions.clamp(max=slots.shape[0] - 1)
     hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
-    return sample(model.lm_head(hidden), sampling, noise), positions + 1
+    return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1
 
 
 def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

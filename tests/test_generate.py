@@ -429,7 +429,7 @@ def test_a_closed_pipe_ends_quietly():
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "tokenizer", "checkpoint", "generate", "steps", "speculate", "report", "cli"]
+    "name", ["model", "tokenizer", "checkpoint", "generate", "steps", "speculate", "report", "cli", "tp"]
 )
 def test_importing_changes_nothing(name):
     probe = f"""

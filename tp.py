@@ -1,0 +1,250 @@
+"""Tensor parallelism: which rank holds which part of a model, and what the ranks say to each other.
+
+    torchrun --nproc_per_node=2 generate.py --prompt "import " --compile
+
+Every rank runs the same program on its slice of each weight (Megatron's split, arXiv:1909.08053). They meet where the
+model calls `ranks`: a sum after the embedding, after attention and after the feed-forward, a gather after the output
+head, and rank 0's token ids after sampling. That last one, and no seed, is why all ranks write the same text. NCCL
+carries it on GPUs, gloo on CPUs; rank and world size are torchrun's global ones, over as many nodes as it started.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model import ONE_RANK, ModelConfig, Ranks
+from quantize import Scheme
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+# Module -> how each of its stacked parts is cut. «column» and «vocabulary» cut the output features, «row» the input
+# features, as Megatron names them. A head's features lie beside each other, so that equal pieces are whole heads. Of kv
+# heads there may be fewer than ranks: then several ranks hold the same one.
+PLAN = {
+    "embed_tokens": ("vocabulary",),
+    "qkv_proj": ("column", "kv_heads", "kv_heads"),
+    "o_proj": ("row",),
+    "gate_up_proj": ("column", "column"),
+    "down_proj": ("row",),
+    "lm_head": ("vocabulary",),
+}
+
+
+def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: Ranks) -> Tensor:
+    """Cut this rank's share out of a part of parameter `name`; of a mapped file only that share is read.
+
+    A sum over ranks would count a row-parallel bias once for each: rank 0 has it, the others have zeros.
+    """
+    *_, module, kind = name.split(".")
+    if ranks.count == 1 or module not in PLAN:  # a norm
+        return part
+    how = PLAN[module][index]
+    if how == "row" and part.ndim == 1:  # a bias, or the scales of int8's output channels
+        return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
+    dim = 1 if how == "row" else 0
+    num_pieces = min(ranks.count, config.num_key_value_heads) if how == "kv_heads" else ranks.count
+    size = part.shape[dim] // num_pieces
+    return part.narrow(dim, ranks.rank * num_pieces // ranks.count * size, size).contiguous()
+
+
+def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
+    """Raise ValueError, with both numbers, where a model cannot be cut for `count` ranks."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    divided = {
+        "num_attention_heads": heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in divided.items():
+        if size % count:
+            raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
+    if kv_heads % count and count % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of the {count} ranks; start another "
+            "number of them"
+        )
+    if count == 1 or scheme is None or scheme.group_size is None:
+        return
+    for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
+        if size % (count * scheme.group_size):
+            raise ValueError(
+                f"{name} has {size} inputs in groups of {scheme.group_size}, which is not a whole number of groups for "
+                f"each of the {count} ranks; start fewer, or quantize with a smaller --groupsize"
+            )
+
+
+# The sums of a small draft cost more than reading it whole, those of a large one less. On H200s, at 3.4 TB/s and 8 us a
+# sum, two a layer: they are even where the bytes that a rank need not read take as long as the sums. See the README.
+BYTES_READ_PER_SUM = 3.4e12 * 8e-6
+
+
+def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ranks: Ranks) -> Ranks:
+    """Say who computes the draft: the ranks together where that is faster and its sizes allow it, else each on its own.
+
+    step_bytes: what a step of the whole draft reads. Even if each computes it, only rank 0's drafts are used.
+    """
+    num_sums = 2 * config.num_hidden_layers + 2  # and the embedding's, and the gather of the head
+    if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
+        return ONE_RANK
+    try:
+        check_sizes(config, scheme, ranks.count)
+    except ValueError:
+        return ONE_RANK
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the ranks say to each other: operators of our own, which torch.compile takes as they are; not by way of
+# `torch.library.custom_op`, which loads the compiler at the first call: a second, before an eager run's first token.
+
+for operator in ("all_reduce", "all_gather", "broadcast"):
+    torch.library.define(f"tp::{operator}", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("tp::all_reduce", "CompositeExplicitAutograd")
+def all_reduce(x: Tensor) -> Tensor:
+    """Return the sum over all ranks, by the fastest way there is for x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    small = x.device.type == "cuda" and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0
+    if small and (buffer := symmetric_buffer(x.dtype, x.device)) is not None:
+        summed = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()], x.view(-1), "sum", world().group_name)
+        return summed.view(x.shape)
+    dist.all_reduce(x)
+    return x
+
+
+@torch.library.impl("tp::all_gather", "CompositeExplicitAutograd")
+def all_gather(x: Tensor) -> Tensor:
+    """Return every rank's x beside each other, along the last dimension."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+@torch.library.impl("tp::broadcast", "CompositeExplicitAutograd")
+def broadcast(x: Tensor) -> Tensor:
+    """Return rank 0's x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(x, src=0)
+    return x
+
+
+@torch.library.register_fake("tp::all_reduce")
+@torch.library.register_fake("tp::broadcast")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tp::all_gather")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] * dist.get_world_size())
+
+
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+# Up to so many bytes every rank reads all others' summands itself, in one kernel; NCCL's rings are for more.
+ONE_SHOT_BYTES = 2**18
+
+
+@functools.cache
+def symmetric_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Make memory that the GPUs of all ranks see, for sums of ONE_SHOT_BYTES; None where there is none.
+
+    No GPU has run this yet.
+    """
+    if int(os.environ["LOCAL_WORLD_SIZE"]) != dist.get_world_size():  # GPUs of another node are not reached so
+        return None
+    try:
+        from torch.distributed import _symmetric_memory
+
+        buffer = _symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        _symmetric_memory.rendezvous(buffer, world())
+    except (ImportError, RuntimeError):  # not in this torch, or not between these GPUs
+        return None
+    return buffer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, and leave them at the end; without it there is one."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield ONE_RANK
+        return
+    # A rank that waits for the others would not see Ctrl-C: it ends the process instead.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's setting, which leaves cores idle
+        torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    rank = dist.get_rank()
+    try:
+        yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        # Another rank has ended, and said why; torchrun ends the rest.
+        print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_device(name: str, ranks: Ranks) -> str:
+    """Return the device of this rank. Raises ValueError where --device `name` is a single one."""
+    if ranks.count == 1 or name == "cpu":
+        return name
+    if name != "cuda":
+        raise ValueError(f"--device {name} is one device and there are {ranks.count} ranks; give cpu or cuda")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def together(function: Callable[[], T], ranks: Ranks) -> T:
+    """Call function on every rank; where that is a user's mistake on any of them, rank 0 alone says so and all end."""
+    if ranks.count == 1:
+        return function()
+    raised: BaseException | None = None
+    try:
+        result = function()
+    except (ValueError, OSError, SystemExit) as error:
+        raised = error
+    all_raised: list[Any] = [None] * ranks.count
+    dist.all_gather_object(all_raised, None if raised is None else (str(raised), getattr(raised, "code", 2)))
+    mistakes = {rank: told for rank, told in enumerate(all_raised) if told is not None}
+    if not mistakes:
+        return result
+    first, (text, status) = next(iter(mistakes.items()))
+    if ranks.rank == 0:
+        raise raised or ValueError(f"rank {first}: {text}")
+    # torchrun ends all ranks when one has ended: rank 0 first, so that it can speak. It never sends what is awaited.
+    with contextlib.suppress(RuntimeError):
+        dist.recv(torch.empty(1), src=0)
+    sys.exit(status)
+
+
+def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
+    """Call function on rank 0 alone and return what it gave there to every rank."""
+    values: list[Any] = [together(lambda: function() if ranks.rank == 0 else None, ranks)]
+    if ranks.count > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
