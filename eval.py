@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, read_config
-from cli import ArgumentParser, check_device, number, user_errors, write_whole
+from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
 from generate import generate
 from model import ModelConfig, Transformer
 from report import Row
@@ -420,7 +420,7 @@ class Job:
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     ids: list[int]  # of the text, none where no text is asked for
-    num_bytes: int
+    num_bytes: int  # of what is predicted of it
     text_window: int
     tasks: list[Any]
     task_window: int
@@ -443,35 +443,25 @@ def check(args: argparse.Namespace) -> Job:
     if args.include_path and not args.include_path.is_dir():
         raise FileNotFoundError(f"--include_path {args.include_path} is not a folder; expected one with tasks' yaml")
     tokenizer = load_tokenizer(args.checkpoint_path)
-    text = read_text(args.text_file) if args.text_file else ""
+    text = read_text("--text_file", args.text_file) if args.text_file else ""
     # A text is data: <s> in it is three characters, which have a cost, and no token, which would have no bytes.
     ids = tokenizer.encode(text, parse_special=False) if text else []
     if text:
         check_ids(ids, config)
         sliding_windows(ids[:2], 2, 1)  # refuses a text that is too short
+    # Without a BOS the first token is not predicted, and its bytes do not count either.
+    unpredicted = "" if ids[:1] == [tokenizer.bos_id] else tokenizer.decode(ids[:1])
     task_window = args.max_seq_length or config.max_position_embeddings
     return Job(
         DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
         tokenizer,
         eos_token_ids(args.checkpoint_path),
         ids,
-        len(text.encode()),
+        len(text.encode()) - len(unpredicted.encode()),
         args.max_seq_length or default_window(config),
         load_tasks(args.tasks, args.include_path, task_window) if args.tasks else [],
         task_window,
     )
-
-
-def read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"--text_file {path} is not a file; give a text in UTF-8")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # line ends stay what they are
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text_file {path} is not UTF-8: {error}") from None
-    if not text:
-        raise ValueError(f"--text_file {path} is empty; give a text of at least 2 tokens")
-    return text
 
 
 def check_ids(ids: Sequence[int], config: ModelConfig) -> None:

@@ -472,6 +472,23 @@ def test_the_command_reports_the_figures_of_a_text(tmp_path):
     assert third.startswith(f"tokens {len(ids) - 1},")
 
 
+def test_without_a_bos_the_first_tokens_bytes_do_not_count(tmp_path, run_here):
+    shutil.copytree(REPO / "checkpoints/demo", tmp_path / "demo")
+    settings = tmp_path / "demo/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": False}))
+    (tmp_path / "text").write_text(text := "return self.value")
+    tokenizer = load_tokenizer(tmp_path / "demo")
+    ids = tokenizer.encode(text)
+    assert ids[0] != tokenizer.bos_id
+    args = ["--checkpoint_path", tmp_path / "demo", "--text_file", tmp_path / "text"]
+    result = run_here(*args, "--metrics_path", tmp_path / "m.json")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    nll = math.log(metrics["perplexity"]) * (len(ids) - 1)
+    num_bytes = len(text) - len(tokenizer.decode(ids[:1]))
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-4)
+
+
 def test_the_command_runs_tasks_and_groups(run_here, ours, task_folder, tmp_path):
     result = run_here(
         *("--tasks", "tiny,tiny_generate", "--include_path", task_folder, "--max_seq_length", CONTEXT),
@@ -501,7 +518,7 @@ def test_figures_that_are_numpy_s_are_written_too(run_here, monkeypatch, tmp_pat
     ("options", "message"),
     [
         ([], "nothing to evaluate; give --text_file, --tasks or both"),
-        (["--text_file", "{tmp}/absent.txt"], "absent.txt is not a file"),
+        (["--text_file", "{tmp}/absent.txt"], "absent.txt cannot be read"),
         (["--text_file", "{tmp}/empty.txt"], "empty.txt is empty"),
         (["--text_file", "{tmp}/latin1.txt"], "latin1.txt is not UTF-8"),
         (["--text_file", "{tmp}/good.txt", "--max_seq_length", "1025"], "1025 is out of range; expected 2 to"),
