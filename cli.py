@@ -50,9 +50,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_text(option: str, path: Path) -> str:
-    """Read the file that `option` names. Raises ValueError where it is empty or not UTF-8."""
+    """Read the file that `option` names, line ends untouched. Raises ValueError where it is empty or not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -309,7 +309,7 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
         assert tokenizer is not None
         texts = args.prompt or ["def"]
         if args.prompt_file:  # splitlines would cut at form feeds too
-            texts = read_text("--prompt_file", args.prompt_file).removesuffix("\n").split("\n")
+            texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
         prompts = [tokenizer.encode(text) for text in texts]
     for ids in prompts:
         if not ids:
