@@ -241,9 +241,10 @@ def quantized_parts(
         for name, child in linears(block).items():
             stored = quantize_linear(child, scheme, encoders.pop(name, quantize_int4))
             parameters |= stored.named_parameters(prefix + name)
-            child.weight = constant(stored.dequantize().to(child.weight.dtype))
+            if calibration:  # the next block is to see what the quantized ones before it give
+                child.weight = constant(stored.dequantize().to(child.weight.dtype))
             tick()
-        if calibration:  # the next block is to see what the quantized ones before it give
+        if calibration:
             calibration.advance(block)
         yield parameters
         block.to("meta")

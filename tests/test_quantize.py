@@ -139,6 +139,17 @@ def test_a_quantized_linear_equals_its_explicit_dequantized_product(
         assert (y.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
+    child = filled(64, 128)
+    child.weight.data *= 1e-6
+    ready = on_this_device(quantize_linear(child, scheme), torch.float16)
+    x = 1000 * normal(1, 128, seed=7).half()
+    weight = quantize_linear(child, scheme).dequantize().half()  # what float16 can hold of the weight itself
+    expected = x.double() @ weight.double().t()
+    assert (ready(x).double() - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
 def test_the_kernels_run_where_the_shape_allows() -> None:
     def kind(scheme: Scheme, N: int, K: int) -> type:
         return type(on_this_device(quantize_linear(filled(N, K), scheme), torch.float32))
@@ -421,17 +432,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
             assert not list(disk.iterdir())
 
 
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "layers.0.input_layernorm", "embed_tokens", "norm"])
 def test_a_weight_that_is_not_finite_is_refused_by_name(
-    hub_checkpoint: GetCheckpoint, gqa_tensors: dict[str, Tensor], tmp_path: Path
+    hub_checkpoint: GetCheckpoint, gqa_tensors: dict[str, Tensor], tmp_path: Path, capsys: Any, name: str
 ) -> None:
     from safetensors.torch import save_file
 
     source = tmp_path / "model"
     shutil.copytree(hub_checkpoint("gqa").path, source)
-    gqa_tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = torch.nan
+    gqa_tensors[f"model.{name}.weight"].view(-1)[3] = torch.nan
     save_file(gqa_tensors, source / "model.safetensors")
     with pytest.raises(SystemExit):
         quantize.main(["--checkpoint_path", str(source), "--mode", "int8"])
+    assert f"{name}.weight has values that are not finite" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
