@@ -429,7 +429,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with user_errors(), process_group() as ranks:
+    with process_group() as ranks, user_errors():
         run(from_rank_0(partial(parse_args, argv), ranks), ranks)
 
 

@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cli import user_errors
 from model import ONE_RANK, ModelConfig, Ranks
 from quantize import Scheme
 
@@ -193,17 +194,27 @@ def process_group() -> Iterator[Ranks]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's setting, which leaves cores idle
         torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with user_errors():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
     try:
         yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
+    except SystemExit as end:
+        leave(int(end.code or 0))
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         # Another rank has ended, and said why; torchrun ends the rest.
         print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
-        sys.exit(1)
+        leave(1)
     dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once: torn down while others are still connected, a group's threads would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def num_cores() -> int:

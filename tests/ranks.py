@@ -98,7 +98,7 @@ def run(folder, names, ranks):
 
 
 def main(folder, *names):
-    with user_errors(), process_group() as ranks:
+    with process_group() as ranks, user_errors():
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         if folder == "fail":  # a rank fails while the others wait for it
