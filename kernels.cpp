@@ -3,6 +3,8 @@
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
 // the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
 //
+// And the attention of a few queries, over keys and values that are streamed once for all the heads that share them.
+//
 // The bytes of w lie in the order in which they are read: one stream a thread, fetched ahead of its use. That is what
 // reaches memory speed; with a stream for each of four rows the same arithmetic reaches half of it.
 
@@ -10,6 +12,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -249,4 +252,161 @@ extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16
                     }
                 }
             }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: q [B, S, H, D], out the same; of k and v [B, K, slots, D] the first T slots; mask [B, S, T], not 0 where a
+// query sees a slot. The G = H / K heads of S queries that share a kv head are R = S * G rows. D is a multiple of 32.
+
+constexpr int SLOTS = 64;  // taken together; softmax is carried on from one such block to the next (arXiv:1805.02867)
+constexpr int GROUP = 8;   // rows whose outputs stay in registers
+
+// Return the sums of 16 vectors, in order.
+static inline __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; i++) {
+        __m512d two[2];
+        for (int j = 0; j < 2; j++) {
+            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, 0 in fp32; NaN stays, as the second operand
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.f / 720);
+    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, n);
+}
+
+struct Heads {  // of one row of the batch that share a kv head
+    const bf16 *q, *k, *v;  // the first query's first head; slot 0
+    const uint8_t* mask;
+    int64_t S, H, G, D, T;
+    const bf16* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
+};
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+static void score(const Heads& h, int64_t first, int64_t last, float* scores) {
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(h.D)));
+    for (int64_t r = 0; r < h.S * h.G; r++)
+        for (int64_t t = first; t < first + SLOTS; t += 16) {
+            __m512 score = _mm512_set1_ps(-INFINITY);
+            if (t < last) {
+                __m512 products[16] = {};
+                for (int64_t i = 0; i < 16; i++)
+                    for (int64_t d = 0; d < h.D; d += 32)
+                        products[i] = _mm512_dpbf16_ps(products[i], load_bf16(h.row(r) + d),
+                                                       load_bf16(h.k + std::min(t + i, last - 1) * h.D + d));
+                __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
+                __m128i bytes = _mm_maskz_loadu_epi8(there, h.mask + r / h.G * h.T + t);
+                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums_of(products), scale);
+            }
+            _mm512_storeu_ps(scores + r * SLOTS + t - first, score);
+        }
+}
+
+// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
+static float soften(float* scores, float& largest, float& total) {
+    __m512 most = _mm512_set1_ps(largest);
+    for (int i = 0; i < SLOTS; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+    float now = _mm512_reduce_max_ps(most), shrink = largest == now ? 1 : std::exp(largest - now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < SLOTS; i += 16) {
+        __m512 score = _mm512_loadu_ps(scores + i);
+        __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+        __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, _mm512_set1_ps(now))));
+        _mm512_storeu_ps(scores + i, weight);
+        sum = _mm512_add_ps(sum, weight);
+    }
+    largest = now;
+    total = total * shrink + _mm512_reduce_add_ps(sum);
+    return shrink;
+}
+
+// Add weights x v of the slots [first, last) to the rows' outputs [R, D].
+static void accumulate(const Heads& h, int64_t first, int64_t last, const float* weights, float* out) {
+    const int64_t R = h.S * h.G;
+    bool seen[SLOTS] = {};  // what no query sees may be anything, NaN too
+    for (int64_t s = 0; s < h.S; s++)
+        for (int64_t t = first; t < last; t++) seen[t - first] |= h.mask[s * h.T + t] != 0;
+    for (int64_t r0 = 0; r0 < R; r0 += GROUP)
+        for (int64_t d = 0; d < h.D; d += 32) {
+            const int64_t rows = std::min<int64_t>(GROUP, R - r0);
+            __m512 sums[GROUP][2];
+            for (int i = 0; i < GROUP; i++)
+                for (int j = 0; j < 2; j++)
+                    sums[i][j] = i < rows ? _mm512_loadu_ps(out + (r0 + i) * h.D + d + 16 * j) : _mm512_setzero_ps();
+            for (int64_t t = first; t < last; t++) {
+                if (!seen[t - first]) continue;
+                __m512 low = widen16(h.v + t * h.D + d), high = widen16(h.v + t * h.D + d + 16);
+                for (int i = 0; i < GROUP; i++) {
+                    __m512 weight = _mm512_set1_ps(weights[std::min(r0 + i, R - 1) * SLOTS + t - first]);
+                    sums[i][0] = _mm512_fmadd_ps(weight, low, sums[i][0]);
+                    sums[i][1] = _mm512_fmadd_ps(weight, high, sums[i][1]);
+                }
+            }
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * h.D + d + 16 * j, sums[i][j]);
+        }
+}
+
+extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
+                          int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
+                          int64_t head_stride) {
+    const int64_t G = H / K, R = S * G, size = R * (D + 2), threads = omp_get_max_threads();
+    const int64_t splits = std::max<int64_t>(1, std::min((threads + B * K - 1) / (B * K), T / (2 * SLOTS)));
+    // Of each part of the slots: the outputs, and each row's largest score and total weight.
+    static thread_local std::vector<float> kept;
+    kept.assign(B * K * splits * size, 0);
+    float* parts = kept.data();
+#pragma omp parallel for
+    for (int64_t task = 0; task < B * K * splits; task++) {
+        const int64_t b = task / splits / K, head = task / splits % K, split = task % splits;
+        const int64_t at = b * batch_stride + head * head_stride;
+        const Heads h = {q + (b * S * H + head * G) * D, k + at, v + at, mask + b * S * T, S, H, G, D, T};
+        float *sums = parts + task * size, *largest = sums + R * D, *total = largest + R;
+        std::fill(largest, total, -INFINITY);
+        static thread_local std::vector<float> scores;
+        scores.resize(R * SLOTS);
+        const int64_t end = T * (split + 1) / splits;
+        for (int64_t t = T * split / splits; t < end; t += SLOTS) {
+            score(h, t, end, scores.data());
+            for (int64_t r = 0; r < R; r++) {
+                float shrink = soften(scores.data() + r * SLOTS, largest[r], total[r]);
+                if (shrink != 1)
+                    for (int64_t d = 0; d < D; d++) sums[r * D + d] *= shrink;
+            }
+            accumulate(h, t, std::min(end, t + SLOTS), scores.data(), sums);
+        }
+    }
+    for (int64_t row = 0; row < B * K * R; row++) {
+        const int64_t r = row % R, b = row / R / K, head = row / R % K;
+        const float* part = parts + row / R * splits * size;
+        float most = -INFINITY, total = 0;
+        for (int64_t i = 0; i < splits; i++) most = std::max(most, part[i * size + R * D + r]);
+        bf16* y = out + ((b * S + r / G) * H + head * G + r % G) * D;
+        std::vector<float> sum(D);
+        for (int64_t i = 0; i < splits; i++) {
+            const float largest = part[i * size + R * D + r];
+            if (largest == -INFINITY) continue;
+            const float share = std::exp(largest - most);
+            total += share * part[i * size + R * D + R + r];
+            for (int64_t d = 0; d < D; d++) sum[d] += share * part[i * size + r * D + d];
+        }
+        for (int64_t d = 0; d < D; d++) y[d] = narrow(sum[d] / total);
+    }
 }
