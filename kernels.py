@@ -1,4 +1,4 @@
-"""Products of a few rows on a CPU, and attention of a few queries, where memory is read once: kernels.cpp, or ATen's.
+"""Products of a few rows on a CPU, and attention, where memory is read once: kernels.cpp, or ATen's.
 
 kernels.cpp is for AVX-512 with bf16. It is compiled when a model first wants it, and kept in the user's cache. ATen has
 kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight,
@@ -313,14 +313,9 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
 
 
 def attention_of(dtype: torch.dtype, device: torch.device, head_dim: int, plain: Attend) -> Attend:
-    """Return what attends in a model: a kernel for few queries where there is one, and `plain` for all else."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or head_dim % 32 or library() is None:
-        return plain
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return torch.ops.kernels.attention(q, k, v, mask) if q.shape[1] <= MAX_ROWS else plain(q, k, v, mask)
-
-    return attend
+    """Return what attends in a model: a kernel where there is one, else `plain`."""
+    takes = dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 32 == 0 and library() is not None
+    return torch.ops.kernels.attention.default if takes else plain
 
 
 def streams(dtype: torch.dtype, weight: Tensor, multiple: int) -> bool:

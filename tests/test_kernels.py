@@ -89,26 +89,26 @@ def keys_and_values(batch: int, num_heads: int, length: int, head_dim: int) -> t
     return k[:batch, :, :length], v[:batch, :, :length]
 
 
-# B, S, H, K, T, D: a slot alone, odd numbers of slots, one head, as many heads as kv heads, more rows than registers.
+# B, S, H, K, T, D: a slot alone, odd numbers of slots, one head, as many heads as kv heads, tiles of
+# several and of less than one query.
 ATTENTION_SHAPES = [
     (1, 1, 2, 1, 1, 32), (1, 1, 32, 4, 2000, 64), (1, 5, 32, 4, 300, 64), (2, 3, 8, 8, 70, 32), (3, 16, 8, 2, 129, 128),
-    (1, 2, 4, 1, 1000, 96), (1, 16, 24, 2, 64, 32),
+    (1, 2, 4, 1, 1000, 96), (1, 16, 24, 2, 64, 32), (1, 150, 8, 2, 200, 64), (2, 33, 4, 4, 47, 32),
+    (1, 3, 96, 1, 90, 32),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
-def test_attention_equals_its_twin_and_reads_nothing_that_is_masked(
-    shape: Any, window: int | None, threads: int
-) -> None:
+def test_attention_equals_its_twin_whatever_masked_slots_hold(shape: Any, window: int | None, threads: int) -> None:
     B, S, H, K, T, D = shape
     q, (k, v) = normal(B, S, H, D) * 3, keys_and_values(B, K, T, D)
     last = torch.arange(B).unsqueeze(-1) * 5 + torch.arange(S) + T - S - 5 * (B - 1)
     mask = torch.arange(T) <= last.unsqueeze(-1)
     if window:
         mask &= torch.arange(T) > last.unsqueeze(-1) - window
-    expected = attention(q.double(), k.double(), v.double(), mask)
+    expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
     for cached in (k, v):
         cached.masked_fill_(~mask.any(dim=1)[:, None, :, None], torch.nan)
     before = torch.get_num_threads()
@@ -118,7 +118,8 @@ def test_attention_equals_its_twin_and_reads_nothing_that_is_masked(
     finally:
         torch.set_num_threads(before)
     assert y.dtype == torch.bfloat16 and y.shape == expected.shape
-    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-12)
+    # The weights of the slots are rounded to bf16, and so is the result.
+    assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
 
 
 def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
@@ -135,10 +136,6 @@ def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
         (torch.float32, cpu, 64), (torch.bfloat16, torch.device("meta"), 64), (torch.bfloat16, cpu, 8),
     ):  # fmt: skip
         assert attention_of(dtype, device, head_dim, attention) is attention
-    q, (k, v) = normal(1, MAX_ROWS + 1, 4, 64), keys_and_values(1, 2, 64, 64)
-    mask = torch.ones(1, MAX_ROWS + 1, 64, dtype=torch.bool)
-    attend = attention_of(torch.bfloat16, cpu, 64, attention)
-    assert torch.equal(attend(q, k, v, mask), attention(q, k, v, mask))
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("no-compiler", ""), ("false", "slower")])
