@@ -53,6 +53,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks, what: str):
         self.writes = ranks.rank == 0
+        self.groups: dict[str, dict[str, Rung]] = {}
         name = "-".join("".join(c if c.isalnum() else " " for c in hardware(args.device).lower()).split())
         what = args.name or what + (f"-tp{ranks.count}" if ranks.count > 1 else "")
         self.path = args.output_dir / f"{datetime.date.today()}_{name}_{what}.json"
@@ -75,14 +76,17 @@ class Results:
 
     def add(self, group: str, rungs: list[Rung]) -> None:
         """Take in the rungs that have samples: all, unless the group was interrupted."""
-        by_name = {rung.name: rung for rung in rungs}
-        entries = [rung.entry(by_name, self.report["roof"]) for rung in rungs if rung.samples]
-        self.report["rungs"] += [{"group": group, **entry} for entry in entries]
+        sampled = {rung.name: rung for rung in rungs if rung.samples}
+        if not sampled:
+            return
+        self.groups[group] = sampled
+        entries = {g: [rung.entry(of, self.report["roof"]) for rung in of.values()] for g, of in self.groups.items()}
+        self.report["rungs"] = [{"group": g, **entry} for g, of_group in entries.items() for entry in of_group]
         self.write()
-        if self.writes and entries and group == "decode":
+        if self.writes and group == "decode":
             draw(self.report, self.path.with_suffix(".svg"))
-        if self.writes and entries:
-            print("\n".join([group, *map(line, entries)]), flush=True)
+        if self.writes:
+            print("\n".join([group, *map(line, entries[group])]), flush=True)
 
 
 def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, results: Results, device: str) -> None:
@@ -93,11 +97,9 @@ def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, resul
                disable=None if results.writes else True)  # fmt: skip
     try:
         for turn in range(turns):
-            if (
-                not fresh
-            ):  # in turns with the rungs, since other work on the machine comes and goes; the best is the roof
+            if not fresh:  # again, since other work on the machine comes and goes; the best is the roof
                 roof = measure_roof(device)
-                results.report["roof"] = {key: max(results.report["roof"].get(key, 0), roof[key]) for key in roof}
+                results.report["roof"] = {key: max(value, roof[key]) for key, value in results.report["roof"].items()}
             for rung in rungs:
                 value = rung.measure()
                 if fresh or turn > 0:  # the first warms up and compiles
@@ -129,14 +131,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     results = Results(args, ranks, what + ("-compare" if args.compare and args.only != [] else ""))
     results.report |= {"dtype": str(run_dtype(args, raw)).removeprefix("torch."), "rungs": []}
     results.report["roof"] = measure_roof(device)
-    group = ""
     try:
         with tempfile.TemporaryDirectory() as folder:
             for group, rungs in all_groups(args, raw, device, ranks, Path(folder)):
                 measure_group(group, rungs, args, results, device)
     except KeyboardInterrupt:
-        told = f"what it measured is in {results.path}" if results.report["rungs"] else "nothing was measured"
-        print(f"\ninterrupted in {group}; {told}", file=sys.stderr)
+        kept = f"{', '.join(results.groups)} in {results.path}" if results.groups else "nothing was measured"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         sys.exit(130)
     if results.writes:
         print(f"wrote {results.path}", file=sys.stderr)

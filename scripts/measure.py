@@ -165,7 +165,10 @@ class Rung:
     samples: list[float] = field(default_factory=list)
 
     def entry(self, group: dict[str, "Rung"], roof: dict[str, float]) -> dict[str, Any]:
-        """Return what the results say of it. The machine's own speed moves: ratios are those within each turn."""
+        """Return what the results say of it.
+
+        The machine's own speed moves: ratios are those within each turn. group: the rungs with samples, by name.
+        """
         median = statistics.median(self.samples)
         entry: dict[str, Any] = {"name": self.name, "unit": self.unit, "weights": self.weights or "plain"}
         entry |= {"median": median, "samples": self.samples}
@@ -176,7 +179,7 @@ class Rung:
         if self.flops:
             entry["tflop_per_s"] = rate * self.flops / 1e12
             entry["share_of_roof"] = entry["tflop_per_s"] / roof["gemm_tflop_per_s"]
-        if self.against:
+        if self.against in group:
             pairs = list(zip(self.samples, group[self.against].samples, strict=False))
             entry["against"] = self.against
             entry["ratios"] = [ours / theirs for ours, theirs in pairs]
