@@ -157,7 +157,7 @@ def make_duels(
     demo, demo_draft = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
     prompt = load_tokenizer(demo).encode("class Stack:\n    def __init__(self, items=None):\n")
     fixed = [(k,) for k in ks]
-    adaptive, long = levels_below(max(ks)), max(200, num_tokens)
+    adaptive, long = levels_below(max(ks)), max(800, num_tokens)
     target, draft_model = load_model(demo, device), load_model(demo_draft, device)
     random_draft = random_model(read_config(demo_draft), device)
     for eager in (True, False):
