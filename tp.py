@@ -99,7 +99,7 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
 
     step_bytes: what a step of the whole draft reads. Even if each computes it, only rank 0's drafts are used.
     """
-    num_sums = 2 * config.num_hidden_layers + 2  # and the embedding's, and the gather of the head
+    num_sums = 2 * config.num_hidden_layers + 3  # and the embedding's, the gather of the head, the ids' broadcast
     if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
         return ONE_RANK
     try:
@@ -253,9 +253,12 @@ def another_has_ended(store: dist.Store) -> bool:
 def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
     """Wait, in a thread, until another rank ends early, or torchrun itself, and then end this one."""
     status = 1
-    with contextlib.suppress(RuntimeError):
+    try:
         store.wait([ENDED], timedelta(days=365))
         status = int(store.get(ENDED))
+    except RuntimeError:
+        if not done.is_set():
+            print("torchrun is gone, and so this rank ends", file=sys.stderr)
     if not done.is_set():
         os._exit(status)
 
