@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {
             "num_key_value_heads": 2,
+            "intermediate_size": 128,
             "num_local_experts": 4,
             "num_experts_per_tok": 3,
             "sliding_window": 8,
@@ -101,7 +102,7 @@ def make_hub_model(family: str) -> Any:
 
     kind, extra = FAMILIES[family]
     extra = {key: dict(value) if isinstance(value, dict) else value for key, value in extra.items()}
-    config = AutoConfig.for_model(kind, **SIZES, **extra)
+    config = AutoConfig.for_model(kind, **{**SIZES, **extra})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomize_(model, seed=list(FAMILIES).index(family))
     return model.float().eval()
