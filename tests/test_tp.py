@@ -26,13 +26,15 @@ from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device, num_c
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
-FAMILIES = ("gqa", "llama3", "wide_heads", "tied", "biased", "mistral_window")
-FUSED = ("gqa", "biased")
+FAMILIES = ("gqa", "llama3", "wide_heads", "tied", "biased", "mistral_window", "qwen2", "qwen3", "mixtral")
+FUSED = ("gqa", "biased", "mixtral")
+EXPERTS_QUANTIZED = (("int8",), ("int4", "--groupsize", "32"))
 QUANTIZED = (("int8",), ("int4", "--groupsize", "32"), ("int4-gptq", "--groupsize", "32"))
 MODELS = [*FAMILIES, *(f"{name}-converted" for name in FUSED), "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED)]
+MODELS += [f"mixtral_tied-{mode}" for mode, *_ in EXPERTS_QUANTIZED]
 GPTQ = ("--calibration_samples", "2", "--calibration_length", "32")
 # More ranks than some models have kv heads.
-FOUR = ("gqa", "llama3", "biased", "biased-converted", "demo", "demo-int8", "demo-int4")
+FOUR = ("gqa", "llama3", "biased", "biased-converted", "qwen3", "mixtral-converted", "demo", "demo-int8", "demo-int4")
 MODELS_OF = {2: MODELS, 4: FOUR}
 COUNTS = tuple(MODELS_OF)
 CASES = [(count, name) for count, names in MODELS_OF.items() for name in names]
@@ -87,6 +89,10 @@ def folder(tmp_path_factory, hub_checkpoint):
         options += GPTQ if mode == "int4-gptq" else []
         output = ["--output_path", str(models / f"demo-{mode}")]
         quantize.main(["--checkpoint_path", str(DEMO), "--mode", mode, *options, *output])
+    for mode, *options in EXPERTS_QUANTIZED:
+        output = ["--output_path", str(models / f"mixtral_tied-{mode}")]
+        source = str(hub_checkpoint("mixtral_tied").path)
+        quantize.main(["--checkpoint_path", source, "--mode", mode, *options, *output])
     raw = {**json.loads((ROOT / "configs" / "tinyllama-1.1b.json").read_text()), "layout": "fused"}
     raw["num_hidden_layers"] = 2
     (folder / "large").mkdir()
