@@ -51,11 +51,20 @@ COMPANIONS = (
     "vocab.json", "merges.txt", "README*", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
 
+QWEN_DEFAULTS: dict[str, Any] = {
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
+}  # fmt: skip
 # What `transformers` assumes where a family's config.json is silent.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-}
+    "mixtral": {
+        "num_key_value_heads": 8, "sliding_window": None, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "qwen2": {"num_key_value_heads": 32, **QWEN_DEFAULTS},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, **QWEN_DEFAULTS},
+}  # fmt: skip
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
@@ -65,6 +74,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+# Flags that only the arithmetic of these families knows; in the others they are off.
+FLAGS = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
 # Keys of config.json that would change the arithmetic, and the values under which they do not.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -78,7 +89,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1, None),
     "logit_scale": (1, None),
     "use_qk_norm": (False, None),
-    "num_local_experts": (None,),
+    "use_mrope": (False, None),
+    "num_experts": (None,),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1, None),
+    "norm_topk_prob": (True, None),
+    "moe_intermediate_size": (None,),
+    "shared_expert_intermediate_size": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -127,9 +144,9 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     for key, neutral in NEUTRAL_VALUES.items():
         if key in values and values[key] not in neutral:
             raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
-    for key in ("attention_bias", "mlp_bias"):
-        if family == "mistral" and values[key] is not False:
-            raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type 'mistral'")
+    for key, families in FLAGS.items():
+        if family not in families and values[key] is not False:
+            raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
     for key, default in (("num_key_value_heads", heads), ("head_dim", hidden_size // heads)):
@@ -144,10 +161,13 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
     rope_theta, rope_scaling = parse_rope(values)
+    num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
+    sliding_window, full_attention_layers = parse_sliding_window(values, num_layers)
+    num_experts, num_active = parse_experts(values)
     return ModelConfig(
         hidden_size=hidden_size,
         intermediate_size=read_number(values, "intermediate_size", high=MAX_SIZE),
-        num_hidden_layers=read_number(values, "num_hidden_layers", high=MAX_COUNT),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -156,9 +176,14 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         rms_norm_eps=read_number(values, "rms_norm_eps", float, low=0),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        sliding_window=parse_sliding_window(values),
+        sliding_window=sliding_window,
+        full_attention_layers=full_attention_layers,
         attention_bias=read_flag(values, "attention_bias"),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
         mlp_bias=read_flag(values, "mlp_bias"),
+        num_local_experts=num_experts,
+        num_experts_per_tok=num_active,
         tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
     )
 
@@ -180,19 +205,40 @@ def read_flag(values: dict[str, Any], key: str) -> bool:
     return values[key]
 
 
-def parse_sliding_window(values: dict[str, Any]) -> int | None:
-    """Return how far back every layer sees, None for all the way. As in `transformers`, a Llama sees all the way."""
+def parse_experts(values: dict[str, Any]) -> tuple[int, int]:
+    """Return how many experts there are and how many of them a token takes; 0 and 0 in the families without."""
+    if values["model_type"] != "mixtral":
+        if values.get("num_local_experts") is not None:
+            raise ValueError(f"config.json: num_local_experts {values['num_local_experts']!r} is not supported")
+        return 0, 0
+    num_experts = read_number(values, "num_local_experts", high=MAX_COUNT)
+    return num_experts, read_number(values, "num_experts_per_tok", high=num_experts)
+
+
+def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """Return how far back the layers see, None for all the way, and which layers see all the way nevertheless.
+
+    As in `transformers`, a Llama sees all the way, and of a Qwen the first `max_window_layers` do, unless `layer_types`
+    says otherwise.
+    """
     window = None if values["sliding_window"] is None else read_number(values, "sliding_window")
     switched_off = values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
     if values["model_type"] == "llama" or switched_off:
         window = None
-    kinds = [] if values.get("layer_types") is None else values["layer_types"]
+    family, kinds = values["model_type"], values.get("layer_types")
+    mixed = window is not None and "max_window_layers" in FAMILY_DEFAULTS[family]
+    num_full = read_number(values, "max_window_layers", low=0) if mixed else 0
     kind = "full_attention" if window is None else "sliding_attention"
-    if not isinstance(kinds, list) or any(k != kind for k in kinds):
+    allowed = ("full_attention", "sliding_attention") if mixed else (kind,)
+    if kinds is None:
+        kinds = ["full_attention" if i < num_full else kind for i in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(k not in allowed for k in kinds):
         raise ValueError(
-            f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} every layer is {kind}"
+            f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} each of the "
+            f"{num_layers} layers is {' or '.join(allowed)}"
         )
-    return window
+    full = () if window is None else tuple(i for i, k in enumerate(kinds) if k == "full_attention")
+    return window, full
 
 
 def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -259,12 +305,30 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
 
 # A parameter of the model that is several of the Hub's tensors stacked along the output features.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# A stack of experts, which is such tensors of one expert after the other, by Mixtral's names.
+EXPERTS_STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
-def hub_names(name: str) -> list[str]:
+def is_stack(name: str, config: ModelConfig) -> bool:
+    return config.num_local_experts > 0 and name.split(".")[-2] in EXPERTS_STACKED
+
+
+def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return a stack of experts as one matrix, theirs below each other; any other tensor as it is."""
+    return tensor.flatten(0, 1) if is_stack(name, config) else tensor
+
+
+def hub_names(name: str, config: ModelConfig) -> list[str]:
     """Name the Hub's tensors that make up the model's parameter `name`, in order."""
     if name.startswith("lm_head."):
         return [name]
+    if config.num_local_experts:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    if is_stack(name, config):
+        *path, module, kind = name.split(".")
+        prefix = ".".join(["model", *path, "experts"])
+        numbers = range(config.num_local_experts)
+        return [f"{prefix}.{i}.{part}.{kind}" for i in numbers for part in EXPERTS_STACKED[module]]
     for stacked, parts in STACKED.items():
         if f".{stacked}." in name:
             return ["model." + name.replace(stacked, part) for part in parts]
@@ -277,8 +341,8 @@ def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         return [q, kv, kv]
     if "gate_up_proj" in name:
-        return [config.intermediate_size] * 2
-    return [total]
+        return [config.intermediate_size] * 2 * max(1, config.num_local_experts)
+    return [config.hidden_size] * config.num_local_experts if is_stack(name, config) else [total]
 
 
 class TensorFiles:
@@ -365,8 +429,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Iterator[Tensor]:
     """Map the Hub tensors that the model's parameter `name` is made of."""
     dtype, shape = spec
-    for part, rows in zip(hub_names(name), part_rows(name, config, shape[0]), strict=True):
-        yield checked_tensor(files, part, (dtype, torch.Size([rows, *shape[1:]])))
+    columns = shape[2:] if is_stack(name, config) else shape[1:]
+    for part, rows in zip(hub_names(name, config), part_rows(name, config, shape[0]), strict=True):
+        yield checked_tensor(files, part, (dtype, torch.Size([rows, *columns])))
 
 
 def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
@@ -439,15 +504,18 @@ def model_tensors(
         check_names(files, specs)
     else:
         tied = ["lm_head.weight"] if model.tied else []
-        check_names(files, [part for name in specs for part in hub_names(name)], tied)
+        check_names(files, [part for name in specs for part in hub_names(name, model.config)], tied)
 
     def read(name: str) -> Tensor:
         stored: Iterable[Tensor] = hub_parts(files, model.config, name, specs[name])
         if raw.get("layout") == "fused":
             whole = checked_tensor(files, name, specs[name])
-            stored = [whole] if ranks.count == 1 else whole.split(part_rows(name, model.config, whole.shape[0]))
+            if ranks.count == 1:
+                return whole.to(specs[name][0])
+            stored = unstacked(name, whole, model.config).split(part_rows(name, model.config, whole.shape[0]))
         parts = [local_part(name, i, part, model.config, ranks).to(specs[name][0]) for i, part in enumerate(stored)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.unflatten(0, (model.config.num_local_experts, -1)) if is_stack(name, model.config) else joined
 
     return specs, read
 
@@ -597,8 +665,8 @@ def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Pa
     """Write model.safetensors and config.json in the Hub's layout into the folder `path`."""
     tensors: dict[str, Tensor] = {}
     for name, value in model.named_parameters():  # a tied head is named once
-        parts = value.detach().split(part_rows(name, model.config, value.shape[0]))
-        tensors |= zip(hub_names(name), parts, strict=True)
+        parts = unstacked(name, value.detach(), model.config).split(part_rows(name, model.config, value.shape[0]))
+        tensors |= zip(hub_names(name, model.config), parts, strict=True)
     specs = {name: (dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, lambda name: tensors[name].to(dtype))
     raw_config = {**raw_config, "dtype": str(dtype).removeprefix("torch.")}

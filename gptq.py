@@ -21,11 +21,15 @@ from tokenizer import load_tokenizer
 
 # Columns that are rounded before the rest of the matrix is brought up to date (section 3.3, step 2).
 BLOCK_SIZE = 128
+# What the diagonal of the sums is raised by, as a share of its mean (section 3.3, step 3).
+DAMPING = 0.01
 # The default calibration text: modules of the standard library that the demo was not trained on.
 CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
 
 
-def gptq(weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def gptq(
+    weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = False, damping: float = DAMPING
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, scales and zeros as `quantize_int4` does, but to keep the products with the calibration inputs.
 
     hessian [K, K]: the sum of x x^T over those inputs. Column by column, the error of rounding one is made up for by
@@ -35,7 +39,7 @@ def gptq(weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = Fal
     K = weight.shape[1]
     scales, zeros = group_parameters(weight, group_size)
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
-    factor = inverse_factor(hessian[order][:, order])
+    factor = inverse_factor(hessian[order][:, order], damping)
     columns = weight.float().t()[order]  # [K, N]: each column of the weight lies whole in memory
     codes = torch.empty_like(columns, dtype=torch.uint8)
     places = order.tolist()
@@ -56,7 +60,7 @@ def gptq(weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = Fal
     return codes[order.argsort()].t(), scales, zeros
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Return the upper triangular U with U^T U = H^-1, where `damping` of its mean was added to the diagonal of H.
 
     Inputs that are few or depend on each other leave H singular: more is added until it can be inverted.
@@ -77,6 +81,28 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
         damping *= 10
 
 
+def gptq_stack(
+    stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], act_order: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
+
+    counts: the tokens that each saw. Fewer than it has inputs say little about others to come: the fewer, the more
+    damping, down to rounding to nearest for none. Measured, that is never worse than rounding.
+    """
+    K = stack.shape[-1]
+    dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
+    experts = zip(stack, hessians, dampings, strict=True)
+    each = [gptq(weight, group_size, hessian, act_order, damping) for weight, hessian, damping in experts]
+    codes, scales, zeros = (torch.stack(values) for values in zip(*each, strict=True))
+    return codes, scales, zeros
+
+
+def zero_sums(weight: Tensor) -> Tensor:
+    """Return where x x^T of a layer's inputs is to be added up: [K, K], of a stack [X, K, K]."""
+    K = weight.shape[-1]
+    return torch.zeros(*weight.shape[:-2], K, K, device=weight.device)
+
+
 class Calibration:
     """The hidden states of a calibration text on their way through a model, block by block."""
 
@@ -93,38 +119,65 @@ class Calibration:
         `tick` is called each time that a window has passed a block, which each does twice.
         """
         self.act_order, self.tick = act_order, tick
+        self.scarce: dict[tuple[int, int], int] = {}  # the tokens of an expert that saw few, by its layer and number
         x = torch.nn.functional.embedding(windows.to(table.device), table)
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
         model.inv_freq = rope_frequencies(model.config).to(table.device)
-        self.context = model.block_context(positions.unsqueeze(0))
+        self.contexts = model.block_contexts(positions.unsqueeze(0))
+        self.layer = 0
 
     def encoders(self, block: Block) -> dict[str, Encode]:
         """Run the text into `block`; return by name of its linears what chooses their codes."""
-        sums: dict[str, Tensor] = {}
+        children = linears(block)
+        sums = {name: zero_sums(child.weight) for name, child in children.items()}
+        counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
-        def add(name: str, x: Tensor) -> None:
+        def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:
             x = x.flatten(0, 1).float()
-            if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            sums[name].addmm_(x.t(), x)
+            if experts is None:
+                sums[name].addmm_(x.t(), x)
+                return
+            for i, total in enumerate(sums[name]):
+                rows = x[experts.flatten() == i]
+                total.addmm_(rows.t(), rows)
+                counts[name][i] += len(rows)
 
         hooks = [
-            child.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-            for name, child in linears(block).items()
+            child.register_forward_pre_hook(lambda _, inputs, name=name: add(name, *inputs))
+            for name, child in children.items()
         ]
         for x in self.hidden:
-            block(x, *self.context)
+            block(x, *self.contexts[self.layer])
             self.tick()
         for hook in hooks:
             hook.remove()
-        return {name: partial(gptq, hessian=total, act_order=self.act_order) for name, total in sums.items()}
+        encoders: dict[str, Encode] = {}
+        for name, total in sums.items():
+            if name not in counts:
+                encoders[name] = partial(gptq, hessian=total, act_order=self.act_order)
+                continue
+            encoders[name] = partial(gptq_stack, hessians=total, counts=counts[name], act_order=self.act_order)
+            few = {(self.layer, i): count for i, count in enumerate(counts[name]) if count < total.shape[-1]}
+            self.scarce.update(few)
+        return encoders
 
     def advance(self, block: Block) -> None:
         """Run the text through `block`, quantized by now."""
         for n, x in enumerate(self.hidden):
-            self.hidden[n] = block(x, *self.context)
+            self.hidden[n] = block(x, *self.contexts[self.layer])
             self.tick()
+        self.layer += 1
+
+    def warning(self) -> str | None:
+        """Say which experts the text left short of tokens, if any."""
+        if not self.scarce:
+            return None
+        (layer, expert), count = min(self.scarce.items(), key=lambda item: item[1])
+        return (
+            f"{len(self.scarce)} experts saw fewer calibration tokens than they have inputs, expert {expert} of layer "
+            f"{layer} the fewest: {count}; the fewer, the nearer to rounding to nearest; a longer text does better"
+        )
 
 
 def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:

@@ -94,6 +94,12 @@ OPERATORS = {
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
+# It reads on the host how many rows there are for each expert, which a CUDA graph cannot.
+torch.library.define(
+    "kernels::by_expert",
+    "(Tensor x, Tensor experts, str form, Tensor[] stacks) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 @torch.library.impl("kernels::bf16_product", "CPU")
@@ -180,6 +186,33 @@ def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Give each expert its rows of x [M, A, K], as experts [M, A] says, all at once; returns [M, A, N].
+
+    product(i, rows): what expert i makes of its rows [R, K]; called for those that have any.
+    """
+    order = experts.flatten().argsort()
+    counts = experts.flatten().bincount().tolist()
+    sorted_rows = x.flatten(0, 1)[order].split(counts)
+    products = torch.cat([product(i, rows) for i, rows in enumerate(sorted_rows) if len(rows)])
+    return products[order.argsort()].unflatten(0, experts.shape)
+
+
+@torch.library.impl("kernels::by_expert", "CompositeExplicitAutograd")
+def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
+    return by_expert(x, experts, lambda i, rows: FORMS[form](rows, *(stack[i] for stack in stacks)))
+
+
+@torch.library.register_fake("kernels::by_expert")
+def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
+    row = FORMS[form](x[:1, 0], *(stack[0] for stack in stacks))
+    return x.new_empty(*experts.shape, row.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The layers
 
 
@@ -188,23 +221,31 @@ def constant(tensor: Tensor) -> nn.Parameter:
 
 
 class KernelLinear(nn.Module):
-    """A linear layer whose product of up to MAX_ROWS rows is a kernel's; above, GEMM with the weight unpacked."""
+    """A linear layer whose product of up to MAX_ROWS rows is a kernel's; above, GEMM with the weight unpacked.
+
+    Its tensors may all be stacks, of X such layers: then `experts` says which of them each row of x goes through.
+    """
+
+    tensors: tuple[str, ...] = ("weight",)  # by their names, what a product is made with
 
     def __init__(self, bias: Tensor | None):
         super().__init__()
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.product(rows) if rows.shape[0] <= MAX_ROWS else self.gemm(rows)
+    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        tensors = [getattr(self, name) for name in self.tensors]
+        if experts is not None:
+            return torch.ops.kernels.by_expert(x, experts, type(self).__name__, tensors)
+        y = self.multiply(x.reshape(-1, x.shape[-1]), *tensors)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
 
-    def product(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+    @classmethod
+    def multiply(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
+        return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
 
-    def gemm(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+    product: Callable[..., Tensor]
+    gemm: Callable[..., Tensor]
 
 
 class StreamedLinear(KernelLinear):
@@ -214,82 +255,110 @@ class StreamedLinear(KernelLinear):
         super().__init__(bias)
         self.weight = weight
 
-    def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.kernels.bf16_product(rows, self.weight)
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.kernels.bf16_product(rows, weight)
 
-    def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight)
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(rows, weight)
 
 
 class StreamedInt8Linear(KernelLinear):
     """codes int8 [N, K] and scales bf16 [N]; packed by four rows and 64 columns: [N / 4, K / 64, 4, 64]."""
 
+    tensors = ("weight", "scales")
+
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        N, K = codes.shape
-        packed = codes.view(N // ROWS, ROWS, K // 64, 64).transpose(1, 2).contiguous()
+        packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, ROWS)).transpose(-3, -2).contiguous()
         self.weight, self.scales = constant(packed), constant(scales)
 
-    def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.kernels.int8_product(rows, self.weight, self.scales)
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return torch.ops.kernels.int8_product(rows, weight, scales)
 
-    def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, torch.ops.kernels.int8_dequantize(self.weight, self.scales))
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return F.linear(rows, torch.ops.kernels.int8_dequantize(weight, scales))
 
 
 class StreamedInt4Linear(KernelLinear):
     """codes uint8 0 to 15 [N, K], scales and zeros bf16 [N, K / group]; packed as kernels.cpp says."""
 
+    tensors = ("weight", "scales", "zeros")
+
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        N, K = codes.shape
-        blocks = codes.view(N // ROWS, ROWS, K // 64, 2, 32).transpose(1, 2)  # [N / 4, K / 64, 4, halves, 32]
+        # [N / 4, K / 64, 4, halves, 32]
+        blocks = codes.unflatten(-1, (-1, 2, 32)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
         self.weight = constant((blocks[..., 0, :] | blocks[..., 1, :] << 4).contiguous())
         self.scales, self.zeros = (
-            constant(values.view(N // ROWS, ROWS, -1).transpose(1, 2).contiguous()) for values in (scales, zeros)
+            constant(values.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()) for values in (scales, zeros)
         )
 
-    def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.kernels.int4_product(rows, self.weight, self.scales, self.zeros)
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return torch.ops.kernels.int4_product(rows, weight, scales, zeros)
 
-    def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, torch.ops.kernels.int4_dequantize(self.weight, self.scales, self.zeros))
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return F.linear(rows, torch.ops.kernels.int4_dequantize(weight, scales, zeros))
 
 
 class AtenInt8Linear(KernelLinear):
     """codes int8 [N, K], scales [N] in the dtype of x."""
 
+    tensors = ("weight", "scales")
+
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         super().__init__(bias)
         self.weight, self.scales = constant(codes), constant(scales)
 
-    def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows, weight, scales)
 
-    def gemm(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, (self.weight.float() * self.scales.float().unsqueeze(1)).to(rows.dtype))
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return F.linear(rows, (weight.float() * scales.float().unsqueeze(1)).to(rows.dtype))
 
 
 class AtenInt4Linear(KernelLinear):
     """codes uint8 [N, K], scales and zeros [N, K / group] in the dtype of x; packed as the processor likes it."""
 
+    tensors = ("weight", "scales_and_zeros")
+
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        self.weight = constant(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
-        self.scales_and_zeros = constant(torch.stack((scales.t(), zeros.t()), dim=-1))  # [K / group, N, 2]
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        self.weight = constant(
+            pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(each.int(), 1) for each in codes])
+        )
+        self.scales_and_zeros = constant(torch.stack((scales.mT, zeros.mT), dim=-1))  # [K / group, N, 2]
 
-    def product(self, rows: Tensor) -> Tensor:
-        return torch.ops.kernels.aten_int4_product(rows, self.weight, self.scales_and_zeros)
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        return torch.ops.kernels.aten_int4_product(rows, weight, scales_and_zeros)
 
     gemm = product  # slower than GEMM, but the order is not documented and cannot be undone
 
+
+# By name, what multiplies rows with the tensors of one layer.
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "Linear": F.linear,
+    **{
+        kind.__name__: kind.multiply
+        for kind in (StreamedLinear, StreamedInt8Linear, StreamedInt4Linear, AtenInt8Linear, AtenInt4Linear)
+    },
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which layer a weight gets
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-    """Return the layer for a weight [N, K]; None where no kernel takes it, as below."""
+    """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
     return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 128) else None
 
 
@@ -298,13 +367,13 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
     if streams(scales.dtype, codes, 64):
         return StreamedInt8Linear(codes, scales, bias)
     # ATen's kernels crash on sizes that are no multiples of their tiles.
-    N, K = codes.shape
+    N, K = codes.shape[-2:]
     return AtenInt8Linear(codes, scales, bias) if codes.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else None
 
 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
     """Return the layer for codes [N, K], scales and zeros [N, groups], whose dtype is the model's."""
-    N, K = codes.shape
+    N, K = codes.shape[-2:]
     if K % group_size:
         return None
     if streams(scales.dtype, codes, 64):
@@ -320,6 +389,6 @@ def attention_of(dtype: torch.dtype, device: torch.device, head_dim: int, plain:
 
 def streams(dtype: torch.dtype, weight: Tensor, multiple: int) -> bool:
     """Say whether kernels.cpp takes a weight [N, K] in a model of this dtype."""
-    N, K = weight.shape
+    N, K = weight.shape[-2:]
     fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % ROWS == 0 and K % multiple == 0
     return fits and library() is not None

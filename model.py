@@ -7,16 +7,19 @@ several ranks share it, `tp.py` says which and how they meet.
     logits = model(tokens, positions)
 
 Shapes: B batch, S new tokens, T cache slots read, H query heads, K kv heads, G = H / K, D head_dim,
-E hidden, F intermediate, V vocab.
+E hidden, F intermediate, V vocab, X experts, A active experts.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels import MAX_ROWS, by_expert
 
 # Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
 # weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
@@ -50,9 +53,18 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()  # those that see all the way though there is a sliding window
     attention_bias: bool = False
+    qkv_bias: bool = False  # on q, k and v alone
+    qk_norm: bool = False
     mlp_bias: bool = False
+    num_local_experts: int = 0  # 0: a dense feed-forward
+    num_experts_per_tok: int = 0
     tie_word_embeddings: bool = False
+
+    def window(self, layer: int) -> int | None:
+        """Return how far back a layer sees, None for all the way."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
 
 def itself(x: Tensor) -> Tensor:
@@ -96,6 +108,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
+def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
+    """Return which slots [T] a token at each of the positions [B, S, 1] sees: [B, S, T]."""
+    mask = slots <= positions
+    return mask if window is None else mask & (slots > positions - window)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.shape[:-1].numel()
     if not torch.compiler.is_compiling():
@@ -104,19 +122,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
         y = F.linear(x, weight)
         return y if bias is None else y + bias
+    y = streamed_product(x, weight)
+    return (y if bias is None else y + bias).type_as(x)
+
+
+def streamed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N]."""
     # as_strided has x computed once, before the product: inductor would else compute it again for every output.
     x = x.contiguous()
     x = x.as_strided(x.shape, x.stride())
-    parts = num_partial_sums(weight.shape[1])
+    parts = num_partial_sums(weight.shape[-1])
     products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
-    y = products.sum(dim=-1).sum(dim=-1)
-    return (y if bias is None else y + bias).type_as(x)
+    return products.sum(dim=-1).sum(dim=-1)
 
 
 def num_partial_sums(size: int) -> int:
     """Return into how many equal parts to cut a sum: beyond 4,096 terms inductor's C++ leaves its fast loop."""
     fewest = -(-size // 4096)
     return next((parts for parts in range(fewest, 16 * fewest) if size % parts == 0), 1)
+
+
+def expert_linear(x: Tensor, experts: Tensor, weight: Callable[[Any], Tensor]) -> Tensor:
+    """Multiply each row of x [M, A, K] with the weight of its expert [M, A]; returns [M, A, N].
+
+    weight(i): what the stack [X, N, K] has at i: an expert's number, a tensor of them, or `...`.
+    """
+    if not torch.compiler.is_compiling():
+        return by_expert(x, experts, lambda i, rows: F.linear(rows, weight(i)))
+    if x.shape[0] <= MAX_ROWS:  # the choice of the expert becomes an address in the product's loop: nothing is copied
+        return streamed_product(x, weight(experts)).type_as(x)
+    return torch.ops.kernels.by_expert(x, experts, "Linear", [weight(...)])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -141,15 +176,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
+    """A linear layer; with `num_experts` a stack of so many, and each row of x says which it goes through."""
+
     weight: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, num_experts: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        stack = () if num_experts is None else (num_experts,)
+        self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        if experts is None:
+            return linear(x, self.weight, self.bias)
+        return expert_linear(x, experts, lambda i: self.weight[i])
 
 
 class Embedding(nn.Module):
@@ -213,8 +253,10 @@ class Attention(nn.Module):
         self.num_local_kv_heads = max(1, config.num_key_value_heads // ranks.count)
         self.head_dim = config.head_dim
         q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
-        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias)
+        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or a kernel of the device
         self.cache: KVCache | None = None
 
@@ -222,6 +264,8 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -243,13 +287,48 @@ class MLP(nn.Module):
         return self.ranks.all_reduce(self.down_proj(F.silu(gate) * up))
 
 
+class Router(nn.Module):
+    """Chooses the A of X experts that each token goes to, and how much each of them counts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_active = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, experts = linear(x, self.weight).topk(self.num_active)
+        return scores.softmax(dim=-1, dtype=torch.float32), experts
+
+
+class MoE(nn.Module):
+    """X feed-forwards in stacks, of which each token takes A (arXiv:2401.04088).
+
+    Every rank has a part of each expert and routes alike: the sum that x comes from is the same on all, to the bit.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+        local_size = config.intermediate_size // ranks.count
+        self.gate = Router(config)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, num_experts=config.num_local_experts)
+        self.down_proj = Linear(local_size, config.hidden_size, num_experts=config.num_local_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        shares, experts = self.gate(rows)  # [B * S, A]
+        gate, up = self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts).chunk(2, dim=-1)
+        y = self.down_proj(F.silu(gate) * up, experts)  # [B * S, A, E]
+        return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, ranks)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, ranks)
+        self.mlp = MoE(config, ranks) if config.num_local_experts else MLP(config, ranks)
 
     # Compiled, all layers share the code of one: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
@@ -302,11 +381,18 @@ class Transformer(nn.Module):
 
     @property
     def step_weight_bytes(self) -> int:
-        """The bytes of weights that a decode step reads: all but the embedding table, unless that is the head."""
-        return self.weight_bytes - (0 if self.tied else self.embed_tokens.weight.nbytes)
+        """The bytes of weights that a step of one token reads.
 
-    def block_context(self, positions: Tensor, slots: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return what all blocks share at positions [B, S]: cos and sin, the positions, and the mask over the slots."""
+        Those are all but the embedding table, unless that is the head, and but the experts that are not chosen.
+        """
+        X, A = self.config.num_local_experts, self.config.num_experts_per_tok
+        mlps = [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
+        stacks = [p for mlp in mlps for stack in (mlp.gate_up_proj, mlp.down_proj) for p in stack.parameters()]
+        idle = sum(p.nbytes // X * (X - A) for p in stacks)
+        return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
+
+    def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """Return what each block needs at positions [B, S]: cos and sin, the positions, and the mask over the slots."""
         cached = self.layers[0].self_attn.cache is not None
         # A read on the host: only where it stalls nothing.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -317,17 +403,17 @@ class Transformer(nn.Module):
                 )
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
-        mask = slots <= positions.unsqueeze(-1)  # [B, S, T]
-        if self.config.sliding_window is not None:
-            mask &= slots > positions.unsqueeze(-1) - self.config.sliding_window
         angles = positions[:, :, None, None] * self.inv_freq  # [B, S, 1, D/2]
-        return angles.cos(), angles.sin(), positions, mask
+        cos, sin = angles.cos(), angles.sin()
+        windows = [self.config.window(layer) for layer in range(len(self.layers))]
+        masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
+        return [(cos, sin, positions, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""
-        context = self.block_context(positions.expand(tokens.shape), slots)
+        contexts = self.block_contexts(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
-        for block in self.layers:
+        for block, context in zip(self.layers, contexts, strict=True):
             x = block(x, *context)
         return self.norm(x)
 

@@ -8,6 +8,7 @@ loaded, into what the device's kernel reads.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 import kernels
 from cli import ArgumentParser, check_device, number, user_errors
 from kernels import constant
-from model import Linear, Transformer, attention, linear
+from model import Linear, Transformer, attention, expert_linear, linear
 
 if TYPE_CHECKING:
     from gptq import Calibration
@@ -67,19 +68,19 @@ def parse_scheme(value: Any) -> Scheme | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic
+# Arithmetic, of a weight [N, K] or of a stack of them, [X, N, K]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N], symmetric in each output channel."""
     weight = weight.float()
-    scales = (weight.abs().amax(dim=1) / 127).clamp(min=MIN_SCALE).bfloat16()
-    return (weight / scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scales
+    scales = (weight.abs().amax(dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
+    return (weight / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the weight [N, K] that `quantize_int8` stands for, in fp32."""
-    return codes.float() * scales.float().unsqueeze(1)
+    return codes.float() * scales.float().unsqueeze(-1)
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,22 +90,22 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     group_size does not divide K the last group is shorter.
     """
     scales, zeros = group_parameters(weight, group_size)
-    group_of = torch.arange(weight.shape[1], device=weight.device) // group_size
-    return encode_int4(weight, scales[:, group_of], zeros[:, group_of]), scales, zeros
+    group_of = torch.arange(weight.shape[-1], device=weight.device) // group_size
+    return encode_int4(weight, scales[..., group_of], zeros[..., group_of]), scales, zeros
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
     """Return the weight [N, K] that `quantize_int4` stands for, in fp32."""
-    K = codes.shape[1]
-    groups = F.pad(codes, (0, -K % group_size)).unflatten(1, (-1, group_size)).float()
-    return ((groups - 8) * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).flatten(1)[:, :K]
+    K = codes.shape[-1]
+    groups = F.pad(codes, (0, -K % group_size)).unflatten(-1, (-1, group_size)).float()
+    return ((groups - 8) * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).flatten(-2)[..., :K]
 
 
 def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Return the bf16 scales and zeros [N, groups] that span each group from its least to its greatest weight."""
-    groups = weight.float().split(group_size, dim=1)
-    low = torch.stack([group.amin(dim=1) for group in groups], dim=1)
-    high = torch.stack([group.amax(dim=1) for group in groups], dim=1)
+    groups = weight.float().split(group_size, dim=-1)
+    low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1)
+    high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1)
     scales = ((high - low) / 15).clamp(min=MIN_SCALE).bfloat16()
     return scales, (low + 8 * scales.float()).bfloat16()
 
@@ -116,53 +117,61 @@ def encode_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Pack codes 0 to 15 [N, K] two to a byte, the even column in the low half: uint8 [N, K / 2 rounded up]."""
-    codes = F.pad(codes, (0, codes.shape[1] % 2))
-    return codes[:, ::2] | codes[:, 1::2] << 4
+    codes = F.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
     """Undo `pack_nibbles`: uint8 [N, K]."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :num_columns]
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :num_columns]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The linears
 
 
-class Int8Linear(nn.Module):
-    """int8 as it is stored, and the plain path where no kernel takes the shape."""
+class QuantizedLinear(nn.Module):
+    """A linear layer, or a stack of them, as it is stored, and the plain path where no kernel takes the shape."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+    def __init__(self, shape: torch.Size, bias: bool):
         super().__init__()
-        self.weight = constant(torch.empty(out_features, in_features, dtype=torch.int8))
-        self.scales = constant(torch.empty(out_features, dtype=torch.bfloat16))
-        self.bias = constant(torch.empty(out_features)) if bias else None
+        self.bias = constant(torch.empty(shape[:-1])) if bias else None
 
-    def dequantize(self) -> Tensor:
-        return dequantize_int8(self.weight, self.scales)
+    def dequantize(self, chosen: Any = ...) -> Tensor:
+        """Return the weight in fp32; of a stack, what it has at an index."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.dequantize().to(x.dtype), self.bias)
+    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        if experts is None:
+            return linear(x, self.dequantize().to(x.dtype), self.bias)
+        return expert_linear(x, experts, lambda chosen: self.dequantize(chosen).to(x.dtype))
 
 
-class Int4Linear(nn.Module):
-    """int4 as it is stored, codes packed in pairs, and the plain path where no kernel takes the shape."""
+class Int8Linear(QuantizedLinear):
+    def __init__(self, shape: torch.Size, bias: bool = False):
+        super().__init__(shape, bias)
+        self.weight = constant(torch.empty(shape, dtype=torch.int8))
+        self.scales = constant(torch.empty(shape[:-1], dtype=torch.bfloat16))
 
-    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False):
-        super().__init__()
-        self.in_features, self.group_size = in_features, group_size
-        num_groups = -(-in_features // group_size)
-        self.weight = constant(torch.empty(out_features, -(-in_features // 2), dtype=torch.uint8))
-        self.scales = constant(torch.empty(out_features, num_groups, dtype=torch.bfloat16))
-        self.zeros = constant(torch.empty(out_features, num_groups, dtype=torch.bfloat16))
-        self.bias = constant(torch.empty(out_features)) if bias else None
+    def dequantize(self, chosen: Any = ...) -> Tensor:
+        return dequantize_int8(self.weight[chosen], self.scales[chosen])
 
-    def dequantize(self) -> Tensor:
-        codes = unpack_nibbles(self.weight, self.in_features)
-        return dequantize_int4(codes, self.scales, self.zeros, self.group_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.dequantize().to(x.dtype), self.bias)
+class Int4Linear(QuantizedLinear):
+    """Its codes are packed in pairs."""
+
+    def __init__(self, shape: torch.Size, group_size: int, bias: bool = False):
+        super().__init__(shape, bias)
+        *outputs, self.in_features = shape
+        self.group_size = group_size
+        num_groups = -(-self.in_features // group_size)
+        self.weight = constant(torch.empty(*outputs, -(-self.in_features // 2), dtype=torch.uint8))
+        self.scales = constant(torch.empty(*outputs, num_groups, dtype=torch.bfloat16))
+        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=torch.bfloat16))
+
+    def dequantize(self, chosen: Any = ...) -> Tensor:
+        codes = unpack_nibbles(self.weight[chosen], self.in_features)
+        return dequantize_int4(codes, self.scales[chosen], self.zeros[chosen], self.group_size)
 
 
 def repack_(model: Transformer) -> None:
@@ -196,11 +205,10 @@ def linears(module: nn.Module) -> dict[str, Linear]:
 
 def quantized_form(child: Linear, scheme: Scheme) -> Int8Linear | Int4Linear:
     """Make the quantized linear of the same sizes, on the meta device."""
-    N, K = child.weight.shape
     with torch.device("meta"):
         if scheme.group_size is None:
-            return Int8Linear(K, N, child.bias is not None)
-        return Int4Linear(K, N, scheme.group_size, child.bias is not None)
+            return Int8Linear(child.weight.shape, child.bias is not None)
+        return Int4Linear(child.weight.shape, scheme.group_size, child.bias is not None)
 
 
 def quantize_linears_(model: Transformer, scheme: Scheme) -> None:
@@ -330,6 +338,8 @@ def run(args: argparse.Namespace) -> None:
         ckpt.write_fused_config(args.checkpoint_path, raw, dtype, folder)
     if windows is not None:
         print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
+        if calibration and (warning := calibration.warning()):
+            print(warning, file=sys.stderr)
     print(*summary(specs, new_specs, target), f"wrote {output_path}", sep="\n")
 
 

@@ -33,9 +33,9 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
-# Module -> how each of its stacked parts is cut. «column» and «vocabulary» cut the output features, «row» the input
-# features, as Megatron names them. A head's features lie beside each other, so that equal pieces are whole heads. Of kv
-# heads there may be fewer than ranks: then several ranks hold the same one.
+# Module -> how each of its stacked parts is cut, in a stack of experts those of each. «column» and «vocabulary» cut the
+# output features, «row» the input features, as Megatron names them. A head's features lie beside each other, so that
+# equal pieces are whole heads. Of kv heads there may be fewer than ranks: then several ranks hold the same one.
 PLAN = {
     "embed_tokens": ("vocabulary",),
     "qkv_proj": ("column", "kv_heads", "kv_heads"),
@@ -52,9 +52,9 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     A sum over ranks would count a row-parallel bias once for each: rank 0 has it, the others have zeros.
     """
     *_, module, kind = name.split(".")
-    if ranks.count == 1 or module not in PLAN:  # a norm
+    if ranks.count == 1 or module not in PLAN:  # a norm, or a router
         return part
-    how = PLAN[module][index]
+    how = PLAN[module][index % len(PLAN[module])]
     if how == "row" and part.ndim == 1:  # a bias, or the scales of int8's output channels
         return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
     dim = 1 if how == "row" else 0

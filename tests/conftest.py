@@ -44,6 +44,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "biased": ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "mistral_window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen2_tied": ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2_window": (
+        "qwen2",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
+    "qwen3_biased": ("qwen3", {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}),
+    "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral_tied": (
+        "mixtral",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -73,20 +93,17 @@ def randomize_(model: torch.nn.Module, seed: int) -> None:
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
         else:
-            std = parameter.shape[1] ** -0.5 if parameter.ndim == 2 and "embed" not in name else 0.5
+            std = parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 and "embed" not in name else 0.5
             parameter.data.normal_(0, std, generator=generator)
 
 
 def make_hub_model(family: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, extra = FAMILIES[family]
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[kind]
     extra = {key: dict(value) if isinstance(value, dict) else value for key, value in extra.items()}
-    model = model_class(config_class(**SIZES, **extra, attn_implementation="eager"))
+    config = AutoConfig.for_model(kind, **{**SIZES, **extra})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomize_(model, seed=list(FAMILIES).index(family))
     return model.float().eval()
 

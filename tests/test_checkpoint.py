@@ -29,8 +29,8 @@ from checkpoint import (
     save_hub_checkpoint,
     write_safetensors,
 )
-from model import ModelConfig, RopeScaling, rope_frequencies
-from tests.conftest import LENGTH, HubCheckpoint
+from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from tests.conftest import LENGTH, REPO, HubCheckpoint
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 
@@ -45,6 +45,9 @@ SIZES: dict[str, Any] = {
 }
 LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, **SIZES}
 MISTRAL: dict[str, Any] = {**LLAMA, "model_type": "mistral"}
+MIXTRAL: dict[str, Any] = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN2: dict[str, Any] = {**LLAMA, "model_type": "qwen2"}
+QWEN3: dict[str, Any] = {**LLAMA, "model_type": "qwen3"}
 LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -116,14 +119,74 @@ def test_type_is_read_where_rope_type_is_not_there() -> None:
 @pytest.mark.parametrize(
     "silent", ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "sliding_window"]
 )
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2", "qwen3"])
 def test_a_key_left_out_means_what_transformers_assumes(family: str, silent: str) -> None:
-    from transformers import LlamaConfig, MistralConfig
+    from transformers import AutoConfig
 
-    raw = {**LLAMA, "model_type": family, "num_attention_heads": 16, "hidden_size": 128, "sliding_window": 7}
+    heads = 32 if family.startswith("qwen") else 16  # of which the default kv heads are a part
+    raw = {**LLAMA, "model_type": family, "num_attention_heads": heads, "hidden_size": 128, "sliding_window": 7}
     raw.pop(silent, None)
-    theirs = (LlamaConfig if family == "llama" else MistralConfig)(**raw)
-    assert getattr(parse_config(raw), silent) == getattr(theirs, silent, None)
+    ours, theirs = parse_config(raw), AutoConfig.for_model(**raw)
+    expected = getattr(theirs, silent, None)
+    if silent == "head_dim" and expected is None:  # modeling_*.py then divides
+        expected = 128 // heads
+    assert getattr(ours, silent) == expected
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_experts_left_out_are_those_of_8x7b() -> None:
+    config = parse_config({**LLAMA, "model_type": "mixtral"})
+    assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 16}, [None] * 4),
+        ({"use_sliding_window": True}, [None] * 4),  # the first 28 layers see all the way
+        ({"use_sliding_window": True, "max_window_layers": 0}, [4096] * 4),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}, [None] * 3 + [16]),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [None] * 4),
+        ({"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0}, [None] * 4),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 3,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [16, None] * 2,
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_qwen_slides_its_window_where_transformers_does(
+    family: dict[str, Any], changes: dict[str, Any], windows: list[int | None]
+) -> None:
+    from transformers import AutoConfig
+
+    raw = {**family, "num_hidden_layers": 4, **changes}
+    config, theirs = parse_config(raw), AutoConfig.for_model(**raw)
+    assert [config.window(layer) for layer in range(4)] == windows
+    slides = [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert [theirs.sliding_window if each else None for each in slides] == windows
+
+
+def test_only_a_qwen2_has_a_bias_on_q_k_and_v_alone_and_only_a_qwen3_norms_q_and_k() -> None:
+    configs = {raw["model_type"]: parse_config(raw) for raw in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3)}
+    assert [name for name, config in configs.items() if config.qkv_bias] == ["qwen2"]
+    assert [name for name, config in configs.items() if config.qk_norm] == ["qwen3"]
+    assert parse_config({**QWEN3, "attention_bias": True}).attention_bias
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPO / "configs").glob("*.json")))
+def test_every_config_of_the_repository_has_the_size_in_its_name(name: str) -> None:
+    with torch.device("meta"):
+        model = Transformer(parse_config(json.loads((REPO / "configs" / f"{name}.json").read_text())))
+    billions = {"8x7b": 46.7, "qwen3-8b": 8.2, "70b": 70.6, "405b": 405.9, "tinyllama-1.1b": 1.1}
+    [expected] = [size for part, size in billions.items() if name.endswith(part)]
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.05)
 
 
 def test_a_llama_sees_all_the_way_whatever_its_sliding_window_says() -> None:
@@ -236,6 +299,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "gptq"]),
         ({"quantization_config": {}}, ["quantization_config"]),
         ({"num_local_experts": 8}, ["num_local_experts", "8"]),
+        ({"num_experts": 64}, ["num_experts", "64"]),
+        ({"mlp_only_layers": [0]}, ["mlp_only_layers", "[0]"]),
+        ({"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+        ({"norm_topk_prob": False}, ["norm_topk_prob", "False"]),
+        ({"moe_intermediate_size": 768}, ["moe_intermediate_size", "768"]),
+        ({"shared_expert_intermediate_size": 5632}, ["shared_expert_intermediate_size", "5632"]),
+        ({"use_mrope": True}, ["use_mrope", "True"]),
+        ({"model_type": "qwen2_moe"}, ["model_type", "'qwen2_moe'"]),
+        ({"model_type": "qwen3_moe"}, ["model_type", "'qwen3_moe'", "mixtral, qwen2, qwen3"]),
         ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
         ({"logits_scaling": 8}, ["logits_scaling", "8"]),
         ({"is_encoder_decoder": True}, ["is_encoder_decoder", "True"]),
@@ -318,6 +390,43 @@ def test_a_mistral_of_another_arithmetic_is_refused(changes: dict[str, Any], wor
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    ("raw", "changes", "words"),
+    [
+        (MIXTRAL, {"num_local_experts": 0}, ["num_local_experts", "0"]),
+        (MIXTRAL, {"num_local_experts": None}, ["num_local_experts", "None"]),
+        (MIXTRAL, {"num_local_experts": "8"}, ["num_local_experts", "'8'"]),
+        (MIXTRAL, {"num_experts_per_tok": 5}, ["num_experts_per_tok", "5", "at most 4"]),
+        (MIXTRAL, {"num_experts_per_tok": 0}, ["num_experts_per_tok", "0"]),
+        (MIXTRAL, {"num_experts": 8}, ["num_experts", "8"]),
+        (MIXTRAL, {"norm_topk_prob": False}, ["norm_topk_prob", "False"]),
+        (MIXTRAL, {"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]"]),
+        (MIXTRAL, {"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size", "64"]),
+        (MIXTRAL, {"attention_bias": True}, ["attention_bias", "True", "mixtral"]),
+        (MIXTRAL, {"mlp_bias": True}, ["mlp_bias", "True", "mixtral"]),
+        (QWEN2, {"attention_bias": True}, ["attention_bias", "True", "qwen2"]),
+        (QWEN2, {"num_local_experts": 8}, ["num_local_experts", "8"]),
+        (QWEN3, {"mlp_bias": True}, ["mlp_bias", "True", "qwen3"]),
+        (QWEN3, {"attention_bias": "yes"}, ["attention_bias", "'yes'"]),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": -1}, ["max_window_layers", "-1"]),
+        (QWEN3, {"use_sliding_window": 1}, ["use_sliding_window", "1"]),
+        (QWEN3, {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "sliding_window None"]),
+        (
+            QWEN3,
+            {"use_sliding_window": True, "layer_types": ["full_attention"]},
+            ["layer_types ['full_attention']", "each of the 2 layers is full_attention or sliding_attention"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_mixtral_or_qwen_of_another_arithmetic_is_refused(
+    raw: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^config\.json: ") as error:
+        parse_config({**raw, **changes})
+    assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize("name", ["float64", "int8", "float8_e4m3fn", "fp16", "", 16, ["float16"], {"a": 1}, False])
 def test_a_dtype_we_do_not_run_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="dtype") as error:
@@ -342,6 +451,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(
     [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
      "layer_types", "attention_bias", "mlp_bias", "tie_word_embeddings", "hidden_act", "partial_rotary_factor",
+     "max_window_layers", "num_local_experts", "num_experts_per_tok", "mlp_only_layers",
      "quantization_config", "use_qk_norm", "logit_scale", "original_max_position_embeddings", "dtype", "torch_dtype"]
 )  # fmt: skip
 ROPES = st.fixed_dictionaries(
@@ -352,7 +462,7 @@ ROPES = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(
-    base=st.sampled_from([LLAMA, MISTRAL]),
+    base=st.sampled_from([LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3]),
     changes=st.dictionaries(KEYS, JSON, min_size=1, max_size=3),
     rope=st.none() | ROPES,
 )
@@ -526,6 +636,38 @@ def test_missing_unexpected_and_misshapen_tensors_are_refused_by_name(
         assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3_biased", "mixtral", "mixtral_tied"])
+def test_shards_of_the_other_families_are_the_same_model(
+    tmp_path: Path, hub_checkpoint: GetCheckpoint, family: str
+) -> None:
+    reference = hub_checkpoint(family)
+    tensors = load_file(reference.path / "model.safetensors")
+    path = write_shards(tmp_path / "model", read_config(reference.path), tensors)
+    logits = load_model(path, dtype=torch.float32)(reference.tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, p: t.pop(f"{p}.experts.3.w2.weight"), ["lacks", "experts.3.w2.weight"]),
+        (lambda t, p: t.update({f"{p}.experts.5.w1.weight": torch.ones(112, 64)}), ["unexpected", "experts.5.w1"]),
+        (lambda t, p: t.update({f"{p}.experts.1.w2.weight": torch.ones(112, 64)}), ["experts.1.w2", "[64, 112]"]),
+        (lambda t, p: t.update({f"{p}.gate.weight": torch.ones(4, 64)}), ["gate.weight", "[4, 64]", "[5, 64]"]),
+    ],
+    ids=str,
+)
+def test_an_experts_tensor_is_missed_and_refused_by_name(
+    tmp_path: Path, hub_checkpoint: GetCheckpoint, change: Callable[[dict[str, Tensor], str], Any], words: list[str]
+) -> None:
+    reference = hub_checkpoint("mixtral")
+    tensors = load_file(reference.path / "model.safetensors")
+    change(tensors, "model.layers.1.block_sparse_moe")
+    with pytest.raises(ValueError, match="tensor") as error:
+        load_model(write_checkpoint(tmp_path / "model", read_config(reference.path), tensors))
+    assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
 def test_weights_stored_in_a_quantized_dtype_are_refused_by_name(
     tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], dtype: torch.dtype
@@ -625,7 +767,9 @@ def test_a_folder_without_weights_is_refused_and_bin_weights_name_the_converter(
 # Writing
 
 
-@pytest.mark.parametrize("family", ["gqa", "tied", "biased", "mistral_window"])
+@pytest.mark.parametrize(
+    "family", ["gqa", "tied", "biased", "mistral_window", "qwen2", "qwen3", "mixtral", "mixtral_tied"]
+)
 def test_transformers_reads_what_we_save(tmp_path: Path, hub_checkpoint: GetCheckpoint, family: str) -> None:
     from transformers import AutoModelForCausalLM
 

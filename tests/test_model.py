@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model, parse_config, read_config
-from model import Transformer, linear
+from model import MoE, Router, Transformer, linear
 from tests.conftest import FAMILIES, LENGTH, HubCheckpoint, shared_data
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
@@ -34,6 +34,31 @@ def poison_(model: Transformer) -> None:
     assert len(caches) == 2 * model.config.num_hidden_layers
     for cache in caches:
         cache.fill_(torch.nan)
+
+
+def choices(model: Transformer, tokens: Tensor) -> tuple[Tensor, list[set[int]]]:
+    """Run tokens [B, S]; return their logits, and the experts that any of them went to in each layer."""
+    chosen: list[set[int]] = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [
+        router.register_forward_hook(lambda _, inputs, output: chosen.append(set(output[1].flatten().tolist())))
+        for router in routers
+    ]
+    logits = model(tokens, torch.arange(tokens.shape[1]))
+    for hook in hooks:
+        hook.remove()
+    return logits, chosen
+
+
+def keep_only_(model: Transformer, chosen: list[set[int]]) -> None:
+    """Fill all other experts with NaN, or their scales, in whatever form they are."""
+    for block, kept in zip(model.layers, chosen, strict=True):
+        others = [i for i in range(model.config.num_local_experts) if i not in kept]
+        assert others and isinstance(block.mlp, MoE)
+        for stack in (block.mlp.gate_up_proj, block.mlp.down_proj):
+            for p in stack.parameters():
+                if p.is_floating_point():
+                    p.data[others] = torch.nan
 
 
 def decode(step: Callable[..., Tensor], tokens: Tensor, sizes: list[int]) -> Tensor:
@@ -82,6 +107,12 @@ def test_decode_matches_transformers(reference: HubCheckpoint, sizes: list[int])
         ("mistral_window", {"sliding_window": None}),
         ("mistral_window", {"sliding_window": 9}),
         ("gqa", {"rms_norm_eps": 1e-2}),
+        ("qwen2_window", {"full_attention_layers": ()}),
+        ("qwen2_window", {"sliding_window": None}),
+        ("qwen2_window", {"full_attention_layers": (1,)}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("mixtral", {"num_experts_per_tok": 3}),
+        ("mixtral_tied", {"sliding_window": None}),
     ],
 )
 def test_reference_would_show_a_feature_left_out(
@@ -148,11 +179,12 @@ def test_attending_to_fewer_slots_equals_the_whole_cache(reference: HubCheckpoin
 def test_nan_in_slots_not_yet_reached_changes_nothing(reference: HubCheckpoint) -> None:
     # A slot the window has left behind is poisoned too, where there is a window.
     model = fresh_model(reference)
-    window = model.config.sliding_window or LENGTH
     half = LENGTH // 2
     model(reference.tokens[:, :half], torch.arange(half))
-    for name, cache in model.named_buffers():
-        if ".cache." in name:
+    for layer, block in enumerate(model.layers):
+        window = model.config.window(layer) or LENGTH
+        assert block.self_attn.cache is not None
+        for cache in block.self_attn.cache.buffers():
             cache[:, :, half:] = torch.nan
             cache[:, :, : max(0, half + 1 - window)] = torch.nan
     logits = model(reference.tokens[:, half : half + 1], torch.tensor([half]))
@@ -165,6 +197,16 @@ def test_setting_up_caches_again_forgets_the_text_before(hub_checkpoint: GetChec
     model(reference.tokens.flip(-1), torch.arange(LENGTH))
     model.setup_caches(reference.tokens.shape[0], LENGTH)
     assert_close(decode(model, reference.tokens, [LENGTH]), reference.logits)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mixtral_tied"])
+def test_a_step_is_said_to_read_the_chosen_experts_and_no_others(hub_checkpoint: GetCheckpoint, family: str) -> None:
+    model = load_model(hub_checkpoint(family).path, dtype=torch.float32)
+    config = model.config
+    of_one_expert = 4 * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    idle = of_one_expert * (config.num_local_experts - config.num_experts_per_tok)
+    table = 0 if model.tied else model.embed_tokens.weight.nbytes
+    assert model.step_weight_bytes == sum(p.nbytes for p in model.parameters()) - table - idle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +224,10 @@ class Compiled:
 # Batch and new tokens: products of one and two rows are compiled otherwise than those of more, and so is attention.
 @pytest.fixture(
     scope="module",
-    params=[("biased", 1, 1), ("biased", 1, 2), ("biased", 1, 5), ("mistral_window", 2, 1)],
+    params=[
+        *[("biased", 1, 1), ("biased", 1, 2), ("biased", 1, 5), ("mistral_window", 2, 1), ("qwen3", 1, 1)],
+        *[("qwen2_window", 2, 1), ("mixtral", 1, 1), ("mixtral_tied", 2, 1)],
+    ],
     ids=lambda param: f"{param[0]}-B{param[1]}-S{param[2]}",
 )
 def compiled(request: pytest.FixtureRequest, hub_checkpoint: GetCheckpoint) -> Iterator[Compiled]:
@@ -219,6 +264,16 @@ def test_compiled_rows_at_their_own_positions_equal_eager(compiled: Compiled) ->
         model(reference.tokens, torch.arange(LENGTH))
         outputs.append(call(tokens, positions))
     assert_close(outputs[1], outputs[0], 1e-5)
+
+
+def test_experts_that_are_not_chosen_are_not_read_compiled_or_not(hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("mixtral")
+    model = fresh_model(reference, batch_size=1)
+    expected, chosen = choices(model, torch.tensor([[5]]))
+    keep_only_(model, chosen)
+    torch._dynamo.reset()
+    for step in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        assert_close(step(torch.tensor([[5]]), torch.zeros(1, 1, dtype=torch.long)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("size", [64, 172, 4096, 4099, 5632, 11008, 28672])

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantize
-from checkpoint import load_model, meta_model, random_model, read_config
+from checkpoint import load_model, meta_model, random_model, read_config, save_hub_checkpoint
 from generate import generate
-from gptq import Calibration, gptq
+from gptq import Calibration, gptq, gptq_stack
 from kernels import MAX_ROWS, AtenInt4Linear, AtenInt8Linear
-from model import Linear, Transformer
+from model import Linear, MoE, Transformer
 from quantize import (
     GROUP_SIZES,
     Int4Linear,
@@ -38,6 +38,7 @@ from quantize import (
 )
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
+from tests.test_model import choices, keep_only_
 from tokenizer import load_tokenizer
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
@@ -139,6 +140,47 @@ def test_a_quantized_linear_equals_its_explicit_dequantized_product(
         assert (y.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", [None, Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_each_row_of_a_stack_is_multiplied_with_its_experts_dequantized_weight(
+    scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    child = Linear(shape[1], shape[0], num_experts=3)
+    child.weight.data = normal(3, *shape)
+    if scheme is None:
+        stored: nn.Module = child.to(dtype).requires_grad_(False)
+        weight = child.weight.double()
+    else:
+        stored = quantize_linear(child.requires_grad_(False), scheme)
+        weight = stored.dequantize().double()
+    ready = on_this_device(stored, dtype)
+    for M, A in ((1, 2), (5, 1), (MAX_ROWS, 2), (2 * MAX_ROWS, 2)):
+        x = normal(M, A, shape[1], seed=7).to(dtype)
+        experts = torch.randint(3, (M, A), generator=torch.Generator().manual_seed(M))
+        y = ready(x, experts)
+        expected = torch.stack([x.double()[m] @ weight[0].t() for m in range(M)])
+        for m, a in [(m, a) for m in range(M) for a in range(A)]:
+            expected[m, a] = weight[experts[m, a]] @ x[m, a].double()
+        assert y.dtype == dtype and y.shape == (M, A, shape[0])
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        assert (y.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_experts_that_are_not_chosen_are_not_read(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, scheme: Scheme, dtype: torch.dtype
+) -> None:
+    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(scheme))
+    model = load_model(path, dtype=dtype)
+    expected, chosen = choices(model, torch.tensor([[5]]))
+    keep_only_(model, chosen)
+    assert torch.equal(model(torch.tensor([[5]]), torch.arange(1)), expected)
+    of_stacks = sum(p.nbytes for name, p in model.named_parameters() if "_up_proj" in name or "down_proj" in name)
+    assert model.step_weight_bytes == model.weight_bytes - model.embed_tokens.weight.nbytes - of_stacks * 3 // 5
+
+
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
 def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
     child = filled(64, 128)
@@ -216,6 +258,61 @@ def test_the_hessians_are_of_the_inputs_that_the_linears_see(hub_checkpoint: Get
     assert not expected
 
 
+def scarce_router_(model: Transformer) -> None:
+    """Let every token go to two of the first four experts, never to the fifth."""
+    for block in model.layers:
+        assert isinstance(block.mlp, MoE)
+        one = block.mlp.gate.weight.data[0].clone()
+        block.mlp.gate.weight.data = torch.stack([one, -one, 2 * one, -2 * one, 0 * one])
+
+
+def test_gptq_calibrates_each_expert_on_the_tokens_that_go_to_it(hub_checkpoint: GetCheckpoint) -> None:
+    reference = hub_checkpoint("mixtral")
+    model = load_model(reference.path, dtype=torch.float32)
+    scarce_router_(model)
+    block, seen = model.layers[0], {}
+    hooks = [
+        child.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs}))
+        for name, child in linears(block).items()
+        if name.startswith("mlp")
+    ]
+    model(reference.tokens, torch.arange(reference.tokens.shape[1]))
+    for hook in hooks:
+        hook.remove()
+    calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
+    encoders = calibration.encoders(block)
+    for name, (x, experts) in seen.items():
+        encoder, weight = encoders[name], linears(block)[name].weight
+        assert isinstance(encoder, partial)
+        codes, scales, zeros = encoder(weight, 32)
+        for i in range(5):
+            rows = x[experts == i]
+            assert encoder.keywords["counts"][i] == len(rows)
+            torch.testing.assert_close(encoder.keywords["hessians"][i], rows.t() @ rows, rtol=1e-4, atol=1e-3)
+            rounded = quantize_int4(weight[i], 32)
+            if i == 4:
+                assert len(rows) == 0 and torch.equal(codes[i], rounded[0])
+            else:
+                ours = output_error(weight[i], (codes[i], scales[i], zeros[i]), 32, rows)
+                assert len(rows) > 10 and ours < 0.95 * output_error(weight[i], rounded, 32, rows)
+    calibration.advance(block)
+    calibration.encoders(model.layers[1])
+    warning = calibration.warning()
+    assert warning is not None and "expert 4 of layer 0 the fewest: 0;" in warning and calibration.scarce[1, 4] == 0
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 16, 64, 128, 256, 1024])
+@pytest.mark.parametrize("decay", [0, 1])
+def test_an_expert_that_saw_few_tokens_is_never_far_worse_than_rounded_on_others(num_rows: int, decay: float) -> None:
+    K = 256
+    mixing = normal(K, K, seed=1) @ torch.diag(torch.arange(1, K + 1) ** -float(decay)) @ normal(K, K, seed=2) / K
+    weight = normal(48, K)
+    x, others = normal(num_rows, K, seed=3) @ mixing, normal(2000, K, seed=4) @ mixing
+    codes, scales, zeros = gptq_stack(weight[None], 32, (x.t() @ x)[None], [num_rows])
+    ours = output_error(weight, (codes[0], scales[0], zeros[0]), 32, others)
+    assert ours < 1.05 * output_error(weight, quantize_int4(weight, 32), 32, others)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A checkpoint, quantized
 
@@ -249,19 +346,19 @@ def plain_twin(path: Path) -> Transformer:
     for name, child in linears(model).items():
         codes, scales = stored[f"{name}.weight"], state.pop(f"{name}.scales")
         if codes.dtype == torch.int8:
-            state[f"{name}.weight"] = codes.float() * scales.float()[:, None]
+            state[f"{name}.weight"] = codes.float() * scales.float()[..., None]
         else:
-            K, group_size = child.weight.shape[1], scheme["groupsize"]
+            K, group_size = child.weight.shape[-1], scheme["groupsize"]
             zeros = state.pop(f"{name}.zeros").float()
             low, high = codes % 16, codes // 16
-            codes = torch.stack((low, high), dim=2).reshape(len(codes), -1)[:, :K].float()
+            codes = torch.stack((low, high), dim=-1).reshape(*codes.shape[:-1], -1)[..., :K].float()
             group_of = torch.tensor([column // group_size for column in range(K)])
-            state[f"{name}.weight"] = (codes - 8) * scales.float()[:, group_of] + zeros[:, group_of]
+            state[f"{name}.weight"] = (codes - 8) * scales.float()[..., group_of] + zeros[..., group_of]
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model
 
 
-@pytest.mark.parametrize("family", ["gqa", "tied", "biased"])
+@pytest.mark.parametrize("family", ["gqa", "tied", "biased", "qwen2", "qwen3", "mixtral", "mixtral_tied"])
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 256)], ids=str)
 def test_a_loaded_checkpoint_computes_with_the_stored_codes(
     hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, scheme: Scheme
@@ -300,6 +397,41 @@ def test_compiled_equals_eager_and_compiles_once(tmp_path: Path, scheme: Scheme)
         with torch.compiler.set_stance("fail_on_recompile"):
             found = text(prompt, **steps)
         assert found == text(prompt)
+
+
+def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
+    # Of its stacks a kernel takes one, and the plain path the other, of 112 columns.
+    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(Scheme("int4", 32)))
+    model = load_model(path, dtype=torch.float32)
+    torch._dynamo.reset()
+    steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
+    model.setup_caches(1, 256)
+
+    def text(prompt: list[int], **steps: Any) -> list[list[list[int]]]:
+        return list(generate(model, [prompt], 12, Sampling(temperature=0), **steps))
+
+    assert text([1, 5, 9], **steps) == text([1, 5, 9])
+    for prompt in ([1], list(range(1, 60)), list(range(1, 90))):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = text(prompt, **steps)
+        assert found == text(prompt)
+
+
+def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_path: Path, capsys: Any) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    raw = {"model_type": "mixtral", "vocab_size": 4096, "max_position_embeddings": 256, **sizes, **experts}
+    model = random_model(raw, dtype=torch.float32)
+    save_hub_checkpoint(model, raw, source, torch.float32)
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copyfile(file, source / file.name)
+    path = quantized(source, tmp_path / "out", *arguments(Scheme("int4-gptq", 32)))
+    assert "experts saw fewer calibration tokens than they have inputs" in capsys.readouterr().err
+    positions, tokens = torch.arange(64), torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))
+    logits = load_model(path, dtype=torch.float32)(tokens, positions)
+    torch.testing.assert_close(logits, plain_twin(path)(tokens, positions), atol=1e-4, rtol=0)
 
 
 def test_one_rounded_block_after_another_is_what_gptq_sees(stories: Path) -> None:
