@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cli import own_file
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -158,23 +160,24 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
     folder = Path(checkpoint_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a checkpoint folder with its tokenizer files")
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # older folders declare special tokens in a file of their own
-        settings |= read_settings(folder / "special_tokens_map.json")
-    if (path := folder / "tokenizer.json").is_file():
+        settings |= read_settings(folder, "special_tokens_map.json")
+    if (path := own_file(folder, "tokenizer.json")).is_file():
         return load_tokenizer_json(path, settings)
-    if (path := folder / "tokenizer.model").is_file():
+    if (path := own_file(folder, "tokenizer.model")).is_file():
         return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the JSON object of a file, {} where there is no such file."""
+    path = own_file(folder, name)
+    if not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -349,7 +352,7 @@ def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -
     """Read the tokens of tokenizer_config.json, or of added_tokens.json as older folders have it."""
     fields = settings.get("added_tokens_decoder")
     if not isinstance(fields, dict):
-        fields = {i: {"content": content} for content, i in read_settings(folder / "added_tokens.json").items()}
+        fields = {i: {"content": content} for content, i in read_settings(folder, "added_tokens.json").items()}
     tokens = []
     for i, token in fields.items():
         content = token_name(token)
