@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors with exit status 2, options that check their range, whole files, own files."""
+"""What the commands share: one-line errors with exit status 2, options that check their range, files."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 
 def one_line(message: str) -> str:
-    """Return a message as one line of bounded length, control characters escaped: names in files are strangers' words."""
+    """Return a message as one line of bounded length, control characters escaped: it may quote a stranger's file."""
     words = " ".join(message.split())
     words = words if len(words) <= 1000 else f"{words[:600]} ... {words[-400:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
@@ -119,10 +119,8 @@ def own_file(folder: Path, name: str) -> Path:
     """
     path, home = folder / name, Path(os.path.realpath(folder))
     target = Path(os.path.realpath(path))
-    own = target.is_relative_to(home) or (
-        home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
-    )
-    if not own:
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(folder) for folder in homes):
         raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
     return path
 
