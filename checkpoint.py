@@ -322,7 +322,7 @@ class TensorFiles:
         if not isinstance(files, dict):
             raise ValueError(f"{index} has no weight_map")
         for file in sorted(set(map(str, files.values()))):
-            if Path(file).name != file or Path(file).suffix != suffix:
+            if Path(file).name != file or Path(file).suffix != suffix or "\0" in file:
                 raise ValueError(f"{index} names {file!r}, expected a {suffix} file of its own folder")
             if not own_file(self.path, file).is_file():
                 raise FileNotFoundError(f"{self.path / file} is missing, but {index.name} names it; download it again")

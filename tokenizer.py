@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The expression fails on much longer runs of whitespace; Meta's own code cuts them here too.
+LLAMA3_MAX_WHITESPACE = 25000
 # The names of Llama 3.1 and 3.2, in the order of their ids; in 3.0 some of them are reserved ones.
 LLAMA3_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
@@ -384,10 +387,21 @@ def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids)
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
-        return encoding.encode(text, allowed_special="all" if parse_special else set(), disallowed_special=())
+        allowed: Any = "all" if parse_special else set()
+        ids: list[int] = []
+        for piece in cut_whitespace(text, LLAMA3_MAX_WHITESPACE):
+            ids += encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        return ids
 
     token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
     return Tokenizer(token_bytes, encode_text, choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get))
+
+
+def cut_whitespace(text: str, longest: int) -> list[str]:
+    """Cut a text within its runs of whitespace that are too long, so that none is longer."""
+    runs = re.finditer(r"\s+", text) if len(text) > longest else ()
+    cuts = [at for run in runs for at in range(run.start() + longest, run.end(), longest)]
+    return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -144,18 +144,22 @@ def mutation(forms: dict[str, Path], seed: int) -> tuple[str, str]:
     return file.name, outcome
 
 
-def in_child(function: Callable[[Any], None]) -> Any:
-    """Run function, which gets the sending end of a pipe, in a forked child; return the child and the other end."""
+def in_child(function: Callable[[Any], None], output: str | Path = os.devnull) -> Any:
+    """Run function, which gets the sending end of a pipe, in a forked child; return the child and the other end.
+
+    output: where its stdout and stderr go.
+    """
     receiver, sender = fork.Pipe(duplex=False)
 
-    def silent() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
+    def redirected() -> None:
+        file = os.open(output, os.O_RDWR | os.O_CREAT)
         for standard in range(3):
-            os.dup2(null, standard)
+            os.dup2(file, standard)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # a test runner has its own
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this one
         function(sender)
 
-    child = fork.Process(target=silent, daemon=True)
+    child = fork.Process(target=redirected, daemon=True)
     child.start()
     sender.close()
     return child, receiver
@@ -233,8 +237,8 @@ def contents(folder: Path) -> dict[str, bytes] | None:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
 
 
-def started(command: Callable[[], None]) -> Any:
-    return in_child(lambda sender: command())[0]
+def started(command: Callable[[], None], output: str | Path = os.devnull) -> Any:
+    return in_child(lambda sender: command(), output)[0]
 
 
 def kill(name: str, folder: Path, whole: dict[str, bytes], after_s: float) -> str:
