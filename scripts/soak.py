@@ -2,8 +2,8 @@
 
     python scripts/soak.py --turns 2000
 
-A turn continues a prompt of 1 to 700 tokens by 8 to 64, plainly, with the demo's draft or by prompt lookup, compiled. The
-same 100 turns come again and again, so that a turn must give the very text that it gave the first time.
+A turn continues a prompt of 1 to 700 tokens by 8 to 64, plainly, with the demo's draft or by prompt lookup, compiled.
+The same 100 turns come again and again, so that a turn must give the very text that it gave the first time.
 """
 
 import argparse
@@ -146,8 +146,11 @@ def run(args: argparse.Namespace) -> None:
     slug = "-".join("".join(c if c.isalnum() else " " for c in machine.lower()).split())
     path = args.output_dir / f"{datetime.date.today()}_{slug}_soak.json"
     write_whole(path, json.dumps(report, indent=1) + "\n")
-    print(f"{found['turns']} turns, {found['tokens']} tokens: memory {found['memory_growth']:+.2%}, tokens/s "
-          f"{-found['slowdown']:+.1%}, {found['graphs']['after']} new graphs; wrote {path}", file=sys.stderr)  # fmt: skip
+    print(
+        f"{found['turns']} turns, {found['tokens']} tokens: memory {found['memory_growth']:+.2%}, tokens/s "
+        f"{-found['slowdown']:+.1%}, {found['graphs']['after']} new graphs; wrote {path}",
+        file=sys.stderr,
+    )
     for fault in found["faults"]:
         print(fault, file=sys.stderr)
     sys.exit(1 if found["faults"] else 0)
