@@ -124,9 +124,9 @@ def read_all(path: Path) -> None:
         load_model(path)
 
 
-def mutation(forms: dict[str, Path], seed: int) -> tuple[str, str]:
-    """Change one file of one form and read the folder; return which file, and what came of it."""
-    chance = random.Random(seed)
+def mutation(forms: dict[str, Path], seed: int) -> tuple[str, str, float]:
+    """Change one file of one form and read the folder; return which file, what came of it, and seconds of the CPU."""
+    chance, began = random.Random(seed), time.process_time()
     path = forms[chance.choice(sorted(forms))]
     file = chance.choice([file for file in sorted(path.iterdir()) if file.suffix != ".md"])
     before = file.read_bytes()
@@ -141,7 +141,7 @@ def mutation(forms: dict[str, Path], seed: int) -> tuple[str, str]:
     finally:
         file.write_bytes(before)
         shutil.rmtree(path / "converted", ignore_errors=True)
-    return file.name, outcome
+    return file.name, outcome, time.process_time() - began
 
 
 def in_child(function: Callable[[Any], None], output: str | Path = os.devnull) -> Any:
@@ -165,7 +165,7 @@ def in_child(function: Callable[[Any], None], output: str | Path = os.devnull) -
     return child, receiver
 
 
-def mutations(count: int, folder: Path, patience_s: float = 60) -> Iterator[tuple[int, str, str, float]]:
+def mutations(count: int, folder: Path, patience_s: float = 300) -> Iterator[tuple[int, str, str, float]]:
     """Yield seed, file, outcome and seconds of each mutation, made by a child that another replaces if it crashes."""
     seed = 0
     while seed < count:
@@ -177,18 +177,17 @@ def mutations(count: int, folder: Path, patience_s: float = 60) -> Iterator[tupl
                 sender.send(mutation(forms, each))
 
         child, receiver = in_child(work)
-        began = time.perf_counter()
         try:
             while seed < count:
                 answered = receiver.poll(patience_s)
-                file, outcome = receiver.recv() if answered else ("?", f"no answer within {patience_s} s")
-                yield seed, file, outcome, time.perf_counter() - began
-                began, seed = time.perf_counter(), seed + 1
+                seen = receiver.recv() if answered else ("?", f"no answer within {patience_s} s", patience_s)
+                yield seed, *seen
+                seed += 1
                 if not answered:
                     break
         except EOFError:
             child.join()
-            yield seed, "?", f"the process ended with status {child.exitcode}", time.perf_counter() - began
+            yield seed, "?", f"the process ended with status {child.exitcode}", 0.0
             seed += 1
         finally:
             child.kill()
@@ -207,7 +206,7 @@ def report_mutations(count: int) -> dict[str, Any]:
                 faults.append({"seed": seed, "file": file, "outcome": outcome})
     total = sum(outcomes.values(), collections.Counter())
     files = {file: dict(counts) for file, counts in sorted(outcomes.items())}
-    return {**total, "longest_s": round(longest, 3), "faults": faults, "files": files}
+    return {**total, "longest_cpu_s": round(longest, 3), "faults": faults, "files": files}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
