@@ -10,8 +10,13 @@ Two layouts are read, told apart by `layout` in config.json:
 
 import contextlib
 import ctypes
+import fcntl
+import functools
+import glob
 import json
+import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import naming, own_file
 from model import ONE_RANK, ModelConfig, Ranks, RopeScaling, Transformer, rope_frequencies
 from quantize import Scheme, parse_scheme, quantize_linears_, repack_
 from tp import check_sizes, local_part
@@ -121,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
-    path = checkpoint_path / "config.json"
+    path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
         raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json")
     if not path.is_file():
@@ -286,7 +292,7 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
 def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     """Return every id that ends a text: generation_config.json's, else config.json's; () where neither has one."""
     folder = Path(checkpoint_path)
-    path = folder / "generation_config.json"
+    path = own_file(folder, "generation_config.json")
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
         path = folder / "config.json"
@@ -294,8 +300,10 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids")
+    num_ids = read_config(folder).get("vocab_size")
+    num_ids = num_ids if isinstance(num_ids, int) else 2**31
+    if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type
+        raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")
     return tuple(ids)
 
 
@@ -354,13 +362,15 @@ class TensorFiles:
     def __init__(self, checkpoint_path: Path, allow_pickle: bool = False):
         self.path = checkpoint_path
         self.allow_pickle = allow_pickle
+        # The format before torch 1.6 cannot be mapped: a file is read whole, so the last one stays.
+        self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         self.files: dict[str, str] = self._index()
 
     def _index(self) -> dict[str, str]:
         patterns = ["model.safetensors"] + ["pytorch_model.bin"] * self.allow_pickle
         for single in patterns:
-            index = self.path / f"{single}.index.json"
-            if (self.path / single).is_file():
+            index = own_file(self.path, f"{single}.index.json")
+            if own_file(self.path, single).is_file():
                 return dict.fromkeys(self._names_in(single), single)
             if index.is_file():
                 return self._sharded(index, Path(single).suffix)
@@ -376,9 +386,9 @@ class TensorFiles:
         if not isinstance(files, dict):
             raise ValueError(f"{index} has no weight_map")
         for file in sorted(set(map(str, files.values()))):
-            if Path(file).name != file or Path(file).suffix != suffix:
+            if Path(file).name != file or Path(file).suffix != suffix or "\0" in file:
                 raise ValueError(f"{index} names {file!r}, expected a {suffix} file of its own folder")
-            if not (self.path / file).is_file():
+            if not own_file(self.path, file).is_file():
                 raise FileNotFoundError(f"{self.path / file} is missing, but {index.name} names it; download it again")
             present = set(self._names_in(file))
             for name in (name for name, where in files.items() if where == file):
@@ -392,9 +402,9 @@ class TensorFiles:
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
-        path = self.path / file
+        path = own_file(self.path, file)
         if file.endswith(".bin"):
-            yield read_pickle(path)
+            yield read_pickle(path) if is_zip(path) else self._read_legacy(path)
             return
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -411,17 +421,20 @@ class TensorFiles:
             return tensors[name] if file.endswith(".bin") else tensors.get_tensor(name)
 
 
+def is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a .bin state dict and run none of its code; mapped, unless it is of the format before torch 1.6."""
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         reason = "it asks to run code" if "GLOBAL" in str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
     entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
+    if not all(isinstance(name, str) and isinstance(t, Tensor) and not t.is_meta for name, t in entries):
         raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
     return tensors
 
@@ -514,10 +527,21 @@ def model_tensors(
                 return whole.to(specs[name][0])
             stored = unstacked(name, whole, model.config).split(part_rows(name, model.config, whole.shape[0]))
         parts = [local_part(name, i, part, model.config, ranks).to(specs[name][0]) for i, part in enumerate(stored)]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return joined.unflatten(0, (model.config.num_local_experts, -1)) if is_stack(name, model.config) else joined
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not is_finite(value):
+            large = " or too large for it; give --dtype bfloat16" if value.dtype == torch.float16 else ""
+            raise ValueError(
+                f"{checkpoint_path}: {name} has values that are not finite in {value.dtype}; the checkpoint is damaged"
+                + large
+            )
+        return value.unflatten(0, (model.config.num_local_experts, -1)) if is_stack(name, model.config) else value
 
     return specs, read
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether no value is NaN or infinite; codes never are. One pass at memory speed, unlike isfinite()."""
+    return not tensor.is_floating_point() or all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
 def load_model(
@@ -599,19 +623,6 @@ def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], 
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, (dtype, shape) in specs.items():
             write_tensor(file, read(name), dtype, shape)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add to an OSError of a write which file it was; Python says so only where one is opened."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_free_space(path: Path, needed: int) -> None:
@@ -630,18 +641,49 @@ def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, shape: torc
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name when all went well, and is removed when not.
 
+    A run that was killed leaves its temporary folder: the next one to the same path removes it.
     Raises ValueError where `path` holds something already.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists already; remove it or name another output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
+    absent = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
+            with contextlib.suppress(OSError), locked(abandoned):
+                shutil.rmtree(abandoned)
+        temporary.mkdir()
+        with naming(path), locked(temporary):
+            yield temporary
+            for file in (*temporary.iterdir(), temporary):
+                sync(file)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in absent:
+            with contextlib.suppress(OSError):  # it is not empty: all went well
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process however that ends. BlockingIOError: another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of files is on the disk, so that no loss of power can leave half of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sibling(path: Path, suffix: str) -> Path:
@@ -658,7 +700,7 @@ def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dt
     (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
     for pattern in COMPANIONS:
         for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, path / file.name)
+            shutil.copyfile(own_file(source, file.name), path / file.name)
 
 
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:

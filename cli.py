@@ -1,9 +1,11 @@
-"""What the commands share: one-line errors with exit status 2, options that check their range, whole files."""
+"""What the commands share: one-line errors with exit status 2, options that check their range, files."""
 
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,40 +15,114 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line of bounded length, control characters escaped: it may quote a stranger's file."""
+    words = " ".join(message.split())
+    words = words if len(words) <= 1000 else f"{words[:600]} ... {words[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit status 2; Ctrl-C and a closed pipe end quietly."""
+    """Turn a user's mistake into one line on stderr and exit status 2.
+
+    Ctrl-C and a closed pipe end quietly, SIGTERM with a line and status 143, each after what was begun is removed.
+    """
     try:
-        yield
-        sys.stdout.flush()
+        with sigterm_raises():
+            yield
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except Terminated:
+        print("ended by SIGTERM", file=sys.stderr)
+        sys.exit(143)
     except BrokenPipeError:  # the reader of our stdout left, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         sys.exit(0)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
         reason = next((line for line in str(error).splitlines() if "allocate" in line), None)
-        if reason is None:
+        if reason is None and not isinstance(error, MemoryError):
             raise
-        print(f"error: out of memory ({reason}); give fewer rows, a shorter text or a smaller --dtype", file=sys.stderr)
-        sys.exit(2)
+        fail(f"out of memory ({reason or 'in Python'}); give fewer rows, a shorter text or a smaller --dtype")
+
+
+def fail(message: str) -> NoReturn:
+    print("error:", one_line(message), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was stdout that failed; Python would try again at its end
+        drop_stdout()
+    sys.exit(2)
+
+
+def drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise Terminated, so that `finally` runs; not where Ctrl-C too ends the process at once."""
+    taken = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if taken or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add to an OSError of a write which file it was; Python says so only where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return the path of a checkpoint folder's file, whether it is there or not.
+
+    Raises ValueError where it is a link that leads out: the folder is a stranger's, what else is on the disk is not.
+    In the Hub's cache the files of REPO/snapshots/REVISION are links into REPO/blobs.
+    """
+    path, home = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(folder) for folder in homes):
+        raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
+    return path
 
 
 def read_text(option: str, path: Path) -> str:

@@ -31,13 +31,16 @@ ROWS = 4  # of the weight that the kernels take together
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Compile and load kernels.cpp; None, and a line on stderr, where that cannot be done."""
-    compiler, info = shlex.split(os.environ.get("CXX", "g++")), Path("/proc/cpuinfo")
+    compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
-    if "avx512_bf16" not in cpu or not shutil.which(compiler[0]):
+    program = shutil.which(compiler[0])
+    if "avx512_bf16" not in cpu or program is None:
         return None
+    version = Path(program).stat()  # of the file that a link leads to: asking it would take a process
     command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", str(SOURCE)]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *features]).encode()).hexdigest()
+    made_by = [program, str(version.st_size), str(version.st_mtime_ns)]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *made_by, *features]).encode()).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
         path = folder / f"{key[:16]}.so"

@@ -17,8 +17,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cli import own_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,6 +43,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The expression fails on much longer runs of whitespace; Meta's own code cuts them here too.
+LLAMA3_MAX_WHITESPACE = 25000
 # The names of Llama 3.1 and 3.2, in the order of their ids; in 3.0 some of them are reserved ones.
 LLAMA3_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
@@ -158,23 +163,24 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
     folder = Path(checkpoint_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a checkpoint folder with its tokenizer files")
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder, "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # older folders declare special tokens in a file of their own
-        settings |= read_settings(folder / "special_tokens_map.json")
-    if (path := folder / "tokenizer.json").is_file():
+        settings |= read_settings(folder, "special_tokens_map.json")
+    if (path := own_file(folder, "tokenizer.json")).is_file():
         return load_tokenizer_json(path, settings)
-    if (path := folder / "tokenizer.model").is_file():
+    if (path := own_file(folder, "tokenizer.model")).is_file():
         return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the JSON object of a file, {} where there is no such file."""
+    path = own_file(folder, name)
+    if not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -349,7 +355,7 @@ def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -
     """Read the tokens of tokenizer_config.json, or of added_tokens.json as older folders have it."""
     fields = settings.get("added_tokens_decoder")
     if not isinstance(fields, dict):
-        fields = {i: {"content": content} for content, i in read_settings(folder / "added_tokens.json").items()}
+        fields = {i: {"content": content} for content, i in read_settings(folder, "added_tokens.json").items()}
     tokens = []
     for i, token in fields.items():
         content = token_name(token)
@@ -381,10 +387,21 @@ def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids)
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
-        return encoding.encode(text, allowed_special="all" if parse_special else set(), disallowed_special=())
+        allowed: Any = "all" if parse_special else set()
+        ids: list[int] = []
+        for piece in cut_whitespace(text, LLAMA3_MAX_WHITESPACE):
+            ids += encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        return ids
 
     token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
     return Tokenizer(token_bytes, encode_text, choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get))
+
+
+def cut_whitespace(text: str, longest: int) -> list[str]:
+    """Cut a text within its runs of whitespace that are too long, so that none is longer."""
+    runs = re.finditer(r"\s+", text) if len(text) > longest else ()
+    cuts = [at for run in runs for at in range(run.start() + longest, run.end(), longest)]
+    return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -106,6 +106,8 @@ def models(path: Path, calibration: str) -> Iterator[tuple[str, Transformer]]:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.output_dir.is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is not a folder that exists")
     calibration, text = texts(args.text_file)
     ids = load_tokenizer(args.checkpoint_path).encode(text)[: args.num_tokens]
     machine = hardware("cpu")

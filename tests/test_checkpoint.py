@@ -542,13 +542,13 @@ def test_shards_hold_the_same_model_as_one_file(tmp_path: Path, hub_checkpoint: 
 
 def test_a_folder_of_links_is_read_as_the_hubs_cache_has_them(tmp_path: Path, hub_checkpoint: GetCheckpoint) -> None:
     reference = hub_checkpoint("gqa")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for number, file in enumerate(reference.path.iterdir()):
-        blob = tmp_path / "blobs" / str(number)
-        blob.parent.mkdir(exist_ok=True)
-        blob.write_bytes(file.read_bytes())
-        (tmp_path / "snapshot").mkdir(exist_ok=True)
-        (tmp_path / "snapshot" / file.name).symlink_to(blob)
-    logits = load_model(tmp_path / "snapshot")(reference.tokens, torch.arange(LENGTH))
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    logits = load_model(snapshot)(reference.tokens, torch.arange(LENGTH))
     torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import load_model, read_config
+from scripts import soak
 from scripts.convert_hf_checkpoint import convert, main
 from tests.conftest import FAMILIES, LENGTH, REPO, HubCheckpoint, assert_user_error, run_command, small_disk
 
@@ -649,3 +650,33 @@ def test_a_private_repository_opens_to_its_token(tmp_path: Path, hub: LocalHub) 
     result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--hf_token", "hf_secret")
     assert result.returncode == 0, result.stderr
     assert "hf_secret" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# soak.py
+
+
+def test_a_short_soak_finds_that_the_same_turns_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "NUM_DIFFERENT", 3)
+    found = soak.soak(6, "cpu", compile_steps=False)
+    assert (found["turns"], found["graphs"], found["changed_texts"]) == (6, {"warm-up": 0, "after": 0}, [])
+    assert 6 * 8 <= found["tokens"] <= 6 * 64
+    assert len(found["memory_bytes"]) == len(found["tokens_per_s"]) == 2
+
+
+def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bytearray] = []
+
+    def worse(*_: Any) -> Callable[[int], Iterator[list[int]]]:
+        def turn(i: int) -> Iterator[list[int]]:
+            time.sleep(0.01 if i < 15 else 0.03)
+            held.append(bytearray(b"x" * 2**23))
+            yield [i if i == 17 else i % 5]
+
+        return turn
+
+    monkeypatch.setattr(soak, "NUM_DIFFERENT", 5)
+    monkeypatch.setattr(soak, "turns", worse)
+    found = soak.soak(20, "cpu", compile_steps=False)
+    assert found["changed_texts"] == [17]
+    assert [fault.split()[0] for fault in found["faults"]] == ["memory", "the", "1"]

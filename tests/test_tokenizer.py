@@ -661,3 +661,11 @@ def test_a_bos_token_that_is_not_in_the_vocabulary_is_refused(tmp_path):
 )
 def test_an_added_token_that_is_malformed_or_not_supported_is_refused(tmp_path, token, words):
     assert_refused(copy_model(STORIES, tmp_path, {"added_tokens_decoder": token}), *words)
+
+
+@needs_data
+@pytest.mark.parametrize("space", [" ", "\n", "\t"])
+def test_whitespace_that_its_regular_expression_cannot_take_is_cut(space):
+    llama3 = load_tokenizer(LLAMA3)
+    for text in (space * 10**6, "a" + space * 60_000 + "b"):
+        assert llama3.decode(llama3.encode(text)) == text
