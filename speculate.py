@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from steps import Sampling, draw, exponential, prefill, probabilities, prompt_chunks, visible_slots
+from steps import Sampling, draw, exponential, likeliest, prefill, probabilities, prompt_chunks, visible_slots
 
 GREEDY = Sampling(temperature=0)
 
@@ -47,10 +47,10 @@ def draft(
         if logits.shape[-1] != vocab_size:
             logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
         if noise is None:
-            chosen = logits.argmax(dim=-1, keepdim=True)
+            chosen = logits.argmax(dim=-1, keepdim=True)  # where they are not finite, a guess like any other
         else:
             q.append(probabilities(logits, sampling))
-            chosen = draw(q[-1], noise[:, i]).unsqueeze(-1)
+            chosen = draw(q[-1], noise[:, i]).unsqueeze(-1).clamp(min=0)
         ids.append(model.ranks.broadcast(chosen))
         tokens, positions = ids[-1], positions[:, -1:] + 1
     return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
@@ -65,7 +65,7 @@ def accept(
     drawn at all. noise: uniform draws [B, k] and draws of Exp(1) [B, V], unused at temperature 0.
     """
     if sampling.temperature == 0:
-        choices = logits.argmax(dim=-1)
+        choices = likeliest(logits)
         num_accepted = count_leading(drafted == choices[:, :-1])
         return num_accepted, choices.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
     assert noise is not None
@@ -143,13 +143,19 @@ class Pace:
         a = self.accepted / (self.accepted + self.rejected)
         return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + DRAFT_COST * k))
 
-    def plan(self) -> tuple[int, int]:
-        """Return how many tokens to decode plainly, and how many to draft then."""
+    def plan(self, room: int) -> tuple[int, int]:
+        """Return how many tokens to decode plainly, and how many to draft then, where a text has room for `room`."""
+        if room == 1:
+            return 1, 0
         k = self.best()
-        return (0, k) if k else (self.wait, min(level for level in self.levels if level))
+        if k == 0:
+            smallest = min(level for level in self.levels if level)
+            return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
+        # One id of a round is no draft: no more than fill the room with it, where that is a level.
+        return 0, min([level for level in self.levels if level >= room - 1] + [k])
 
     def update(self, counts: list[int], k: int) -> None:
-        """Take in a round: how many of k drafts each row accepted."""
+        """Take in a round: how many of k drafts were accepted, of each row that had any."""
         was_plain = self.best() == 0
         self.accepted = DECAY * self.accepted + sum(counts)
         self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
@@ -211,22 +217,24 @@ class Speculation:
     verify: Callable[..., Any] = verify
     prefill: Callable[..., Any] = prefill
 
+    # Slots of the draft's caches that hold the text, for each row.
+    filled: list[int] = field(default_factory=list, init=False)
     # Of the latest text: how many forwards of the target accepted 0, 1, ..., max_k drafts, for each row; those of plain
     # decoding count as 0. And how many tokens were drafted a row.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)
 
-    def begin(self, num_rows: int, start: int) -> None:
-        """Forget the latest text; the next one continues the first `start` slots of all caches."""
+    def begin(self, num_rows: int, cached: int) -> None:
+        """Forget the latest text but for its first `cached` ids, which the next one begins with too."""
         self.pace = Pace(self.levels or levels_below(self.max_k))
         self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
         self.num_drafted = 0
-        self.start = start
-        self.filled = [start] * num_rows  # slots of the draft's caches that hold the text
+        seen = self.filled if len(self.filled) == num_rows else [0] * num_rows
+        self.filled = [min(filled, cached) for filled in seen]
         self.ngrams = [Ngrams() for _ in range(num_rows)]
 
-    def plan(self) -> tuple[int, int]:
-        return self.pace.plan()
+    def plan(self, room: int) -> tuple[int, int]:
+        return self.pace.plan(room)
 
     def count(self, step: list[list[int]], rooms: list[int]) -> None:
         """Take in the ids that a forward of the target gave each row, before they are cut to the row's room."""
@@ -245,11 +253,12 @@ class Speculation:
     ) -> list[list[int]] | None:
         """Draft k tokens and verify them: return each row's new ids, or None where prompt lookup finds nothing.
 
-        texts: the rows' ids from slot `start` on; the caches of the target hold all but the last. rooms: how many more
-        each row can take; a row with none runs along for nothing.
+        texts: the rows' ids, two at least; the caches of the target hold all but the last. rooms: how many more each
+        row can take; a row with none runs along for nothing.
         """
         device, vocab_size = target.device, target.config.vocab_size
-        ends = [self.start + len(text) for text in texts]
+        ends = [len(text) for text in texts]
+        drafting = [room > 0 for room in rooms]
         slots = visible_slots(torch.arange(target.max_seq_length, device=device), max(ends) + k)
 
         def clocks(*shape: int) -> Tensor:
@@ -257,15 +266,17 @@ class Speculation:
 
         q = None
         if self.draft_model is None:
-            guesses = self.look_up(texts, rooms, k)
-            if not guesses:
+            found = self.look_up(texts, rooms, k)
+            drafting = list(map(bool, found))
+            if not any(drafting) and 0 in self.pace.levels:
                 return None
+            guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
             drafted = torch.tensor(guesses, device=device)
         else:
             last_id = self.draft_model.config.vocab_size - 1  # stands for ids that only the target has
             self.catch_up(texts, ends, last_id)
             noise = None if sampling.temperature == 0 else clocks(len(texts), k)
-            tokens = torch.tensor([[text[0], *text][-2:] for text in texts], device=device).clamp(max=last_id)
+            tokens = torch.tensor([text[-2:] for text in texts], device=device).clamp(max=last_id)
             at = torch.tensor([[end - 2, end - 1] for end in ends], device=device)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
             drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
@@ -280,17 +291,14 @@ class Speculation:
         counts = [n for n, *_ in read]
         self.filled = [end - 1 + n for end, n in zip(ends, counts, strict=True)]
         self.num_drafted += k
-        self.pace.update([n for n, room in zip(counts, rooms, strict=True) if room], k)
+        self.pace.update([n for n, had in zip(counts, drafting, strict=True) if had], k)
         return [[*ids[:n], following] for n, following, *ids in read]
 
     def look_up(self, texts: list[list[int]], rooms: list[int], k: int) -> list[list[int]]:
-        """Return k guesses for each row, [] where no row has any."""
+        """Return k guesses for each row, [] for one that has ended or is at an end that it never had before."""
         for ngrams, text in zip(self.ngrams, texts, strict=True):
             ngrams.extend(text[len(ngrams.ids) :])
-        found = [ngrams.continuation(k) if room else [] for ngrams, room in zip(self.ngrams, rooms, strict=True)]
-        if not any(found) and 0 in self.pace.levels:
-            return []
-        return [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
+        return [ngrams.continuation(k) if room else [] for ngrams, room in zip(self.ngrams, rooms, strict=True)]
 
     def catch_up(self, texts: list[list[int]], ends: list[int], last_id: int) -> None:
         """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
@@ -298,8 +306,8 @@ class Speculation:
         # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
         if all(filled >= end - 2 for filled, end in zip(self.filled, ends, strict=True)):
             return
-        starts = [min(filled, max(end - 2, self.start)) for filled, end in zip(self.filled, ends, strict=True)]
-        missing = [text[first - self.start : max(len(text) - 1, 1)] for text, first in zip(texts, starts, strict=True)]
+        starts = [min(filled, end - 2) for filled, end in zip(self.filled, ends, strict=True)]
+        missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
         slots = torch.arange(self.draft_model.max_seq_length, device=self.draft_model.device)
         for tokens, positions, filled in prompt_chunks(missing, starts, slots.device):
             self.prefill(

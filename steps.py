@@ -18,6 +18,8 @@ from model import Transformer
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
 # the vector width.
 SLOTS_STEP = 64
+# The id that is chosen where logits are not finite: no token has it.
+NOT_A_NUMBER = -1
 # What fp32 takes for a positive number, where a user's is so small that it would become 0.
 TINY = 1e-30
 # Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
@@ -64,15 +66,25 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     temperature 0.
     """
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
+        return likeliest(logits)
     assert noise is not None
     return draw(probabilities(logits, sampling), noise)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the id with the largest of logits [..., V], NOT_A_NUMBER where that is not finite."""
+    largest, ids = logits.max(dim=-1)
+    return torch.where(largest.isfinite(), ids, NOT_A_NUMBER)
+
+
 def draw(p: Tensor, noise: Tensor) -> Tensor:
-    """Draw one id from weights p [..., V], which need not sum to 1, with noise [..., V] from Exp(1)."""
+    """Draw one id from weights p [..., V], which need not sum to 1, with noise [..., V] from Exp(1).
+
+    NOT_A_NUMBER where p is.
+    """
     # The first of exponential clocks with rates p to ring is distributed as p.
-    return torch.where(p > 0, p / noise, -1).argmax(dim=-1)
+    largest, ids = torch.where(p > 0, p / noise, -torch.inf).max(dim=-1)
+    return torch.where(largest > 0, ids, NOT_A_NUMBER)
 
 
 def exponential(*shape: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -95,7 +107,8 @@ def decode(
     model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run one token [B] a row at positions [B]; return the next ids and their positions."""
-    # A row that has ended may have walked past the slots that the others still need.
+    # A row that has ended may have walked past the slots that the others still need; NOT_A_NUMBER is yet to be read.
+    tokens = tokens.clamp(min=0)
     positions = positions.clamp(max=slots.shape[0] - 1)
     hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
     return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1

@@ -228,7 +228,7 @@ class Duel:
 
         rungs: list[tuple[int, ...]] = [(), *self.levels]
         for levels in {(k,) for rung in rungs for k in rung if k}:
-            take(levels, 2)
+            take(levels, 3)
         samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
         for turn in range(num_samples + 1):
             for rung, taken in samples.items():

@@ -153,7 +153,7 @@ def test_compiled_text_is_the_published_one_and_no_second_prompt_recompiles(stor
             assert ids == stories[length : length + 80]
         # a second turn: the cache holds 50 tokens already
         list(generate(model, [stories[:50]], 1, GREEDY, **compiled_steps))
-        ids = tokens_of(generate(model, [stories[50:90]], 20, GREEDY, start=50, **compiled_steps))
+        ids = tokens_of(generate(model, [stories[:90]], 20, GREEDY, cached=50, **compiled_steps))
         assert ids == stories[90:110]
 
 
@@ -180,7 +180,25 @@ def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(monkeypatch,
 def test_a_second_turn_continues_the_first(model):
     ids = tokens_of(generate(model, [[3, 1, 4, 1, 5]], 30, GREEDY))
     list(generate(model, [[3, 1, 4]], 1, GREEDY))
-    assert tokens_of(generate(model, [[1, 5, *ids[:10]]], 20, GREEDY, start=3)) == ids[10:]
+    assert tokens_of(generate(model, [[3, 1, 4, 1, 5, *ids[:10]]], 20, GREEDY, cached=3)) == ids[10:]
+
+
+def test_a_prompt_that_is_cached_whole_is_refused(model):
+    with pytest.raises(ValueError, match="a prompt has 3 ids and 3 are cached"):
+        next(generate(model, [[3, 1, 4]], 1, GREEDY, cached=3))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 20, 0.95, 0.01)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(value, sampling):
+    model = tiny_model()
+    model.setup_caches(1, 70)
+    steps = generate(model, [[3, 1, 4]], 9, sampling)
+    next(steps)
+    with torch.no_grad():
+        model.lm_head.weight[6:8, 0] = torch.tensor([value, -value])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(steps)
 
 
 def test_a_seed_gives_the_same_ids_compiled_and_not(model, compiled_steps):

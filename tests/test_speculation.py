@@ -1,5 +1,6 @@
 """speculate.py: the accept rule, rounds with a draft and with prompt lookup, eager and compiled, and the command."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -273,8 +274,51 @@ def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(targ
 def test_a_second_turn_continues_the_first(target, plain):
     speculation = Speculation(make_draft("nearly the target"))
     list(generate(target, [PROMPTS[1][:3]], 1, GREEDY, speculation=speculation))
-    text = [*PROMPTS[1][3:], *plain[1][:10]]
-    assert tokens_of(generate(target, [text], 20, GREEDY, start=3, speculation=speculation)) == plain[1][10:30]
+    text = [*PROMPTS[1], *plain[1][:10]]
+    assert tokens_of(generate(target, [text], 20, GREEDY, cached=3, speculation=speculation)) == plain[1][10:30]
+
+
+def test_after_a_turn_without_it_the_draft_still_sees_the_whole_text(target, plain):
+    speculation = Speculation(make_draft("the target"))
+    list(generate(target, [PROMPTS[1]], 1, GREEDY, speculation=speculation))
+    first = tokens_of(generate(target, [PROMPTS[1]], 11, GREEDY))  # by the target alone
+    text = PROMPTS[1] + first
+    ids = tokens_of(generate(target, [[*text, 3]], 25, GREEDY, cached=len(text) - 1, speculation=speculation))
+    assert speculation.accept_counts == [[0, 0, 0, 0, 0, 4]]
+    assert ids == tokens_of(generate(target, [[*text, 3]], 25, GREEDY))
+
+
+def test_a_second_turn_is_looked_up_in_the_first(target):
+    speculation = Speculation(None)
+    text = [*range(1, 21), 40, 41]
+    list(generate(target, [text], 1, GREEDY, speculation=speculation))
+    list(generate(target, [[*text, 1, 2]], 1, GREEDY, cached=len(text), speculation=speculation))
+    assert speculation.look_up([[*text, 1, 2]], [9], 3) == [[3, 4, 5]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["the target", "prompt lookup"])
+def test_logits_that_are_not_finite_are_refused(target, sampling, name):
+    speculation = Speculation(make_draft(name), levels=(2,))
+    broken = copy.deepcopy(target)
+    steps = generate(broken, [[1, 2, 1, 2]], 20, sampling, speculation=speculation)
+    next(steps)
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next(steps)
+
+
+def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(target):
+    speculation = Speculation(None, levels=(2, 0))
+    updates = []
+    speculation.begin(2, 0)
+    speculation.pace.update = lambda counts, k: updates.append(counts)
+    texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    for column in range(5):  # into the caches
+        target(torch.tensor([[text[column]] for text in texts]), torch.tensor([column]))
+    speculation.round(target, texts, [9, 9], 2, GREEDY, None)
+    assert [len(counts) for counts in updates] == [1]
 
 
 def test_unused_slots_may_hold_nan_in_both_caches(target, plain):
@@ -291,7 +335,7 @@ def test_unused_slots_may_hold_nan_in_both_caches(target, plain):
 def test_a_draft_that_missed_plain_tokens_guesses_as_well_as_one_that_saw_all(target):
     """Whatever the order of plain steps and rounds: a draft equal to the target is never wrong."""
     speculation = Speculation(make_draft("the target"))
-    speculation.plan = lambda: (7, 2)
+    speculation.plan = lambda room: (7, 2)
     list(generate(target, PROMPTS, 60, GREEDY, speculation=speculation))
     for counts in speculation.accept_counts:
         assert counts[2] > 4
@@ -338,9 +382,9 @@ def steps():
 def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, steps, name, sampling):
     plain_rounds = Speculation(make_draft(name), max_k=2)
     rounds = replace(plain_rounds, draft=compiled(draft), verify=compiled(verify), prefill=steps["prefill"])
-    list(generate(target, [[1, 2]], 2, sampling, **steps))
+    list(generate(target, [[1, 2]], 3, sampling, **steps))
     for k in levels_below(2)[:-1]:
-        list(generate(target, [[1, 2]], 2, sampling, **steps, speculation=replace(rounds, levels=(k,))))
+        list(generate(target, [[1, 2]], 3, sampling, **steps, speculation=replace(rounds, levels=(k,))))
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt, expected in zip(PROMPTS, plain, strict=True):
             texts = [
@@ -372,30 +416,46 @@ def test_levels_fall_to_plain_decoding():
     assert levels_below(2) == (2, 1, 0)
 
 
+LONG = 10**6  # room for any text
+
+
 def test_drafts_grow_while_they_are_accepted_and_shrink_when_not():
     pace = Pace(levels_below(5))
-    assert pace.plan() == (0, 5)
+    assert pace.plan(LONG) == (0, 5)
     seen = []
     for _ in range(8):
-        seen.append(pace.plan()[1] if pace.best() else 0)
+        seen.append(pace.plan(LONG)[1] if pace.best() else 0)
         pace.update([0], seen[-1] or 1)
     assert seen == sorted(seen, reverse=True)
     assert seen[-1] == 0
     for _ in range(20):
-        k = pace.plan()[1]
+        k = pace.plan(LONG)[1]
         pace.update([k], k)
-    assert pace.plan() == (0, 5)
+    assert pace.plan(LONG) == (0, 5)
 
 
 def test_tries_of_a_bad_draft_come_rarer_and_rarer():
     pace = Pace(levels_below(5))
     waits = []
     for _ in range(20):
-        waits.append(pace.plan()[0])
-        pace.update([0], pace.plan()[1])
+        waits.append(pace.plan(LONG)[0])
+        pace.update([0], pace.plan(LONG)[1])
     waits = [wait for wait in waits if wait]
     assert waits[:4] == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT, 8 * FIRST_WAIT]
     assert max(waits) == waits[-1] == LONGEST_WAIT
+
+
+@pytest.mark.parametrize(("room", "k"), [(1, 0), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (7, 5), (LONG, 5)])
+def test_no_more_is_drafted_than_fills_the_room(room, k):
+    assert Pace(levels_below(5)).plan(room) == (1 if room == 1 else 0, k)
+
+
+def test_no_try_is_left_for_a_room_that_plain_decoding_fills():
+    pace = Pace(levels_below(5))
+    for _ in range(20):
+        pace.update([0], 1)
+    assert pace.plan(LONGEST_WAIT + 1) == (LONGEST_WAIT + 1, 0)
+    assert pace.plan(LONGEST_WAIT + 2) == (LONGEST_WAIT, 1)
 
 
 @pytest.mark.parametrize("k", [1, 5, 16])
@@ -404,7 +464,7 @@ def test_a_draft_that_is_always_wrong_costs_less_than_a_tenth(k):
     pace = Pace(levels_below(k))
     tokens, cost = 0, 0.0
     while tokens < 200:
-        num_plain, drafts = pace.plan()
+        num_plain, drafts = pace.plan(LONG)
         tokens += num_plain + 1
         cost += num_plain + 1 + 0.5 * drafts + (1 if num_plain else 0)
         pace.update([0], drafts)

@@ -1,0 +1,174 @@
+"""The command line of generate.py, checked into a `Job` before any weights load."""
+
+import argparse
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import DTYPES, eos_token_ids, parse_config, parse_dtype, quantization_scheme, read_config
+from cli import ArgumentParser, check_device, number, read_text
+from model import ModelConfig, Ranks
+from quantize import Scheme
+from steps import Sampling
+from tokenizer import Tokenizer, load_tokenizer
+from tp import check_sizes, local_device
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="generate.py", description="Generate text with a Llama-family model.")
+    what = parser.add_argument_group("what to generate")
+    what.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo", metavar="DIR",
+                      help="a folder from the Hub, or a converted one (checkpoints/demo)")  # fmt: skip
+    source = what.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat: a batch of prompts ('def')")
+    source.add_argument("--prompt_file", type=Path, metavar="FILE", help="a batch of prompts, one a line")
+    source.add_argument("--prompt_length", type=number(int, 1), metavar="N", help="a prompt of N random tokens")
+    what.add_argument("--max_new_tokens", type=number(int, 0), default=200, metavar="N", help="per row (200)")
+    what.add_argument("--num_samples", type=number(int, 1), default=1, metavar="N", help="one after the other (1)")
+    what.add_argument("--batch_size", type=number(int, 1), metavar="N",
+                      help="rows at a time: copies of one prompt, or so many of several (all)")  # fmt: skip
+    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
+    what.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-text token")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="T", help="0 is argmax (0.8)")
+    how.add_argument("--top_k", type=number(int, 0), default=200, metavar="K", help="the K likeliest; 0 is all (200)")
+    how.add_argument("--top_p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
+                     help="the likeliest of total probability P (1)")  # fmt: skip
+    how.add_argument("--min_p", type=number(float, 0, 1), default=0.0, metavar="P",
+                     help="those of at least P times the likeliest (0)")  # fmt: skip
+    how.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
+    )
+    drafts = parser.add_argument_group("speculation (the text stays the model's own)")
+    source = drafts.add_mutually_exclusive_group()
+    source.add_argument("--draft_checkpoint_path", type=Path, metavar="DIR",
+                        help="a smaller model of the same vocabulary drafts")  # fmt: skip
+    source.add_argument(
+        "--prompt_lookup", action="store_true", help="what followed the last n-gram before is the draft"
+    )
+    drafts.add_argument(
+        "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
+    )
+    run = parser.add_argument_group("how to run")
+    run.add_argument("--compile", action="store_true", help="compile decode")
+    run.add_argument("--compile_prefill", action="store_true", help="compile prefill too")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    run.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    run.add_argument("--random_weights", action="store_true", help="for speed work; the folder needs only config.json")
+    run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
+    run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")
+    args = parser.parse_args(argv)
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    return args
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command line that has been checked: everything but the weights."""
+
+    config: ModelConfig
+    device: str
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+    batches: list[list[list[int]]]  # of prompts, of ids
+    max_seq_length: int
+    sampling: Sampling
+    quantization: Scheme | None
+    draft_dtype: torch.dtype | None
+
+
+def check(args: argparse.Namespace, ranks: Ranks) -> Job:
+    """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
+    raw = read_config(args.checkpoint_path)
+    config, quantization = parse_config(raw), quantization_scheme(raw)
+    check_sizes(config, quantization, ranks.count)
+    device = local_device(args.device, ranks)
+    check_device(device)
+    for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that exists")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; give the text to end before")
+    try:
+        tokenizer = load_tokenizer(args.checkpoint_path)
+    except FileNotFoundError as error:
+        if not args.prompt_length:
+            raise ValueError(f"{error}; or give --prompt_length for a prompt of random tokens") from None
+        if args.stop:
+            raise ValueError(f"--stop needs a tokenizer: {error}") from None
+        tokenizer = None
+    prompts = read_prompts(args, tokenizer, config)
+    batch_size = args.batch_size or len(prompts)
+    return Job(
+        config,
+        device,
+        DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
+        tokenizer,
+        () if args.ignore_eos else eos_token_ids(args.checkpoint_path),
+        [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
+        min(config.max_position_embeddings, max(map(len, prompts)) + args.max_new_tokens),
+        Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+        quantization,
+        check_draft(args, tokenizer, config.vocab_size),
+    )
+
+
+def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> torch.dtype | None:
+    """Return the draft's dtype, None without a draft. Raises ValueError where its vocabulary is another."""
+    path = args.draft_checkpoint_path
+    if args.speculate_k and not path and not args.prompt_lookup:
+        raise ValueError("--speculate_k needs a draft; give --draft_checkpoint_path or --prompt_lookup")
+    if not path:
+        return None
+    raw = read_config(path)
+    try:
+        config = parse_config(raw)
+        quantization_scheme(raw)
+    except ValueError as error:
+        raise ValueError(f"--draft_checkpoint_path {path}: {error}") from None
+    try:
+        theirs = load_tokenizer(path).token_bytes
+        ours = (tokenizer or load_tokenizer(args.checkpoint_path)).token_bytes
+    except FileNotFoundError as error:
+        if not args.random_weights:
+            raise ValueError(f"{error}; the draft's vocabulary and the model's have to be compared") from None
+        if config.vocab_size != vocab_size:
+            raise ValueError(
+                f"the draft {path} has {config.vocab_size} ids and the model {vocab_size}; they must have the same"
+            ) from None
+    else:
+        differ = sorted(i for i in {*theirs, *ours} if theirs.get(i) != ours.get(i))
+        if differ:
+            raise ValueError(
+                f"the draft {path} has another vocabulary than the model: {len(differ)} ids differ, the first is "
+                f"{differ[0]}: {theirs.get(differ[0])!r} and {ours.get(differ[0])!r}; they must be one"
+            )
+    return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
+    """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
+    if args.prompt_length:
+        generator = torch.Generator().manual_seed(args.seed)
+        prompts = [torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()]
+    else:
+        assert tokenizer is not None
+        texts = args.prompt or ["def"]
+        if args.prompt_file:  # splitlines would cut at form feeds too
+            texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
+        prompts = [tokenizer.encode(text) for text in texts]
+    for ids in prompts:
+        if not ids:
+            raise ValueError("the prompt is empty and the tokenizer has no BOS token; give a --prompt")
+        if len(ids) >= config.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
+            )
+        if max(ids) >= config.vocab_size:
+            raise ValueError(
+                f"the prompt has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
+            )
+    return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
