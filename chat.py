@@ -16,6 +16,7 @@ from typing import NamedTuple
 from chat_template import ChatTemplate, Message
 from model import Ranks
 from report import Row, report_rows
+from speculate import Speculation
 from tokenizer import TextStream, Tokenizer, check_unicode
 from tp import from_rank_0
 
@@ -252,30 +253,28 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
 
 
 def chat(
-    conversation: Conversation | None,
+    conversation: Conversation,
     launch: Callable[..., Iterator[list[list[int]]]],
-    tokenizer: Tokenizer,
     eos_ids: tuple[int, ...],
     stops: list[str],
     max_new_tokens: int,
     ranks: Ranks,
+    speculation: Speculation | None = None,
 ) -> list[list[Row]]:
-    """Talk until the user ends it; return a row for each answer. Only rank 0 has the conversation, reads and prints.
+    """Talk until the user ends it; return a row for each answer. Of several ranks, rank 0 reads and prints.
 
-    launch: `generate`, but for (prompts, max_new_tokens, cached=number of ids in the caches).
+    launch: `generate`, but for prompts, max_new_tokens and cached.
     """
 
     def show(text: str) -> None:
         if ranks.rank == 0:
             print(text, end="", flush=True)
 
-    def ask() -> Turn | None:
-        assert conversation is not None
-        return next_turn(conversation)
-
     samples = []
-    while (turn := from_rank_0(ask, ranks)) is not None:
-        row = Row(turn.ids, TextStream(tokenizer, turn.ids), stops, num_cached=turn.cached)
+    if sys.stdin.isatty() and ranks.rank == 0:
+        print(HELP, file=sys.stderr)
+    while (turn := from_rank_0(lambda: next_turn(conversation), ranks)) is not None:
+        row = Row(turn.ids, TextStream(conversation.tokenizer, turn.ids), stops, num_cached=turn.cached)
         # Of several ranks a Ctrl-C ends all.
         with ctrl_c() if ranks.count == 1 else contextlib.nullcontext(lambda: False) as pressed:
             for [ids] in launch([turn.ids], max_new_tokens, cached=turn.cached):
@@ -284,8 +283,10 @@ def chat(
                     break
             unfinished = "length" if len(row.tokens) >= max_new_tokens else "context"
             show(row.finish("Ctrl-C" if pressed() else unfinished) + "\n")
-        if conversation:
+        if speculation:
+            [row.accept_counts], row.num_drafted = speculation.accept_counts, speculation.num_drafted
+        samples.append([row])
+        if ranks.rank == 0:
             conversation.answered(row)
             report_rows([row], conversation.capacity)
-        samples.append([row])
     return samples

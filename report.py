@@ -135,15 +135,19 @@ def run_sample(
     eos_ids: tuple[int, ...],
     stops: list[str],
     quiet: bool = False,
+    echo: bool = True,
 ) -> list[Row]:
-    """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows."""
+    """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows.
+
+    echo: the prompt too.
+    """
     rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
 
     def show(text: str) -> None:
         if len(rows) == 1 and not quiet:
             print(text, end="", flush=True)
 
-    if tokenizer:
+    if tokenizer and echo:
         show(tokenizer.decode(prompts[0]))
     for step in new_ids:
         for row, ids in zip(rows, step, strict=True):
@@ -156,7 +160,7 @@ def run_sample(
         show("\n")
         for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
             print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
-            print(tokenizer.decode(row.prompt_ids) + row.text, flush=True)
+            print((tokenizer.decode(row.prompt_ids) if echo else "") + row.text, flush=True)
     return rows
 
 

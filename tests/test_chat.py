@@ -11,7 +11,7 @@ import torch
 from chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
 from chat_template import ChatTemplate, load_template
 from checkpoint import load_model
-from generate import generate as generate_now
+from generate import generate
 from report import Row
 from steps import Sampling
 from tests.conftest import shared_data
@@ -197,10 +197,6 @@ CHAT_SETTINGS = {
     },
 }
 GREEDY = Sampling(temperature=0)
-
-
-def generate(model, prompts, *rest, cached=0, **options):
-    return generate_now(model, [ids[cached:] for ids in prompts], *rest, start=cached, **options)
 
 
 @pytest.fixture(scope="module")
