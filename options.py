@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,12 @@ from tp import check_sizes, local_device
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="generate.py", description="Generate text with a Llama-family model.")
+    parser = ArgumentParser(
+        prog="generate.py",
+        usage="python generate.py [options]: generate text with a Llama-family model",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=31),
+        add_help=False,
+    )
     what = parser.add_argument_group("what to generate")
     what.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
                       metavar="DIR", help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
@@ -35,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--chat", action="store_true", help="ask each prompt through the model's chat template")
     what.add_argument("--system", metavar="TEXT", help="the system message of --interactive and --chat")
     what.add_argument("--max_seq_length", type=number(int, 2), metavar="N",
-                      help="tokens of a conversation that are kept (the model's context, at most 8192)")  # fmt: skip
+                      help="tokens of --interactive at a time (the model's context, at most 8192)")  # fmt: skip
     what.add_argument("--max_new_tokens", type=number(int, 0), metavar="N", help="per row (200; --interactive: 1000)")
     what.add_argument("--num_samples", type=number(int, 1), default=1, metavar="N", help="one after the other (1)")
     what.add_argument("--batch_size", type=number(int, 1), metavar="N",
@@ -63,10 +69,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
     )
     run = parser.add_argument_group("how to run")
+    run.add_argument("-h", "--help", action="help", help="show this and exit")
     run.add_argument("--compile", action="store_true", help="compile decode")
     run.add_argument("--compile_prefill", action="store_true", help="compile prefill too")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    run.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
+                     help="cpu, cuda, cuda:1, ... (cuda where there is one)")  # fmt: skip
+    run.add_argument("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (the checkpoint's own)")
     run.add_argument("--random_weights", action="store_true", help="for speed work; the folder needs only config.json")
     run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")

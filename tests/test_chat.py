@@ -1,7 +1,15 @@
 """chat_template.py and chat.py: templates as `transformers` renders them, a conversation's ids, and the terminal."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import select
 import shutil
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -11,10 +19,11 @@ import torch
 from chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
 from chat_template import ChatTemplate, load_template
 from checkpoint import load_model
-from generate import generate
+from generate import generate, main
 from report import Row
+from speculate import Speculation
 from steps import Sampling
-from tests.conftest import shared_data
+from tests.conftest import run_command, shared_data
 from tokenizer import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,7 +216,7 @@ def chat_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat") / "model"
     config = LlamaConfig(
         vocab_size=4100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).float().eval()
@@ -265,6 +274,26 @@ def test_ten_turns_prefill_only_what_is_new_and_answer_as_from_scratch(chat_fold
     assert len(turn.ids) > 120
     assert max(num_prefilled) <= 40
     assert max(num_prefilled[1:]) <= num_prefilled[1] + 12  # an answer more where the template trims it
+
+
+@pytest.mark.parametrize("drafter", ["itself", "lookup"])
+def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder, drafter):
+    models = [load_model(chat_folder, dtype=torch.float32) for _ in range(3)]
+    for each in models:
+        each.setup_caches(1, 1024)
+    plain, drafting = start_conversation(chat_folder), start_conversation(chat_folder)
+    speculation = Speculation(models[2] if drafter == "itself" else None)
+    for i in range(4):
+        message = f"def f{i % 2}(x):"
+        expected = answer(plain, models[0], plain.ask(message), 12)
+        turn = drafting.ask(message)
+        assert turn.cached > 20 * i
+        assert answer(drafting, models[1], turn, 12, speculation=speculation).tokens == expected.tokens
+    if drafter == "lookup":
+        # What was answered is searched too: asked a third time, the question finds its answer in the history.
+        texts = [drafting.ids + drafting.ids[-15:-12]]
+        speculation.begin(1, 0)
+        assert speculation.look_up(texts, [9], 3) == [drafting.ids[-12:-9]]
 
 
 def test_generated_ids_are_kept_though_the_text_would_be_encoded_otherwise(chat_folder):
@@ -457,3 +486,251 @@ def test_llama_3_ends_a_turn_with_eot(version):
     tokenizer, _ = llama3_tokenizer_and_template()
     template = ChatTemplate(llama3_source(version), {"bos_token": "<|begin_of_text|>"}, "here")
     assert end_of_turn(template, tokenizer, None) == (128009,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+SHORT = ("--temperature", 0, "--max_new_tokens", 6, "--dtype", "float32")
+
+
+def run_piped(text, *arguments, launcher=(), **environment):
+    command = [sys.executable, *launcher, str(ROOT / "generate.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, input=text, capture_output=True, timeout=120, check=False, text=isinstance(text, str),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ending_folder(chat_folder, tmp_path_factory):
+    """The same model, but what was the third token of its answer to «x» is the end of the turn."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(chat_folder, folder)
+    model = load_model(folder, dtype=torch.float32)
+    model.setup_caches(1, 256)
+    third = fresh_answer(model, start_conversation(folder).ask("x").ids)[2]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][IM_END] = tensors["lm_head.weight"][third] * 1.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_the_templates_end_of_turn_ends_an_answer_and_the_prompt_is_not_shown(ending_folder, tmp_path):
+    path = tmp_path / "metrics.json"
+    options = ("--checkpoint_path", ending_folder, *SHORT, "--metrics_path", path)
+    result = run_command("generate.py", "--chat", "--prompt", "x", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(path.read_text())["samples"]
+    assert (row["finish_reason"], row["tokens"][-1], row["new_tokens"]) == ("eos", IM_END, 3)
+    assert result.stdout == row["text"] + "\n"
+    assert row["prompt_tokens"] == len(start_conversation(ending_folder).ask("x").ids)
+    talk = run_piped("x\n", "--interactive", *options)
+    assert talk.stdout == result.stdout
+    batch = run_command("generate.py", "--chat", "--prompt", "x", "--prompt", "xyz", *options, cwd=tmp_path)
+    assert batch.stdout.startswith(result.stdout)
+
+
+def test_a_conversation_on_a_pipe_and_under_two_ranks(chat_folder, tmp_path):
+    talk = ("--interactive", "--checkpoint_path", chat_folder, *SHORT, "--system", "Answer briefly.")
+    lines = "x\n\nünïcödé <|im_end|>\n/reset\nx"
+    one = run_piped(lines, *talk)
+    assert one.returncode == 0, one.stderr
+    prefilled = [
+        int(line.split(" prefilled")[0].split()[-1]) for line in one.stderr.splitlines() if "prefilled" in line
+    ]
+    assert len(prefilled) == 3
+    assert prefilled[2] == 1  # after the reset the caches still hold the prompt
+    half = len(one.stdout) // 2
+    assert ">" not in one.stderr
+    tokenizer = load_tokenizer(chat_folder)
+    model = load_model(chat_folder, dtype=torch.float32)
+    model.setup_caches(1, 256)
+    conversation = start_conversation(chat_folder, system="Answer briefly.")
+    first = answer(conversation, model, conversation.ask("x"), 6)
+    second = answer(conversation, model, conversation.ask("ünïcödé <|im_end|>"), 6)
+    assert one.stdout == f"{first.text}\n{second.text}\n{first.text}\n"
+    assert tokenizer.decode(first.tokens)
+    assert half
+    two = run_piped(lines, *talk, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2"))
+    assert two.stdout == one.stdout, two.stderr
+    assert two.returncode == 0
+
+
+def test_a_base_model_continues_the_text(tmp_path):
+    path = tmp_path / "metrics.json"
+    result = run_piped("def f(x):\nclass A:\n", "--interactive", *SHORT, "--metrics_path", path)
+    assert result.returncode == 0, result.stderr
+    plain = run_command("generate.py", "--prompt", "def f(x):", *SHORT, cwd=tmp_path).stdout
+    rows = json.loads(path.read_text())["samples"]
+    assert "def f(x):" + rows[0]["text"] + "\n" == plain
+    assert result.stdout == "".join(row["text"] + "\n" for row in rows)
+    tokenizer = load_tokenizer(DEMO)
+    assert rows[1]["prompt_tokens"] == 1 + len(tokenizer.encode(plain + "class A:", bos=False))
+
+
+class Terminal:
+    """A command with a terminal for its stdin, stdout and stderr."""
+
+    def __init__(self, *arguments):
+        self.fd, ours = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)],
+            stdin=ours, stdout=ours, stderr=ours, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(ours)
+        self.shown = b""
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def until(self, text, seconds=60):
+        """Wait for a text; return what was shown before it."""
+        deadline = time.monotonic() + seconds
+        while text.encode() not in self.shown:
+            assert select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], (text, self.shown[-500:])
+            self.shown += os.read(self.fd, 65536)
+        before, _, self.shown = self.shown.partition(text.encode())
+        return before.decode(errors="replace")
+
+    def until_more(self, size):
+        while len(self.shown) < size:
+            assert select.select([self.fd], [], [], 60)[0]
+            self.shown += os.read(self.fd, 65536)
+
+    def end(self):
+        with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
+            while os.read(self.fd, 65536):
+                pass
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def terminal():
+    started = []
+
+    def start(*arguments):
+        started.append(Terminal(*arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        os.close(each.fd)
+
+
+def test_ctrl_c_stops_the_answer_only_and_the_terminal_has_a_history(chat_folder, tmp_path, terminal):
+    path = tmp_path / "metrics.json"
+    screen = terminal("--interactive", "--checkpoint_path", chat_folder, "--max_new_tokens", 8000, "--dtype", "float32",
+                      "--metrics_path", path)  # fmt: skip
+    screen.until("/quit or Ctrl-D ends")
+    for keys in ("say y\x7fx\r", "\x10\r"):  # y, deleted; and Ctrl-P, the line before
+        screen.until("> ")
+        screen.type(keys)
+        screen.until("say x")
+        screen.until_more(40)
+        screen.type("\x03")
+        screen.until("tokens, ended by Ctrl-C")
+    screen.until("> ")
+    screen.type("never mind\x03")
+    screen.until("> ")
+    screen.type("/reset\r")
+    screen.until("begins anew")
+    screen.until("> ")
+    screen.type("say x\r")
+    screen.until("say x")
+    screen.until_more(40)
+    screen.type("\x03")
+    screen.until("ended by Ctrl-C")
+    screen.type("/quit\r")
+    assert screen.end() == 0
+    first, second, third = json.loads(path.read_text())["samples"]
+    tokenizer = load_tokenizer(chat_folder)
+    turn = tokenizer.encode("<|im_start|>user\nsay x<|im_end|>\n<|im_start|>assistant\n", bos=False)
+    assert first["prompt_tokens"] == third["prompt_tokens"] == len(turn)
+    between = tokenizer.encode("<|im_end|>\n" + tokenizer.decode(turn), bos=False)
+    assert between[0] == IM_END
+    assert 0 < first["new_tokens"] < 8000
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"] + len(turn)
+
+
+def test_ctrl_d_ends_the_conversation(terminal):
+    screen = terminal("--interactive", "--max_new_tokens", 2)
+    screen.until("> ")
+    screen.type("def\r")
+    screen.until("prefilled")
+    screen.until("> ")
+    screen.type("\x04")
+    assert screen.end() == 0
+
+
+def test_a_prompt_may_come_from_a_pipe(tmp_path):
+    text = "def f(x):\n    return\n"
+    piped = run_piped(text, "--prompt", "-", *SHORT)
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == run_command("generate.py", "--prompt", text[:-1], *SHORT, cwd=tmp_path).stdout
+    result = run_piped(b"\xff", "--prompt", "-")
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"error: --prompt -: the input is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--chat", "--prompt", "x"], ["--chat needs a chat template", "checkpoints/demo"]),
+        (["--interactive", "--system", "x"], ["--system needs a chat template", "checkpoints/demo"]),
+        (["--system", "x"], ["--system", "--interactive"]),
+        (["--chat", "--prompt_length", "3"], ["--chat", "--prompt_length"]),
+        (["--interactive", "--prompt", "x"], ["--interactive", "--prompt"]),
+        (["--interactive", "--prompt_file", "x"], ["--interactive", "--prompt_file"]),
+        (["--interactive", "--num_samples", "2"], ["--interactive", "--num_samples 2"]),
+        (["--interactive", "--batch_size", "2"], ["--interactive", "--batch_size"]),
+        (["--interactive", "--profile", "trace.json"], ["--interactive", "--profile"]),
+        (["--interactive", "--max_seq_length", "1025"], ["--max_seq_length 1025", "1024"]),
+        (["--max_seq_length", "64"], ["--max_seq_length", "--interactive"]),
+        (["--prompt", "def" * 2000], ["--prompt has", "tokens and the model's context 1024"]),
+        (["--checkpoint_path", "/"], ["--checkpoint_path", "config.json"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_option(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert all(word in shown.err for word in words), shown.err
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ raise_exception('no\nway') }}",
+    ],
+)
+def test_a_hostile_template_is_one_line_before_the_weights_load(tmp_path, chat_folder, source, capsys):
+    for name in ("config.json", "tokenizer.model"):  # there are no weights
+        shutil.copy(chat_folder / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(SystemExit) as ended:
+        main(["--interactive", "--checkpoint_path", str(tmp_path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "chat_template.jinja") in error
+
+
+def test_help_fits_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 24 <= len(lines) <= 40
+    assert max(map(len, lines)) <= 100
