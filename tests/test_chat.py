@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -23,7 +25,7 @@ from generate import generate, main
 from report import Row
 from speculate import Speculation
 from steps import Sampling
-from tests.conftest import run_command, shared_data
+from tests.conftest import shared_data
 from tokenizer import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +289,7 @@ def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder,
         message = f"def f{i % 2}(x):"
         expected = answer(plain, models[0], plain.ask(message), 12)
         turn = drafting.ask(message)
-        assert turn.cached > 20 * i
+        assert turn.cached >= 20 * i
         assert answer(drafting, models[1], turn, 12, speculation=speculation).tokens == expected.tokens
     if drafter == "lookup":
         # What was answered is searched too: asked a third time, the question finds its answer in the history.
@@ -494,12 +496,29 @@ def test_llama_3_ends_a_turn_with_eot(version):
 SHORT = ("--temperature", 0, "--max_new_tokens", 6, "--dtype", "float32")
 
 
-def run_piped(text, *arguments, launcher=(), **environment):
+def run_piped(text, *arguments, launcher=()):
     command = [sys.executable, *launcher, str(ROOT / "generate.py"), *map(str, arguments)]
     return subprocess.run(
-        command, input=text, capture_output=True, timeout=120, check=False, text=isinstance(text, str),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+        command, input=text, capture_output=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture
+def run_here(capfd, monkeypatch):
+    """Run the command in this process, which spares a test the seconds of importing torch again."""
+
+    def run(text, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        monkeypatch.chdir(ROOT)
+        capfd.readouterr()
+        status = 0
+        try:
+            main(list(map(str, arguments)))
+        except SystemExit as ended:
+            status = ended.code
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -518,52 +537,46 @@ def ending_folder(chat_folder, tmp_path_factory):
     return folder
 
 
-def test_the_templates_end_of_turn_ends_an_answer_and_the_prompt_is_not_shown(ending_folder, tmp_path):
+def test_the_templates_end_of_turn_ends_an_answer_and_the_prompt_is_not_shown(ending_folder, tmp_path, run_here):
     path = tmp_path / "metrics.json"
     options = ("--checkpoint_path", ending_folder, *SHORT, "--metrics_path", path)
-    result = run_command("generate.py", "--chat", "--prompt", "x", *options, cwd=tmp_path)
+    result = run_here("", "--chat", "--prompt", "x", *options)
     assert result.returncode == 0, result.stderr
     [row] = json.loads(path.read_text())["samples"]
     assert (row["finish_reason"], row["tokens"][-1], row["new_tokens"]) == ("eos", IM_END, 3)
     assert result.stdout == row["text"] + "\n"
     assert row["prompt_tokens"] == len(start_conversation(ending_folder).ask("x").ids)
-    talk = run_piped("x\n", "--interactive", *options)
+    talk = run_here("x\n", "--interactive", *options)
     assert talk.stdout == result.stdout
-    batch = run_command("generate.py", "--chat", "--prompt", "x", "--prompt", "xyz", *options, cwd=tmp_path)
+    batch = run_here("", "--chat", "--prompt", "x", "--prompt", "xyz", *options)
     assert batch.stdout.startswith(result.stdout)
 
 
-def test_a_conversation_on_a_pipe_and_under_two_ranks(chat_folder, tmp_path):
+def test_a_conversation_on_a_pipe_and_under_two_ranks(chat_folder, run_here):
     talk = ("--interactive", "--checkpoint_path", chat_folder, *SHORT, "--system", "Answer briefly.")
     lines = "x\n\nünïcödé <|im_end|>\n/reset\nx"
-    one = run_piped(lines, *talk)
+    one = run_here(lines, *talk)
     assert one.returncode == 0, one.stderr
-    prefilled = [
-        int(line.split(" prefilled")[0].split()[-1]) for line in one.stderr.splitlines() if "prefilled" in line
-    ]
+    prefilled = list(map(int, re.findall(r"(\d+) tokens prefilled", one.stderr)))
     assert len(prefilled) == 3
     assert prefilled[2] == 1  # after the reset the caches still hold the prompt
-    half = len(one.stdout) // 2
     assert ">" not in one.stderr
-    tokenizer = load_tokenizer(chat_folder)
     model = load_model(chat_folder, dtype=torch.float32)
     model.setup_caches(1, 256)
     conversation = start_conversation(chat_folder, system="Answer briefly.")
     first = answer(conversation, model, conversation.ask("x"), 6)
     second = answer(conversation, model, conversation.ask("ünïcödé <|im_end|>"), 6)
     assert one.stdout == f"{first.text}\n{second.text}\n{first.text}\n"
-    assert tokenizer.decode(first.tokens)
-    assert half
-    two = run_piped(lines, *talk, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2"))
-    assert two.stdout == one.stdout, two.stderr
+    two = run_piped(lines.encode(), *talk, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2"))
+    assert two.stdout.decode() == one.stdout, two.stderr
     assert two.returncode == 0
 
 
-def test_a_base_model_continues_the_text(tmp_path):
+def test_a_base_model_continues_the_text(tmp_path, run_here):
     path = tmp_path / "metrics.json"
-    result = run_piped("def f(x):\nclass A:\n", "--interactive", *SHORT, "--metrics_path", path)
+    result = run_here("def f(x):\nclass A:\n", "--interactive", *SHORT, "--metrics_path", path)
     assert result.returncode == 0, result.stderr
-    plain = run_command("generate.py", "--prompt", "def f(x):", *SHORT, cwd=tmp_path).stdout
+    plain = run_here("", "--prompt", "def f(x):", *SHORT).stdout
     rows = json.loads(path.read_text())["samples"]
     assert "def f(x):" + rows[0]["text"] + "\n" == plain
     assert result.stdout == "".join(row["text"] + "\n" for row in rows)
@@ -631,7 +644,7 @@ def test_ctrl_c_stops_the_answer_only_and_the_terminal_has_a_history(chat_folder
     for keys in ("say y\x7fx\r", "\x10\r"):  # y, deleted; and Ctrl-P, the line before
         screen.until("> ")
         screen.type(keys)
-        screen.until("say x")
+        screen.until("\r\n")
         screen.until_more(40)
         screen.type("\x03")
         screen.until("tokens, ended by Ctrl-C")
@@ -642,7 +655,7 @@ def test_ctrl_c_stops_the_answer_only_and_the_terminal_has_a_history(chat_folder
     screen.until("begins anew")
     screen.until("> ")
     screen.type("say x\r")
-    screen.until("say x")
+    screen.until("\r\n")
     screen.until_more(40)
     screen.type("\x03")
     screen.until("ended by Ctrl-C")
@@ -668,11 +681,11 @@ def test_ctrl_d_ends_the_conversation(terminal):
     assert screen.end() == 0
 
 
-def test_a_prompt_may_come_from_a_pipe(tmp_path):
+def test_a_prompt_may_come_from_a_pipe(run_here):
     text = "def f(x):\n    return\n"
-    piped = run_piped(text, "--prompt", "-", *SHORT)
+    piped = run_piped(text.encode(), "--prompt", "-", *SHORT)
     assert piped.returncode == 0, piped.stderr
-    assert piped.stdout == run_command("generate.py", "--prompt", text[:-1], *SHORT, cwd=tmp_path).stdout
+    assert piped.stdout.decode() == run_here("", "--prompt", text[:-1], *SHORT).stdout
     result = run_piped(b"\xff", "--prompt", "-")
     assert result.returncode == 2
     assert result.stderr.startswith(b"error: --prompt -: the input is not UTF-8")
@@ -696,16 +709,12 @@ def test_a_prompt_may_come_from_a_pipe(tmp_path):
         (["--checkpoint_path", "/"], ["--checkpoint_path", "config.json"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_option(arguments, words, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    shown = capsys.readouterr()
-    assert ended.value.code == 2
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    assert all(word in shown.err for word in words), shown.err
+def test_a_mistake_is_one_line_that_names_the_option(arguments, words, run_here):
+    result = run_here("", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
 
 
 @pytest.mark.parametrize(
@@ -715,16 +724,14 @@ def test_a_mistake_is_one_line_that_names_the_option(arguments, words, capsys, m
         "{{ raise_exception('no\nway') }}",
     ],
 )
-def test_a_hostile_template_is_one_line_before_the_weights_load(tmp_path, chat_folder, source, capsys):
+def test_a_hostile_template_is_one_line_before_the_weights_load(tmp_path, chat_folder, source, run_here):
     for name in ("config.json", "tokenizer.model"):  # there are no weights
         shutil.copy(chat_folder / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(SystemExit) as ended:
-        main(["--interactive", "--checkpoint_path", str(tmp_path)])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(tmp_path / "chat_template.jinja") in error
+    result = run_here("", "--interactive", "--checkpoint_path", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert str(tmp_path / "chat_template.jinja") in result.stderr
 
 
 def test_help_fits_one_screen(capsys, monkeypatch):
