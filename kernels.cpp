@@ -3,6 +3,8 @@
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
 // the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
 //
+// And attention over the slots of a cache, where the heads that share keys and values read them once.
+//
 // The bytes of w lie in the order in which they are read: one stream a thread, fetched ahead of its use. That is what
 // reaches memory speed; with a stream for each of four rows the same arithmetic reaches half of it.
 
@@ -10,6 +12,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -249,4 +252,213 @@ extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16
                     }
                 }
             }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: q [B, S, H, D], out the same; of k and v [B, K, slots, D] the first T slots; mask [B, S, T], not 0 where a
+// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile. D is a multiple
+// of 32.
+
+constexpr int SLOTS = 64;      // taken together; softmax is carried on from such a block to the next (arXiv:1805.02867)
+constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
+constexpr int GROUP = 8;       // rows whose outputs stay in registers
+
+// Return the sums of 16 vectors, in order.
+static inline __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; i++) {
+        __m512d two[2];
+        for (int j = 0; j < 2; j++) {
+            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, 0 in fp32; NaN stays, as the second operand
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.f / 720);
+    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, n);
+}
+
+struct Tile {
+    const bf16 *q, *k, *v;  // the first query's first head; slot 0
+    const uint8_t* mask;    // of the first query
+    int64_t queries, H, G, D, T;
+    int64_t rows() const { return queries * G; }
+    const bf16* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
+};
+
+// Buffers of a thread, for a tile.
+struct Scratch {
+    std::vector<uint8_t> seen;    // [T], by any query of the tile
+    std::vector<float> scores;    // [rows, SLOTS]
+    std::vector<bf16> weights;    // [rows, SLOTS]
+    std::vector<uint32_t> pairs;  // [SLOTS / 2, D] of v, two slots beside each other
+};
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+static void score(const Tile& tile, int64_t first, int64_t last, float* scores) {
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
+    for (int64_t r = 0; r < tile.rows(); r++)
+        for (int64_t t = first; t < first + SLOTS; t += 16) {
+            __m512 score = _mm512_set1_ps(-INFINITY);
+            if (t < last) {
+                __m512 products[16] = {};
+                for (int64_t d = 0; d < tile.D; d += 32) {
+                    const __m512bh q = load_bf16(tile.row(r) + d);
+                    for (int64_t i = 0; i < 16; i++) {
+                        const bf16* k = tile.k + std::min(t + i, last - 1) * tile.D;
+                        products[i] = _mm512_dpbf16_ps(products[i], q, load_bf16(k + d));
+                    }
+                }
+                __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
+                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + r / tile.G * tile.T + t);
+                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums_of(products), scale);
+            }
+            _mm512_storeu_ps(scores + r * SLOTS + t - first, score);
+        }
+}
+
+// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
+static float soften(const float* scores, bf16* weights, float& largest, float& total) {
+    __m512 most = _mm512_set1_ps(largest);
+    for (int i = 0; i < SLOTS; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+    float now = _mm512_reduce_max_ps(most), shrink = largest == now ? 1 : std::exp(largest - now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < SLOTS; i += 16) {
+        __m512 score = _mm512_loadu_ps(scores + i);
+        __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+        __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, _mm512_set1_ps(now))));
+        _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+        sum = _mm512_add_ps(sum, weight);
+    }
+    largest = now;
+    total = total * shrink + _mm512_reduce_add_ps(sum);
+    return shrink;
+}
+
+// Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
+static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
+    for (int64_t t = 0; t < SLOTS; t += 2)
+        for (int64_t d = 0; d < tile.D; d += 16) {
+            __m512i both = _mm512_setzero_si512();
+            for (int64_t i = 1; i >= 0; i--) {
+                const int64_t at = first + t + i;
+                both = _mm512_slli_epi32(both, 16);
+                if (at >= last || !scratch.seen[at]) continue;
+                __m256i values = _mm256_loadu_si256((const __m256i*)(tile.v + at * tile.D + d));
+                both = _mm512_or_si512(both, _mm512_cvtepu16_epi32(values));
+            }
+            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.D + d, both);
+        }
+}
+
+// Add weights x v of a block of slots to the rows' outputs [rows, D].
+static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
+    const int64_t rows = tile.rows();
+    for (int64_t r0 = 0; r0 < rows; r0 += GROUP)
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512 sums[GROUP][2];
+            const bf16* weights[GROUP];
+            for (int i = 0; i < GROUP; i++) {
+                const int64_t r = std::min(r0 + i, rows - 1);  // the last stands for those that are not there
+                weights[i] = scratch.weights.data() + r * SLOTS;
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + r * tile.D + d + 16 * j);
+            }
+            for (int64_t t = 0; t < SLOTS; t += 2) {
+                const uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.D + d;
+                const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
+                for (int i = 0; i < GROUP; i++) {
+                    int32_t pair;
+                    std::memcpy(&pair, weights[i] + t, 4);
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
+                }
+            }
+            for (int i = 0; i < std::min<int64_t>(GROUP, rows - r0); i++)
+                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * tile.D + d + 16 * j, sums[i][j]);
+        }
+}
+
+// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, D], not yet divided by
+// the total weights, and each row's largest score and total weight.
+static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
+    static thread_local Scratch scratch;
+    scratch.seen.assign(tile.T, 0);
+    scratch.scores.resize(tile.rows() * SLOTS);
+    scratch.weights.resize(tile.rows() * SLOTS);
+    scratch.pairs.resize(SLOTS / 2 * tile.D);
+    for (int64_t s = 0; s < tile.queries; s++)
+        for (int64_t t = 0; t < tile.T; t++) scratch.seen[t] |= tile.mask[s * tile.T + t];
+    int64_t begin = 0, end = tile.T;
+    while (end > 0 && !scratch.seen[end - 1]) end--;
+    while (begin < end && !scratch.seen[begin]) begin++;
+    const int64_t length = end - begin;
+    end = begin + length * (split + 1) / splits;
+    begin += length * split / splits;
+    for (int64_t t = begin; t < end; t += SLOTS) {
+        score(tile, t, end, scratch.scores.data());
+        for (int64_t r = 0; r < tile.rows(); r++) {
+            bf16* weights = scratch.weights.data() + r * SLOTS;
+            float shrink = soften(scratch.scores.data() + r * SLOTS, weights, largest[r], total[r]);
+            if (shrink != 1)
+                for (int64_t d = 0; d < tile.D; d++) out[r * tile.D + d] *= shrink;
+        }
+        pair_up(tile, t, end, scratch);
+        accumulate(tile, scratch, out);
+    }
+}
+
+extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
+                          int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
+                          int64_t head_stride) {
+    const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
+    const int64_t tasks = B * K * tiles, size = queries * G * (D + 2), threads = omp_get_max_threads();
+    // Where there are fewer tasks than threads, several share the slots of one.
+    const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, T / (2 * SLOTS)));
+    std::vector<float> parts(tasks * splits * size);
+    auto tile_of = [=](int64_t task) {
+        const int64_t b = task / tiles / K, head = task / tiles % K, s = task % tiles * queries;
+        const int64_t at = b * batch_stride + head * head_stride;
+        return Tile{q + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * T,
+                    std::min(queries, S - s), H, G, D, T};
+    };
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < tasks * splits; i++) {
+        float *sums = parts.data() + i * size, *largest = sums + queries * G * D, *total = largest + queries * G;
+        std::fill(largest, total, -INFINITY);
+        attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
+    }
+#pragma omp parallel for
+    for (int64_t task = 0; task < tasks; task++) {
+        const Tile tile = tile_of(task);
+        float *first = parts.data() + task * splits * size, *largest = first + queries * G * D;
+        for (int64_t r = 0; r < tile.rows(); r++) {
+            float most = largest[r], total = 0;
+            for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
+            for (int64_t i = 0; i < splits; i++) {
+                const float share = largest[i * size + r] == -INFINITY ? 0 : std::exp(largest[i * size + r] - most);
+                float* sums = first + i * size + r * D;
+                total += share * largest[i * size + queries * G + r];
+                for (int64_t d = 0; d < D; d++) first[r * D + d] = (i ? first[r * D + d] : 0) + share * sums[d];
+            }
+            bf16* y = out + (tile.row(r) - q);
+            for (int64_t d = 0; d < D; d++) y[d] = narrow(first[r * D + d] / total);
+        }
+    }
 }

@@ -1,7 +1,8 @@
-"""Products of a few rows on a CPU, where the weight streams from memory once: kernels.cpp, or ATen's.
+"""Products of a few rows on a CPU, and attention, where memory is read once: kernels.cpp, or ATen's.
 
 kernels.cpp is for AVX-512 with bf16. It is compiled when a model first wants it, and kept in the user's cache. ATen has
-kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight.
+kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight,
+that of attention is `model.attention`.
 """
 
 import ctypes
@@ -13,12 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v and mask, as in `model.attention`
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Up to so many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
@@ -59,7 +62,7 @@ def with_types(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the functions' parameters: pointers first, then sizes."""
     parameters = {
         "bf16_product": (3, 3), "int8_product": (4, 3), "int8_dequantize": (3, 2), "int4_product": (5, 4),
-        "int4_dequantize": (4, 3),
+        "int4_dequantize": (4, 3), "attention": (5, 8),
     }  # fmt: skip
     for name, (pointers, sizes) in parameters.items():
         function = getattr(loaded, name)
@@ -70,7 +73,7 @@ def with_types(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
     """Call a function of kernels.cpp; the last tensor is its output, and returned."""
-    assert all(tensor.dtype in (torch.bfloat16, torch.int8, torch.uint8) for tensor in tensors)
+    assert all(tensor.dtype in (torch.bfloat16, torch.int8, torch.uint8, torch.bool) for tensor in tensors)
     getattr(library(), name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return tensors[-1]
 
@@ -87,6 +90,7 @@ OPERATORS = {
     "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
     "int4_dequantize": "(Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
     "aten_int4_product": "(Tensor x, Tensor weight, Tensor scales_and_zeros) -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
@@ -129,6 +133,20 @@ def int4_dequantize(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group_size = x.shape[1] // scales_and_zeros.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
+
+
+@torch.library.impl("kernels::attention", "CPU")
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As `model.attention`; k and v [B, K, T, D] with the same strides, slots beside each other."""
+    (B, S, H, D), (_, K, T, _) = q.shape, k.shape
+    assert k.stride() == v.stride() and k.stride()[2:] == (D, 1)
+    tensors = [q.contiguous(), k, v, mask.contiguous(), q.new_empty(q.shape)]
+    return call("attention", tensors, B, S, H, K, T, D, k.stride(0), k.stride(1))
+
+
+@torch.library.register_fake("kernels::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("kernels::bf16_product")
@@ -292,6 +310,12 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     if streams(scales.dtype, codes, 64):
         return StreamedInt4Linear(codes, scales, zeros, bias)
     return AtenInt4Linear(codes, scales, zeros, bias) if codes.device.type == "cpu" and N % 16 == 0 else None
+
+
+def attention_of(dtype: torch.dtype, device: torch.device, head_dim: int, plain: Attend) -> Attend:
+    """Return what attends in a model: a kernel where there is one, else `plain`."""
+    takes = dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 32 == 0 and library() is not None
+    return torch.ops.kernels.attention.default if takes else plain
 
 
 def streams(dtype: torch.dtype, weight: Tensor, multiple: int) -> bool:

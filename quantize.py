@@ -21,7 +21,7 @@ from tqdm import tqdm
 import kernels
 from cli import ArgumentParser, check_device, checkpoint_folder, number, user_errors
 from kernels import constant
-from model import Linear, Transformer, linear
+from model import Linear, Transformer, attention, linear
 
 if TYPE_CHECKING:
     from gptq import Calibration
@@ -166,7 +166,7 @@ class Int4Linear(nn.Module):
 
 
 def repack_(model: Transformer) -> None:
-    """Bring the linears of a loaded model into the form that its device's kernels read, where one takes their shape."""
+    """Give a loaded model the kernels of its device, and its linears their form, where one takes their shape."""
     dtype = model.embed_tokens.weight.dtype
 
     def cast(values: Tensor) -> Tensor:
@@ -186,6 +186,8 @@ def repack_(model: Transformer) -> None:
                 layer = kernels.int4_layer(codes, scales, zeros, stored.bias, stored.group_size)
         if layer is not None:
             model.set_submodule(name, layer)
+    for block in model.layers:
+        block.self_attn.attend = kernels.attention_of(dtype, model.device, model.config.head_dim, attention)
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:

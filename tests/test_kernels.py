@@ -1,6 +1,7 @@
-"""The C++ products against their plain twins."""
+"""The C++ kernels against their plain twins."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import MAX_ROWS, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear
-from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from kernels import MAX_ROWS, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear, attention_of
+from model import attention
+from quantize import GROUP_SIZES, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
@@ -36,8 +38,8 @@ def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tu
     x, weight, bias = normal(rows, K), normal(N, K, seed=1), normal(N, seed=2)
     assert_product(StreamedLinear(weight, bias), x, weight, bias)
     codes, scales = quantize_int8(weight)
-    assert_product(StreamedInt8Linear(codes, scales, None), x, dequantize_int8(codes, scales), None)
-    for group_size in (32, 64, 128):
+    assert_product(StreamedInt8Linear(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
+    for group_size in (size for size in GROUP_SIZES if K % size == 0):
         quantized = quantize_int4(weight, group_size)
         twin = dequantize_int4(*quantized, group_size)
         assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
@@ -79,6 +81,61 @@ def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     assert isinstance(kernels.linear_layer(weight, None), StreamedLinear)
     for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta")):
         assert kernels.linear_layer(other, None) is None
+
+
+def keys_and_values(batch: int, num_heads: int, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the first slots of two caches, as `KVCache.update_` does."""
+    k, v = (normal(batch + 1, num_heads, length + 3, head_dim, seed=seed) for seed in (1, 2))
+    return k[:batch, :, :length], v[:batch, :, :length]
+
+
+# B, S, H, K, T, D: a slot alone, odd numbers of slots, one head, as many heads as kv heads, tiles of
+# several and of less than one query.
+ATTENTION_SHAPES = [
+    (1, 1, 2, 1, 1, 32), (1, 1, 32, 4, 2000, 64), (1, 5, 32, 4, 300, 64), (2, 3, 8, 8, 70, 32), (3, 16, 8, 2, 129, 128),
+    (1, 2, 4, 1, 1000, 96), (1, 16, 24, 2, 64, 32), (1, 150, 8, 2, 200, 64), (2, 33, 4, 4, 47, 32),
+    (1, 3, 96, 1, 90, 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention_equals_its_twin_whatever_masked_slots_hold(shape: Any, window: int | None, threads: int) -> None:
+    B, S, H, K, T, D = shape
+    q, (k, v) = normal(B, S, H, D) * 3, keys_and_values(B, K, T, D)
+    last = torch.arange(B).unsqueeze(-1) * 5 + torch.arange(S) + T - S - 5 * (B - 1)
+    mask = torch.arange(T) <= last.unsqueeze(-1)
+    if window:
+        mask &= torch.arange(T) > last.unsqueeze(-1) - window
+    expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
+    for cached in (k, v):
+        cached.masked_fill_(~mask.any(dim=1)[:, None, :, None], torch.nan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = torch.ops.kernels.attention(q, k, v, mask)
+    finally:
+        torch.set_num_threads(before)
+    assert y.dtype == torch.bfloat16 and y.shape == expected.shape
+    # The weights of the slots are rounded to bf16, and so is the result.
+    assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
+
+
+def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
+    q, (k, v) = normal(1, 1, 4, 64), keys_and_values(1, 2, 64, 64)
+    k[0, 1, 5] = torch.nan
+    y = torch.ops.kernels.attention(q, k, v, torch.ones(1, 1, 64, dtype=torch.bool))
+    assert y[0, 0, 2:].isnan().all() and y[0, 0, :2].isfinite().all()
+
+
+def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
+    cpu = torch.device("cpu")
+    assert attention_of(torch.bfloat16, cpu, 64, attention) is not attention
+    for dtype, device, head_dim in (
+        (torch.float32, cpu, 64), (torch.bfloat16, torch.device("meta"), 64), (torch.bfloat16, cpu, 8),
+    ):  # fmt: skip
+        assert attention_of(dtype, device, head_dim, attention) is attention
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("no-compiler", ""), ("false", "slower")])
