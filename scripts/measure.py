@@ -1,0 +1,200 @@
+"""What a figure is and how one is taken: the roof of the machine, the rates of a model, samples in turns.
+
+benchmark.py, speculation.py and compare.py use it; it is no command.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import DTYPES, parse_dtype
+from generate import generate
+from model import Transformer
+from speculate import verify
+from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
+
+GREEDY = Sampling(temperature=0)
+PROMPT = [1, 2, 3, 4, 5, 6]
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    began = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def measure_roof(device: str) -> dict[str, float]:
+    """Return the best of several streaming reads of 1 GiB, in GB/s, and of bf16 products of 2048 x 2048, in TFLOP/s."""
+    data = torch.ones(2**28, device=device)
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    read = [seconds(data.sum, device) for _ in range(3)]
+    product = [seconds(lambda: a @ a, device) for _ in range(3)]
+    return {"read_gb_per_s": data.nbytes / min(read) / 1e9, "gemm_tflop_per_s": 2 * 2048**3 / min(product) / 1e12}
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    return f"{processor(info.read_text() if info.is_file() else '')} {torch.get_num_threads()} threads"
+
+
+def processor(cpuinfo: str) -> str:
+    """Return the processor's name from /proc/cpuinfo, which on ARM has none: then its kind, such as aarch64."""
+    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model
+
+
+def weight_forms(args: argparse.Namespace, raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the config of each form of the weights; the plain one is called «»."""
+    quantized = {name: raw | {"layout": "fused", "quantization": scheme} for name, scheme in args.quantize.items()}
+    return {"": raw, **quantized}
+
+
+def run_dtype(args: argparse.Namespace, raw: dict[str, Any]) -> torch.dtype:
+    return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """prefill, decode and verify, plain or compiled."""
+
+    prefill: Callable[..., Any]
+    decode: Callable[..., Any]
+    verify: Callable[..., Any]
+
+
+def make_steps(device: str) -> dict[str, Steps]:
+    mode = decode_mode(device)
+    return {
+        "eager": Steps(prefill, decode, verify),
+        "compile": Steps(compiled(prefill), compiled(decode, mode), compiled(verify, mode)),
+    }
+
+
+def decode_mode(device: str) -> str | None:
+    return "reduce-overhead" if device.startswith("cuda") else None
+
+
+def decode_rate(model: Transformer, steps: Steps, num_tokens: int) -> float:
+    """Return tokens a second of plain greedy decoding after a prompt of 6 tokens."""
+    arrivals = [time.perf_counter() for _ in generate(model, [PROMPT], num_tokens, GREEDY, decode=steps.decode)]
+    return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+
+def prefill_rate(model: Transformer, steps: Steps, length: int) -> float:
+    """Return prompt tokens a second until the first new token is known."""
+    prompt = [i % model.config.vocab_size for i in range(length)]
+    return length / seconds(lambda: list(generate(model, [prompt], 1, GREEDY, prefill=steps.prefill)), "cpu")
+
+
+@torch.inference_mode()
+def step_at(model: Transformer, run_decode: Callable[..., Any], position: int) -> Callable[[], Any]:
+    """Return a decode step at `position` to call, whatever the cache holds before it."""
+    tokens, positions = (torch.tensor([n], device=model.device) for n in (1, position))
+    slots = visible_slots(torch.arange(model.max_seq_length, device=model.device), position + 1)
+    return torch.inference_mode()(lambda: run_decode(model, tokens, positions, slots, GREEDY, None))
+
+
+@torch.inference_mode()
+def verify_at(model: Transformer, run_verify: Callable[..., Any], position: int, num_tokens: int) -> Callable[[], Any]:
+    """Return one forward over `num_tokens` tokens from `position` on to call, accepting included."""
+    tokens = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
+    positions = torch.arange(position, position + num_tokens, device=model.device).unsqueeze(0)
+    slots = visible_slots(torch.arange(model.max_seq_length, device=model.device), position + num_tokens)
+    return torch.inference_mode()(lambda: run_verify(model, tokens, positions, slots, GREEDY, None, None))
+
+
+def median_ms(run: Callable[[], Any], device: str, count: int = 10) -> float:
+    """Return the median milliseconds of `count` calls, after one that warms up."""
+    run()
+    return statistics.median(seconds(run, device) for _ in range(count)) * 1e3
+
+
+def kv_bytes(model: Transformer, length: int) -> int:
+    """Return the bytes of keys and values that a step reads, of this rank, with `length` tokens in the cache."""
+    slots = len(visible_slots(torch.arange(length + SLOTS_STEP), length))
+    per_slot = 2 * model.layers[0].self_attn.num_local_kv_heads * model.config.head_dim
+    return slots * model.config.num_hidden_layers * per_slot * model.embed_tokens.weight.itemsize
+
+
+def prefill_flops(model: Transformer, length: int) -> float:
+    """Return the operations of a prompt of `length`, of this rank, a token: of the blocks and of causal attention."""
+    config, count = model.config, model.ranks.count
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    return config.num_hidden_layers * (2 * weights + 2 * q_size * length) / count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A figure
+
+
+@dataclass
+class Rung:
+    """One figure to measure, in turns with the others of its group."""
+
+    name: str
+    unit: str  # tok/s, ms, s or GB
+    measure: Callable[[], float]
+    weights: str = ""  # the scheme they are quantized by
+    read_bytes: float = 0  # that a token, or a step of so many ms, reads
+    flops: float = 0  # that a token takes
+    against: str = ""  # the rung of the group that it is compared with, turn by turn
+    samples: list[float] = field(default_factory=list)
+
+    def entry(self, group: dict[str, "Rung"], roof: dict[str, float]) -> dict[str, Any]:
+        """Return what the results say of it.
+
+        The machine's own speed moves: ratios are those within each turn. group: the rungs with samples, by name.
+        """
+        median = statistics.median(self.samples)
+        entry: dict[str, Any] = {"name": self.name, "unit": self.unit, "weights": self.weights or "plain"}
+        entry |= {"median": median, "samples": self.samples}
+        rate = median if self.unit == "tok/s" else 1e3 / median
+        if self.read_bytes:
+            entry["gb_per_s"] = rate * self.read_bytes / 1e9
+            entry["share_of_roof"] = entry["gb_per_s"] / roof["read_gb_per_s"]
+        if self.flops:
+            entry["tflop_per_s"] = rate * self.flops / 1e12
+            entry["share_of_roof"] = entry["tflop_per_s"] / roof["gemm_tflop_per_s"]
+        if self.against in group:
+            pairs = list(zip(self.samples, group[self.against].samples, strict=False))
+            entry["against"] = self.against
+            entry["ratios"] = [ours / theirs for ours, theirs in pairs]
+            entry["ratio"] = statistics.median(entry["ratios"])
+        return entry
+
+
+def line(entry: dict[str, Any]) -> str:
+    text = f"  {entry['name']:46} {entry['median']:9.2f} {entry['unit']:5}"
+    if "gb_per_s" in entry:
+        text += f" {entry['gb_per_s']:7.1f} GB/s"
+    if "tflop_per_s" in entry:
+        text += f" {entry['tflop_per_s']:7.2f} TFLOP/s"
+    if "share_of_roof" in entry:
+        text += f", {entry['share_of_roof']:.0%} of the roof"
+    if "ratio" in entry:
+        text += f"  {entry['ratio']:.2f}x of «{entry['against']}»"
+    return text

@@ -1,0 +1,224 @@
+"""The benchmark, run as its user runs it on a tiny config, and what it compares us with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import random_model
+from generate import generate
+from scripts import compare
+from scripts.benchmark import main
+from scripts.fresh import Fresh
+from scripts.measure import GREEDY, PROMPT, Rung, processor
+from tests.conftest import REPO, assert_user_error, randomize_
+
+RAW = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(RAW))
+    return path
+
+
+def command(config, *arguments, ranks=1):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    script = [str(REPO / "scripts" / "benchmark.py"), "--config", str(config), "--output_dir", str(config.parent)]
+    return [sys.executable, *launcher, *script, "--device", "cpu", *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def mistake(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, end.value.code, *capsys.readouterr())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ladder
+
+
+def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
+    options = ["--samples", 2, "--only", "decode", "--quantize", "--speculate_k", 1, "--new_tokens", 8]
+    done = subprocess.run(
+        command(config, *options, ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    [path] = config.parent.glob("*_decode-tp2.json")
+    report = json.loads(path.read_text())
+    rungs = {rung["name"]: rung for rung in report["rungs"]}
+    assert list(rungs) == ["eager", "compile", "compile + speculation"]
+    assert all(len(rung["samples"]) == 2 and rung["median"] > 0 for rung in rungs.values())
+    assert report["tp"] == 2 and report["roof"]["read_gb_per_s"] > 0
+    share = rungs["eager"]["gb_per_s"] / report["roof"]["read_gb_per_s"]
+    assert rungs["eager"]["share_of_roof"] == pytest.approx(share)
+    assert rungs["compile + speculation"]["against"] == "compile"
+    assert "compile + speculation" in path.with_suffix(".svg").read_text()
+    assert done.stdout.count("compile + speculation") == 1
+
+
+def test_an_interrupted_run_keeps_the_groups_it_finished_and_says_where(config):
+    options = ["--samples", 1, "--only", "decode", "start", "--quantize"]
+    process = subprocess.Popen(
+        command(config, *options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    [path] = config.parent.glob("*_decode-start.json")
+    assert errors.splitlines()[-1] == f"interrupted; start in {path}"
+    assert "Traceback" not in errors
+    report = json.loads(path.read_text())
+    assert lines[0] == "start\n" and [rung["group"] for rung in report["rungs"]] == ["start", "start"]
+    assert all(len(rung["samples"]) == 1 for rung in report["rungs"])
+    assert not path.with_suffix(".svg").exists(), "nothing of the ladder was measured"
+
+
+def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_from_the_median():
+    rungs = {
+        "slow": Rung("slow", "ms", lambda: 0.0, read_bytes=2e6, samples=[1.0, 10.0, 4.0]),
+        "fast": Rung("fast", "ms", lambda: 0.0, against="slow", samples=[2.0, 5.0, 4.0]),
+        "alone": Rung("alone", "tok/s", lambda: 0.0, flops=1e9, against="absent", samples=[100.0]),
+    }
+    entries = {name: rung.entry(rungs, {"read_gb_per_s": 2.0, "gemm_tflop_per_s": 0.5}) for name, rung in rungs.items()}
+    assert entries["fast"]["ratios"] == [2, 0.5, 1] and entries["fast"]["ratio"] == 1
+    assert entries["slow"]["gb_per_s"] == 0.5 and entries["slow"]["share_of_roof"] == 0.25
+    assert entries["alone"]["share_of_roof"] == 0.2 and "ratio" not in entries["alone"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fresh processes
+
+
+def fresh(tmp_path, **changes):
+    args = Namespace(device="cpu", dtype=None, quantize={})
+    return Fresh(args, RAW | changes, tmp_path)
+
+
+def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):
+    large = torch.ones(2**28)  # 1 GiB here, which getrusage would tell the child as its own
+    found = fresh(tmp_path).process("", False, tmp_path)
+    assert found["weight_bytes"] < found["peak_bytes"] < large.nbytes
+    assert found["decode_s"] > 0 and found["prefill_s"] > 0
+
+
+def test_compile_times_of_all_layers_are_compared_with_those_of_four(tmp_path):
+    rungs = {rung.name: rung.against for rung in fresh(tmp_path, num_hidden_layers=22).compile()}
+    assert rungs["cold, decode, 22 layers"] == "cold, decode, 4 layers"
+    assert {against for against in rungs.values() if against} <= set(rungs)
+    assert len(rungs) == 8
+    assert len(list(fresh(tmp_path).compile())) == 4, "two layers alone"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is compared
+
+
+@pytest.fixture
+def model():
+    model = random_model(RAW, dtype=torch.float32)
+    randomize_(model, seed=1)
+    model.setup_caches(1, 256)
+    return model
+
+
+def greedy(model, num_tokens):
+    return [token for [ids] in generate(model, [PROMPT], num_tokens, GREEDY) for token in ids]
+
+
+@pytest.fixture
+def gguf_file(model, tmp_path):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    compare.write_gguf(model, tmp_path / "model.gguf")
+    return tmp_path / "model.gguf"
+
+
+def test_llama_cpp_writes_our_greedy_text_from_the_file_we_make(model, gguf_file):
+    theirs = compare.LlamaCpp(gguf_file, "cpu", 256)
+    ours = greedy(model, 40)
+    assert theirs.greedy(PROMPT, 40) == ours
+    assert len(set(ours)) > 10, "a text in which positions matter"
+    theirs.close()
+
+
+@pytest.mark.parametrize(("kind", "file_type"), compare.FILE_TYPES.values())
+def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_path, kind, file_type):
+    compare.quantize_gguf(gguf_file, tmp_path / kind, file_type)
+    assert (tmp_path / kind).stat().st_size < 0.5 * gguf_file.stat().st_size
+    theirs = compare.LlamaCpp(tmp_path / kind, "cpu", 256)
+    assert all(rate > 0 for rate in (theirs.decode(8), theirs.at(100), theirs.prefill(64), theirs.at(100)))
+    assert theirs.num_filled == 100 + compare.NUM_STEPS
+    theirs.close()
+
+
+def test_transformers_runs_every_measurement_from_the_same_position(model):
+    theirs = compare.Transformers(RAW, "cpu", torch.bfloat16)
+    assert {p.dtype for p in theirs.model.parameters()} == {torch.bfloat16}
+    assert sum(p.numel() for p in theirs.model.parameters()) == sum(p.numel() for p in model.parameters())
+    assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+    assert theirs.prefix.get_seq_length() == 100 + compare.NUM_STEPS
+
+
+def test_what_is_not_installed_is_named_by_its_package():
+    assert compare.missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes, and other machines
+
+
+@pytest.mark.parametrize("scheme", ["int5", "int4", "int4-g7", "int8-g32", "-g32", ""])
+def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, capsys, scheme):
+    assert_user_error(mistake(capsys, "--config", config, f"--quantize={scheme}"), "--quantize", repr(scheme))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "speed"], "--only"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--samples", "0"], "--samples"),
+        (["--compare", "--config", "llama3.json"], "rope_scaling"),
+        (["--config", "absent.json"], "absent.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(config, capsys, monkeypatch, options, words):
+    monkeypatch.chdir(config.parent)
+    scaled = RAW | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    Path("llama3.json").write_text(json.dumps(scaled))
+    found = mistake(capsys, "--config", config, "--output_dir", "out", "--device", "cpu", *options)
+    assert_user_error(found, words)
+    assert not Path("out").exists()
+
+
+def test_a_processor_without_a_name_is_called_by_its_kind():
+    assert processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
+    assert processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
+    assert processor("")
