@@ -13,7 +13,11 @@ import functools
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -95,7 +99,7 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
 
     step_bytes: what a step of the whole draft reads. Even if each computes it, only rank 0's drafts are used.
     """
-    num_sums = 2 * config.num_hidden_layers + 2  # and the embedding's, and the gather of the head
+    num_sums = 2 * config.num_hidden_layers + 3  # and the embedding's, the gather of the head, the ids' broadcast
     if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
         return ONE_RANK
     try:
@@ -116,11 +120,14 @@ for operator in ("all_reduce", "all_gather", "broadcast"):
 @torch.library.impl("tp::all_reduce", "CompositeExplicitAutograd")
 def all_reduce(x: Tensor) -> Tensor:
     """Return the sum over all ranks, by the fastest way there is for x."""
+    if x.device.type == "cuda" and x.dtype in ONE_SHOT_DTYPES and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0:
+        buffer = symmetric_buffer(x.device)
+        if buffer is not None:
+            # Its kernel begins and ends with a barrier of all ranks: none reads before all have copied, and none copies
+            # the next summand before all have read. A CUDA graph replays both.
+            summand = buffer.view(x.dtype)[: x.numel()].view(x.shape).copy_(x)
+            return torch.ops.symm_mem.one_shot_all_reduce(summand, "sum", world().group_name)
     x = x.clone(memory_format=torch.contiguous_format)
-    small = x.device.type == "cuda" and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0
-    if small and (buffer := symmetric_buffer(x.dtype, x.device)) is not None:
-        summed = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer[: x.numel()], x.view(-1), "sum", world().group_name)
-        return summed.view(x.shape)
     dist.all_reduce(x)
     return x
 
@@ -159,11 +166,12 @@ def world() -> dist.ProcessGroup:
 
 # Up to so many bytes every rank reads all others' summands itself, in one kernel; NCCL's rings are for more.
 ONE_SHOT_BYTES = 2**18
+ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # all that the kernel is compiled for
 
 
 @functools.cache
-def symmetric_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Make memory that the GPUs of all ranks see, for sums of ONE_SHOT_BYTES; None where there is none.
+def symmetric_buffer(device: torch.device) -> Tensor | None:
+    """Make ONE_SHOT_BYTES of memory that the GPUs of all ranks see; None where there is none.
 
     No GPU has run this yet.
     """
@@ -172,7 +180,7 @@ def symmetric_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
     try:
         from torch.distributed import _symmetric_memory
 
-        buffer = _symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        buffer = _symmetric_memory.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
         _symmetric_memory.rendezvous(buffer, world())
     except (ImportError, RuntimeError):  # not in this torch, or not between these GPUs
         return None
@@ -183,38 +191,76 @@ def symmetric_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
 # The processes
 
 
+# Set in torchrun's store by the first rank that ends before the work is done: its exit status.
+ENDED = "ended"
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, and leave them at the end; without it there is one."""
+    """Join the ranks that torchrun started, and leave them at the end; without it there is one.
+
+    A rank that ends early, by SystemExit or an error, ends all others: it alone says why.
+    """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         yield ONE_RANK
         return
     # A rank that waits for the others would not see Ctrl-C: it ends the process instead.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with user_errors():
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            raise ValueError(f"WORLD_SIZE is {count}, but torchrun has not started this; unset it, or use torchrun")
+        store, rank, count = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's setting, which leaves cores idle
         torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    with user_errors():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    rank = dist.get_rank()
+    done = threading.Event()
+    threading.Thread(target=end_with_the_others, args=(store.clone(), done), daemon=True).start()
     try:
         yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
+        dist.barrier()  # torn down while others still work, a group's threads would abort them
     except SystemExit as end:
-        leave(int(end.code or 0))
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        # Another rank has ended, and said why; torchrun ends the rest.
-        print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
-        leave(1)
+        leave(store, int(end.code or 0))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if not another_has_ended(store):
+                print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        leave(store, 1)
+    done.set()
     dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End this process at once: torn down while others are still connected, a group's threads would abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def leave(store: dist.Store, status: int) -> NoReturn:
+    """End this process at once and, through torchrun's store, all others, whatever they wait for."""
+    with contextlib.suppress(RuntimeError):  # torchrun is gone
+        status = int(store.compare_set(ENDED, "", str(status)))
+    with contextlib.suppress(OSError):  # nobody reads what we print
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
+
+
+def another_has_ended(store: dist.Store) -> bool:
+    try:
+        return store.check([ENDED])
+    except RuntimeError:  # torchrun is gone
+        return False
+
+
+def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
+    """Wait, in a thread, until another rank ends early, or torchrun itself, and then end this one."""
+    status = 1
+    try:
+        store.wait([ENDED], timedelta(days=365))
+        status = int(store.get(ENDED))
+    except RuntimeError:
+        if not done.is_set():
+            print("torchrun is gone, and so this rank ends", file=sys.stderr)
+    if not done.is_set():
+        os._exit(status)
 
 
 def num_cores() -> int:
@@ -239,18 +285,15 @@ def together(function: Callable[[], T], ranks: Ranks) -> T:
         result = function()
     except (ValueError, OSError, SystemExit) as error:
         raised = error
-    all_raised: list[Any] = [None] * ranks.count
-    dist.all_gather_object(all_raised, None if raised is None else (str(raised), getattr(raised, "code", 2)))
-    mistakes = {rank: told for rank, told in enumerate(all_raised) if told is not None}
-    if not mistakes:
+    mistakes: list[Any] = [None] * ranks.count
+    dist.all_gather_object(mistakes, None if raised is None else str(raised))
+    first = next((rank for rank, mistake in enumerate(mistakes) if mistake is not None), None)
+    if first is None:
         return result
-    first, (text, status) = next(iter(mistakes.items()))
     if ranks.rank == 0:
-        raise raised or ValueError(f"rank {first}: {text}")
-    # torchrun ends all ranks when one has ended: rank 0 first, so that it can speak. It never sends what is awaited.
-    with contextlib.suppress(RuntimeError):
-        dist.recv(torch.empty(1), src=0)
-    sys.exit(status)
+        raise raised or ValueError(f"rank {first}: {mistakes[first]}")
+    while True:  # rank 0 says so, and ends all
+        time.sleep(1)
 
 
 def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:

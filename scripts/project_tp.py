@@ -32,7 +32,7 @@ MODES = {"bfloat16": (2.0, 2.0), "int8": (1.0, 1.0), "int4-g32": (0.5 + 4 / 32, 
 NUM_GPUS = (1, 2, 4, 8, 16)
 FORMULA = (
     "seconds a token = (block_weights * bytes + head_weights * head_bytes + kv_bytes) / ranks / (bandwidth * share) + "
-    "(2 * layers + 2) * latency; kv_bytes and the weights of k and v are divided by min(ranks, kv heads) instead, and "
+    "(2 * layers + 3) * latency; kv_bytes and the weights of k and v are divided by min(ranks, kv heads) instead, and "
     "one rank has no latency"
 )
 
@@ -49,7 +49,8 @@ def project(config: ModelConfig, mode: str, num_gpus: int, inputs: dict[str, flo
     read = per_rank * weight_bytes + table * head_bytes
     read += inputs["text_tokens"] * layers * 2 * K * D * 2 / shared_kv
     held = read + 2 * table
-    meetings = 0 if num_gpus == 1 else 2 * layers + 2  # two sums a layer, that of the embedding, the gather of the head
+    # Two sums a layer, that of the embedding, the gather of the head, the broadcast of the ids.
+    meetings = 0 if num_gpus == 1 else 2 * layers + 3
     within = num_gpus <= inputs["gpus_per_node"]
     reading_s = read / (inputs["bandwidth_bytes_per_s"] * inputs["share_of_bandwidth"])
     meeting_s = meetings * inputs["latency_s" if within else "latency_between_nodes_s"]

@@ -1,26 +1,23 @@
-"""What test_tp.py has every rank do, under torchrun: load its share of checkpoints, run them, and write what came out.
-
-python -m torch.distributed.run --nproc_per_node=2 tests/ranks.py FOLDER MODEL ...
-"""
+"""What test_tp.py has every rank do: jobs, which the processes that `as_rank` begins do together."""
 
 import json
+import os
 import resource
-import sys
 from pathlib import Path
 
 import torch
 
+import generate
 from checkpoint import load_model, random_model, read_config
 from cli import user_errors
-from generate import generate
 from model import ONE_RANK
 from speculate import Speculation, draft, verify
-from steps import Sampling, compiled, decode, prefill
+from steps import Sampling, compiled, decode
 from tp import process_group, together
 
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.9, top_k=50)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 8]]
-DRAFT = Path(__file__).parent.parent / "checkpoints" / "demo-draft"
+DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 
 
 def rows_of(steps):
@@ -28,46 +25,47 @@ def rows_of(steps):
     return [[token for ids in row for token in ids] for row in rows]
 
 
-def logits_and_greedy(path, ranks):
-    """Return the logits of a batch of 2 without caches, and the greedy texts of two prompts of different lengths."""
-    model = load_model(path, dtype=torch.float32, ranks=ranks)
+def logits(model):
+    """Return those of a batch of 2 without caches."""
     tokens = torch.arange(2 * 24).view(2, 24) % 90
     with torch.inference_mode():
-        logits = model(tokens, torch.arange(24))
-    model.setup_caches(2, 128)
-    return {"logits": logits, "greedy": rows_of(generate(model, PROMPTS, 10, GREEDY)), "bytes": model.weight_bytes}
+        return model(tokens, torch.arange(24))
 
 
-def texts(path, ranks):
-    """Return what every way of generating gives; each rank has another seed, as if a draw had gone astray."""
+def logits_and_greedy(path, ranks):
+    """Return the logits, and the greedy texts of two prompts of different lengths."""
     model = load_model(path, dtype=torch.float32, ranks=ranks)
+    found = {"logits": logits(model), "bytes": model.weight_bytes}
+    model.setup_caches(2, 128)
+    return {**found, "greedy": rows_of(generate.generate(model, PROMPTS, 10, GREEDY))}
+
+
+def texts(folder, ranks):
+    """Return what every way of generating gives; each rank has another seed, as if a draw had gone astray."""
+    model = load_model(folder / "demo", dtype=torch.float32, ranks=ranks)
     model.setup_caches(2, 128)
     found = {}
-    for name, draft_ranks in (("plain", None), ("lookup", None), ("replicated", ONE_RANK), ("sharded", ranks)):
+    ways = {
+        "plain": (None, None),
+        "sharded": ("draft", ranks),
+        "lookup": (None, None),
+        "replicated": ("draft", ONE_RANK),
+        "quantized": ("draft-int8", ranks),
+    }
+    for name in list(ways)[: 2 if ranks.count > 2 else None]:  # what more ranks change
+        draft_name, draft_ranks = ways[name]
         for sampling in (GREEDY, DRAWN):
             speculation = None
             if name != "plain":
-                draft_model = draft_ranks and load_model(DRAFT, dtype=torch.float32, ranks=draft_ranks)
+                draft_model = draft_name and load_model(folder / draft_name, dtype=torch.float32, ranks=draft_ranks)
                 if draft_model:
                     draft_model.setup_caches(2, 128)
                 speculation = Speculation(draft_model)
             generator = torch.Generator().manual_seed(1 + ranks.rank)
-            new_ids = generate(model, PROMPTS, 16, sampling, generator=generator, speculation=speculation)
+            new_ids = generate.generate(model, PROMPTS, 12, sampling, generator=generator, speculation=speculation)
             kind = "greedy" if sampling == GREEDY else "drawn"
             found[f"{name} {kind}"] = rows_of(new_ids)
     return found
-
-
-def compiled_texts(path, ranks):
-    """Return the greedy text, plain and with speculation, of compiled steps."""
-    model, draft_model = (load_model(path, dtype=torch.float32, ranks=ranks) for _ in range(2))
-    for each in (model, draft_model):
-        each.setup_caches(1, 128)
-    speculation = Speculation(draft_model, levels=(2,), draft=compiled(draft), verify=compiled(verify))
-    steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
-    plain = rows_of(generate(model, PROMPTS[:1], 10, GREEDY, **steps))
-    with_draft = rows_of(generate(model, PROMPTS[:1], 10, GREEDY, **steps, speculation=speculation))
-    return {"plain": plain, "speculation": with_draft}
 
 
 def peak_memory():
@@ -83,33 +81,77 @@ def memory_of_loading(path, ranks):
     return {"grown": peak_memory() - before, "bytes": model.weight_bytes}
 
 
-def run(folder, names, ranks):
-    found = {}
-    if (folder / "large").is_dir():
-        found["memory"] = memory_of_loading(folder / "large", ranks)
-    for name in names:
-        found[name] = logits_and_greedy(folder / "models" / name, ranks)
-    found["texts"] = texts(folder / "models" / "demo", ranks)
-    if ranks.count <= 2:
-        found["compiled"] = compiled_texts(folder / "models" / "biased", ranks)
-    raw = read_config(folder / "models" / "gqa")
-    found["random"] = random_model(raw, dtype=torch.float32, ranks=ranks)(torch.tensor([[1, 2]]), torch.arange(2)).shape
-    return found
+# ---------------------------------------------------------------------------------------------------------------------
+# The jobs
 
 
-def main(folder, *names):
+def models(folder, names):
+    """Load and run the models of the folder, and write there what this rank found."""
     with process_group() as ranks, user_errors():
-        num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        if folder == "fail":  # a rank fails while the others wait for it
+        found = {"memory": memory_of_loading(folder / "large", ranks)}
+        for name in names:
+            found[name] = logits_and_greedy(folder / "models" / name, ranks)
+        found["doubles"] = logits(load_model(folder / "models" / "demo", dtype=torch.float64, ranks=ranks))
+        found["texts"] = texts(folder / "models", ranks)
+        raw = read_config(folder / "models" / "gqa")
+        random = random_model(raw, dtype=torch.float32, ranks=ranks)
+        found["random"] = random(torch.tensor([[1, 2]]), torch.arange(2)).shape
+        torch.save(found, folder / f"{ranks.count}-{ranks.rank}.pt")
+
+
+def threads():
+    with process_group():
+        print(torch.get_num_threads())
+
+
+def command(*options):
+    generate.main(list(map(str, options)))
+
+
+def compiled_texts(path, draft_path):
+    """Print the greedy texts of compiled steps, plain with a shared draft too, and how much was accepted."""
+    with process_group() as ranks, user_errors():
+        torch.set_num_threads(1)
+        model, draft_model = (load_model(each, dtype=torch.float32, ranks=ranks) for each in (path, draft_path))
+        for each in (model, draft_model):
+            each.setup_caches(1, 128)
+        speculation = Speculation(draft_model, levels=(1,), draft=compiled(draft), verify=compiled(verify))
+        texts = [
+            rows_of(generate.generate(model, PROMPTS[:1], 10, GREEDY, decode=compiled(decode), speculation=how))
+            for how in (None, speculation)
+        ]
+        print(json.dumps([*texts, sum(speculation.accept_counts[0][1:])]))
+
+
+def failure():
+    """Let rank 1 fail between two tokens, while the others wait for it."""
+    with process_group() as ranks, user_errors():
+        model = load_model(DEMO, ranks=ranks)
+        model.setup_caches(2, 128)
+
+        def failing(*arguments):
             if ranks.rank == 1:
-                raise LookupError("this rank has lost its way")
-            ranks.all_reduce(torch.ones(1))
-        if folder == "mistake":  # only rank 1 finds it
-            together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
-        found = {"threads": num_threads, **run(Path(folder), names, ranks)}
-        torch.save(found, Path(folder) / f"{ranks.count}-{ranks.rank}.pt")
+                raise RuntimeError("this rank has lost its way")
+            return decode(*arguments)
+
+        for _ in generate.generate(model, PROMPTS, 10, GREEDY, decode=failing):
+            pass
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def mistake():
+    """Let rank 1 alone find a mistake."""
+    with process_group() as ranks, user_errors():
+        together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
+
+
+def as_rank(rank, count, num_nodes, port, folder, job, arguments):
+    """Do a job as one of `count` ranks, with the environment that torchrun gives it and its output in files."""
+    local_count = count // num_nodes
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    values = (rank, count, rank % local_count, local_count, port)
+    os.environ |= dict(zip(names, map(str, values), strict=True))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    job(*arguments)

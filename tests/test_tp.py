@@ -2,18 +2,22 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
+import generate
 import quantize
 from checkpoint import load_model, meta_model, parse_config, read_config, tensor_specs, write_safetensors
 from model import ONE_RANK, Ranks
@@ -21,7 +25,6 @@ from quantize import Scheme
 from scripts import project_tp
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
-from tests.conftest import run_command
 from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device, num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,13 +32,46 @@ DEMO = ROOT / "checkpoints" / "demo"
 FAMILIES = ("gqa", "llama3", "wide_heads", "tied", "biased", "mistral_window")
 FUSED = ("gqa", "biased")
 QUANTIZED = (("int8",), ("int4", "--groupsize", "32"), ("int4-gptq", "--groupsize", "32"))
-MODELS = [*FAMILIES, *(f"{name}-converted" for name in FUSED), "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED)]
+MODELS = [
+    *FAMILIES, *(f"{name}-converted" for name in FUSED), "poisoned", "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED)
+]  # fmt: skip
 GPTQ = ("--calibration_samples", "2", "--calibration_length", "32")
 # More ranks than some models have kv heads.
-FOUR = ("gqa", "llama3", "biased", "biased-converted", "demo", "demo-int8", "demo-int4")
+FOUR = ("gqa", "llama3", "biased", "biased-converted", "poisoned", "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED))
 MODELS_OF = {2: MODELS, 4: FOUR}
 COUNTS = tuple(MODELS_OF)
 CASES = [(count, name) for count, names in MODELS_OF.items() for name in names]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: its exit status (a signal's is negative), and what it wrote."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def on_all(folder, count, job, *arguments, num_nodes=1, timeout=300):
+    """Do a job of ranks.py on `count` ranks, forked from a process that has imported torch: torchrun takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks"])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    ranks = [
+        context.Process(target=on_ranks.as_rank, args=(rank, count, num_nodes, store.port, folder, job, arguments))
+        for rank in range(count)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.perf_counter() + timeout
+    for rank in ranks:
+        rank.join(max(0, deadline - time.perf_counter()))
+        rank.kill()
+        rank.join()
+    return [
+        Ended(rank.exitcode, *((folder / f"{name}-{i}").read_text() for name in ("stdout", "stderr")))
+        for i, rank in enumerate(ranks)
+    ]
 
 
 def torchrun(*arguments, nproc=2):
@@ -53,9 +89,18 @@ def started(command, **environment):
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        for pid in (*ranks_of(process), process.pid):  # the ranks have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def ranks_of(agent):
+    """Return the process ids of the ranks of a torchrun agent that have not ended, in order."""
+    children = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+    return sorted(int(pid) for pid, state in map(str.split, children.stdout.splitlines()) if "Z" not in state)
 
 
 def finished(command, timeout=120, **environment):
@@ -67,6 +112,11 @@ def finished(command, timeout=120, **environment):
 def our_lines(stderr):
     """Return what the ranks wrote, without what torchrun itself says of a rank that failed."""
     return [line for line in stderr.splitlines() if line.startswith(("error:", "rank ")) or "tok/s" in line]
+
+
+def one_ranks_text(capfd, *options):
+    generate.main(list(map(str, options)))
+    return capfd.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,10 +133,18 @@ def folder(tmp_path_factory, hub_checkpoint):
     for name in FUSED:
         convert(models / name, models / f"{name}-converted")
     (models / "demo").symlink_to(DEMO)
-    for mode, *options in QUANTIZED:
+    (models / "draft").symlink_to(ROOT / "checkpoints" / "demo-draft")
+    for name, (mode, *options) in (*(("demo", each) for each in QUANTIZED), ("draft", ("int8",))):
         options += GPTQ if mode == "int4-gptq" else []
-        output = ["--output_path", str(models / f"demo-{mode}")]
-        quantize.main(["--checkpoint_path", str(DEMO), "--mode", mode, *options, *output])
+        output = ["--output_path", str(models / f"{name}-{mode}")]
+        quantize.main(["--checkpoint_path", str(models / name), "--mode", mode, *options, *output])
+    # Of the 96 ids 47 is the last that is asked for; 48 is the first of a rank's share, which it looks up in place of
+    # every id that is not its own.
+    weights = load_file(models / "gqa" / "model.safetensors")
+    weights["model.embed_tokens.weight"][47:49] = torch.nan
+    (models / "poisoned").mkdir()
+    (models / "poisoned" / "config.json").symlink_to(models / "gqa" / "config.json")
+    save_file(weights, models / "poisoned" / "model.safetensors")
     raw = {**json.loads((ROOT / "configs" / "tinyllama-1.1b.json").read_text()), "layout": "fused"}
     raw["num_hidden_layers"] = 2
     (folder / "large").mkdir()
@@ -103,8 +161,8 @@ def found(folder):
     """What every rank found, by the number of ranks."""
     found = {}
     for count in COUNTS:
-        result = finished(torchrun("tests/ranks.py", folder, *MODELS_OF[count], nproc=count), timeout=300)
-        assert result.returncode == 0, result.stderr
+        ended = on_all(folder, count, on_ranks.models, folder, MODELS_OF[count])
+        assert [rank.status for rank in ended] == [0] * count, ended
         found[count] = [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
     return found
 
@@ -117,10 +175,24 @@ def alone(folder):
 @pytest.mark.parametrize(("count", "name"), CASES)
 def test_logits_of_a_batch_equal_one_ranks(found, alone, name, count):
     expected = alone[name]["logits"]
-    # The demo's logits reach 20, where a float's last bit is 2e-6.
+    # The demo's reach 17: its last bit is 2e-6, one rank's own error 1e-5. The next test shows that it is no more.
     tolerance = 1e-5 if not name.startswith("demo") else 2e-6 * expected.abs().max().item()
     for rank in found[count]:
-        torch.testing.assert_close(rank[name]["logits"], expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(rank[name]["logits"], expected, atol=tolerance, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_in_double_precision_the_logits_equal_one_ranks_to_1e_9(found, count):
+    expected = on_ranks.logits(load_model(DEMO, dtype=torch.float64))
+    for rank in found[count]:
+        torch.testing.assert_close(rank["doubles"], expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_weight_that_is_not_finite_shows_where_it_is_read_and_nowhere_else(found, alone, count):
+    for logits in (alone["poisoned"]["logits"], *(rank["poisoned"]["logits"] for rank in found[count])):
+        assert logits[0].isfinite().all()
+        assert logits[1].isnan().all()  # id 47 ends it
 
 
 @pytest.mark.parametrize(("count", "name"), CASES)
@@ -129,16 +201,26 @@ def test_greedy_texts_of_a_batch_equal_one_ranks(found, alone, name, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_seeds_of_the_others(found, count):
-    expected = on_ranks.texts(DEMO, ONE_RANK)
+def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_seeds_of_the_others(
+    found, folder, count
+):
+    expected = on_ranks.texts(folder / "models", ONE_RANK)
     assert expected["plain drawn"] != expected["plain greedy"]
-    assert all(rank["texts"] == expected for rank in found[count])
-    assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ("lookup", "replicated", "sharded"))
+    assert all(rank["texts"] == {name: expected[name] for name in rank["texts"]} for rank in found[count])
+    ways = ("lookup", "replicated", "sharded", "quantized")
+    assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ways)
 
 
-def test_compiled_steps_give_the_eager_text(found, alone):
-    expected = alone["biased"]["greedy"][:1]
-    assert [rank["compiled"] for rank in found[2]] == [{"plain": expected, "speculation": expected}] * 2
+def test_compiled_and_quantized_and_with_a_quantized_draft_the_text_is_the_eager_one(folder, alone, tmp_path):
+    ended = on_all(
+        tmp_path, 2, on_ranks.compiled_texts, folder / "models" / "demo-int4", folder / "models" / "draft-int8"
+    )
+    assert [rank.status for rank in ended] == [0, 0], ended
+    expected = alone["demo-int4"]["greedy"][:1]
+    for rank in ended:
+        plain, speculated, num_accepted = json.loads(rank.stdout)
+        assert plain == speculated == expected
+        assert num_accepted > 0
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -161,11 +243,6 @@ def test_a_rank_reads_its_share_of_the_file_and_no_more(found, folder, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_the_cores_are_divided_among_the_ranks(found, count):
-    assert [rank["threads"] for rank in found[count]] == [max(1, num_cores() // count)] * count
-
-
-@pytest.mark.parametrize("count", COUNTS)
 def test_random_weights_are_shared_too(found, count):
     assert all(rank["random"] == (1, 2, 96) for rank in found[count])
 
@@ -174,14 +251,16 @@ def test_random_weights_are_shared_too(found, count):
 # The command
 
 
-def test_the_command_prints_one_ranks_text_once_and_says_how_many_ranks_there_were(tmp_path):
+def test_the_command_prints_one_ranks_text_once_and_says_how_many_ranks_there_were(tmp_path, capfd):
     options = ["--dtype", "float32", "--seed", "5", "--max_new_tokens", "30", "--num_samples", "2"]
     options += ["--draft_checkpoint_path", str(ROOT / "checkpoints" / "demo-draft"), "--prompt", "def f"]
     path = tmp_path / "metrics.json"
-    result = finished(torchrun("generate.py", *options, "--metrics_path", path, "--profile", tmp_path / "trace.json"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == run_command("generate.py", *options, cwd=ROOT).stdout
-    assert len([line for line in our_lines(result.stderr) if "ended by" in line]) == 2
+    files = ["--metrics_path", path, "--profile", tmp_path / "trace.json"]
+    first, second = on_all(tmp_path, 2, on_ranks.command, *options, *files)
+    assert (first.status, second.status) == (0, 0), first.stderr + second.stderr
+    assert first.stdout == one_ranks_text(capfd, *options)
+    assert len([line for line in our_lines(first.stderr) if "ended by" in line]) == 2
+    assert second.stdout + second.stderr == ""
     metrics = json.loads(path.read_text())
     assert metrics["tp"] == 2
     assert metrics["weight_bytes"] < 0.6 * load_model(DEMO, dtype=torch.float32).weight_bytes
@@ -190,34 +269,46 @@ def test_the_command_prints_one_ranks_text_once_and_says_how_many_ranks_there_we
 
 def test_the_random_prompt_is_one_prompt_though_no_seed_is_given(tmp_path):
     """Else the ranks would add up the states of different tokens."""
-    path = tmp_path / "metrics.json"
+    path, single = tmp_path / "metrics.json", tmp_path / "single.json"
     options = ["--prompt_length", "40", "--max_new_tokens", "20", "--temperature", "0", "--dtype", "float32"]
-    result = finished(torchrun("generate.py", *options, "--metrics_path", path))
-    assert result.returncode == 0, result.stderr
+    ended = on_all(tmp_path, 2, on_ranks.command, *options, "--metrics_path", path)
+    assert [rank.status for rank in ended] == [0, 0], ended
     metrics = json.loads(path.read_text())
-    single = tmp_path / "single.json"
-    run_command("generate.py", *options, "--seed", metrics["seed"], "--metrics_path", single, cwd=ROOT)
+    generate.main([*options, "--seed", str(metrics["seed"]), "--metrics_path", str(single)])
     assert metrics["samples"][0]["tokens"] == json.loads(single.read_text())["samples"][0]["tokens"]
 
 
-def test_two_nodes_give_one_ranks_text_and_only_the_first_prints():
-    """Two torchrun agents, as two machines would run them: both have a local rank 0."""
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_the_cores_of_a_node_are_divided_among_its_ranks(tmp_path, num_nodes):
+    ended = on_all(tmp_path, 2, on_ranks.threads, num_nodes=num_nodes)
+    assert [rank.stdout for rank in ended] == [f"{max(1, num_cores() * num_nodes // 2)}\n"] * 2
+
+
+@contextlib.contextmanager
+def two_nodes(*options):
+    """Start two torchrun agents, as two machines would run them: both have a local rank 0."""
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
     except OSError as error:
         pytest.skip(f"this machine forbids sockets on loopback: {error}")
-    options = ["--dtype", "float32", "--temperature", "0", "--max_new_tokens", "20"]
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     with contextlib.ExitStack() as stack:
         nodes = []
         for node in range(2):
             where = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-            nodes.append(stack.enter_context(started(torchrun(*where, "generate.py", *options), **environment)))
+            command = torchrun(*where, "generate.py", *options, nproc=1)
+            nodes.append(stack.enter_context(started(command, **environment)))
+        yield nodes
+
+
+def test_two_nodes_give_one_ranks_text_and_only_the_first_prints(capfd):
+    options = ["--dtype", "float32", "--temperature", "0", "--max_new_tokens", "20"]
+    with two_nodes(*options) as nodes:
         outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert outputs[0][0] == run_command("generate.py", *options, cwd=ROOT).stdout
+    assert outputs[0][0] == one_ranks_text(capfd, *options)
     assert outputs[1][0] == ""
     assert our_lines(outputs[0][1]) and not our_lines(outputs[1][1])
 
@@ -226,15 +317,12 @@ def test_two_nodes_give_one_ranks_text_and_only_the_first_prints():
 # Ending
 
 
-def ranks_of(agent):
-    """Return the process ids of the ranks that a torchrun agent has started, in order."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
-    return sorted(map(int, children.stdout.split()))
+LONG = ("--ignore_eos", "--num_samples", 10000)  # far longer than any test
 
 
 def generating(stack):
-    """Start a run far longer than any test, and wait for its first text."""
-    agent = stack.enter_context(started(torchrun("generate.py", "--ignore_eos", "--num_samples", 10000)))
+    """Start a long run, and wait for its first text."""
+    agent = stack.enter_context(started(torchrun("generate.py", *LONG)))
     assert agent.stdout.read(20).startswith("def")
     return agent
 
@@ -245,12 +333,11 @@ def assert_all_gone(pids):
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_within_seconds(rank):
+def test_a_killed_rank_ends_the_job_within_seconds():
     with contextlib.ExitStack() as stack:
         agent = generating(stack)
         pids = ranks_of(agent)
-        os.kill(pids[rank], signal.SIGKILL)
+        os.kill(pids[1], signal.SIGKILL)
         began = time.perf_counter()
         _, stderr = agent.communicate(timeout=60)
         assert time.perf_counter() - began < 10
@@ -259,41 +346,54 @@ def test_a_killed_rank_ends_the_job_within_seconds(rank):
         assert_all_gone(pids)
 
 
-def test_a_rank_that_fails_ends_the_job_with_its_error():
-    began = time.perf_counter()
-    result = finished(torchrun("tests/ranks.py", "fail"), timeout=60)
-    assert time.perf_counter() - began < 30
-    assert result.returncode != 0
-    assert "LookupError: this rank has lost its way" in result.stderr
-    assert result.stderr.count("Traceback") <= 2  # its own, and torchrun's
-
-
-def test_ctrl_c_ends_all_ranks_within_seconds():
-    with contextlib.ExitStack() as stack:
-        agent = generating(stack)
-        pids = ranks_of(agent)
-        os.killpg(agent.pid, signal.SIGINT)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_is_lost_ends_the_other_within_seconds(lost):
+    with two_nodes(*LONG) as nodes:
+        assert nodes[0].stdout.read(20).startswith("def")
+        pids = [pid for node in nodes for pid in ranks_of(node)]
+        os.kill(pids[lost], signal.SIGKILL)
+        os.kill(nodes[lost].pid, signal.SIGKILL)
         began = time.perf_counter()
-        _, stderr = agent.communicate(timeout=60)
+        _, stderr = nodes[1 - lost].communicate(timeout=60)
         assert time.perf_counter() - began < 10
-        assert 'generate.py", line' not in stderr  # no traceback of ours
-        assert_all_gone(pids)
+        assert nodes[1 - lost].returncode == 1
+        assert "lost the others" in stderr or "torchrun is gone" in stderr
+        assert_all_gone(pids[1 - lost :][:1])
 
 
-def test_ctrl_c_ends_a_rank_that_waits_for_one_that_never_comes():
+def test_a_rank_that_fails_says_why_and_ends_the_others(tmp_path):
+    first, second = on_all(tmp_path, 2, on_ranks.failure, timeout=60)
+    assert (first.status, second.status) == (1, 1)
+    assert second.stderr.count("Traceback") == 1
+    assert second.stderr.endswith("RuntimeError: this rank has lost its way\n")
+    assert first.stderr == ""
+
+
+def test_ctrl_c_ends_all_ranks_and_one_too_that_waits_for_another():
     with contextlib.ExitStack() as stack:
         agent = generating(stack)
         first, second = ranks_of(agent)
         os.kill(first, signal.SIGSTOP)
         time.sleep(1)  # by now the second waits for it
-        os.kill(second, signal.SIGINT)
+        os.killpg(agent.pid, signal.SIGINT)
         deadline = time.perf_counter() + 5
         while second in ranks_of(agent) and time.perf_counter() < deadline:
             time.sleep(0.1)
         assert second not in ranks_of(agent)
         os.kill(first, signal.SIGCONT)
-        agent.communicate(timeout=60)
+        _, stderr = agent.communicate(timeout=10)
+        assert 'generate.py", line' not in stderr  # no traceback of ours
         assert_all_gone([first, second])
+
+
+def test_a_reader_that_leaves_ends_the_job_quietly():
+    """As in `| head -1`."""
+    with contextlib.ExitStack() as stack:
+        agent = generating(stack)
+        agent.stdout.close()
+        assert agent.wait(timeout=10) == 0
+        lines = agent.stderr.read().splitlines()
+    assert all("tok/s" in line for line in lines), lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,14 +450,27 @@ def test_a_refusal_is_one_line_before_anything_loads(tmp_path):
     assert "exitcode  : 2" in result.stderr
 
 
-def test_a_mistake_that_only_one_rank_finds_is_one_line_that_names_it():
-    result = finished(torchrun("tests/ranks.py", "mistake"))
-    assert our_lines(result.stderr) == ["error: rank 1: Expecting value: line 1 column 1 (char 0)"]
+def test_a_mistake_that_only_one_rank_finds_is_one_line_that_names_it(tmp_path):
+    """Ten times, since a rank that is torn down while another is connected is aborted only sometimes."""
+    for _ in range(10):
+        first, second = on_all(tmp_path, 2, on_ranks.mistake)
+        assert (first.status, second.status) == (2, 2)
+        assert first.stderr == "error: rank 1: Expecting value: line 1 column 1 (char 0)\n"
+        assert first.stdout + second.stdout + second.stderr == ""
 
 
-def test_a_wrong_option_is_one_line():
-    result = finished(torchrun("generate.py", "--nonsense"))
-    assert our_lines(result.stderr) == ["error: unrecognized arguments: --nonsense"]
+def test_a_wrong_option_is_one_line(tmp_path):
+    first, second = on_all(tmp_path, 2, on_ranks.command, "--nonsense")
+    assert (first.status, second.status) == (2, 2)
+    assert first.stderr == "error: unrecognized arguments: --nonsense\n"
+    assert first.stdout + second.stdout + second.stderr == ""
+
+
+def test_ranks_that_torchrun_has_not_started_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([])
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE is 2, but torchrun has not started this;")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +479,7 @@ def test_a_wrong_option_is_one_line():
 
 def test_a_draft_is_shared_where_reading_it_costs_more_than_its_sums(config):
     ranks = Ranks(count=2)
-    even = 2 * (2 * config.num_hidden_layers + 2) * BYTES_READ_PER_SUM
+    even = 2 * (2 * config.num_hidden_layers + 3) * BYTES_READ_PER_SUM
     assert draft_ranks(config, None, int(0.9 * even), ranks) is ONE_RANK
     assert draft_ranks(config, None, int(1.1 * even), ranks) is ranks
     assert draft_ranks(config, Scheme("int4", 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
@@ -383,7 +496,7 @@ def test_the_projection_is_the_formula_by_hand():
     read = (block_and_head * 2 + 1024 * 80 * 2 * 8 * 128 * 2) / 8
     found = project_tp.project(config, "bfloat16", 8, project_tp.INPUTS)
     assert abs(found["bytes_per_rank_and_token"] - read) <= 1
-    assert found["tokens_per_s"] == round(1 / (read / (4.3e12 * 0.8) + 162 * 8e-6), 1)
+    assert found["tokens_per_s"] == round(1 / (read / (4.3e12 * 0.8) + 163 * 8e-6), 1)
     assert not project_tp.project(config, "bfloat16", 1, project_tp.INPUTS)["fits"]
 
 
