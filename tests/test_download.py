@@ -330,7 +330,15 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_name_without_a_network(tmp_pa
         assert result.stdout == by_path.stdout
     (tmp_path / "text.txt").write_text("def main():\n    return 0\n")
     result = run_command(
-        "eval.py", "--checkpoint_path", "org/tiny", "--text_file", "text.txt", cwd=tmp_path, **environment
+        "eval.py",
+        "--checkpoint_path",
+        "org/tiny",
+        "--text_file",
+        "text.txt",
+        "--dtype",
+        "float32",
+        cwd=tmp_path,
+        **environment,
     )
     assert "perplexity" in result.stdout, result.stderr
     result = run_command("quantize.py", "--checkpoint_path", "org/tiny", "--mode", "int8", cwd=tmp_path, **environment)
