@@ -687,9 +687,12 @@ def sync(path: Path) -> None:
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """Return the folder beside `path` whose name has `suffix` too."""
+    """Return the folder beside `path` whose name has `suffix` too; in ./checkpoints for one of the Hub's cache."""
     if path.name in ("", ".."):  # "." and "..", which do not say what the folder is called
         path = path.resolve()
+    cached = path.parent.parent.name  # as models--organization--name/snapshots/commit
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        path = Path("checkpoints", *cached.split("--")[1:])
     return path.with_name(path.name + suffix)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -136,6 +137,28 @@ def read_text(option: str, path: Path) -> str:
     if not text:
         raise ValueError(f"{option} {path} is empty")
     return text
+
+
+def checkpoint_folder(text: str) -> Path:
+    """Find the folder of a checkpoint, given by its path or as the Hub's organization/name: an argparse type.
+
+    A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME).
+    """
+    path = Path(text)
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return path
+    downloaded = Path("checkpoints") / path
+    if downloaded.is_dir():
+        return downloaded
+    from huggingface_hub import errors, snapshot_download  # here, since it is slow to load
+
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a folder nor a model in the Hub's cache; for one of the Hub run "
+            f"`python scripts/download.py --repo_id {text}` first"
+        ) from None
 
 
 def check_device(name: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import DTYPES, eos_token_ids, load_model, parse_config, parse_dtype, read_config
-from cli import ArgumentParser, check_device, number, read_text, user_errors, write_whole
+from cli import ArgumentParser, check_device, checkpoint_folder, number, read_text, user_errors, write_whole
 from generate import generate
 from model import ModelConfig, Transformer
 from report import Row
@@ -392,7 +392,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None, max_seq_length: 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="eval.py", description="Evaluate a Llama-family model on a text and on tasks.")
-    parser.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo",
+    parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
                         metavar="DIR", help="a folder from the Hub, or a converted one (checkpoints/demo)")  # fmt: skip
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("--text_file", type=Path, metavar="FILE", help="UTF-8 text: its perplexity and bits per byte")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chat import Conversation, chat
 from checkpoint import load_model, meta_model, quantization_scheme, random_model, read_config, tensor_specs
 from cli import user_errors, write_whole
 from model import ONE_RANK, Ranks, Transformer
@@ -242,14 +243,20 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     ready = time.perf_counter()
 
     generator.manual_seed(args.seed)
+    launch = partial(launch, eos_ids=job.eos_ids, speculation=speculation)
     samples = []
-    for i, prompts in enumerate(job.batches, start=1):
+    if args.interactive:
+        assert job.tokenizer is not None
+        conversation = Conversation(job.tokenizer, job.template, args.system, job.max_seq_length, args.max_new_tokens)
+        samples = chat(conversation, launch, job.eos_ids, args.stop, args.max_new_tokens, ranks, speculation)
+    for i, prompts in enumerate([] if args.interactive else job.batches, start=1):
         trace = args.profile and i == len(job.batches) and ranks.rank == 0
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            new_ids = launch(prompts, args.max_new_tokens, eos_ids=job.eos_ids, speculation=speculation)
+            new_ids = launch(prompts, args.max_new_tokens)
             rows = run_sample(
-                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0
-            )
+                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
+                echo=job.template is None,
+            )  # fmt: skip
         if profiler:
             profiler.export_chrome_trace(str(args.profile))
         for row, counts in zip(rows, speculation.accept_counts if speculation else [], strict=False):
@@ -258,7 +265,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         if ranks.rank == 0:
             report_rows(rows, job.config.max_position_embeddings)
 
-    if ranks.rank:
+    if ranks.rank or not samples:
         return
     metrics = {
         "load_s": loaded - began,

@@ -1,14 +1,20 @@
 """The command line of generate.py, checked into a `Job` before any weights load."""
 
 import argparse
+import contextlib
 import secrets
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from chat import Conversation, end_of_turn
+from chat_template import ChatTemplate, load_template
 from checkpoint import DTYPES, eos_token_ids, parse_config, parse_dtype, quantization_scheme, read_config
-from cli import ArgumentParser, check_device, number, read_text
+from cli import ArgumentParser, check_device, checkpoint_folder, number, read_text
 from model import ModelConfig, Ranks
 from quantize import Scheme
 from steps import Sampling
@@ -17,15 +23,26 @@ from tp import check_sizes, local_device
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="generate.py", description="Generate text with a Llama-family model.")
+    parser = ArgumentParser(
+        prog="generate.py",
+        usage="python generate.py [options]: generate text with a Llama-family model",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=31),
+        add_help=False,
+    )
     what = parser.add_argument_group("what to generate")
-    what.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo", metavar="DIR",
-                      help="a folder from the Hub, or a converted one (checkpoints/demo)")  # fmt: skip
+    what.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
+                      metavar="DIR", help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
     source = what.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat: a batch of prompts ('def')")
+    source.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="may repeat: a batch of prompts; - is all of stdin ('def')")  # fmt: skip
     source.add_argument("--prompt_file", type=Path, metavar="FILE", help="a batch of prompts, one a line")
     source.add_argument("--prompt_length", type=number(int, 1), metavar="N", help="a prompt of N random tokens")
-    what.add_argument("--max_new_tokens", type=number(int, 0), default=200, metavar="N", help="per row (200)")
+    source.add_argument("--interactive", action="store_true", help="talk with the model on the terminal")
+    what.add_argument("--chat", action="store_true", help="ask each prompt through the model's chat template")
+    what.add_argument("--system", metavar="TEXT", help="the system message of --interactive and --chat")
+    what.add_argument("--max_seq_length", type=number(int, 2), metavar="N",
+                      help="tokens of --interactive at a time (the model's context, at most 8192)")  # fmt: skip
+    what.add_argument("--max_new_tokens", type=number(int, 0), metavar="N", help="per row (200; --interactive: 1000)")
     what.add_argument("--num_samples", type=number(int, 1), default=1, metavar="N", help="one after the other (1)")
     what.add_argument("--batch_size", type=number(int, 1), metavar="N",
                       help="rows at a time: copies of one prompt, or so many of several (all)")  # fmt: skip
@@ -43,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     drafts = parser.add_argument_group("speculation (the text stays the model's own)")
     source = drafts.add_mutually_exclusive_group()
-    source.add_argument("--draft_checkpoint_path", type=Path, metavar="DIR",
+    source.add_argument("--draft_checkpoint_path", type=checkpoint_folder, metavar="DIR",
                         help="a smaller model of the same vocabulary drafts")  # fmt: skip
     source.add_argument(
         "--prompt_lookup", action="store_true", help="what followed the last n-gram before is the draft"
@@ -52,16 +69,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
     )
     run = parser.add_argument_group("how to run")
+    run.add_argument("-h", "--help", action="help", help="show this and exit")
     run.add_argument("--compile", action="store_true", help="compile decode")
     run.add_argument("--compile_prefill", action="store_true", help="compile prefill too")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    run.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
+                     help="cpu, cuda, cuda:1, ... (cuda where there is one)")  # fmt: skip
+    run.add_argument("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (the checkpoint's own)")
     run.add_argument("--random_weights", action="store_true", help="for speed work; the folder needs only config.json")
     run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")
     args = parser.parse_args(argv)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1000 if args.interactive else 200
+    args.prompt = [read_stdin() if text == "-" else text for text in args.prompt or []]
     return args
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: the input is not UTF-8: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -78,12 +107,28 @@ class Job:
     sampling: Sampling
     quantization: Scheme | None
     draft_dtype: torch.dtype | None
+    template: ChatTemplate | None  # of --chat and --interactive
+
+
+# A conversation's caches are made at the start, for a whole context: of a long one they would be larger than the model.
+DEFAULT_CONVERSATION = 8192
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Say in an error which option it is about."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
-    raw = read_config(args.checkpoint_path)
-    config, quantization = parse_config(raw), quantization_scheme(raw)
+    with naming("--checkpoint_path"):
+        raw = read_config(args.checkpoint_path)
+        config, quantization = parse_config(raw), quantization_scheme(raw)
+        eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
@@ -92,28 +137,69 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
             raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that exists")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
+    check_chat(args, config)
     try:
         tokenizer = load_tokenizer(args.checkpoint_path)
     except FileNotFoundError as error:
         if not args.prompt_length:
-            raise ValueError(f"{error}; or give --prompt_length for a prompt of random tokens") from None
+            raise ValueError(
+                f"--checkpoint_path: {error}; or give --prompt_length for a prompt of random tokens"
+            ) from None
         if args.stop:
             raise ValueError(f"--stop needs a tokenizer: {error}") from None
         tokenizer = None
-    prompts = read_prompts(args, tokenizer, config)
+    template = chat_template(args, tokenizer) if args.chat or args.interactive else None
+    if template and tokenizer and not args.ignore_eos:
+        eos_ids += end_of_turn(template, tokenizer, args.system)
+    prompts = read_prompts(args, tokenizer, template, config)
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    if args.interactive:
+        longest = args.max_seq_length or DEFAULT_CONVERSATION
     batch_size = args.batch_size or len(prompts)
     return Job(
         config,
         device,
         DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
         tokenizer,
-        () if args.ignore_eos else eos_token_ids(args.checkpoint_path),
+        eos_ids,
         [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
-        min(config.max_position_embeddings, max(map(len, prompts)) + args.max_new_tokens),
+        min(config.max_position_embeddings, longest),
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
         quantization,
         check_draft(args, tokenizer, config.vocab_size),
+        template,
     )
+
+
+def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Raise ValueError where options do not go with --chat or --interactive, or need one of them."""
+    context, slots = config.max_position_embeddings, args.max_seq_length
+    if args.system is not None and not (args.chat or args.interactive):
+        raise ValueError("--system is for a chat; give --chat or --interactive too")
+    if args.chat and args.prompt_length:
+        raise ValueError("--chat and --prompt_length do not go together: random tokens are no message")
+    if slots and not args.interactive:
+        raise ValueError("--max_seq_length is for --interactive; a prompt's text has the length that it needs")
+    if slots and slots > context:
+        raise ValueError(f"--max_seq_length {slots} is more than the model's context of {context}; give fewer")
+    for option in ("batch_size", "profile"):
+        if args.interactive and getattr(args, option):
+            raise ValueError(f"--{option} does not go with --interactive")
+    if args.interactive and args.num_samples > 1:
+        raise ValueError(f"--num_samples {args.num_samples} does not go with --interactive, which gives one answer")
+
+
+def chat_template(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """Return the model's template; None where it has none and its text is merely continued."""
+    with naming("--checkpoint_path"):
+        eos_ids = eos_token_ids(args.checkpoint_path)
+        template = load_template(args.checkpoint_path, tokenizer, eos_ids) if tokenizer else None
+    needed_by = "--chat" if args.chat else "--system" if args.system is not None else None
+    if needed_by and not template:
+        raise ValueError(
+            f"{needed_by} needs a chat template and {args.checkpoint_path} has none; name a model made for chat"
+        )
+    return template
 
 
 def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> torch.dtype | None:
@@ -149,8 +235,13 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
     return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
+def read_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig
+) -> list[list[int]]:
     """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
+    if args.interactive:
+        return [[0]]  # stands for whatever will be typed, in one row
+    option = "--prompt_length" if args.prompt_length else "--prompt_file" if args.prompt_file else "--prompt"
     if args.prompt_length:
         generator = torch.Generator().manual_seed(args.seed)
         prompts = [torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()]
@@ -159,16 +250,24 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: 
         texts = args.prompt or ["def"]
         if args.prompt_file:  # splitlines would cut at form feeds too
             texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        prompts = [tokenizer.encode(text) for text in texts]
-    for ids in prompts:
+        with naming(option):
+            prompts = [encode_prompt(text, args.system, tokenizer, template) for text in texts]
+    for i, ids in enumerate(prompts, start=1):
+        which = f"{option} {i} of {len(prompts)}" if len(prompts) > 1 else option
         if not ids:
-            raise ValueError("the prompt is empty and the tokenizer has no BOS token; give a --prompt")
+            raise ValueError(f"{which} is empty and the tokenizer has no BOS token; give a text")
         if len(ids) >= config.max_position_embeddings:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
+                f"{which} has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
             )
         if max(ids) >= config.vocab_size:
             raise ValueError(
-                f"the prompt has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
+                f"{which} has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
             )
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
+
+
+def encode_prompt(text: str, system: str | None, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    if template is None:
+        return tokenizer.encode(text)
+    return Conversation(tokenizer, template, system, capacity=2**31).ask(text).ids

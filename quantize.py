@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
-from cli import ArgumentParser, check_device, number, user_errors
+from cli import ArgumentParser, check_device, checkpoint_folder, number, user_errors
 from kernels import constant
 from model import Linear, Transformer, attention, expert_linear, linear
 
@@ -269,7 +269,7 @@ def quantized_parts(
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="quantize.py", description="Quantize the linears of a checkpoint.")
-    parser.add_argument("--checkpoint_path", type=Path, default=Path(__file__).parent / "checkpoints/demo",
+    parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
                         metavar="DIR", help="a folder that generate.py loads (checkpoints/demo)")  # fmt: skip
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, help="weights that share a scale, in int4 (32)")

@@ -29,6 +29,7 @@ class Row:
     arrivals: list[float] = field(default_factory=list)
     accept_counts: list[int] = field(default_factory=list)  # as in `Speculation`
     num_drafted: int = 0
+    num_cached: int = 0  # of the prompt's ids, those that the model's caches held before
 
     def push(self, ids: list[int], eos_ids: tuple[int, ...]) -> str:
         """Take the row's new ids; return the text that is now certain."""
@@ -95,7 +96,7 @@ class Row:
             "new_tokens": len(self.tokens),
             "finish_reason": self.finish_reason,
             "ttft_ms": self.ttft_s and self.ttft_s * 1e3,
-            "prefill_tokens_per_s": self.ttft_s and len(self.prompt_ids) / self.ttft_s,
+            "prefill_tokens_per_s": self.ttft_s and (len(self.prompt_ids) - self.num_cached) / self.ttft_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "accept_counts": self.accept_counts,
         }
@@ -134,15 +135,19 @@ def run_sample(
     eos_ids: tuple[int, ...],
     stops: list[str],
     quiet: bool = False,
+    echo: bool = True,
 ) -> list[Row]:
-    """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows."""
+    """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows.
+
+    echo: the prompt too.
+    """
     rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
 
     def show(text: str) -> None:
         if len(rows) == 1 and not quiet:
             print(text, end="", flush=True)
 
-    if tokenizer:
+    if tokenizer and echo:
         show(tokenizer.decode(prompts[0]))
     for step in new_ids:
         for row, ids in zip(rows, step, strict=True):
@@ -155,7 +160,7 @@ def run_sample(
         show("\n")
         for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
             print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
-            print(tokenizer.decode(row.prompt_ids) + row.text, flush=True)
+            print((tokenizer.decode(row.prompt_ids) if echo else "") + row.text, flush=True)
     return rows
 
 
@@ -166,7 +171,9 @@ def report_rows(rows: list[Row], context: int) -> None:
         if row.finish_reason == "context":
             line += f": the model's context of {context} tokens is full"
         if metrics["ttft_ms"]:
-            line += f"; first after {metrics['ttft_ms']:.0f} ms"
+            line += (
+                f"; {len(row.prompt_ids) - row.num_cached} tokens prefilled, first after {metrics['ttft_ms']:.0f} ms"
+            )
         if metrics["decode_tokens_per_s"]:
             line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"
         if row.tokens_per_round:

@@ -15,7 +15,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +72,7 @@ class Tokenizer:
     encode_text: Callable[[str, bool], list[int]]  # (text, parse_special) -> ids without BOS
     bos_id: int | None  # None: this tokenizer puts nothing before a text
     strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
+    added_ids: dict[str, int] = field(default_factory=dict)  # the strings that parse_special turns into ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -241,6 +242,7 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         encode_text,
         choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
         strips_leading_space,
+        {token.content: i for i, token in backend.get_added_tokens_decoder().items()},
     )
 
 
@@ -348,7 +350,8 @@ def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     token_bytes |= {token.id: b"" if token.special else piece_bytes(token.content) for token in tokens}
     own_bos = first.bos_id() if first.bos_id() >= 0 else None
     strips_leading_space = first.decode(["▁"]) == ""
-    return Tokenizer(token_bytes, encode_text, choose_bos(settings, own_bos, parsed_ids.get), strips_leading_space)
+    bos_id = choose_bos(settings, own_bos, parsed_ids.get)
+    return Tokenizer(token_bytes, encode_text, bos_id, strips_leading_space, parsed_ids)
 
 
 def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -> list[AddedToken]:
@@ -394,7 +397,8 @@ def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
         return ids
 
     token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
-    return Tokenizer(token_bytes, encode_text, choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get))
+    bos_id = choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get)
+    return Tokenizer(token_bytes, encode_text, bos_id, added_ids=special_ids)
 
 
 def cut_whitespace(text: str, longest: int) -> list[str]:

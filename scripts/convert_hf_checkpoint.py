@@ -23,7 +23,7 @@ from checkpoint import (
     write_fused_config,
     write_safetensors,
 )
-from cli import ArgumentParser, user_errors
+from cli import ArgumentParser, checkpoint_folder, user_errors
 
 
 def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = None) -> None:
@@ -45,7 +45,9 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a folder as downloaded from the Hub")
+    parser.add_argument(
+        "--checkpoint_dir", type=checkpoint_folder, required=True, help="a folder as downloaded from the Hub"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: CHECKPOINT_DIR-converted")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     args = parser.parse_args(argv)

@@ -31,7 +31,7 @@ from train_demo import HELD_OUT
 
 import quantize
 from checkpoint import load_model
-from cli import ArgumentParser, number, read_text, user_errors, write_whole
+from cli import ArgumentParser, checkpoint_folder, number, read_text, user_errors, write_whole
 from eval import log_probabilities, of_targets, text_windows
 from gptq import CALIBRATION_MODULES, library_text
 from model import Linear, Transformer
@@ -137,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_path", type=Path, default=ROOT / "checkpoints/demo", help="(checkpoints/demo)")
+    parser.add_argument(
+        "--checkpoint_path", type=checkpoint_folder, default=ROOT / "checkpoints/demo", help="(checkpoints/demo)"
+    )
     parser.add_argument("--text_file", type=Path, help="default: held-out modules of the standard library")
     parser.add_argument("--num_tokens", type=number(int, 2), default=16384, help="to evaluate on, at most (16384)")
     parser.add_argument("--name", required=True, help="what the result file is called: quality-NAME")

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,17 @@ def test_each_row_of_a_batch_equals_its_own_run(model):
     prompts = [[3], [9, 8, 7, 6, 5], list(range(1, 40)), [11, 12]]
     single = [tokens_of(generate(model, [p], 40, GREEDY)) for p in prompts]
     assert rows_of(generate(model, prompts, 40, GREEDY)) == single
+
+
+def test_a_batch_of_many_rows_of_which_most_end_early_equals_their_own_runs(model):
+    model.setup_caches(20, 128)
+    prompts = [[(7 * i + j) % 64 for j in range(1 + 5 * i % 23)] for i in range(20)]
+    single = [tokens_of(generate(model, [p], 40, GREEDY)) for p in prompts]
+    counts = Counter(token for ids in single for token in set(ids))
+    eos = next(token for token, count in counts.most_common() if count < 18)
+    ended = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in single]
+    assert 8 < sum(len(ids) < 40 for ids in ended) < 20
+    assert rows_of(generate(model, prompts, 40, GREEDY, eos_ids=[eos])) == ended
 
 
 def test_a_row_that_has_ended_changes_no_other(model):
@@ -446,9 +458,10 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "tokenizer", "checkpoint", "generate", "steps", "speculate", "report", "cli", "tp"]
-)
+MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template"
+
+
+@pytest.mark.parametrize("name", MODULES.split())
 def test_importing_changes_nothing(name):
     probe = f"""
 import os, random, sys

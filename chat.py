@@ -1,0 +1,292 @@
+"""A conversation with a model: its history as ids, which of them the caches hold, and the terminal.
+
+    python generate.py --checkpoint_path DIR --interactive --system "Answer briefly."
+
+A model with a chat template is asked through it; one without continues the text, each line after the last. A turn
+prefills only what the model's caches do not hold yet.
+"""
+
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from chat_template import ChatTemplate, Message
+from model import Ranks
+from report import Row, report_rows
+from speculate import Speculation
+from tokenizer import TextStream, Tokenizer, check_unicode
+from tp import from_rank_0
+
+# Stands in what people and models write, behind the first character of a special token's name, so that the name is
+# text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
+MARK = "\ufdd0"
+HELP = "Ctrl-C stops an answer, /reset begins anew, /quit or Ctrl-D ends"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids of a conversation
+
+
+class SpecialNames:
+    """The names of a tokenizer's added tokens, as patterns that find them in a text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        names = sorted(tokenizer.added_ids, key=len, reverse=True)
+        names = [name for name in names if len(name.strip()) > 1]  # runs of spaces may be tokens of any text
+        controls = [name for name in names if not tokenizer.token_bytes.get(tokenizer.added_ids[name])]
+        self.all = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self.controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")
+
+    def quote(self, message: Message) -> Message:
+        """Return the message with the names in its content marked.
+
+        In an answer only those of tokens that are never shown: the template may look for </think>.
+        """
+        names = self.controls if message["role"] == "assistant" else self.all
+        content = message["content"].replace(MARK, "")
+        return {**message, "content": names.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)}
+
+
+def encode_rendered(tokenizer: Tokenizer, names: re.Pattern[str], text: str, follows: bool) -> list[int]:
+    """Encode a rendered text, its special tokens to their ids but marked names as text. follows: other text is before.
+
+    What bears no mark is encoded as `transformers` does it, without another BOS.
+    """
+    if not follows and MARK not in text:
+        return tokenizer.encode_text(text, True)
+    start, *rest = names.split(text)  # [text, name, text, ..., name, text]
+    ids = encode_literal(tokenizer, start, follows) if start else []
+    for name, section in zip(rest[::2], rest[1::2], strict=True):
+        if MARK in section:
+            ids += [tokenizer.added_ids[name], *encode_literal(tokenizer, section, follows=True)]
+        else:
+            ids += tokenizer.encode_text(name + section, True)
+    return ids
+
+
+def encode_literal(tokenizer: Tokenizer, text: str, follows: bool) -> list[int]:
+    text = text.replace(MARK, "")
+    if follows and tokenizer.strips_leading_space:  # it would put a space before the text: here before a line's end
+        before, ids = (tokenizer.encode_text(each, False) for each in ("\n", "\n" + text))
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return tokenizer.encode_text(text, False)
+
+
+def system_messages(system: str | None) -> list[Message]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer, system: str | None) -> tuple[int, ...]:
+    """Return the id of the special token that the template puts after an answer, () where it puts none.
+
+    Raises ValueError where the template cannot render a conversation.
+    """
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+    *_, after = template.render([*system_messages(system), *turn], add_generation_prompt=False).rpartition(MARK)
+    found = SpecialNames(tokenizer).controls.match(after.lstrip())
+    return (tokenizer.added_ids[found[0]],) if found else ()
+
+
+class Turn(NamedTuple):
+    ids: list[int]  # of the whole conversation up to the answer
+    cached: int  # how many of them the model's caches hold
+    num_dropped: int  # turns that were forgotten for room
+
+
+class Refused(ValueError):
+    """A message that cannot be taken in; the conversation may go on without it."""
+
+
+class Conversation:
+    """What was said, as messages and as ids.
+
+    template None: the text is continued, each message on a new line. capacity: cache slots; reserve: those that an
+    answer wants.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        system: str | None = None,
+        capacity: int = 8192,
+        reserve: int = 200,
+    ):
+        self.tokenizer, self.template, self.capacity = tokenizer, template, capacity
+        self.reserve = min(reserve, capacity // 4)
+        self.names = SpecialNames(tokenizer)
+        self.system = system_messages(system)
+        self.held: list[int] = []  # what the model's caches hold
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = list(self.system)
+        # The text of the conversation, and its ids: of an answer those that were generated, which need not be those
+        # that its text is encoded to. Seams: where a beginning of the text (its length) is one of the ids (how many).
+        self.text, self.ids, self.seams = "", list[int](), [(0, 0)]
+
+    def ask(self, content: str) -> Turn:
+        """Take in the user's message. Raises Refused where it cannot be, and ValueError where the template fails."""
+        try:
+            check_unicode(content)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        messages = [*self.messages, {"role": "user", "content": content}]
+        text, ids, seams = self._encode(messages)
+        oldest, num_before = len(self.system), len(messages)
+        if len(ids) + self.reserve > self.capacity:
+            # Down to a half at once: what is left has to be prefilled again.
+            while len(ids) > self.capacity // 2 and len(messages) > oldest + 1:
+                del messages[oldest : oldest + 2]
+                text, ids, seams = self._encode(messages)
+        if len(ids) >= self.capacity:
+            raise Refused(
+                f"the message makes a prompt of {len(ids)} tokens and the conversation has room for {self.capacity}; "
+                "shorten it"
+            )
+        self.messages, self.text, self.ids, self.seams = messages, text, ids, seams
+        cached = min(shared_length(ids, self.held), len(ids) - 1)
+        self.held = ids[:cached]
+        return Turn(ids, cached, (num_before - len(messages)) // 2)
+
+    def answered(self, row: Row) -> None:
+        """Take in the answer to what was asked last, however it ended."""
+        message = {"role": "assistant", "content": row.text}
+        self.messages.append(message)
+        if row.tokens:  # the last of them has been chosen, but was not run through the model
+            self.held = [*self.ids, *row.tokens[:-1]]
+        if row.finish_reason != "stop":  # there the tokens go on beyond the text
+            self.text += self.names.quote(message)["content"]
+            self.ids = self.ids + (row.tokens[:-1] if row.finish_reason == "eos" else row.tokens)
+            self.seams.append((len(self.text), len(self.ids)))
+
+    def _encode(self, messages: list[Message]) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """Return the text of the messages, its ids and its seams."""
+        quoted = [self.names.quote(message) for message in messages]
+        if self.template:
+            text = self.template.render(quoted, add_generation_prompt=True)
+        else:  # messages and answers in turn
+            text = "".join(("\n" if i and i % 2 == 0 else "") + each["content"] for i, each in enumerate(quoted))
+        seams = [(length, count) for length, count in self.seams if text.startswith(self.text[:length])]
+        length, count = seams[-1]
+        ids = self.ids[:count] + encode_rendered(self.tokenizer, self.names.all, text[length:], follows=length > 0)
+        if self.template is None and length == 0 and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id, *ids]
+        if not ids:
+            raise ValueError(f"{self.template and self.template.where}: the chat template makes no text of a message")
+        return text, ids, [*seams, (len(text), len(ids))]
+
+
+def shared_length(a: list[int], b: list[int]) -> int:
+    """Return how many ids two lists have in common before the first that differs."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def read_line() -> str | None:
+    """Read what the user types, edited and with a history on a terminal; None at the end of input."""
+    prompt = "> "
+    while True:
+        try:
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                with contextlib.suppress(ImportError):
+                    import readline  # noqa: F401  # input() edits lines and keeps a history once this is there
+                return input(prompt)
+            if sys.stdin.isatty():
+                print(prompt, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            return line.removesuffix("\n") if line else None
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the input is not UTF-8: {error}") from None
+        except KeyboardInterrupt:  # it gives up the line, as a shell does
+            print(file=sys.stderr)
+
+
+def next_turn(conversation: Conversation) -> Turn | None:
+    """Read lines until one is a message; None where the user ends the conversation."""
+    while (line := read_line()) is not None:
+        command = line.strip()
+        if command == "/quit":
+            return None
+        if command == "/reset":
+            conversation.reset()
+            print("the conversation begins anew", file=sys.stderr)
+        elif command:
+            try:
+                turn = conversation.ask(line)
+            except Refused as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if turn.num_dropped:
+                print(f"the context is full: the oldest {turn.num_dropped} turns are forgotten", file=sys.stderr)
+            return turn
+    return None
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed; pressed twice it raises KeyboardInterrupt."""
+    pressed = False
+
+    def handler(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def chat(
+    conversation: Conversation,
+    launch: Callable[..., Iterator[list[list[int]]]],
+    eos_ids: tuple[int, ...],
+    stops: list[str],
+    max_new_tokens: int,
+    ranks: Ranks,
+    speculation: Speculation | None = None,
+) -> list[list[Row]]:
+    """Talk until the user ends it; return a row for each answer. Of several ranks, rank 0 reads and prints.
+
+    launch: `generate`, but for prompts, max_new_tokens and cached.
+    """
+
+    def show(text: str) -> None:
+        if ranks.rank == 0:
+            print(text, end="", flush=True)
+
+    samples = []
+    if sys.stdin.isatty() and ranks.rank == 0:
+        print(HELP, file=sys.stderr)
+    while (turn := from_rank_0(lambda: next_turn(conversation), ranks)) is not None:
+        row = Row(turn.ids, TextStream(conversation.tokenizer, turn.ids), stops, num_cached=turn.cached)
+        # Of several ranks a Ctrl-C ends all.
+        with ctrl_c() if ranks.count == 1 else contextlib.nullcontext(lambda: False) as pressed:
+            for [ids] in launch([turn.ids], max_new_tokens, cached=turn.cached):
+                show(row.push(ids, eos_ids))
+                if row.finish_reason or pressed():
+                    break
+            unfinished = "length" if len(row.tokens) >= max_new_tokens else "context"
+            show(row.finish("Ctrl-C" if pressed() else unfinished) + "\n")
+        if speculation:
+            [row.accept_counts], row.num_drafted = speculation.accept_counts, speculation.num_drafted
+        samples.append([row])
+        if ranks.rank == 0:
+            conversation.answered(row)
+            report_rows([row], conversation.capacity)
+    return samples

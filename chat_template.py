@@ -1,0 +1,182 @@
+"""A checkpoint's chat template: a conversation -> the text that its model was trained to answer.
+
+    template = load_template("DIR", load_tokenizer("DIR"))
+    template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+
+A template is a program in jinja2, written by whoever made the checkpoint. It runs in jinja2's sandbox, and in a process
+of its own with little time and memory: the sandbox alone bounds neither. This file is that process too.
+"""
+
+import contextlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tokenizer import Tokenizer, read_settings, token_name
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = dict[str, str]  # its role (system, user or assistant) and its content
+
+# Far beyond what a real template needs.
+MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 3, 2**29, 2**24
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a folder
+
+
+class ChatTemplate:
+    """A template, and the process that renders it."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], where: str):
+        self.where = where  # for messages
+        self.special_tokens = special_tokens  # bos_token and its like: their strings, for the template to write
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).resolve()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._ask({"source": source})
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Return the conversation's text, and with add_generation_prompt the beginning of the answer that is next.
+
+        Raises ValueError where the template refuses the conversation or has an error, or needs too much of anything.
+        """
+        # The variables that `transformers` gives it, with no tools and no documents.
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return self._ask({**self.special_tokens, **given})
+
+    def _ask(self, message: dict[str, Any]) -> str:
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(message), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(
+                f"{self.where}: the chat template takes more than {MAX_SECONDS} s or {MAX_BYTES >> 20} MiB; "
+                "it is broken, or means harm"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(f"{self.where}: the chat template says: {answer['error']}")
+        return answer["text"]
+
+
+def load_template(
+    checkpoint_path: str | Path, tokenizer: Tokenizer, eos_ids: Iterable[int] = ()
+) -> ChatTemplate | None:
+    """Start the chat template of a checkpoint folder; None where it has none.
+
+    eos_ids: the first of them is the eos_token of a folder whose settings name none.
+    """
+    folder = Path(checkpoint_path)
+    settings = read_settings(folder / "tokenizer_config.json")
+    source, where = find_source(folder, settings)
+    if not source:
+        return None
+    names = {i: name for name, i in tokenizer.added_ids.items()}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(eos_ids), None)}
+    special_tokens = {key: None if i is None else names.get(i) for key, i in ends.items()}
+    for declared in (read_settings(folder / "special_tokens_map.json"), settings):
+        special_tokens |= {key: token_name(value) for key, value in declared.items() if key.endswith("_token")}
+    return ChatTemplate(source, {key: name for key, name in special_tokens.items() if name is not None}, str(where))
+
+
+def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:
+    """Return the template's text and the file it is from, in the order in which `transformers` looks for it."""
+    if (path := folder / "chat_template.jinja").is_file():
+        try:
+            return path.read_text(encoding="utf-8"), path
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}); download it again") from None
+    path, found = folder / "tokenizer_config.json", settings.get("chat_template")
+    if found is None:
+        path = folder / "chat_template.json"
+        found = read_settings(path).get("chat_template")
+    if isinstance(found, list):  # several, each with its name
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        if "default" not in named:
+            raise ValueError(f"{path}: chat_template has {sorted(map(str, named))} and none is named 'default'")
+        found = named["default"]
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{path}: chat_template is a {type(found).__name__}, expected a text or a list of named ones")
+    return found, path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that renders: a line of JSON in, a line out
+
+
+def compile_template(source: str) -> "jinja2.Template":
+    """Compile a template in the environment for which chat templates are written, that of `transformers`."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what to train on: here it is its body."""
+
+        tags = {"generation"}  # noqa: RUF012  # jinja2's own form
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def render(template: "jinja2.Template", variables: dict[str, Any]) -> str:
+    pieces, length = [], 0
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        length += len(piece)
+        if length > MAX_CHARACTERS:
+            raise ValueError(f"more than {MAX_CHARACTERS} characters")
+    return "".join(pieces)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    template = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        signal.alarm(MAX_SECONDS)  # it ends the process, in the midst of a product of huge numbers too
+        try:
+            if template is None:
+                template, answer = compile_template(message["source"]), {"text": ""}
+            else:
+                answer = {"text": render(template, message)}
+        except Exception as error:  # whatever the template makes Python raise
+            answer = {"error": f"{error}" or type(error).__name__}
+        print(json.dumps(answer), flush=True)
+        signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()

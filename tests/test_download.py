@@ -1,0 +1,371 @@
+"""The downloader, as its users run it, and models by their names on the Hub; the Hub is a server of this process."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint import load_model
+from tests.conftest import REPO, assert_user_error, run_command
+from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
+
+DOWNLOAD = "scripts/download.py"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = "model.safetensors"
+
+
+class LocalHub(ThreadingHTTPServer):
+    """As much of the Hub's API as a download asks for, over one repository `org/tiny`."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = files
+        self.fetched: list[str] = []
+        self.refuse_repo: tuple[int, str] | None = None
+        self.refuse_files: tuple[int, str] | None = None
+        self.token: str | None = None
+        self.cuts = 0  # how often the weights' connection is still to be dropped half-way
+        self.stall = threading.Event()  # set: the weights stop half-way
+        self.stalled = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: LocalHub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            self.refuse(401, "RepoNotFound")
+        elif path.startswith("/api/models/org/tiny"):
+            self.api(path.removeprefix("/api/models/org/tiny"))
+        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            self.file(path.removeprefix(f"/org/tiny/resolve/{COMMIT}/"))
+        else:
+            self.refuse(404, "RepoNotFound")
+
+    def refuse(self, status: int, code: str) -> None:
+        self.answer(b"", status, {"X-Error-Code": code, "X-Error-Message": "no"})
+
+    def api(self, path: str) -> None:
+        files = self.server.files
+        if self.server.refuse_repo:
+            self.refuse(*self.server.refuse_repo)
+        elif path in ("", "/revision/main", f"/revision/{COMMIT}"):
+            names = [{"rfilename": name} for name in files]
+            self.answer(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": names}).encode())
+        elif path in (f"/tree/{COMMIT}", "/tree/main"):
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": etag(b)} for n, b in files.items()]
+            self.answer(json.dumps(tree).encode())
+        else:
+            self.refuse(404, "RevisionNotFound")
+
+    def file(self, name: str) -> None:
+        if self.server.refuse_files:
+            self.refuse(*self.server.refuse_files)
+        elif name not in self.server.files:
+            self.refuse(404, "EntryNotFound")
+        else:
+            self.send_file(name)
+
+    def send_file(self, name: str) -> None:
+        body, start = self.server.files[name], 0
+        if self.command == "GET":
+            self.server.fetched.append(name)
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            start = int(asked[1]) if asked else 0
+        headers = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": COMMIT}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.answer(body[start:], 206 if start else 200, headers, weights=name == WEIGHTS)
+
+    def answer(
+        self, body: bytes, status: int = 200, headers: dict[str, str] | None = None, weights: bool = False
+    ) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if weights and self.server.stall.is_set():
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.server.stalled.set()
+            while self.server.stall.is_set():
+                time.sleep(0.01)
+        elif weights and self.server.cuts:
+            self.server.cuts -= 1
+            self.wfile.write(body[: len(body) // 2])
+        else:
+            self.wfile.write(body)
+
+
+def etag(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+@pytest.fixture
+def hub(hub_checkpoint: GetCheckpoint) -> Iterator[LocalHub]:
+    path = hub_checkpoint("gqa").path
+    files = {name: (path / name).read_bytes() for name in ("config.json", "generation_config.json", WEIGHTS)}
+    files |= {
+        name: name.encode() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "README.md")
+    }
+    server = LocalHub(files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.stall.clear()
+    server.shutdown()
+    server.server_close()
+
+
+def hub_environment(tmp_path: Path, url: str) -> dict[str, str]:
+    return {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"}
+
+
+def run_download(tmp_path: Path, url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return run_command(DOWNLOAD, *args, cwd=tmp_path, **hub_environment(tmp_path, url))
+
+
+def visible(path: Path) -> list[str]:
+    return [name for name in names_in(path) if not name.startswith(".")]
+
+
+def test_a_download_loads_and_holds_nothing_twice(tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint) -> None:
+    wanted = sorted(hub.files)
+    for extra in (
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "original/tokenizer.model",
+        "onnx/model.onnx",
+        "tf_model.h5",
+        "model.gguf",
+        ".gitattributes",
+    ):
+        hub.files[extra] = b"not needed"
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny")
+    assert result.returncode == 0, result.stderr
+    assert visible(tmp_path / "checkpoints" / "org" / "tiny") == sorted(hub.fetched) == wanted
+    assert_same_logits(tmp_path / "checkpoints" / "org" / "tiny", hub_checkpoint("gqa"))
+
+
+def test_shards_are_fetched_where_there_is_no_single_file(
+    tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint
+) -> None:
+    save_sharded(hub_checkpoint("gqa").path, tmp_path / "model")
+    del hub.files[WEIGHTS]
+    hub.files |= {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    hub.files |= {"pytorch_model-00001-of-00001.bin": b"", "pytorch_model.bin.index.json": b"{}"}
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here", "--revision", "main")
+    assert result.returncode == 0, result.stderr
+    assert not any(".bin" in name for name in hub.fetched)
+    assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+def test_bin_weights_are_fetched_where_there_are_no_others(
+    tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint
+) -> None:
+    save_sharded_bin(hub_checkpoint("gqa").path, tmp_path / "model")
+    del hub.files[WEIGHTS]
+    hub.files |= {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    convert(tmp_path / "here", tmp_path / "out")
+    assert_same_logits(tmp_path / "out", hub_checkpoint("gqa"))
+
+
+def test_a_repository_without_weights_is_refused_before_anything_is_written(tmp_path: Path, hub: LocalHub) -> None:
+    hub.files["tiny.Q4_0.gguf"] = hub.files.pop(WEIGHTS)
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny")
+    assert_user_error(result, "org/tiny has no model.safetensors")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_dropped_connection_is_taken_up_again(tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint) -> None:
+    hub.cuts = 2
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    assert hub.fetched.count(WEIGHTS) == 3
+    assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_second_run_completes_an_interrupted_download(
+    tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint, number: signal.Signals
+) -> None:
+    hub.stall.set()
+    command = [sys.executable, str(REPO / DOWNLOAD), "--repo_id", "org/tiny", "--output_dir", "here"]
+    environment = {**os.environ, **hub_environment(tmp_path, hub.url)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert hub.stalled.wait(60)
+        others = sorted(set(hub.files) - {WEIGHTS})
+        deadline = time.monotonic() + 30
+        # A file is there for good with the client's note about it.
+        notes = tmp_path / "here" / ".cache" / "huggingface" / "download"
+        while not all((notes / f"{name}.metadata").exists() for name in others) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(5) == -number, "it ends while the file is still on its way"
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    hub.stall.clear()
+    assert visible(tmp_path / "here") == others
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        load_model(tmp_path / "here")
+    hub.fetched.clear()
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    assert hub.fetched == [WEIGHTS]
+    assert list(tmp_path.rglob("*.incomplete")) == []
+    assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+def test_without_a_network_a_download_ends_in_one_line_within_seconds(tmp_path: Path) -> None:
+    start = time.monotonic()
+    result = run_download(tmp_path, "http://127.0.0.1:9", "--repo_id", "org/tiny")
+    assert_user_error(result, "org/tiny could not be downloaded", "Connection refused", "check the network")
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "with space/x", "../../etc", "a--b", "", "/abs"])
+def test_a_malformed_repo_id_is_one_line(tmp_path: Path, repo_id: str) -> None:
+    result = run_download(tmp_path, "http://127.0.0.1:9", "--repo_id", repo_id)
+    assert_user_error(result, f"--repo_id {repo_id!r}", "organization/name")
+
+
+@pytest.mark.parametrize("args", [[], ["--repo_id"], ["--repo_id", "a/b", "--what"]])
+def test_a_mistake_on_the_downloaders_command_line_is_one_line(tmp_path: Path, args: list[str]) -> None:
+    assert_user_error(run_download(tmp_path, "http://127.0.0.1:9", *args))
+
+
+@pytest.mark.parametrize(
+    ("refuse_repo", "refuse_files", "words"),
+    [
+        ((404, "RepoNotFound"), None, ["was not found", "check the spelling", "hf auth login"]),
+        ((401, "RepoNotFound"), None, ["was not found", "check the spelling", "hf auth login"]),
+        ((401, ""), None, ["401", "token"]),
+        ((403, ""), None, ["403", "token"]),
+        ((500, ""), None, ["500", "run this again"]),
+        ((403, "GatedRepo"), None, ["is gated", "accept its licence", "--hf_token"]),
+        (None, (403, "GatedRepo"), ["is gated", "accept its licence", "--hf_token"]),
+        (None, (401, "GatedRepo"), ["is gated", "accept its licence", "--hf_token"]),
+        (None, (403, ""), ["could not be downloaded", "run this again"]),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(
+    tmp_path: Path,
+    hub: LocalHub,
+    refuse_repo: tuple[int, str] | None,
+    refuse_files: tuple[int, str] | None,
+    words: list[str],
+) -> None:
+    hub.refuse_repo, hub.refuse_files = refuse_repo, refuse_files
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny")
+    assert_user_error(result, "org/tiny", *words)
+
+
+def test_a_revision_that_is_not_there_is_one_line(tmp_path: Path, hub: LocalHub) -> None:
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--revision", "v9")
+    assert_user_error(result, "org/tiny has no revision 'v9'")
+
+
+def test_a_private_repository_opens_to_its_token(tmp_path: Path, hub: LocalHub) -> None:
+    hub.token = "hf_secret"
+    assert_user_error(
+        run_download(tmp_path, hub.url, "--repo_id", "org/tiny"), "log in (hf auth login) if it is private"
+    )
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--hf_token", "hf_secret")
+    assert result.returncode == 0, result.stderr
+    assert "hf_secret" not in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model by its name
+
+DEMO = REPO / "checkpoints" / "demo"
+GENERATE = ("--max_new_tokens", "3", "--prompt", "def", "--temperature", "0")
+
+
+def cache(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
+    """Fetch the demo into the Hub's own cache, as other programs do; return an environment without a network."""
+    hub.files = {file.name: file.read_bytes() for file in DEMO.iterdir()}
+    fetch = [sys.executable, "-c", "import huggingface_hub as hub; hub.snapshot_download('org/tiny')"]
+    subprocess.run(fetch, env={**os.environ, **hub_environment(tmp_path, hub.url)}, check=True, capture_output=True)
+    assert WEIGHTS in hub.fetched
+    return hub_environment(tmp_path, "http://127.0.0.1:9")
+
+
+def test_a_model_in_the_hubs_cache_is_found_by_its_name_without_a_network(tmp_path: Path, hub: LocalHub) -> None:
+    environment = cache(tmp_path, hub)
+    by_path = run_command("generate.py", *GENERATE, cwd=tmp_path)
+    for option in ("--checkpoint_path", "--draft_checkpoint_path"):
+        result = run_command("generate.py", option, "org/tiny", *GENERATE, cwd=tmp_path, **environment)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == by_path.stdout
+    (tmp_path / "text.txt").write_text("def main():\n    return 0\n")
+    result = run_command(
+        "eval.py",
+        "--checkpoint_path",
+        "org/tiny",
+        "--text_file",
+        "text.txt",
+        "--dtype",
+        "float32",
+        cwd=tmp_path,
+        **environment,
+    )
+    assert "perplexity" in result.stdout, result.stderr
+    result = run_command("quantize.py", "--checkpoint_path", "org/tiny", "--mode", "int8", cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert names_in(tmp_path / "checkpoints" / "org") == ["tiny-int8"], "and not in the cache"
+    assert len(list((tmp_path / "hf").rglob("config.json"))) == 1
+
+
+def test_a_downloaded_model_is_found_by_its_name(tmp_path: Path, hub: LocalHub) -> None:
+    (tmp_path / "checkpoints" / "org").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "org" / "tiny").symlink_to(DEMO)
+    result = run_command("generate.py", "--checkpoint_path", "org/tiny", *GENERATE, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "rest"),
+    [
+        ("generate.py", "--checkpoint_path", ()),
+        ("generate.py", "--draft_checkpoint_path", ()),
+        ("eval.py", "--checkpoint_path", ("--text_file", "x")),
+        ("quantize.py", "--checkpoint_path", ("--mode", "int8")),
+    ],
+)
+def test_a_model_that_is_nowhere_is_one_line_with_the_command_that_fetches_it(
+    tmp_path: Path, script: str, option: str, rest: tuple[str, ...]
+) -> None:
+    environment = hub_environment(tmp_path, "http://127.0.0.1:9")
+    result = run_command(script, option, "org/other", *rest, cwd=tmp_path, **environment)
+    assert_user_error(result, option, "org/other", "python scripts/download.py --repo_id org/other")
