@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cli import own_file
 from tokenizer import Tokenizer, read_settings, token_name
 
 if TYPE_CHECKING:
@@ -81,21 +82,21 @@ def load_template(
     eos_ids: the first of them is the eos_token of a folder whose settings name none.
     """
     folder = Path(checkpoint_path)
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder, "tokenizer_config.json")
     source, where = find_source(folder, settings)
     if not source:
         return None
     names = {i: name for name, i in tokenizer.added_ids.items()}
     ends = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(eos_ids), None)}
     special_tokens = {key: None if i is None else names.get(i) for key, i in ends.items()}
-    for declared in (read_settings(folder / "special_tokens_map.json"), settings):
+    for declared in (read_settings(folder, "special_tokens_map.json"), settings):
         special_tokens |= {key: token_name(value) for key, value in declared.items() if key.endswith("_token")}
     return ChatTemplate(source, {key: name for key, name in special_tokens.items() if name is not None}, str(where))
 
 
 def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:
     """Return the template's text and the file it is from, in the order in which `transformers` looks for it."""
-    if (path := folder / "chat_template.jinja").is_file():
+    if (path := own_file(folder, "chat_template.jinja")).is_file():
         try:
             return path.read_text(encoding="utf-8"), path
         except UnicodeDecodeError as error:
@@ -103,7 +104,7 @@ def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Pat
     path, found = folder / "tokenizer_config.json", settings.get("chat_template")
     if found is None:
         path = folder / "chat_template.json"
-        found = read_settings(path).get("chat_template")
+        found = read_settings(folder, path.name).get("chat_template")
     if isinstance(found, list):  # several, each with its name
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         if "default" not in named:

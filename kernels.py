@@ -146,9 +146,10 @@ def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Te
 
 @torch.library.impl("kernels::attention", "CPU")
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As `model.attention`; k and v [B, K, T, D] with the same strides, slots beside each other."""
+    """As `model.attention`."""
     (B, S, H, D), (_, K, T, _) = q.shape, k.shape
-    assert k.stride() == v.stride() and k.stride()[2:] == (D, 1)
+    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):  # not the slots of a cache
+        k, v = k.contiguous(), v.contiguous()
     tensors = [q.contiguous(), k, v, mask.contiguous(), q.new_empty(q.shape)]
     return call("attention", tensors, B, S, H, K, T, D, k.stride(0), k.stride(1))
 

@@ -122,6 +122,13 @@ def test_attention_equals_its_twin_whatever_masked_slots_hold(shape: Any, window
     assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
 
 
+def test_attention_without_caches_equals_its_twin() -> None:
+    q, k, v = (normal(2, 20, heads, 64, seed=seed) for seed, heads in enumerate((8, 2, 2)))
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 20, 20)
+    arguments = (q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    torch.testing.assert_close(torch.ops.kernels.attention(*arguments), attention(*arguments), rtol=2**-6, atol=2**-7)
+
+
 def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
     q, (k, v) = normal(1, 1, 4, 64), keys_and_values(1, 2, 64, 64)
     k[0, 1, 5] = torch.nan
