@@ -27,7 +27,7 @@ from checkpoint import load_model, meta_model, quantization_scheme, random_model
 from cli import user_errors, write_whole
 from model import ONE_RANK, Ranks, Transformer
 from options import Job, check, parse_args
-from report import report_rows, run_metrics, run_sample
+from report import Row, report_rows, report_run, run_metrics, run_sample
 from speculate import Speculation, draft, levels_below, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
 from tp import draft_ranks, from_rank_0, process_group, together
@@ -216,9 +216,32 @@ def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Specula
                     pass
 
 
+def sample_batches(
+    args: argparse.Namespace, job: Job, launch: Callable[..., Any], speculation: Speculation | None, ranks: Ranks
+) -> Iterator[list[Row]]:
+    """Run one batch of prompts after the other; yield each one's rows."""
+    for i, prompts in enumerate(job.batches, start=1):
+        trace = args.profile and i == len(job.batches) and ranks.rank == 0
+        with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
+            new_ids = launch(prompts, args.max_new_tokens)
+            rows = run_sample(
+                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
+                echo=job.template is None,
+            )  # fmt: skip
+        if profiler:
+            profiler.export_chrome_trace(str(args.profile))
+        for row, counts in zip(rows, speculation.accept_counts if speculation else [], strict=False):
+            row.accept_counts, row.num_drafted = counts, speculation.num_drafted if speculation else 0
+        if ranks.rank == 0:
+            report_rows(rows, job.config.max_position_embeddings)
+        yield rows
+
+
 def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     job = together(partial(check, args, ranks), ranks)
-    job = replace(job, batches=from_rank_0(lambda: job.batches, ranks))
+    # Of files that differ between nodes, rank 0's count.
+    batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
+    job = replace(job, batches=batches, max_seq_length=max_seq_length)
     if torch.device(job.device).type == "cuda":
         torch.cuda.set_device(job.device)
     began = time.perf_counter()
@@ -244,27 +267,12 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
 
     generator.manual_seed(args.seed)
     launch = partial(launch, eos_ids=job.eos_ids, speculation=speculation)
-    samples = []
     if args.interactive:
         assert job.tokenizer is not None
         conversation = Conversation(job.tokenizer, job.template, args.system, job.max_seq_length, args.max_new_tokens)
         samples = chat(conversation, launch, job.eos_ids, args.stop, args.max_new_tokens, ranks, speculation)
-    for i, prompts in enumerate([] if args.interactive else job.batches, start=1):
-        trace = args.profile and i == len(job.batches) and ranks.rank == 0
-        with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            new_ids = launch(prompts, args.max_new_tokens)
-            rows = run_sample(
-                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
-                echo=job.template is None,
-            )  # fmt: skip
-        if profiler:
-            profiler.export_chrome_trace(str(args.profile))
-        for row, counts in zip(rows, speculation.accept_counts if speculation else [], strict=False):
-            row.accept_counts, row.num_drafted = counts, speculation.num_drafted if speculation else 0
-        samples.append(rows)
-        if ranks.rank == 0:
-            report_rows(rows, job.config.max_position_embeddings)
-
+    else:
+        samples = list(sample_batches(args, job, launch, speculation, ranks))
     if ranks.rank or not samples:
         return
     metrics = {
@@ -276,12 +284,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         "seed": args.seed,
         "sampling": asdict(job.sampling),
     }
-    line = f"seed {args.seed}; {metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
-    if args.compile or args.compile_prefill:
-        line += f", compiled in {metrics['compile_s']:.1f} s"
-    if metrics["bandwidth_gb_per_s"]:
-        line += f"; {metrics['bandwidth_gb_per_s']:.1f} GB/s read while decoding"
-    print(line + f"; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB", file=sys.stderr)
+    report_run(metrics, args.compile or args.compile_prefill)
     if args.metrics_path:
         write_whole(args.metrics_path, json.dumps(metrics, indent=1) + "\n")
 

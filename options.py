@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import secrets
 import sys
 from collections.abc import Iterator
@@ -133,8 +134,9 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     device = local_device(args.device, ranks)
     check_device(device)
     for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that exists")
+        # Rank 0 alone writes: another node need not have the folder.
+        if ranks.rank == 0 and path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that can be written to")
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
     check_chat(args, config)

@@ -207,3 +207,14 @@ def run_metrics(samples: list[list[Row]], model: Transformer, draft_model: Trans
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
+
+
+def report_run(metrics: dict[str, Any], compiled: bool) -> None:
+    line = (
+        f"seed {metrics['seed']}; {metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
+    )
+    if compiled:
+        line += f", compiled in {metrics['compile_s']:.1f} s"
+    if metrics["bandwidth_gb_per_s"]:
+        line += f"; {metrics['bandwidth_gb_per_s']:.1f} GB/s read while decoding"
+    print(line + f"; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB", file=sys.stderr)

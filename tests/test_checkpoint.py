@@ -655,7 +655,7 @@ def test_shards_of_the_other_families_are_the_same_model(
         (lambda t, p: t.update({f"{p}.experts.1.w2.weight": torch.ones(112, 64)}), ["experts.1.w2", "[64, 112]"]),
         (lambda t, p: t.update({f"{p}.gate.weight": torch.ones(4, 64)}), ["gate.weight", "[4, 64]", "[5, 64]"]),
     ],
-    ids=str,
+    ids=["missing", "unexpected", "turned", "router"],
 )
 def test_an_experts_tensor_is_missed_and_refused_by_name(
     tmp_path: Path, hub_checkpoint: GetCheckpoint, change: Callable[[dict[str, Tensor], str], Any], words: list[str]
