@@ -45,7 +45,7 @@ from tp import from_rank_0, local_device, process_group, together
 
 
 FRESH_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
-GROUPS = (*FRESH_GROUPS, "decode", "prefill", "positions", "verify")
+GROUPS = (*FRESH_GROUPS, "decode", "batch", "prefill", "positions", "verify")
 
 
 class Results:

@@ -37,6 +37,7 @@ from tp import draft_ranks
 PREFILL = (128, 512, 2048)
 POSITIONS = (128, 2048, 8192)
 VERIFIED = 5  # tokens in one forward
+ROWS = 8  # of a batch
 SHORTEST_DRAFTED = 128  # tokens of a sample with speculation, so that chance evens out
 
 
@@ -52,13 +53,16 @@ class Bench:
         # One length for all, since the compiled steps are made for it.
         self.length = 64 * (2 + max(args.new_tokens, SHORTEST_DRAFTED, *PREFILL) // 64)
 
-    def on(self, weights: str, length: int, measure: Callable[..., float], *args: Any) -> Callable[[], float]:
+    def on(
+        self, weights: str, length: int, measure: Callable[..., float], *args: Any, num_rows: int = 1
+    ) -> Callable[[], float]:
         """Return a measurement of a model with caches of `length`."""
 
         def run() -> float:
             model = self.models[weights]
-            if model.max_seq_length != length or model.layers[0].self_attn.cache is None:
-                model.setup_caches(1, length)
+            cache = model.layers[0].self_attn.cache
+            if cache is None or model.max_seq_length != length or cache.k.shape[0] != num_rows:
+                model.setup_caches(num_rows, length)
             self.ranks.all_reduce(torch.ones(1, device=self.device))  # they begin together
             return measure(model, *args)
 
@@ -104,6 +108,15 @@ class Bench:
             return duel.take(levels, num_tokens)["tok_per_s"]
 
         return self.on(weights, self.length, measure)
+
+    def batch(self) -> Iterator[Rung]:
+        for name, steps, weights, _ in self.each():
+            for num_rows in (1, ROWS):
+                measure = self.on(
+                    weights, self.length, decode_rate, steps, self.args.new_tokens, num_rows, num_rows=num_rows
+                )
+                against = f"{name}, batch of 1" if num_rows > 1 else ""
+                yield Rung(f"{name}, batch of {num_rows}", "tok/s", measure, weights, against=against)
 
     def prefill(self) -> Iterator[Rung]:
         for size in PREFILL:

@@ -97,10 +97,11 @@ def decode_mode(device: str) -> str | None:
     return "reduce-overhead" if device.startswith("cuda") else None
 
 
-def decode_rate(model: Transformer, steps: Steps, num_tokens: int) -> float:
-    """Return tokens a second of plain greedy decoding after a prompt of 6 tokens."""
-    arrivals = [time.perf_counter() for _ in generate(model, [PROMPT], num_tokens, GREEDY, decode=steps.decode)]
-    return (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+def decode_rate(model: Transformer, steps: Steps, num_tokens: int, num_rows: int = 1) -> float:
+    """Return tokens a second, of all rows together, of plain greedy decoding after a prompt of 6 tokens."""
+    prompts = [PROMPT] * num_rows
+    arrivals = [time.perf_counter() for _ in generate(model, prompts, num_tokens, GREEDY, decode=steps.decode)]
+    return num_rows * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
 
 
 def prefill_rate(model: Transformer, steps: Steps, length: int) -> float:

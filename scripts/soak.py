@@ -89,7 +89,7 @@ def soak(num_turns: int, device: str, compile_steps: bool) -> dict[str, Any]:
     """Run the turns, after a round of all that are different; return what they took, and what of it is a fault."""
     turn, first_texts = turns(device, compile_steps), {}
     tokens, seconds, memory, changed = [], [], [], []
-    graphs_before = 0
+    graphs_at_first = graphs_before = num_graphs()
     for i in tqdm(range(NUM_DIFFERENT + num_turns), desc="soak", unit="turn", disable=None):
         if i == NUM_DIFFERENT:
             gc.collect()
@@ -120,7 +120,7 @@ def soak(num_turns: int, device: str, compile_steps: bool) -> dict[str, Any]:
         "tokens": sum(tokens),
         "memory_growth": growth,
         "slowdown": slowdown,
-        "graphs": {"warm-up": graphs_before, "after": new_graphs},
+        "graphs": {"warm-up": graphs_before - graphs_at_first, "after": new_graphs},
         "changed_texts": changed,
         "faults": [what for what, is_fault in bounds.items() if is_fault],
         "window": window,

@@ -63,7 +63,7 @@ def mistake(capsys, *arguments):
 
 
 def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
-    options = ["--samples", 2, "--only", "decode", "--quantize", "--speculate_k", 1, "--new_tokens", 8]
+    options = ["--samples", 1, "--only", "decode", "--quantize", "--speculate_k", 1, "--new_tokens", 8]
     done = subprocess.run(
         command(config, *options, ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -72,7 +72,7 @@ def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
     report = json.loads(path.read_text())
     rungs = {rung["name"]: rung for rung in report["rungs"]}
     assert list(rungs) == ["eager", "compile", "compile + speculation"]
-    assert all(len(rung["samples"]) == 2 and rung["median"] > 0 for rung in rungs.values())
+    assert all(len(rung["samples"]) == 1 and rung["median"] > 0 for rung in rungs.values())
     assert report["tp"] == 2 and report["roof"]["read_gb_per_s"] > 0
     share = rungs["eager"]["gb_per_s"] / report["roof"]["read_gb_per_s"]
     assert rungs["eager"]["share_of_roof"] == pytest.approx(share)

@@ -651,6 +651,7 @@ def test_ctrl_c_stops_the_answer_only_and_the_terminal_has_a_history(chat_folder
     screen.until("> ")
     screen.type("never mind")
     screen.until("never mind")
+    time.sleep(0.5)  # readline, while it still shows a key, lets Ctrl-C wait for the next one
     screen.type("\x03")
     screen.until("> ")
     screen.type("/reset\r")

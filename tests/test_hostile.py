@@ -525,7 +525,7 @@ def test_a_lone_surrogate_in_a_prompt_is_one_line(capfd: Any, prompt: str) -> No
 def test_a_prompt_of_10_mb_is_one_line(tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "long").write_text("a" * 10**7)
     args = ["--checkpoint_path", str(SOURCE), "--prompt_file", str(tmp_path / "long")]
-    assert_user_error(ends(capfd, generate, args), "the prompt has 10000001 tokens and the model's context 1024")
+    assert_user_error(ends(capfd, generate, args), "--prompt_file has 10000001 tokens and the model's context 1024")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
