@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import naming, own_file
+from kernels import empty_weight
 from model import ONE_RANK, ModelConfig, Ranks, RopeScaling, Transformer, rope_frequencies
 from quantize import Scheme, parse_scheme, quantize_linears_, repack_
 from tp import check_sizes, local_part
@@ -591,7 +592,7 @@ def random_model(
     generator = torch.Generator(device).manual_seed(seed + ranks.rank)
     state = {}
     for name, (kind, shape) in tensor_specs(model, dtype).items():
-        value = torch.empty(shape, dtype=kind, device=device)
+        value = empty_weight(shape, kind, device)
         if kind in (torch.int8, torch.uint8):
             info = torch.iinfo(kind)
             value.random_(info.min, info.max + 1, generator=generator)

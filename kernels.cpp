@@ -20,7 +20,7 @@
 using bf16 = uint16_t;
 constexpr int ROWS = 4;      // of w in a block
 constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
-constexpr int AHEAD = 2048;  // bytes between what is read and what is fetched
+constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
 
 static inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -285,7 +285,7 @@ static inline __m512 sums_of(const __m512* v) {
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, 0 in fp32; NaN stays, as the second operand
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, nothing in bf16; NaN stays, as the second operand
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -428,6 +428,7 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
     const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
+    if (!S) return;
     const int64_t tasks = B * K * tiles, size = queries * G * (D + 2), threads = omp_get_max_threads();
     // Where there are fewer tasks than threads, several share the slots of one.
     const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, T / (2 * SLOTS)));
@@ -458,7 +459,7 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
                 for (int64_t d = 0; d < D; d++) first[r * D + d] = (i ? first[r * D + d] : 0) + share * sums[d];
             }
             bf16* y = out + (tile.row(r) - q);
-            for (int64_t d = 0; d < D; d++) y[d] = narrow(first[r * D + d] / total);
+            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * D + d] / total);  // 0 where nothing is seen
         }
     }
 }

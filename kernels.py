@@ -8,13 +8,14 @@ that of attention is `model.attention`.
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +80,28 @@ def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
     assert all(tensor.dtype in (torch.bfloat16, torch.int8, torch.uint8, torch.bool) for tensor in tensors)
     getattr(library(), name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
     return tensors[-1]
+
+
+MADV_HUGEPAGE = 14  # of linux/mman.h
+
+
+def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return memory for a weight, on a CPU in pages of 2 MiB where Linux grants them.
+
+    Streaming it looks up fewer pages: 1.1 to 1.3 times as fast as with pages of 4 KiB. A file that is mapped has large
+    ones already, where its file system does.
+    """
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    if sys.platform == "linux" and weight.device.type == "cpu":
+        start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(start, weight.data_ptr() + weight.nbytes - start, MADV_HUGEPAGE)
+    return weight
+
+
+def packed_weight(values: Tensor) -> nn.Parameter:
+    return constant(empty_weight(values.shape, values.dtype, values.device).copy_(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +298,8 @@ class StreamedInt8Linear(KernelLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, ROWS)).transpose(-3, -2).contiguous()
-        self.weight, self.scales = constant(packed), constant(scales)
+        packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, ROWS)).transpose(-3, -2)
+        self.weight, self.scales = packed_weight(packed), constant(scales)
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -296,7 +319,7 @@ class StreamedInt4Linear(KernelLinear):
         super().__init__(bias)
         # [N / 4, K / 64, 4, halves, 32]
         blocks = codes.unflatten(-1, (-1, 2, 32)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
-        self.weight = constant((blocks[..., 0, :] | blocks[..., 1, :] << 4).contiguous())
+        self.weight = packed_weight(blocks[..., 0, :] | blocks[..., 1, :] << 4)
         self.scales, self.zeros = (
             constant(values.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()) for values in (scales, zeros)
         )

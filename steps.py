@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kernels import MAX_ROWS
+from kernels import MAX_ROWS, library
 from model import Transformer
 
 # Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
@@ -120,7 +120,9 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
     which inductor sums in another way. mode: torch.compile's; "reduce-overhead" replays a step as a CUDA graph.
     """
-    graph = torch.compile(step, fullgraph=True, dynamic=False, mode=mode, recompile_limit=64)  # type: ignore[call-overload]
+    # Inductor would compile a test program for each kind of vectors first; kernels.py has seen that they work here.
+    options = {"cpp.vec_isa_ok": True} if mode is None and library() is not None else None
+    graph = torch.compile(step, fullgraph=True, dynamic=False, mode=mode, options=options, recompile_limit=64)  # type: ignore[call-overload]
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
         if step is prefill:  # any number of columns

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import DTYPES, parse_dtype
 from generate import generate
+from kernels import empty_weight
 from model import Transformer
 from speculate import verify
 from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
@@ -42,7 +43,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 def measure_roof(device: str) -> dict[str, float]:
     """Return the best of several streaming reads of 1 GiB, in GB/s, and of bf16 products of 2048 x 2048, in TFLOP/s."""
-    data = torch.ones(2**28, device=device)
+    data = empty_weight((2**28,), torch.float32, device).fill_(1)
     a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
     read = [seconds(data.sum, device) for _ in range(3)]
     product = [seconds(lambda: a @ a, device) for _ in range(3)]
