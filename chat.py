@@ -86,8 +86,9 @@ def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer, system: str | None
     Raises ValueError where the template cannot render a conversation.
     """
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-    *_, after = template.render([*system_messages(system), *turn], add_generation_prompt=False).rpartition(MARK)
-    found = SpecialNames(tokenizer).controls.match(after.lstrip())
+    text = template.render([*system_messages(system), *turn], add_generation_prompt=False)
+    _, mark, after = text.rpartition(MARK)  # no mark where the template leaves answers out
+    found = SpecialNames(tokenizer).controls.match(after.lstrip()) if mark else None
     return (tokenizer.added_ids[found[0]],) if found else ()
 
 
@@ -213,27 +214,6 @@ def read_line() -> str | None:
             print(file=sys.stderr)
 
 
-def next_turn(conversation: Conversation) -> Turn | None:
-    """Read lines until one is a message; None where the user ends the conversation."""
-    while (line := read_line()) is not None:
-        command = line.strip()
-        if command == "/quit":
-            return None
-        if command == "/reset":
-            conversation.reset()
-            print("the conversation begins anew", file=sys.stderr)
-        elif command:
-            try:
-                turn = conversation.ask(line)
-            except Refused as error:
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            if turn.num_dropped:
-                print(f"the context is full: the oldest {turn.num_dropped} turns are forgotten", file=sys.stderr)
-            return turn
-    return None
-
-
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed; pressed twice it raises KeyboardInterrupt."""
@@ -250,6 +230,28 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def next_turn(conversation: Conversation) -> Turn | None:
+    """Read lines until one is a message; None where the user ends the conversation."""
+    while (line := read_line()) is not None:
+        command = line.strip()
+        if command == "/quit":
+            return None
+        if command == "/reset":
+            conversation.reset()
+            print("the conversation begins anew", file=sys.stderr)
+        elif command:
+            try:
+                with ctrl_c():  # a first one has nothing to stop
+                    turn = conversation.ask(line)
+            except Refused as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if turn.num_dropped:
+                print(f"the context is full: the oldest {turn.num_dropped} turns are forgotten", file=sys.stderr)
+            return turn
+    return None
 
 
 def chat(
@@ -283,10 +285,10 @@ def chat(
                     break
             unfinished = "length" if len(row.tokens) >= max_new_tokens else "context"
             show(row.finish("Ctrl-C" if pressed() else unfinished) + "\n")
-        if speculation:
-            [row.accept_counts], row.num_drafted = speculation.accept_counts, speculation.num_drafted
-        samples.append([row])
-        if ranks.rank == 0:
-            conversation.answered(row)
-            report_rows([row], conversation.capacity)
+            if speculation:
+                [row.accept_counts], row.num_drafted = speculation.accept_counts, speculation.num_drafted
+            samples.append([row])
+            if ranks.rank == 0:
+                conversation.answered(row)
+                report_rows([row], conversation.capacity)
     return samples

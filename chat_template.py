@@ -10,6 +10,7 @@ of its own with little time and memory: the sandbox alone bounds neither. This f
 import contextlib
 import json
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ Message = dict[str, str]  # its role (system, user or assistant) and its content
 
 # Far beyond what a real template needs.
 MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 3, 2**29, 2**24
+# Seconds to wait for the process, which first has to start on a machine that may be busy.
+PATIENCE = 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,8 +65,10 @@ class ChatTemplate:
         assert self.process.stdin and self.process.stdout
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(message), file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
         line = self.process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # it was ended, perhaps while it answered
             raise ValueError(
                 f"{self.where}: the chat template takes more than {MAX_SECONDS} s or {MAX_BYTES >> 20} MiB; "
                 "it is broken, or means harm"
@@ -162,6 +167,8 @@ def render(template: "jinja2.Template", variables: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    import jinja2.sandbox  # noqa: F401  # now, before the seconds of a template are counted
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     template = None

@@ -226,14 +226,17 @@ def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int |
     """Return how far back the layers see, None for all the way, and which layers see all the way nevertheless.
 
     As in `transformers`, a Llama sees all the way, and of a Qwen the first `max_window_layers` do, unless `layer_types`
-    says otherwise.
+    says otherwise; only a Qwen heeds `use_sliding_window`.
     """
     window = None if values["sliding_window"] is None else read_number(values, "sliding_window")
-    switched_off = values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
-    if values["model_type"] == "llama" or switched_off:
-        window = None
     family, kinds = values["model_type"], values.get("layer_types")
-    mixed = window is not None and "max_window_layers" in FAMILY_DEFAULTS[family]
+    is_qwen = "max_window_layers" in FAMILY_DEFAULTS[family]
+    switched_off = (
+        is_qwen and values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
+    )
+    if family == "llama" or switched_off:
+        window = None
+    mixed = window is not None and is_qwen
     num_full = read_number(values, "max_window_layers", low=0) if mixed else 0
     kind = "full_attention" if window is None else "sliding_attention"
     allowed = ("full_attention", "sliding_attention") if mixed else (kind,)

@@ -145,7 +145,8 @@ def checkpoint_folder(text: str) -> Path:
     A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME).
     """
     path = Path(text)
-    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    # What begins with a folder that is there is meant as a path.
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir():
         return path
     downloaded = Path("checkpoints") / path
     if downloaded.is_dir():

@@ -105,7 +105,9 @@ def log_probabilities(model: Transformer, batch: Sequence[Window]) -> Iterator[t
     for piece, ids in zip(*pieces, strict=True):
         log_p = model.logits(piece).float().log_softmax(dim=-1)
         if log_p[:, 0].isnan().any():  # softmax spreads a NaN over its row
-            raise ValueError(f"the model's logits are not finite in {piece.dtype}; give another --dtype")
+            raise ValueError(
+                f"the model's logits are not finite in {piece.dtype}; its weights are damaged, or --dtype is too narrow"
+            )
         yield log_p, ids
 
 

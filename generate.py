@@ -86,8 +86,11 @@ def check_room(model: Transformer, prompts: list[list[int]], cached: int, specul
     longest = max(map(len, prompts))
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
-    if min(map(len, prompts)) <= cached:
+    if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
+    last, vocab_size = max(map(max, prompts)), model.config.vocab_size
+    if last >= vocab_size:
+        raise ValueError(f"a prompt has token id {last} and the model {vocab_size} ids; is the tokenizer its own?")
     if longest > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
     drafter = speculation.draft_model if speculation else None

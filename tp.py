@@ -221,7 +221,7 @@ def process_group() -> Iterator[Ranks]:
         yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
         dist.barrier()  # torn down while others still work, a group's threads would abort them
     except SystemExit as end:
-        leave(store, int(end.code or 0))
+        leave(store, end.code if isinstance(end.code, int) else 1 if end.code else 0)
     except Exception as error:
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             if not another_has_ended(store):

@@ -53,7 +53,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks, what: str):
         self.writes = ranks.rank == 0
-        self.groups: dict[str, dict[str, Rung]] = {}
+        self.groups: list[str] = []
         name = "-".join("".join(c if c.isalnum() else " " for c in hardware(args.device).lower()).split())
         what = args.name or what + (f"-tp{ranks.count}" if ranks.count > 1 else "")
         self.path = args.output_dir / f"{datetime.date.today()}_{name}_{what}.json"
@@ -74,19 +74,21 @@ class Results:
         if self.writes:
             write_whole(self.path, json.dumps(self.report, indent=1) + "\n")
 
-    def add(self, group: str, rungs: list[Rung]) -> None:
-        """Take in the rungs that have samples: all, unless the group was interrupted."""
+    def add(self, group: str, rungs: list[Rung], roofs: list[dict[str, float]]) -> None:
+        """Take in the rungs that have samples: all, unless the group was interrupted. roofs: of each turn."""
         sampled = {rung.name: rung for rung in rungs if rung.samples}
         if not sampled:
             return
-        self.groups[group] = sampled
-        entries = {g: [rung.entry(of, self.report["roof"]) for rung in of.values()] for g, of in self.groups.items()}
-        self.report["rungs"] = [{"group": g, **entry} for g, of_group in entries.items() for entry in of_group]
+        self.groups.append(group)
+        entries = [rung.entry(sampled, roofs) for rung in sampled.values()]
+        self.report["rungs"] += [{"group": group, **entry} for entry in entries]
+        if roofs:
+            self.report["roofs"][group] = roofs
         self.write()
         if self.writes and group == "decode":
             draw(self.report, self.path.with_suffix(".svg"))
         if self.writes:
-            print("\n".join([group, *map(line, entries[group])]), flush=True)
+            print("\n".join([group, *map(line, entries)]), flush=True)
 
 
 def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, results: Results, device: str) -> None:
@@ -95,11 +97,12 @@ def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, resul
     turns = args.samples if fresh else args.samples + 1
     bar = tqdm(total=len(rungs) * turns, desc=group, unit="sample", dynamic_ncols=True, leave=False,
                disable=None if results.writes else True)  # fmt: skip
+    roofs = []
     try:
         for turn in range(turns):
-            if not fresh:  # again, since other work on the machine comes and goes; the best is the roof
+            if not fresh:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
-                results.report["roof"] = {key: max(value, roof[key]) for key, value in results.report["roof"].items()}
+                roofs += [roof] if turn > 0 else []
             for rung in rungs:
                 value = rung.measure()
                 if fresh or turn > 0:  # the first warms up and compiles
@@ -107,7 +110,7 @@ def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, resul
                 bar.update()
     finally:
         bar.close()
-        results.add(group, rungs)
+        results.add(group, rungs, roofs)
 
 
 def all_groups(
@@ -129,8 +132,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     raw, device = together(partial(check, args, ranks), ranks)
     what = "-".join(["ladder"] if args.only is None else args.only) or "peers"
     results = Results(args, ranks, what + ("-compare" if args.compare and args.only != [] else ""))
-    results.report |= {"dtype": str(run_dtype(args, raw)).removeprefix("torch."), "rungs": []}
-    results.report["roof"] = measure_roof(device)
+    results.report |= {"dtype": str(run_dtype(args, raw)).removeprefix("torch."), "rungs": [], "roofs": {}}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for group, rungs in all_groups(args, raw, device, ranks, Path(folder)):

@@ -166,21 +166,25 @@ class Rung:
     against: str = ""  # the rung of the group that it is compared with, turn by turn
     samples: list[float] = field(default_factory=list)
 
-    def entry(self, group: dict[str, "Rung"], roof: dict[str, float]) -> dict[str, Any]:
+    def entry(self, group: dict[str, "Rung"], roofs: list[dict[str, float]]) -> dict[str, Any]:
         """Return what the results say of it.
 
-        The machine's own speed moves: ratios are those within each turn. group: the rungs with samples, by name.
+        The machine's own speed moves: ratios and shares of the roof are medians of those within each turn. group: the
+        rungs with samples, by name. roofs: of each turn.
         """
         median = statistics.median(self.samples)
         entry: dict[str, Any] = {"name": self.name, "unit": self.unit, "weights": self.weights or "plain"}
         entry |= {"median": median, "samples": self.samples}
-        rate = median if self.unit == "tok/s" else 1e3 / median
-        if self.read_bytes:
-            entry["gb_per_s"] = rate * self.read_bytes / 1e9
-            entry["share_of_roof"] = entry["gb_per_s"] / roof["read_gb_per_s"]
-        if self.flops:
-            entry["tflop_per_s"] = rate * self.flops / 1e12
-            entry["share_of_roof"] = entry["tflop_per_s"] / roof["gemm_tflop_per_s"]
+        kinds = (
+            ("gb_per_s", self.read_bytes / 1e9, "read_gb_per_s"),
+            ("tflop_per_s", self.flops / 1e12, "gemm_tflop_per_s"),
+        )
+        for key, per_token, of_roof in kinds:
+            if per_token:
+                reached = [(s if self.unit == "tok/s" else 1e3 / s) * per_token for s in self.samples]
+                entry[key] = statistics.median(reached)
+                shares = [value / roof[of_roof] for value, roof in zip(reached, roofs, strict=False)]
+                entry["share_of_roof"] = statistics.median(shares)
         if self.against in group:
             pairs = list(zip(self.samples, group[self.against].samples, strict=False))
             entry["against"] = self.against
