@@ -21,6 +21,7 @@ using bf16 = uint16_t;
 constexpr int ROWS = 4;      // of w in a block
 constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
 constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
+constexpr int FIRST_CACHE = 40 << 10;  // bytes of it that x may take
 
 static inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -80,29 +81,41 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-template <int M>
+// TOGETHER: the rows of w for which x is loaded once. A second one costs the single stream, and pays where x is too large
+// to stay in the first cache.
+template <int M, int TOGETHER>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    constexpr int PARTS = M == 1 ? 4 : M <= 6 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
-    for (int64_t n = first * ROWS; n < last * ROWS; n++) {
-        const bf16* row = w + n * K;
-        __m512 sums[M][PARTS] = {};
+    // Sums side by side, since adding to one has to wait for itself.
+    constexpr int PARTS = TOGETHER == 2 ? 1 : M == 1 ? 4 : M <= 6 ? 2 : 1;
+    for (int64_t n = first * ROWS; n < last * ROWS; n += TOGETHER) {
+        __m512 sums[TOGETHER][M][PARTS] = {};
         for (int64_t k = 0; k < K; k += 32 * PARTS)
             for (int i = 0; i < PARTS; i++) {
-                fetch(row + k + 32 * i);
-                __m512bh weights = load_bf16(row + k + 32 * i);
-                for (int m = 0; m < M; m++)
-                    sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + m * K + k + 32 * i));
+                __m512bh weights[TOGETHER];
+                for (int r = 0; r < TOGETHER; r++) {
+                    fetch(w + (n + r) * K + k + 32 * i);
+                    weights[r] = load_bf16(w + (n + r) * K + k + 32 * i);
+                }
+                for (int m = 0; m < M; m++) {
+                    const __m512bh in = load_bf16(x + m * K + k + 32 * i);
+                    for (int r = 0; r < TOGETHER; r++) sums[r][m][i] = _mm512_dpbf16_ps(sums[r][m][i], weights[r], in);
+                }
             }
-        for (int m = 0; m < M; m++) {
-            for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
-            y[m * N + n] = narrow(_mm512_reduce_add_ps(sums[m][0]));
-        }
+        for (int r = 0; r < TOGETHER; r++)
+            for (int m = 0; m < M; m++) {
+                for (int i = 1; i < PARTS; i++) sums[r][m][0] = _mm512_add_ps(sums[r][m][0], sums[r][m][i]);
+                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m][0]));
+            }
     }
 }
 
 extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, bf16_blocks<M>(x + m * K, w, y + m * N, N, K, first, last))
+        if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
+            WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
+        } else {
+            WITH_M(rows, (bf16_blocks<M, 2>(x + m * K, w, y + m * N, N, K, first, last)))
+        }
     });
 }
 
@@ -183,6 +196,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
             fetch(p + 64);
             const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
             _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
+            _mm_prefetch((const char*)(zero + g0) + AHEAD / 8, _MM_HINT_T0);
             for (int r = 0; r < ROWS; r++) {
                 __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
                 __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
@@ -209,9 +223,18 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
         }
         for (int m = 0; m < M; m++) {
             float rest[ROWS] = {};  // the zero points, times what x sums to in their groups
-            if (M <= 2)
-                for (int64_t g = 0; g < G; g++)
-                    for (int r = 0; r < ROWS; r++) rest[r] += totals[m * G + g] * widen(zero[g * ROWS + r]);
+            if (M <= 2) {
+                __m512 lanes = _mm512_setzero_ps();
+                for (int64_t i = 0; i < G * ROWS; i += 16) {
+                    __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
+                    __m512i zeros = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, zero + i));
+                    __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
+                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(zeros, 16)), total, lanes);
+                }
+                float each[16];
+                _mm512_storeu_ps(each, lanes);
+                for (int i = 0; i < 16; i++) rest[i % ROWS] += each[i];
+            }
             for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) + rest[r]);
         }
     }
@@ -221,16 +244,16 @@ extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales
                              int64_t N, int64_t K, int64_t group) {
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
-    buffer.resize(M * G);
-    float* totals = buffer.data();
+    buffer.resize(M * G * ROWS);
+    float* totals = buffer.data();  // of each group of x, as often as zeros has it
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
-        totals[i] = _mm512_reduce_add_ps(sum);
+        std::fill(totals + i * ROWS, totals + (i + 1) * ROWS, _mm512_reduce_add_ps(sum));
     }
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M>(x + m * K, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+        WITH_M(rows, int4_blocks<M>(x + m * K, totals + m * G * ROWS, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 
