@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+# A shell's background job, such as a test run may be, has Ctrl-C ignored, and hands that on to the commands it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
