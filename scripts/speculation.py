@@ -168,7 +168,7 @@ def make_duels(
     draft_model = random_model(raw | {"num_hidden_layers": 2}, device, dtype, seed=1)
     by_chance = f"{name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}"
     yield Duel(by_chance, target, draft_model, PROMPT, num_tokens, accept_by_chance, [*fixed, adaptive])
-    yield Duel(f"{name}, 2 random layers", target, draft_model, PROMPT, long, levels=[adaptive])
+    yield Duel(f"{name}, 2 random layers", target, draft_model, PROMPT, max(200, num_tokens), levels=[adaptive])
 
 
 def describe(entry: dict[str, Any]) -> str:
