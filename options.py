@@ -116,7 +116,7 @@ DEFAULT_CONVERSATION = 8192
 
 
 @contextlib.contextmanager
-def naming(option: str) -> Iterator[None]:
+def about(option: str) -> Iterator[None]:
     """Say in an error which option it is about."""
     try:
         yield
@@ -126,7 +126,7 @@ def naming(option: str) -> Iterator[None]:
 
 def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
-    with naming("--checkpoint_path"):
+    with about("--checkpoint_path"):
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_scheme(raw)
         eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
@@ -193,7 +193,7 @@ def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
 
 def chat_template(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ChatTemplate | None:
     """Return the model's template; None where it has none and its text is merely continued."""
-    with naming("--checkpoint_path"):
+    with about("--checkpoint_path"):
         eos_ids = eos_token_ids(args.checkpoint_path)
         template = load_template(args.checkpoint_path, tokenizer, eos_ids) if tokenizer else None
     needed_by = "--chat" if args.chat else "--system" if args.system is not None else None
@@ -252,7 +252,7 @@ def read_prompts(
         texts = args.prompt or ["def"]
         if args.prompt_file:  # splitlines would cut at form feeds too
             texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        with naming(option):
+        with about(option):
             prompts = [encode_prompt(text, args.system, tokenizer, template) for text in texts]
     for i, ids in enumerate(prompts, start=1):
         which = f"{option} {i} of {len(prompts)}" if len(prompts) > 1 else option

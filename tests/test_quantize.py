@@ -382,27 +382,7 @@ def test_save_load_and_generate_give_the_text_of_the_plain_twin(stories: Path, t
     assert texts[0] == texts[1] and len(texts[0]) == 40
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_compiled_equals_eager_and_compiles_once(tmp_path: Path, scheme: Scheme) -> None:
-    model = load_model(quantized(DEMO, tmp_path / "out", *arguments(scheme)), dtype=torch.float32)
-    torch._dynamo.reset()
-    steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
-    model.setup_caches(1, 256)
-
-    def text(prompt: list[int], **steps: Any) -> list[list[list[int]]]:
-        return list(generate(model, [prompt], 12, Sampling(temperature=0), **steps))
-
-    assert text([1, 5, 9], **steps) == text([1, 5, 9])
-    for prompt in ([1], list(range(1, 60)), list(range(1, 150))):
-        with torch.compiler.set_stance("fail_on_recompile"):
-            found = text(prompt, **steps)
-        assert found == text(prompt)
-
-
-def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
-    # Of its stacks a kernel takes one, and the plain path the other, of 112 columns.
-    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(Scheme("int4", 32)))
-    model = load_model(path, dtype=torch.float32)
+def assert_compiled_once_and_equal(model: Transformer) -> None:
     torch._dynamo.reset()
     steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
     model.setup_caches(1, 256)
@@ -415,6 +395,19 @@ def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckp
         with torch.compiler.set_stance("fail_on_recompile"):
             found = text(prompt, **steps)
         assert found == text(prompt)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_compiled_equals_eager_and_compiles_once(tmp_path: Path, scheme: Scheme) -> None:
+    model = load_model(quantized(DEMO, tmp_path / "out", *arguments(scheme)), dtype=torch.float32)
+    assert_compiled_once_and_equal(model)
+
+
+def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
+    # Of its stacks a kernel takes one, and the plain path the other, of 112 columns.
+    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(Scheme("int4", 32)))
+    model = load_model(path, dtype=torch.float32)
+    assert_compiled_once_and_equal(model)
 
 
 def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_path: Path, capsys: Any) -> None:
