@@ -10,6 +10,9 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -109,7 +112,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     }
 }
 
-extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
             WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
@@ -155,7 +158,7 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
     }
 }
 
-extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
+static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
     static thread_local std::vector<float> buffer;
     buffer.resize(M * K);
@@ -166,7 +169,7 @@ extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales,
     });
 }
 
-extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
+static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
 #pragma omp parallel for
     for (int64_t block = 0; block < N / ROWS; block++)
         for (int64_t k = 0; k < K; k += 64)
@@ -240,7 +243,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
-extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
+static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
@@ -257,7 +260,7 @@ extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales
     });
 }
 
-extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
+static void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
                                 int64_t group) {
     const int64_t G = K / group;
 #pragma omp parallel for
@@ -447,7 +450,7 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
     }
 }
 
-extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
+static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
     const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
@@ -485,4 +488,90 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
             for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * D + d] / total);  // 0 where nothing is seen
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators, through torch's stable ABI: one library serves every torch from 2.11 on. kernels.py has their schemas,
+// and sees to it that weights have a type and a size that these take.
+
+using torch::stable::Tensor;
+
+template <class T = bf16>
+static const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+static bf16* data(Tensor& tensor) { return static_cast<bf16*>(tensor.mutable_data_ptr()); }
+
+static Tensor in_order(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
+static Tensor empty(std::initializer_list<int64_t> sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
+    AtenTensorHandle tensor;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), aoti_torch_dtype_bfloat16(),
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
+namespace operators {
+
+static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
+    const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::bf16_product(data(rows), data(weight), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales) {
+    const int64_t M = x.size(0), N = scales.numel(), K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int8_product(data(rows), data<int8_t>(weight), data(scales), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_dequantize(const Tensor& weight, const Tensor& scales) {
+    const int64_t N = scales.numel(), K = weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int8_dequantize(data<int8_t>(weight), data(scales), data(out), N, K);
+    return out;
+}
+
+static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data(zeros), data(y), M, N, K, K / scales.size(1));
+    return y;
+}
+
+static Tensor int4_dequantize(const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t N = scales.size(0) * ROWS, K = 2 * weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int4_dequantize(data<uint8_t>(weight), data(scales), data(zeros), data(out), N, K, K / scales.size(1));
+    return out;
+}
+
+// As `model.attention`.
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+    bool cached = k.stride(2) == k.size(3) && k.stride(3) == 1;  // the first slots of a cache
+    for (int64_t i = 0; i < 4; i++) cached &= k.stride(i) == v.stride(i);
+    Tensor queries = in_order(q), keys = cached ? k : in_order(k), values = cached ? v : in_order(v);
+    Tensor seen = in_order(mask), y = empty({q.size(0), q.size(1), q.size(2), q.size(3)});
+    ::attention(data(queries), data(keys), data(values), data<uint8_t>(seen), data(y), q.size(0), q.size(1), q.size(2),
+                k.size(1), k.size(2), q.size(3), keys.stride(0), keys.stride(1));
+    return y;
+}
+
+}  // namespace operators
+
+STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
+    library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));
+    library.impl("int8_product", TORCH_BOX(&operators::int8_product));
+    library.impl("int8_dequantize", TORCH_BOX(&operators::int8_dequantize));
+    library.impl("int4_product", TORCH_BOX(&operators::int4_product));
+    library.impl("int4_dequantize", TORCH_BOX(&operators::int4_dequantize));
+    library.impl("attention", TORCH_BOX(&operators::attention));
 }
