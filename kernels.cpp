@@ -183,23 +183,42 @@ static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int6
 
 // ---------------------------------------------------------------------------------------------------------------------
 // int4: w [N / 4, K / 64, 4, 32], byte i holds the codes of columns i and (high half) i + 32 of its 64;
-// scales and zeros [N / 4, K / group, 4]. A code c stands for (c - 8) * scale + zero.
+// scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too: [N / 4, groups / 4 rounded
+// up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
+
+static inline int64_t zero_bytes(int64_t groups) { return (groups + 3) / 4 * 8; }  // of a block of rows
+
+// Write 8 - zero of each group and row of a block: [groups, 4], groups rounded up to 4.
+static inline void zero_points(const uint8_t* zeros, int64_t groups, float* out) {
+    const __m512 values = _mm512_set_ps(-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8);  // of zeros 15 to 0
+    const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+    for (int64_t i = 0; i < zero_bytes(groups); i += 8) {
+        int64_t bits;
+        std::memcpy(&bits, zeros + i, 8);
+        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
+        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(codes, values));
+    }
+}
 
 template <int M>
-static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const bf16* zeros,
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    static thread_local std::vector<float> buffer;
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
-    const int64_t G = K / group;
+    const int64_t G = K / group, zeros_size = zero_bytes(G);
+    buffer.resize(2 * zeros_size);
+    float* shifted = buffer.data();
     for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
         __m512 sums[ROWS][M] = {};
-        const uint8_t* p = w + n * K / 2;
-        const bf16 *scale = scales + n * G, *zero = zeros + n * G;
+        const uint8_t *p = w + n * K / 2, *zero = zeros + n / ROWS * zeros_size;
+        const bf16* scale = scales + n * G;
+        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)zero + zeros_size + i, _MM_HINT_T0);
+        zero_points(zero, G, shifted);
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
             const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
             _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
-            _mm_prefetch((const char*)(zero + g0) + AHEAD / 8, _MM_HINT_T0);
             for (int r = 0; r < ROWS; r++) {
                 __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
                 __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
@@ -213,8 +232,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
                     }
                 } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
-                    __m512 weights0 = _mm512_fmadd_ps(values, s0, broadcast(zero + g0 + r));
-                    __m512 weights1 = _mm512_fmadd_ps(values, s1, broadcast(zero + g1 + r));
+                    __m512 weights0 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g0 + r])), s0);
+                    __m512 weights1 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g1 + r])), s1);
                     __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
                     for (int m = 0; m < M; m++) {
                         const bf16* in = x + m * K + k;
@@ -230,9 +249,10 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                 __m512 lanes = _mm512_setzero_ps();
                 for (int64_t i = 0; i < G * ROWS; i += 16) {
                     __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
-                    __m512i zeros = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, zero + i));
+                    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scale + i));
                     __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
-                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(zeros, 16)), total, lanes);
+                    total = _mm512_mul_ps(total, _mm512_loadu_ps(shifted + i));
+                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), total, lanes);
                 }
                 float each[16];
                 _mm512_storeu_ps(each, lanes);
@@ -243,12 +263,12 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
-static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
+static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
     buffer.resize(M * G * ROWS);
-    float* totals = buffer.data();  // of each group of x, as often as zeros has it
+    float* totals = buffer.data();  // of each group of x, once for each row of a block
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
@@ -260,24 +280,27 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
     });
 }
 
-static void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
-                                int64_t group) {
+static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* out, int64_t N, int64_t K,
+                            int64_t group) {
     const int64_t G = K / group;
 #pragma omp parallel for
-    for (int64_t block = 0; block < N / ROWS; block++)
+    for (int64_t block = 0; block < N / ROWS; block++) {
+        std::vector<float> shifted(2 * zero_bytes(G));
+        zero_points(zeros + block * zero_bytes(G), G, shifted.data());
         for (int64_t k = 0; k < K; k += 64)
             for (int r = 0; r < ROWS; r++) {
                 int64_t n = block * ROWS + r;
                 const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + 32 * r;
                 for (int half = 0; half < 2; half++) {
-                    int64_t at = block * ROWS * G + (k + 32 * half) / group * ROWS + r;
-                    float scale = widen(scales[at]), zero = widen(zeros[at]);
+                    int64_t at = (k + 32 * half) / group * ROWS + r;
+                    float scale = widen(scales[block * ROWS * G + at]);
                     for (int i = 0; i < 32; i++) {
                         int code = half ? p[i] >> 4 : p[i] & 15;
-                        out[n * K + k + 32 * half + i] = narrow((code - 8) * scale + zero);
+                        out[n * K + k + 32 * half + i] = narrow((code - 8 + shifted[at]) * scale);
                     }
                 }
             }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -543,14 +566,14 @@ static Tensor int8_dequantize(const Tensor& weight, const Tensor& scales) {
 static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
     const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
-    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data(zeros), data(y), M, N, K, K / scales.size(1));
+    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
     return y;
 }
 
 static Tensor int4_dequantize(const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
     const int64_t N = scales.size(0) * ROWS, K = 2 * weight.numel() / N;
     Tensor out = empty({N, K});
-    ::int4_dequantize(data<uint8_t>(weight), data(scales), data(zeros), data(out), N, K, K / scales.size(1));
+    ::int4_dequantize(data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(out), N, K, K / scales.size(1));
     return out;
 }
 

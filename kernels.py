@@ -253,7 +253,7 @@ class StreamedInt8Linear(KernelLinear):
 
 
 class StreamedInt4Linear(KernelLinear):
-    """codes uint8 0 to 15 [N, K], scales and zeros bf16 [N, K / group]; packed as kernels.cpp says."""
+    """codes and zeros uint8 0 to 15 [N, K] and [N, K / group], scales bf16 as zeros; packed as kernels.cpp says."""
 
     tensors = ("weight", "scales", "zeros")
 
@@ -262,9 +262,12 @@ class StreamedInt4Linear(KernelLinear):
         # [N / 4, K / 64, 4, halves, 32]
         blocks = codes.unflatten(-1, (-1, 2, 32)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
         self.weight = packed_weight(blocks[..., 0, :] | blocks[..., 1, :] << 4)
-        self.scales, self.zeros = (
-            constant(values.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()) for values in (scales, zeros)
-        )
+        # [N / 4, groups, 4]
+        scales, zeros = (values.unflatten(-2, (-1, ROWS)).transpose(-2, -1) for values in (scales, zeros))
+        self.scales = packed_weight(scales)
+        padded = F.pad(zeros, (0, 0, 0, -zeros.shape[-2] % 4))
+        first, second, third, fourth = padded.unflatten(-2, (-1, 4)).unbind(-1)
+        self.zeros = packed_weight(torch.cat((first | third << 4, second | fourth << 4), dim=-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ class AtenInt8Linear(KernelLinear):
 
 
 class AtenInt4Linear(KernelLinear):
-    """codes uint8 [N, K], scales and zeros [N, K / group] in the dtype of x; packed as the processor likes it."""
+    """codes and zeros uint8 [N, K] and [N, K / group], scales in the dtype of x; packed as the processor likes it."""
 
     tensors = ("weight", "scales_and_zeros")
 
@@ -304,7 +307,8 @@ class AtenInt4Linear(KernelLinear):
         self.weight = constant(
             pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(each.int(), 1) for each in codes])
         )
-        self.scales_and_zeros = constant(torch.stack((scales.mT, zeros.mT), dim=-1))  # [K / group, N, 2]
+        # ATen has zeros as weights: what code 8 stands for. [K / group, N, 2]
+        self.scales_and_zeros = constant(torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
@@ -341,7 +345,7 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 
 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
-    """Return the layer for codes [N, K], scales and zeros [N, groups], whose dtype is the model's."""
+    """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
     if K % group_size:
         return None
