@@ -59,6 +59,26 @@ static inline __m512bh look_up(__m512 values, __m512i indices) {
     return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
 }
 
+// Return the sums of 16 vectors, in order.
+static inline __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; i++) {
+        __m512d two[2];
+        for (int j = 0; j < 2; j++) {
+            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
 
 // Call run(M, x row, y row, first block, last block) on all threads, for at most MAX_M rows of x at a time.
@@ -86,46 +106,61 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-// TOGETHER: the rows of w for which x is loaded once. A second one costs the single stream, and pays where x is too large
-// to stay in the first cache.
-template <int M, int TOGETHER>
+constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
+
+struct alignas(64) Line {
+    bf16 values[32];
+};
+
+// x [K / 32, M, 32]: as it is read, since rows whose distance is a power of two do not stay in the first cache.
+template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    // Sums side by side, since adding to one has to wait for itself.
-    constexpr int PARTS = M == 1 ? 4 : M <= 6 ? 2 : 1;
-    const int64_t ahead = TOGETHER == 1 ? AHEAD / sizeof(bf16) : TOGETHER * K;  // with two, the rows that follow them
-    for (int64_t n = first * ROWS; n < last * ROWS; n += TOGETHER) {
-        __m512 sums[TOGETHER][M][PARTS] = {};
-        auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
-            __m512bh weights[TOGETHER];
-            for (int r = 0; r < TOGETHER; r++) {
-                const bf16* p = w + (n + r) * K + k;
-                _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
-                weights[r] = load_bf16(p);
+    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
+    // Where x is too large for the first cache, a part of its columns after the other.
+    const int64_t pieces = M * K * sizeof(bf16) / FIRST_CACHE + 1, width = (K / 32 + pieces - 1) / pieces * 32;
+    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row.
+    const int64_t ahead = pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
+    __m512 totals[M][TALL] = {};
+    for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
+        const int rows = std::min<int64_t>(TALL, last * ROWS - n);
+        for (int64_t begin = 0; begin < K; begin += width)
+            for (int r = 0; r < rows; r++) {
+                __m512 sums[M][PARTS] = {};
+                auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
+                    const bf16* p = w + (n + r) * K + k;
+                    _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
+                    const __m512bh weights = load_bf16(p);
+                    for (int m = 0; m < M; m++)
+                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + k * M + m * 32));
+                };
+                const int64_t end = std::min(K, begin + width);
+                int64_t k = begin;
+                for (; k + 32 * PARTS <= end; k += 32 * PARTS)
+                    for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
+                for (; k < end; k += 32) add(k, 0);
+                for (int m = 0; m < M; m++) {
+                    for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
+                    totals[m][r] = begin ? _mm512_add_ps(totals[m][r], sums[m][0]) : sums[m][0];
+                }
             }
-            for (int m = 0; m < M; m++) {
-                const __m512bh in = load_bf16(x + m * K + k);
-                for (int r = 0; r < TOGETHER; r++) sums[r][m][i] = _mm512_dpbf16_ps(sums[r][m][i], weights[r], in);
-            }
-        };
-        int64_t k = 0;
-        for (; k + 32 * PARTS <= K; k += 32 * PARTS)
-            for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
-        for (; k < K; k += 32) add(k, 0);
-        for (int r = 0; r < TOGETHER; r++)
-            for (int m = 0; m < M; m++) {
-                for (int i = 1; i < PARTS; i++) sums[r][m][0] = _mm512_add_ps(sums[r][m][0], sums[r][m][i]);
-                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m][0]));
-            }
+        for (int m = 0; m < M; m++) {
+            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of(totals[m]));
+            _mm256_mask_storeu_epi16(y + m * N + n, (1 << rows) - 1, sums);
+        }
     }
 }
 
 extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    static thread_local std::vector<Line> buffer;
+    buffer.resize(M * K / 32);
+    bf16* packed = buffer.data()->values;
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
+        bf16* p = packed + pass * K + (m - pass) * 32;
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
+    }
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
-            WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
-        } else {
-            WITH_M(rows, (bf16_blocks<M, 2>(x + m * K, w, y + m * N, N, K, first, last)))
-        }
+        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
 }
 
@@ -294,26 +329,6 @@ extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16
 constexpr int SLOTS = 64;      // taken together; softmax is carried on from such a block to the next (arXiv:1805.02867)
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 constexpr int GROUP = 8;       // rows whose outputs stay in registers
-
-// Return the sums of 16 vectors, in order.
-static inline __m512 sums_of(const __m512* v) {
-    __m512 fours[4];
-    for (int i = 0; i < 4; i++) {
-        __m512d two[2];
-        for (int j = 0; j < 2; j++) {
-            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
-    }
-    __m512 halves[2];
-    for (int i = 0; i < 2; i++)
-        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
-                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-}
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline __m512 exponential(__m512 x) {
