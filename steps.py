@@ -121,7 +121,8 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     which inductor sums in another way. mode: torch.compile's; "reduce-overhead" replays a step as a CUDA graph.
     """
     # Inductor would compile a test program for each kind of vectors first; kernels.py has seen that they work here.
-    options = {"cpp.vec_isa_ok": True} if mode is None and library() is not None else None
+    # And it would spread 1,024 elements over two threads, which takes longer to begin than they do.
+    options = {"cpp.vec_isa_ok": True, "cpp.min_chunk_size": 4096} if mode is None and library() is not None else None
     graph = torch.compile(step, fullgraph=True, dynamic=False, mode=mode, options=options, recompile_limit=64)  # type: ignore[call-overload]
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
