@@ -1,7 +1,7 @@
 // Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
-// the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
+// the plain twin of each function. N is a multiple of 4 and K of 64, of 32 with bf16 weights.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once.
 //
@@ -42,6 +42,11 @@ static inline bf16 narrow(float value) {  // to nearest, ties to even; NaN stays
 
 static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
+// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
+static inline __m512bh load_first(const bf16* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
+}
+
 static inline __m512 broadcast(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(*p), 16));
 }
@@ -55,6 +60,26 @@ static inline __m512 widen16(const bf16* p) {
 static inline __m512bh look_up(__m512 values, __m512i indices) {
     __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
     return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
+}
+
+// Return the sums of 16 vectors, in order.
+static inline __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; i++) {
+        __m512d two[2];
+        for (int j = 0; j < 2; j++) {
+            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
@@ -84,41 +109,61 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-// TOGETHER: the rows of w for which x is loaded once. A second one costs the single stream, and pays where x is too large
-// to stay in the first cache.
-template <int M, int TOGETHER>
+constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
+
+struct alignas(64) Line {
+    bf16 values[32];
+};
+
+// x [K / 32, M, 32]: as it is read, since rows whose distance is a power of two do not stay in the first cache.
+template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    // Sums side by side, since adding to one has to wait for itself.
-    constexpr int PARTS = TOGETHER == 2 ? 1 : M == 1 ? 4 : M <= 6 ? 2 : 1;
-    for (int64_t n = first * ROWS; n < last * ROWS; n += TOGETHER) {
-        __m512 sums[TOGETHER][M][PARTS] = {};
-        for (int64_t k = 0; k < K; k += 32 * PARTS)
-            for (int i = 0; i < PARTS; i++) {
-                __m512bh weights[TOGETHER];
-                for (int r = 0; r < TOGETHER; r++) {
-                    fetch(w + (n + r) * K + k + 32 * i);
-                    weights[r] = load_bf16(w + (n + r) * K + k + 32 * i);
-                }
+    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
+    // Where x is too large for the first cache, a part of its columns after the other.
+    const int64_t pieces = M * K * sizeof(bf16) / FIRST_CACHE + 1, width = (K / 32 + pieces - 1) / pieces * 32;
+    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row.
+    const int64_t ahead = pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
+    __m512 totals[M][TALL] = {};
+    for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
+        const int rows = std::min<int64_t>(TALL, last * ROWS - n);
+        for (int64_t begin = 0; begin < K; begin += width)
+            for (int r = 0; r < rows; r++) {
+                __m512 sums[M][PARTS] = {};
+                auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
+                    const bf16* p = w + (n + r) * K + k;
+                    _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
+                    const __m512bh weights = load_bf16(p);
+                    for (int m = 0; m < M; m++)
+                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + k * M + m * 32));
+                };
+                const int64_t end = std::min(K, begin + width);
+                int64_t k = begin;
+                for (; k + 32 * PARTS <= end; k += 32 * PARTS)
+                    for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
+                for (; k < end; k += 32) add(k, 0);
                 for (int m = 0; m < M; m++) {
-                    const __m512bh in = load_bf16(x + m * K + k + 32 * i);
-                    for (int r = 0; r < TOGETHER; r++) sums[r][m][i] = _mm512_dpbf16_ps(sums[r][m][i], weights[r], in);
+                    for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
+                    totals[m][r] = begin ? _mm512_add_ps(totals[m][r], sums[m][0]) : sums[m][0];
                 }
             }
-        for (int r = 0; r < TOGETHER; r++)
-            for (int m = 0; m < M; m++) {
-                for (int i = 1; i < PARTS; i++) sums[r][m][0] = _mm512_add_ps(sums[r][m][0], sums[r][m][i]);
-                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m][0]));
-            }
+        for (int m = 0; m < M; m++) {
+            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of(totals[m]));
+            _mm256_mask_storeu_epi16(y + m * N + n, (1 << rows) - 1, sums);
+        }
     }
 }
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    static thread_local std::vector<Line> buffer;
+    buffer.resize(M * K / 32);
+    bf16* packed = buffer.data()->values;
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
+        bf16* p = packed + pass * K + (m - pass) * 32;
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
+    }
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
-            WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
-        } else {
-            WITH_M(rows, (bf16_blocks<M, 2>(x + m * K, w, y + m * N, N, K, first, last)))
-        }
+        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
 }
 
@@ -305,32 +350,11 @@ static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t*
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: q [B, S, H, D], out the same; of k and v [B, K, slots, D] the first T slots; mask [B, S, T], not 0 where a
-// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile. D is a multiple
-// of 32.
+// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile.
 
 constexpr int SLOTS = 64;      // taken together; softmax is carried on from such a block to the next (arXiv:1805.02867)
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 constexpr int GROUP = 8;       // rows whose outputs stay in registers
-
-// Return the sums of 16 vectors, in order.
-static inline __m512 sums_of(const __m512* v) {
-    __m512 fours[4];
-    for (int i = 0; i < 4; i++) {
-        __m512d two[2];
-        for (int j = 0; j < 2; j++) {
-            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
-    }
-    __m512 halves[2];
-    for (int i = 0; i < 2; i++)
-        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
-                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-}
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline __m512 exponential(__m512 x) {
@@ -343,11 +367,14 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
+static inline int64_t whole_vectors(int64_t D) { return (D + 31) / 32 * 32; }
+
 struct Tile {
     const bf16 *q, *k, *v;  // the first query's first head; slot 0
     const uint8_t* mask;    // of the first query
     int64_t queries, H, G, D, T;
     int64_t rows() const { return queries * G; }
+    int64_t width() const { return whole_vectors(D); }
     const bf16* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
 };
 
@@ -356,7 +383,7 @@ struct Scratch {
     std::vector<uint8_t> seen;    // [T], by any query of the tile
     std::vector<float> scores;    // [rows, SLOTS]
     std::vector<bf16> weights;    // [rows, SLOTS]
-    std::vector<uint32_t> pairs;  // [SLOTS / 2, D] of v, two slots beside each other
+    std::vector<uint32_t> pairs;  // [SLOTS / 2, width] of v, two slots beside each other
 };
 
 // Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
@@ -368,10 +395,10 @@ static void score(const Tile& tile, int64_t first, int64_t last, float* scores) 
             if (t < last) {
                 __m512 products[16] = {};
                 for (int64_t d = 0; d < tile.D; d += 32) {
-                    const __m512bh q = load_bf16(tile.row(r) + d);
+                    const __m512bh q = load_first(tile.row(r) + d, tile.D - d);
                     for (int64_t i = 0; i < 16; i++) {
                         const bf16* k = tile.k + std::min(t + i, last - 1) * tile.D;
-                        products[i] = _mm512_dpbf16_ps(products[i], q, load_bf16(k + d));
+                        products[i] = _mm512_dpbf16_ps(products[i], q, load_first(k + d, tile.D - d));
                     }
                 }
                 __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
@@ -403,33 +430,34 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
 static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
     for (int64_t t = 0; t < SLOTS; t += 2)
-        for (int64_t d = 0; d < tile.D; d += 16) {
+        for (int64_t d = 0; d < tile.width(); d += 16) {
+            const __mmask16 there = tile.D - d >= 16 ? 0xffff : (1 << std::max<int64_t>(0, tile.D - d)) - 1;
             __m512i both = _mm512_setzero_si512();
             for (int64_t i = 1; i >= 0; i--) {
                 const int64_t at = first + t + i;
                 both = _mm512_slli_epi32(both, 16);
                 if (at >= last || !scratch.seen[at]) continue;
-                __m256i values = _mm256_loadu_si256((const __m256i*)(tile.v + at * tile.D + d));
+                __m256i values = _mm256_maskz_loadu_epi16(there, tile.v + at * tile.D + d);
                 both = _mm512_or_si512(both, _mm512_cvtepu16_epi32(values));
             }
-            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.D + d, both);
+            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.width() + d, both);
         }
 }
 
-// Add weights x v of a block of slots to the rows' outputs [rows, D].
+// Add weights x v of a block of slots to the rows' outputs [rows, width].
 static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
-    const int64_t rows = tile.rows();
+    const int64_t rows = tile.rows(), width = tile.width();
     for (int64_t r0 = 0; r0 < rows; r0 += GROUP)
-        for (int64_t d = 0; d < tile.D; d += 32) {
+        for (int64_t d = 0; d < width; d += 32) {
             __m512 sums[GROUP][2];
             const bf16* weights[GROUP];
             for (int i = 0; i < GROUP; i++) {
                 const int64_t r = std::min(r0 + i, rows - 1);  // the last stands for those that are not there
                 weights[i] = scratch.weights.data() + r * SLOTS;
-                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + r * tile.D + d + 16 * j);
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + r * width + d + 16 * j);
             }
             for (int64_t t = 0; t < SLOTS; t += 2) {
-                const uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.D + d;
+                const uint32_t* pairs = scratch.pairs.data() + t / 2 * width + d;
                 const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
                 for (int i = 0; i < GROUP; i++) {
                     int32_t pair;
@@ -440,18 +468,18 @@ static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
                 }
             }
             for (int i = 0; i < std::min<int64_t>(GROUP, rows - r0); i++)
-                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * tile.D + d + 16 * j, sums[i][j]);
+                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
         }
 }
 
-// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, D], not yet divided by
-// the total weights, and each row's largest score and total weight.
+// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
+// by the total weights, and each row's largest score and total weight.
 static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
     static thread_local Scratch scratch;
     scratch.seen.assign(tile.T, 0);
     scratch.scores.resize(tile.rows() * SLOTS);
     scratch.weights.resize(tile.rows() * SLOTS);
-    scratch.pairs.resize(SLOTS / 2 * tile.D);
+    scratch.pairs.resize(SLOTS / 2 * tile.width());
     for (int64_t s = 0; s < tile.queries; s++)
         for (int64_t t = 0; t < tile.T; t++) scratch.seen[t] |= tile.mask[s * tile.T + t];
     int64_t begin = 0, end = tile.T;
@@ -466,7 +494,7 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
             bf16* weights = scratch.weights.data() + r * SLOTS;
             float shrink = soften(scratch.scores.data() + r * SLOTS, weights, largest[r], total[r]);
             if (shrink != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * tile.D + d] *= shrink;
+                for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
         }
         pair_up(tile, t, end, scratch);
         accumulate(tile, scratch, out);
@@ -478,7 +506,8 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
                           int64_t head_stride) {
     const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
     if (!S) return;
-    const int64_t tasks = B * K * tiles, size = queries * G * (D + 2), threads = omp_get_max_threads();
+    const int64_t tasks = B * K * tiles, threads = omp_get_max_threads();
+    const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
     // Where there are fewer tasks than threads, several share the slots of one.
     const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, T / (2 * SLOTS)));
     std::vector<float> parts(tasks * splits * size);
@@ -490,25 +519,25 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
     };
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < tasks * splits; i++) {
-        float *sums = parts.data() + i * size, *largest = sums + queries * G * D, *total = largest + queries * G;
+        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
         std::fill(largest, total, -INFINITY);
         attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
     }
 #pragma omp parallel for
     for (int64_t task = 0; task < tasks; task++) {
         const Tile tile = tile_of(task);
-        float *first = parts.data() + task * splits * size, *largest = first + queries * G * D;
+        float *first = parts.data() + task * splits * size, *largest = first + queries * G * width;
         for (int64_t r = 0; r < tile.rows(); r++) {
             float most = largest[r], total = 0;
             for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
             for (int64_t i = 0; i < splits; i++) {
                 const float share = largest[i * size + r] == -INFINITY ? 0 : std::exp(largest[i * size + r] - most);
-                float* sums = first + i * size + r * D;
+                float* sums = first + i * size + r * width;
                 total += share * largest[i * size + queries * G + r];
-                for (int64_t d = 0; d < D; d++) first[r * D + d] = (i ? first[r * D + d] : 0) + share * sums[d];
+                for (int64_t d = 0; d < D; d++) first[r * width + d] = (i ? first[r * width + d] : 0) + share * sums[d];
             }
             bf16* y = out + (tile.row(r) - q);
-            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * D + d] / total);  // 0 where nothing is seen
+            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
         }
     }
 }

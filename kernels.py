@@ -332,7 +332,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
-    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 128) else None
+    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 32) else None
 
 
 def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module | None:
@@ -354,9 +354,9 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     return AtenInt4Linear(codes, scales, zeros, bias) if codes.device.type == "cpu" and N % 16 == 0 else None
 
 
-def attention_of(dtype: torch.dtype, device: torch.device, head_dim: int, plain: Attend) -> Attend:
+def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Attend:
     """Return what attends in a model: a kernel where there is one, else `plain`."""
-    takes = dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 32 == 0 and library() is not None
+    takes = dtype == torch.bfloat16 and device.type == "cpu" and library() is not None
     return torch.ops.kernels.attention.default if takes else plain
 
 

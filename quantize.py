@@ -194,7 +194,7 @@ def repack_(model: Transformer) -> None:
         if layer is not None:
             model.set_submodule(name, layer)
     for block in model.layers:
-        block.self_attn.attend = kernels.attention_of(dtype, model.device, model.config.head_dim, attention)
+        block.self_attn.attend = kernels.attention_of(dtype, model.device, attention)
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:
