@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -354,7 +355,6 @@ static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t*
 
 constexpr int SLOTS = 64;      // taken together; softmax is carried on from such a block to the next (arXiv:1805.02867)
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
-constexpr int GROUP = 8;       // rows whose outputs stay in registers
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline __m512 exponential(__m512 x) {
@@ -383,30 +383,82 @@ struct Scratch {
     std::vector<uint8_t> seen;    // [T], by any query of the tile
     std::vector<float> scores;    // [rows, SLOTS]
     std::vector<bf16> weights;    // [rows, SLOTS]
+    std::vector<Line> keys;       // [width / 2, SLOTS] of k, two channels beside each other
     std::vector<uint32_t> pairs;  // [SLOTS / 2, width] of v, two slots beside each other
 };
 
-// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
-static void score(const Tile& tile, int64_t first, int64_t last, float* scores) {
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
-    for (int64_t r = 0; r < tile.rows(); r++)
-        for (int64_t t = first; t < first + SLOTS; t += 16) {
-            __m512 score = _mm512_set1_ps(-INFINITY);
-            if (t < last) {
-                __m512 products[16] = {};
-                for (int64_t d = 0; d < tile.D; d += 32) {
-                    const __m512bh q = load_first(tile.row(r) + d, tile.D - d);
-                    for (int64_t i = 0; i < 16; i++) {
-                        const bf16* k = tile.k + std::min(t + i, last - 1) * tile.D;
-                        products[i] = _mm512_dpbf16_ps(products[i], q, load_first(k + d, tile.D - d));
-                    }
-                }
-                __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
-                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + r / tile.G * tile.T + t);
-                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums_of(products), scale);
-            }
-            _mm512_storeu_ps(scores + r * SLOTS + t - first, score);
+// Transpose 16 x 16 values of 32 bits.
+static inline void transpose(__m512i* v) {
+    __m512i twos[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        twos[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + 2 + j]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + 2 + j]);
         }
+    for (int i = 0; i < 4; i++) {  // of four quarters, each has a column of four rows
+        __m512i even[2], odd[2];
+        for (int j = 0; j < 2; j++) {
+            even[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0x88);
+            odd[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0xdd);
+        }
+        v[i] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+}
+
+// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
+static void columns_of(const Tile& tile, int64_t first, int64_t last, uint32_t* keys) {
+    for (int64_t t = 0; t < SLOTS; t += 16)
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i rows[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const bf16* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
+                fetch(k + d);
+                rows[i] = (__m512i)load_first(k + d, tile.D - d);
+            }
+            transpose(rows);
+            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(keys + (d / 2 + i) * SLOTS + t, rows[i]);
+        }
+}
+
+// Call run(row, how many) for rows [row, rows): as many together as MOST says, and the last ones in halves of it.
+template <int MOST, class Run>
+static void by_rows(int64_t row, int64_t rows, Run run) {
+    for (; row + MOST <= rows; row += MOST) run(row, std::integral_constant<int, MOST>());
+    if constexpr (MOST > 1) by_rows<MOST / 2>(row, rows, run);
+}
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+static void score(const Tile& tile, int64_t first, int64_t last, const uint32_t* keys, float* scores) {
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        __m512 sums[R][SLOTS / 16] = {};
+        for (int64_t d = 0; d < tile.D; d += 2)
+            for (int i = 0; i < R; i++) {
+                int32_t pair;
+                std::memcpy(&pair, tile.row(r0 + i) + d, 4);
+                for (int j = 0; j < SLOTS / 16; j++) {
+                    const __m512bh k = load_bf16((const bf16*)(keys + d / 2 * SLOTS + 16 * j));
+                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(pair), k);
+                }
+            }
+        for (int i = 0; i < R; i++)
+            for (int64_t t = first, j = 0; t < first + SLOTS; t += 16, j++) {
+                const int64_t left = std::max<int64_t>(0, last - t);
+                const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
+                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + (r0 + i) / tile.G * tile.T + t);
+                __m512 score = _mm512_set1_ps(-INFINITY);
+                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums[i][j], scale);
+                _mm512_storeu_ps(scores + (r0 + i) * SLOTS + t - first, score);
+            }
+    });
 }
 
 // Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
@@ -429,67 +481,72 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
 static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
+    alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
+    for (int i = 0; i < 32; i++)
+        for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
+    const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
     for (int64_t t = 0; t < SLOTS; t += 2)
-        for (int64_t d = 0; d < tile.width(); d += 16) {
-            const __mmask16 there = tile.D - d >= 16 ? 0xffff : (1 << std::max<int64_t>(0, tile.D - d)) - 1;
-            __m512i both = _mm512_setzero_si512();
-            for (int64_t i = 1; i >= 0; i--) {
-                const int64_t at = first + t + i;
-                both = _mm512_slli_epi32(both, 16);
-                if (at >= last || !scratch.seen[at]) continue;
-                __m256i values = _mm256_maskz_loadu_epi16(there, tile.v + at * tile.D + d);
-                both = _mm512_or_si512(both, _mm512_cvtepu16_epi32(values));
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i v[2] = {};
+            for (int64_t i = 0, at = first + t; i < 2 && at < last; i++, at++) {
+                fetch(tile.v + at * tile.D + d);
+                if (scratch.seen[at]) v[i] = (__m512i)load_first(tile.v + at * tile.D + d, tile.D - d);
             }
-            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.width() + d, both);
+            uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.width() + d;
+            _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(v[0], low, v[1]));
+            _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(v[0], high, v[1]));
         }
 }
 
 // Add weights x v of a block of slots to the rows' outputs [rows, width].
 static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
-    const int64_t rows = tile.rows(), width = tile.width();
-    for (int64_t r0 = 0; r0 < rows; r0 += GROUP)
+    const int64_t width = tile.width();
+    by_rows<8>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
         for (int64_t d = 0; d < width; d += 32) {
-            __m512 sums[GROUP][2];
-            const bf16* weights[GROUP];
-            for (int i = 0; i < GROUP; i++) {
-                const int64_t r = std::min(r0 + i, rows - 1);  // the last stands for those that are not there
-                weights[i] = scratch.weights.data() + r * SLOTS;
-                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + r * width + d + 16 * j);
-            }
+            __m512 sums[R][2];
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
             for (int64_t t = 0; t < SLOTS; t += 2) {
                 const uint32_t* pairs = scratch.pairs.data() + t / 2 * width + d;
                 const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
-                for (int i = 0; i < GROUP; i++) {
+                for (int i = 0; i < R; i++) {
                     int32_t pair;
-                    std::memcpy(&pair, weights[i] + t, 4);
+                    std::memcpy(&pair, scratch.weights.data() + (r0 + i) * SLOTS + t, 4);
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
                     sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
                     sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
                 }
             }
-            for (int i = 0; i < std::min<int64_t>(GROUP, rows - r0); i++)
+            for (int i = 0; i < R; i++)
                 for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
         }
+    });
 }
 
 // Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
 // by the total weights, and each row's largest score and total weight.
 static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch own;
+    Scratch& scratch = own;
     scratch.seen.assign(tile.T, 0);
+    scratch.keys.resize(tile.width() / 2 * SLOTS / 16);
     scratch.scores.resize(tile.rows() * SLOTS);
     scratch.weights.resize(tile.rows() * SLOTS);
     scratch.pairs.resize(SLOTS / 2 * tile.width());
+    uint8_t* seen = scratch.seen.data();
+    uint32_t* keys = (uint32_t*)scratch.keys.data();
     for (int64_t s = 0; s < tile.queries; s++)
-        for (int64_t t = 0; t < tile.T; t++) scratch.seen[t] |= tile.mask[s * tile.T + t];
+        for (int64_t t = 0; t < tile.T; t++) seen[t] |= tile.mask[s * tile.T + t];
     int64_t begin = 0, end = tile.T;
-    while (end > 0 && !scratch.seen[end - 1]) end--;
-    while (begin < end && !scratch.seen[begin]) begin++;
+    while (end > 0 && !seen[end - 1]) end--;
+    while (begin < end && !seen[begin]) begin++;
     const int64_t length = end - begin;
     end = begin + length * (split + 1) / splits;
     begin += length * split / splits;
     for (int64_t t = begin; t < end; t += SLOTS) {
-        score(tile, t, end, scratch.scores.data());
+        columns_of(tile, t, end, keys);
+        score(tile, t, end, keys, scratch.scores.data());
         for (int64_t r = 0; r < tile.rows(); r++) {
             bf16* weights = scratch.weights.data() + r * SLOTS;
             float shrink = soften(scratch.scores.data() + r * SLOTS, weights, largest[r], total[r]);
