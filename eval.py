@@ -266,11 +266,11 @@ def generate_texts(
     """
     rows = [Row(ids, TextStream(tokenizer), list(how.until)) for ids in prompts]
     model.setup_caches(len(prompts), max(map(len, prompts)) + how.max_new_tokens)
-    for step in generate(model, prompts, how.max_new_tokens, how.sampling, eos_ids=eos_ids):
+    ended: set[int] = set()
+    for step in generate(model, prompts, how.max_new_tokens, how.sampling, eos_ids=eos_ids, ended=ended):
         for row, ids in zip(rows, step, strict=True):
             row.push(ids, eos_ids)
-        if all(row.finish_reason for row in rows):
-            break
+        ended |= {i for i, row in enumerate(rows) if row.finish_reason}
     for row in rows:
         row.finish("length")
     return [row.text for row in rows]

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,33 +29,21 @@ from model import ONE_RANK, Ranks, Transformer
 from options import Job, check, parse_args
 from report import Row, report_rows, report_run, run_metrics, run_sample
 from speculate import Speculation, draft, levels_below, verify
-from steps import NOT_A_NUMBER, Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
+from steps import (
+    Batch,
+    Sampling,
+    batch_sizes,
+    compiled,
+    decode,
+    exponential,
+    prefill,
+    prompt_chunks,
+    visible_slots,
+)
 from tp import draft_ranks, from_rank_0, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-@dataclass
-class Batch:
-    """Texts that grow side by side."""
-
-    texts: list[list[int]]
-    rooms: list[int]  # how many more ids each can take; 0 when it has ended
-    eos_ids: frozenset[int]
-
-    def take(self, step: list[list[int]]) -> list[list[int]]:
-        """Cut the ids that each row was given at its end, add them to its text, and return them."""
-        taken = [ids[:room] for ids, room in zip(step, self.rooms, strict=True)]
-        for row, ids in enumerate(taken):
-            if NOT_A_NUMBER in ids:
-                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
-            eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-            if eos is not None:
-                del ids[eos + 1 :]
-            self.texts[row] += ids
-            self.rooms[row] = self.rooms[row] - len(ids) if eos is None else 0
-        return taken
 
 
 def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
@@ -111,6 +99,7 @@ def generate(
     eos_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cached: int = 0,
+    ended: Iterable[int] = (),
     prefill: Callable[..., Any] = prefill,
     decode: Callable[..., Any] = decode,
     speculation: Speculation | None = None,
@@ -119,39 +108,50 @@ def generate(
 
     model: its caches set up for at least len(prompts) rows. prompts: ids, at least one a row. cached: how many of each
     prompt's first ids the caches hold already, of an earlier turn. A row ends with one of eos_ids (yielded too), after
-    max_new_tokens, or when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
-    drafts that go too far. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
+    max_new_tokens, when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
+    drafts that go too far, or when the caller puts its number into `ended`. Once half of the rows have ended, the
+    others go on without them. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
     empty or does not fit, and where logits are not finite.
     """
     device = model.device
     capacity = check_room(model, prompts, cached, speculation)
     rooms = [min(max_new_tokens, capacity - len(p)) for p in prompts]
-    batch = Batch([list(p) for p in prompts], rooms, frozenset(eos_ids))
+    models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
+    batch = Batch([list(p) for p in prompts], rooms, frozenset(eos_ids), models)
     slots = partial(visible_slots, torch.arange(model.max_seq_length, device=device))
 
     def noise() -> Tensor | None:
         if sampling.temperature == 0:
             return None
-        return exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
+        # For the rows that have ended too: what another row draws does not depend on them.
+        drawn = exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
+        return drawn if len(batch.running) == len(prompts) else drawn[batch.running]
 
     def plain_steps(count: int) -> Iterator[Tensor]:
-        ids = torch.tensor([text[-1] for text in batch.texts], device=device)
-        lengths = [len(text) for text in batch.texts]
+        texts = [batch.texts[row] for row in batch.running]
+        ids = torch.tensor([text[-1] for text in texts], device=device)
+        lengths = [len(text) for text in texts]
         at = torch.tensor(lengths, device=device) - 1
         for n in range(count):
-            longest = max(length for length, room in zip(lengths, batch.rooms, strict=True) if room)
-            ids, at = decode(model, ids, at, slots(longest + n), sampling, noise())
+            if batch.needed < len(batch.running):
+                return
+            ids, at = decode(model, ids, at, slots(max(lengths) + n), sampling, noise())
             yield ids
 
     def plain(count: int) -> Iterator[list[list[int]]]:
-        yield from read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1)
+        while count > 0:
+            batch.shrink_()
+            for step in read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1):
+                count -= 1
+                yield step
 
     def steps() -> Iterator[list[list[int]]]:
         while speculation:
             num_plain, k = speculation.plan(max(batch.rooms))
             yield from plain(num_plain)
             if k:
-                new_ids = speculation.round(model, batch.texts, batch.rooms, k, sampling, generator)
+                batch.shrink_()
+                new_ids = speculation.round(model, batch.texts, batch.rooms, batch.running, k, sampling, generator)
                 yield from plain(1) if new_ids is None else [new_ids]
         yield from plain(max(batch.rooms))
 
@@ -163,14 +163,17 @@ def generate(
     for tokens, positions, filled in prompt_chunks(new, [cached] * len(prompts), device):
         ids = prefill(model, tokens, positions, slots(filled), sampling, noise())
     yield batch.take([[token] for token in ids.tolist()])
-    if not any(batch.rooms):
-        return
-    for step in steps():
-        if speculation:
-            speculation.count(step, batch.rooms)
-        yield batch.take(step)
-        if not any(batch.rooms):
-            return
+    batch.end(ended)
+    made = steps()
+    try:
+        while any(batch.rooms):
+            step = next(made)
+            if speculation:
+                speculation.count(step, batch.rooms, batch.running)
+            yield batch.take(step)
+            batch.end(ended)
+    finally:
+        batch.arrange_(list(range(len(prompts))))  # for a later turn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +208,7 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
 
 def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None) -> None:
     """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
-    for prompts in {len(batch): batch for batch in job.batches}.values():
+    for prompts in {size: batch[:size] for batch in job.batches for size in batch_sizes(len(batch))}.values():
         for cached in {0, max(0, job.max_seq_length - max(map(len, prompts)) - 3)}:
             texts = [[0] * cached + ids for ids in prompts]
             for _ in launch(texts, 3, cached=cached):
@@ -226,9 +229,8 @@ def sample_batches(
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches) and ranks.rank == 0
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            new_ids = launch(prompts, args.max_new_tokens)
             rows = run_sample(
-                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
+                prompts, launch, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
                 echo=job.template is None,
             )  # fmt: skip
         if profiler:

@@ -199,6 +199,7 @@ def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_s
     expected = on_ranks.texts(folder / "models", ONE_RANK)
     assert expected["plain drawn"] != expected["plain greedy"]
     assert all(rank["texts"] == {name: expected[name] for name in rank["texts"]} for rank in found[count])
+    assert len(expected["ended greedy"][0]) < len(expected["ended greedy"][1])
     ways = ("lookup", "replicated", "sharded", "quantized")
     assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ways)
 
