@@ -28,7 +28,7 @@ from generate import generate
 from model import ModelConfig, Transformer
 from report import Row
 from steps import Sampling
-from tokenizer import TextStream, Tokenizer, load_tokenizer
+from tokenizer import TextStream, Tokenizer, check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -302,7 +302,7 @@ def harness_model(
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             ids = tokenizer.encode(string, bos=add_special_tokens is not False)
-            check_ids(ids, model.config)
+            check_ids(ids, model.config.vocab_size, "a text")
             return ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -449,7 +449,7 @@ def check(args: argparse.Namespace) -> Job:
     # A text is data: <s> in it is three characters, which have a cost, and no token, which would have no bytes.
     ids = tokenizer.encode(text, parse_special=False) if text else []
     if text:
-        check_ids(ids, config)
+        check_ids(ids, config.vocab_size, "--text_file")
         sliding_windows(ids[:2], 2, 1)  # refuses a text that is too short
     # Without a BOS the first token is not predicted, and its bytes do not count either.
     unpredicted = "" if ids[:1] == [tokenizer.bos_id] else tokenizer.decode(ids[:1])
@@ -464,13 +464,6 @@ def check(args: argparse.Namespace) -> Job:
         load_tasks(args.tasks, args.include_path, task_window) if args.tasks else [],
         task_window,
     )
-
-
-def check_ids(ids: Sequence[int], config: ModelConfig) -> None:
-    if ids and max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"the text has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
-        )
 
 
 def evaluate_text(model: Transformer, job: Job, batch_size: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from steps import (
     prompt_chunks,
     visible_slots,
 )
+from tokenizer import check_ids
 from tp import draft_ranks, from_rank_0, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,9 +78,7 @@ def check_room(model: Transformer, prompts: list[list[int]], cached: int, specul
         raise ValueError("a prompt is empty; give at least one token, the BOS")
     if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
-    last, vocab_size = max(map(max, prompts)), model.config.vocab_size
-    if last >= vocab_size:
-        raise ValueError(f"a prompt has token id {last} and the model {vocab_size} ids; is the tokenizer its own?")
+    check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
     if longest > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
     drafter = speculation.draft_model if speculation else None

@@ -19,7 +19,7 @@ from cli import ArgumentParser, check_device, checkpoint_folder, number, read_te
 from model import ModelConfig, Ranks
 from quantize import Scheme
 from steps import Sampling
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_ids, load_tokenizer
 from tp import check_sizes, local_device
 
 
@@ -262,10 +262,7 @@ def read_prompts(
             raise ValueError(
                 f"{which} has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
             )
-        if max(ids) >= config.vocab_size:
-            raise ValueError(
-                f"{which} has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
-            )
+        check_ids(ids, config.vocab_size, which)
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
 
 

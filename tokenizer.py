@@ -152,6 +152,13 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
+def check_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """Raise ValueError where `what`, a text, has an id that a model of so many ids lacks."""
+    lacking = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if lacking is not None:
+        raise ValueError(f"{what} has token id {lacking} and the model {vocab_size} ids; is the tokenizer its own?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a folder
 

@@ -187,9 +187,16 @@ def test_a_second_turn_continues_the_first(model):
     assert tokens_of(generate(model, [[3, 1, 4, 1, 5, *ids[:10]]], 20, GREEDY, cached=3)) == ids[10:]
 
 
-def test_a_prompt_that_is_cached_whole_is_refused(model):
-    with pytest.raises(ValueError, match="a prompt has 3 ids and 3 are cached"):
-        next(generate(model, [[3, 1, 4]], 1, GREEDY, cached=3))
+@pytest.mark.parametrize("cached", [3, 4, -1])
+def test_a_prompt_of_which_all_or_less_than_nothing_is_cached_is_refused(model, cached):
+    with pytest.raises(ValueError, match=f"a prompt has 3 ids and {cached} are cached"):
+        next(generate(model, [[3, 1, 4]], 1, GREEDY, cached=cached))
+
+
+@pytest.mark.parametrize("token", [64, -1])
+def test_a_token_id_that_the_model_lacks_is_refused(model, token):
+    with pytest.raises(ValueError, match=f"token id {token} and the model 64 ids"):
+        next(generate(model, [[3, 1], [3, token, 4]], 1, GREEDY))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 20, 0.95, 0.01)], ids=["greedy", "sampled"])
