@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import interrupt
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and not the whole usage."""
@@ -37,7 +39,7 @@ def user_errors() -> Iterator[None]:
     Ctrl-C and a closed pipe end quietly, SIGTERM with a line and status 143, each after what was begun is removed.
     """
     try:
-        with sigterm_raises():
+        with ctrl_c_raises(), sigterm_raises():
             yield
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -69,6 +71,19 @@ def fail(message: str) -> NoReturn:
 
 def drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt where it would end the process at once, as it does again afterwards."""
+    if signal.getsignal(signal.SIGINT) is not interrupt.end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupt.end)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,11 @@ All of it rests on `log_probabilities`: windows of ids in, the log-probabilities
 bounded size. Perplexity, the KL divergence of two models and the harness's loglikelihoods are sums over it.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import difflib
@@ -27,7 +32,7 @@ from cli import ArgumentParser, check_device, checkpoint_folder, number, read_te
 from generate import generate
 from model import ModelConfig, Transformer
 from report import Row
-from steps import Sampling
+from steps import TINY, Sampling
 from tokenizer import TextStream, Tokenizer, check_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -234,14 +239,30 @@ class Generation:
     sampling: Sampling
 
 
-def parse_generation(kwargs: dict[str, Any], max_seq_length: int) -> Generation:
+def parse_generation(kwargs: Any, max_seq_length: int) -> Generation:
     """Read a task's generation_kwargs. Raises ValueError for one that is not supported, or leaves a prompt no room."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    values = dict(normalize_gen_kwargs(kwargs))  # its aliases and defaults are the same for every model
-    until, max_new_tokens = values.pop("until"), values.pop("max_gen_toks")
-    do_sample, temperature = values.pop("do_sample"), float(values.pop("temperature", 0))
-    top_k, top_p, min_p = (values.pop(name, default) for name, default in (("top_k", 0), ("top_p", 1), ("min_p", 0)))
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"generation_kwargs is {kwargs!r}, expected names and values")
+    given = {name: value for name, value in kwargs.items() if value is not None}  # null is as good as silence
+    try:
+        values = dict(normalize_gen_kwargs(given))  # its aliases and defaults are the same for every model
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"generation_kwargs: {given} has a value of another kind: {error}") from None
+    until, do_sample = values.pop("until"), values.pop("do_sample")
+    if not isinstance(do_sample, bool) or not all(isinstance(stop, str) for stop in until):
+        raise ValueError(f"generation_kwargs: do_sample {do_sample!r} and until {until!r}, expected a flag and texts")
+
+    def number(name: str, default: float, low: float, high: float = math.inf) -> float:
+        value = values.pop(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"generation_kwargs: {name} is {value!r}, expected a number from {low:g} to {high:g}")
+        return value
+
+    max_new_tokens, top_k = int(number("max_gen_toks", 0, 1)), int(number("top_k", 0, 0, 2**31))
+    temperature, top_p = number("temperature", 0, 0, 1e30), number("top_p", 1, TINY, 1)
+    min_p = number("min_p", 0, 0, 1)
     if values.pop("num_beams", 1) != 1:
         raise ValueError(f"generation_kwargs: num_beams {kwargs['num_beams']} is not supported; 1 is")
     if values:
@@ -253,7 +274,7 @@ def parse_generation(kwargs: dict[str, Any], max_seq_length: int) -> Generation:
             f"generation_kwargs: max_gen_toks {max_new_tokens} leaves the prompt no room in a context of "
             f"{max_seq_length} tokens; give a smaller one, or a larger --max_seq_length if the model has it"
         )
-    sampling = Sampling(temperature, int(top_k or 0), float(top_p), float(min_p)) if do_sample else Sampling(0)
+    sampling = Sampling(temperature, top_k, top_p, min_p) if do_sample else Sampling(0)
     return Generation(tuple(stop for stop in until if stop), max_new_tokens, sampling)
 
 

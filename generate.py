@@ -7,6 +7,11 @@ Prefill runs the prompt, decode one token at a time; each is one function that t
 goes to stdout as it is made, all else to stderr. What the command line can say stands in options.py.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import json

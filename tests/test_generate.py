@@ -543,7 +543,7 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template"
+MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template interrupt"
 
 
 @pytest.mark.parametrize("name", MODULES.split())
