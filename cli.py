@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import signal
@@ -139,6 +140,17 @@ def own_file(folder: Path, name: str) -> Path:
     if not any(target.is_relative_to(folder) for folder in homes):
         raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's file of one JSON object. Raises ValueError where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def read_text(option: str, path: Path) -> str:

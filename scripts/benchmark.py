@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, meta_model, read_json
-from cli import ArgumentParser, check_device, number, user_errors, write_whole
+from checkpoint import DTYPES, meta_model
+from cli import ArgumentParser, check_device, number, read_json, user_errors, write_whole
 from model import Ranks
 from quantize import parse_scheme
 from scripts import compare, speculation
