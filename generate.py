@@ -17,7 +17,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -44,6 +43,7 @@ from steps import (
     exponential,
     prefill,
     prompt_chunks,
+    read_behind,
     visible_slots,
 )
 from tokenizer import check_ids
@@ -51,28 +51,6 @@ from tp import draft_ranks, from_rank_0, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
-    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator never waits for it."""
-    in_flight: deque[tuple[Tensor, Any]] = deque()
-
-    def read() -> list[list[int]]:
-        ids, copied = in_flight.popleft()
-        if copied is not None:
-            copied.synchronize()
-        return [[token] for token in ids.tolist()]
-
-    for ids in steps:
-        if ids.device.type == "cpu":
-            in_flight.append((ids, None))
-        else:
-            on_host = ids.to("cpu", non_blocking=True)
-            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
-        if len(in_flight) > lag:
-            yield read()
-    while in_flight:
-        yield read()
 
 
 def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
@@ -287,7 +265,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         return
     metrics = {
         "load_s": loaded - began,
-        "compile_s": ready - loaded,
+        "compile_s": ready - loaded if args.compile or args.compile_prefill else 0,
         **run_metrics(samples, model, speculation.draft_model if speculation else None),
         "quantization": job.quantization and str(job.quantization),
         "tp": ranks.count,

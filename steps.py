@@ -3,6 +3,7 @@
 `generate.py` runs them in a loop, `speculate.py` adds those of speculative decoding.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -203,6 +204,28 @@ def batch_sizes(num_rows: int) -> list[int]:
 def visible_slots(slots: Tensor, length: int) -> Tensor:
     """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
     return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
+
+
+def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
+    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator never waits for it."""
+    in_flight: deque[tuple[Tensor, Any]] = deque()
+
+    def read() -> list[list[int]]:
+        ids, copied = in_flight.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return [[token] for token in ids.tolist()]
+
+    for ids in steps:
+        if ids.device.type == "cpu":
+            in_flight.append((ids, None))
+        else:
+            on_host = ids.to("cpu", non_blocking=True)
+            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
+        if len(in_flight) > lag:
+            yield read()
+    while in_flight:
+        yield read()
 
 
 def prompt_chunks(

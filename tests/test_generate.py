@@ -16,9 +16,9 @@ import torch
 import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
-from generate import generate, read_behind, warm_up
+from generate import generate, warm_up
 from model import ModelConfig, Transformer
-from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
+from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, read_behind, sample
 from tests import conftest
 from tokenizer import load_tokenizer
 
@@ -416,6 +416,7 @@ def test_metrics_hold_what_the_design_names(tmp_path):
     assert row["ttft_ms"] > 0
     assert row["decode_tokens_per_s"] > 0
     assert metrics["bandwidth_gb_per_s"] > 0
+    assert metrics["compile_s"] == 0 < metrics["load_s"]
     weights = sum(p.nbytes for p in load_model(DEMO).parameters())
     assert metrics["weight_bytes"] == weights
     assert weights < metrics["bytes_per_step"] < weights + 2 * 6 * 2 * 2 * 64 * 40
