@@ -92,9 +92,9 @@ def generate(
     model: its caches set up for at least len(prompts) rows. prompts: ids, at least one a row. cached: how many of each
     prompt's first ids the caches hold already, of an earlier turn. A row ends with one of eos_ids (yielded too), after
     max_new_tokens, when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
-    drafts that go too far, or when the caller puts its number into `ended`. Once half of the rows have ended, the
-    others go on without them. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
-    empty or does not fit, and where logits are not finite.
+    drafts that go too far, or when the caller puts its number into `ended`. Rows that have ended leave the batch where
+    a smaller power of two is enough for the others. prefill, decode: the plain steps or `compiled` ones. Raises
+    ValueError where a prompt is empty or does not fit, and where logits are not finite.
     """
     device = model.device
     capacity = check_room(model, prompts, cached, speculation)

@@ -10,6 +10,9 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -109,7 +112,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     }
 }
 
-extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
             WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
@@ -155,7 +158,7 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
     }
 }
 
-extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
+static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
     static thread_local std::vector<float> buffer;
     buffer.resize(M * K);
@@ -166,7 +169,7 @@ extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales,
     });
 }
 
-extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
+static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
 #pragma omp parallel for
     for (int64_t block = 0; block < N / ROWS; block++)
         for (int64_t k = 0; k < K; k += 64)
@@ -180,23 +183,42 @@ extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // int4: w [N / 4, K / 64, 4, 32], byte i holds the codes of columns i and (high half) i + 32 of its 64;
-// scales and zeros [N / 4, K / group, 4]. A code c stands for (c - 8) * scale + zero.
+// scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too: [N / 4, groups / 4 rounded
+// up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
+
+static inline int64_t zero_bytes(int64_t groups) { return (groups + 3) / 4 * 8; }  // of a block of rows
+
+// Write 8 - zero of each group and row of a block: [groups, 4], groups rounded up to 4.
+static inline void zero_points(const uint8_t* zeros, int64_t groups, float* out) {
+    const __m512 values = _mm512_set_ps(-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8);  // of zeros 15 to 0
+    const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+    for (int64_t i = 0; i < zero_bytes(groups); i += 8) {
+        int64_t bits;
+        std::memcpy(&bits, zeros + i, 8);
+        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
+        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(codes, values));
+    }
+}
 
 template <int M>
-static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const bf16* zeros,
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    static thread_local std::vector<float> buffer;
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
-    const int64_t G = K / group;
+    const int64_t G = K / group, zeros_size = zero_bytes(G);
+    buffer.resize(2 * zeros_size);
+    float* shifted = buffer.data();
     for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
         __m512 sums[ROWS][M] = {};
-        const uint8_t* p = w + n * K / 2;
-        const bf16 *scale = scales + n * G, *zero = zeros + n * G;
+        const uint8_t *p = w + n * K / 2, *zero = zeros + n / ROWS * zeros_size;
+        const bf16* scale = scales + n * G;
+        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)zero + zeros_size + i, _MM_HINT_T0);
+        zero_points(zero, G, shifted);
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
             const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
             _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
-            _mm_prefetch((const char*)(zero + g0) + AHEAD / 8, _MM_HINT_T0);
             for (int r = 0; r < ROWS; r++) {
                 __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
                 __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
@@ -210,8 +232,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
                     }
                 } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
-                    __m512 weights0 = _mm512_fmadd_ps(values, s0, broadcast(zero + g0 + r));
-                    __m512 weights1 = _mm512_fmadd_ps(values, s1, broadcast(zero + g1 + r));
+                    __m512 weights0 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g0 + r])), s0);
+                    __m512 weights1 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g1 + r])), s1);
                     __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
                     for (int m = 0; m < M; m++) {
                         const bf16* in = x + m * K + k;
@@ -227,9 +249,10 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                 __m512 lanes = _mm512_setzero_ps();
                 for (int64_t i = 0; i < G * ROWS; i += 16) {
                     __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
-                    __m512i zeros = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, zero + i));
+                    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scale + i));
                     __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
-                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(zeros, 16)), total, lanes);
+                    total = _mm512_mul_ps(total, _mm512_loadu_ps(shifted + i));
+                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), total, lanes);
                 }
                 float each[16];
                 _mm512_storeu_ps(each, lanes);
@@ -240,12 +263,12 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
-extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
+static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
     buffer.resize(M * G * ROWS);
-    float* totals = buffer.data();  // of each group of x, as often as zeros has it
+    float* totals = buffer.data();  // of each group of x, once for each row of a block
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
@@ -257,24 +280,27 @@ extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales
     });
 }
 
-extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
-                                int64_t group) {
+static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* out, int64_t N, int64_t K,
+                            int64_t group) {
     const int64_t G = K / group;
 #pragma omp parallel for
-    for (int64_t block = 0; block < N / ROWS; block++)
+    for (int64_t block = 0; block < N / ROWS; block++) {
+        std::vector<float> shifted(2 * zero_bytes(G));
+        zero_points(zeros + block * zero_bytes(G), G, shifted.data());
         for (int64_t k = 0; k < K; k += 64)
             for (int r = 0; r < ROWS; r++) {
                 int64_t n = block * ROWS + r;
                 const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + 32 * r;
                 for (int half = 0; half < 2; half++) {
-                    int64_t at = block * ROWS * G + (k + 32 * half) / group * ROWS + r;
-                    float scale = widen(scales[at]), zero = widen(zeros[at]);
+                    int64_t at = (k + 32 * half) / group * ROWS + r;
+                    float scale = widen(scales[block * ROWS * G + at]);
                     for (int i = 0; i < 32; i++) {
                         int code = half ? p[i] >> 4 : p[i] & 15;
-                        out[n * K + k + 32 * half + i] = narrow((code - 8) * scale + zero);
+                        out[n * K + k + 32 * half + i] = narrow((code - 8 + shifted[at]) * scale);
                     }
                 }
             }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +473,7 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
     }
 }
 
-extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
+static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
     const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
@@ -485,4 +511,90 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
             for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * D + d] / total);  // 0 where nothing is seen
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators, through torch's stable ABI: one library serves every torch from 2.11 on. kernels.py has their schemas,
+// and sees to it that weights have a type and a size that these take.
+
+using torch::stable::Tensor;
+
+template <class T = bf16>
+static const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+static bf16* data(Tensor& tensor) { return static_cast<bf16*>(tensor.mutable_data_ptr()); }
+
+static Tensor in_order(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
+static Tensor empty(std::initializer_list<int64_t> sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
+    AtenTensorHandle tensor;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), aoti_torch_dtype_bfloat16(),
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
+namespace operators {
+
+static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
+    const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::bf16_product(data(rows), data(weight), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales) {
+    const int64_t M = x.size(0), N = scales.numel(), K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int8_product(data(rows), data<int8_t>(weight), data(scales), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_dequantize(const Tensor& weight, const Tensor& scales) {
+    const int64_t N = scales.numel(), K = weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int8_dequantize(data<int8_t>(weight), data(scales), data(out), N, K);
+    return out;
+}
+
+static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
+    return y;
+}
+
+static Tensor int4_dequantize(const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t N = scales.size(0) * ROWS, K = 2 * weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int4_dequantize(data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(out), N, K, K / scales.size(1));
+    return out;
+}
+
+// As `model.attention`.
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+    bool cached = k.stride(2) == k.size(3) && k.stride(3) == 1;  // the first slots of a cache
+    for (int64_t i = 0; i < 4; i++) cached &= k.stride(i) == v.stride(i);
+    Tensor queries = in_order(q), keys = cached ? k : in_order(k), values = cached ? v : in_order(v);
+    Tensor seen = in_order(mask), y = empty({q.size(0), q.size(1), q.size(2), q.size(3)});
+    ::attention(data(queries), data(keys), data(values), data<uint8_t>(seen), data(y), q.size(0), q.size(1), q.size(2),
+                k.size(1), k.size(2), q.size(3), keys.stride(0), keys.stride(1));
+    return y;
+}
+
+}  // namespace operators
+
+STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
+    library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));
+    library.impl("int8_product", TORCH_BOX(&operators::int8_product));
+    library.impl("int8_dequantize", TORCH_BOX(&operators::int8_dequantize));
+    library.impl("int4_product", TORCH_BOX(&operators::int4_product));
+    library.impl("int4_dequantize", TORCH_BOX(&operators::int4_dequantize));
+    library.impl("attention", TORCH_BOX(&operators::attention));
 }
