@@ -16,6 +16,7 @@ import glob
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import naming, own_file
+from cli import naming, own_file, read_json
 from kernels import empty_weight
 from model import ONE_RANK, ModelConfig, Ranks, RopeScaling, Transformer, rope_frequencies
 from quantize import Scheme, parse_scheme, quantize_linears_, repack_
@@ -114,16 +115,6 @@ ROPE_KEYS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def read_config(checkpoint_path: Path) -> dict[str, Any]:
@@ -296,15 +287,14 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
 def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     """Return every id that ends a text: generation_config.json's, else config.json's; () where neither has one."""
     folder = Path(checkpoint_path)
-    path = own_file(folder, "generation_config.json")
+    raw, path = read_config(folder), own_file(folder, "generation_config.json")
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
-        path = folder / "config.json"
-        ids = read_config(folder).get("eos_token_id")
+        path, ids = folder / "config.json", raw.get("eos_token_id")
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list) else [ids]
-    num_ids = read_config(folder).get("vocab_size")
+    num_ids = raw.get("vocab_size")
     num_ids = num_ids if isinstance(num_ids, int) else 2**31
     if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type
         raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")
@@ -468,6 +458,16 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
     return tensor
 
 
+def check_depth(files: TensorFiles, config: ModelConfig) -> None:
+    """Raise ValueError where the weights have fewer layers than config.json says, before so many are made."""
+    found = {match[1] for name in files.files if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
+    if len(found) < config.num_hidden_layers:
+        raise ValueError(
+            f"{files.path}: config.json has num_hidden_layers {config.num_hidden_layers} and the weights have tensors "
+            f"of {len(found)} layers; is config.json the model's own?"
+        )
+
+
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
     """Raise ValueError where a tensor is missing, or the model has no place for one. A tied head may be there too."""
     missing = sorted(set(expected) - set(files.files))
@@ -514,9 +514,10 @@ def model_tensors(
     From either layout.
     """
     raw = read_config(checkpoint_path)
+    files = TensorFiles(checkpoint_path, allow_pickle)
+    check_depth(files, parse_config(raw))
     model = meta_model(raw)
     specs = tensor_specs(model, dtype)
-    files = TensorFiles(checkpoint_path, allow_pickle)
     if raw.get("layout") == "fused":
         check_names(files, specs)
     else:
@@ -561,8 +562,8 @@ def load_model(
     path = Path(checkpoint_path)
     raw = read_config(path)
     dtype = parse_dtype(raw) if dtype is None else dtype
-    model = meta_model(raw, ranks)
     specs, read = model_tensors(path, dtype, ranks=ranks)
+    model = meta_model(raw, ranks)
     hidden = True if ranks.rank else None  # None: shown on a terminal
     bar = tqdm(specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
     return assign_parameters(model, {name: read(name).to(device) for name in bar}, device)
@@ -654,15 +655,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
-            with contextlib.suppress(OSError), locked(abandoned):
-                shutil.rmtree(abandoned)
-        temporary.mkdir()
-        with naming(path), locked(temporary):
-            yield temporary
-            for file in (*temporary.iterdir(), temporary):
-                sync(file)
-            temporary.replace(path)
+        with contextlib.ExitStack() as ours:
+            with locked(path.parent, wait=True):  # or another run could take ours for abandoned before it is locked
+                for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
+                    with contextlib.suppress(OSError), locked(abandoned):
+                        shutil.rmtree(abandoned)
+                temporary.mkdir()
+                ours.enter_context(locked(temporary))
+            with naming(path):
+                yield temporary
+                for file in (*temporary.iterdir(), temporary):
+                    sync(file)
+                temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in absent:
@@ -671,11 +675,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which ends with the process however that ends. BlockingIOError: another holds it."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process however that ends.
+
+    Where another holds it: wait for it, or raise BlockingIOError.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

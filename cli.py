@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+import interrupt
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -37,7 +40,7 @@ def user_errors() -> Iterator[None]:
     Ctrl-C and a closed pipe end quietly, SIGTERM with a line and status 143, each after what was begun is removed.
     """
     try:
-        with sigterm_raises():
+        with ctrl_c_raises(), sigterm_raises():
             yield
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -69,6 +72,19 @@ def fail(message: str) -> NoReturn:
 
 def drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt where it would end the process at once, as it does again afterwards."""
+    if signal.getsignal(signal.SIGINT) is not interrupt.end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupt.end)
 
 
 @contextlib.contextmanager
@@ -124,6 +140,17 @@ def own_file(folder: Path, name: str) -> Path:
     if not any(target.is_relative_to(folder) for folder in homes):
         raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's file of one JSON object. Raises ValueError where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def read_text(option: str, path: Path) -> str:

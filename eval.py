@@ -7,6 +7,11 @@ All of it rests on `log_probabilities`: windows of ids in, the log-probabilities
 bounded size. Perplexity, the KL divergence of two models and the harness's loglikelihoods are sums over it.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import difflib
@@ -27,8 +32,8 @@ from cli import ArgumentParser, check_device, checkpoint_folder, number, read_te
 from generate import generate
 from model import ModelConfig, Transformer
 from report import Row
-from steps import Sampling
-from tokenizer import TextStream, Tokenizer, load_tokenizer
+from steps import TINY, Sampling
+from tokenizer import TextStream, Tokenizer, check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -234,14 +239,30 @@ class Generation:
     sampling: Sampling
 
 
-def parse_generation(kwargs: dict[str, Any], max_seq_length: int) -> Generation:
+def parse_generation(kwargs: Any, max_seq_length: int) -> Generation:
     """Read a task's generation_kwargs. Raises ValueError for one that is not supported, or leaves a prompt no room."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    values = dict(normalize_gen_kwargs(kwargs))  # its aliases and defaults are the same for every model
-    until, max_new_tokens = values.pop("until"), values.pop("max_gen_toks")
-    do_sample, temperature = values.pop("do_sample"), float(values.pop("temperature", 0))
-    top_k, top_p, min_p = (values.pop(name, default) for name, default in (("top_k", 0), ("top_p", 1), ("min_p", 0)))
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"generation_kwargs is {kwargs!r}, expected names and values")
+    given = {name: value for name, value in kwargs.items() if value is not None}  # null is as good as silence
+    try:
+        values = dict(normalize_gen_kwargs(given))  # its aliases and defaults are the same for every model
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"generation_kwargs: {given} has a value of another kind: {error}") from None
+    until, do_sample = values.pop("until"), values.pop("do_sample")
+    if not isinstance(do_sample, bool) or not all(isinstance(stop, str) for stop in until):
+        raise ValueError(f"generation_kwargs: do_sample {do_sample!r} and until {until!r}, expected a flag and texts")
+
+    def number(name: str, default: float, low: float, high: float = math.inf) -> float:
+        value = values.pop(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"generation_kwargs: {name} is {value!r}, expected a number from {low:g} to {high:g}")
+        return value
+
+    max_new_tokens, top_k = int(number("max_gen_toks", 0, 1)), int(number("top_k", 0, 0, 2**31))
+    temperature, top_p = number("temperature", 0, 0, 1e30), number("top_p", 1, TINY, 1)
+    min_p = number("min_p", 0, 0, 1)
     if values.pop("num_beams", 1) != 1:
         raise ValueError(f"generation_kwargs: num_beams {kwargs['num_beams']} is not supported; 1 is")
     if values:
@@ -253,7 +274,7 @@ def parse_generation(kwargs: dict[str, Any], max_seq_length: int) -> Generation:
             f"generation_kwargs: max_gen_toks {max_new_tokens} leaves the prompt no room in a context of "
             f"{max_seq_length} tokens; give a smaller one, or a larger --max_seq_length if the model has it"
         )
-    sampling = Sampling(temperature, int(top_k or 0), float(top_p), float(min_p)) if do_sample else Sampling(0)
+    sampling = Sampling(temperature, top_k, top_p, min_p) if do_sample else Sampling(0)
     return Generation(tuple(stop for stop in until if stop), max_new_tokens, sampling)
 
 
@@ -266,11 +287,11 @@ def generate_texts(
     """
     rows = [Row(ids, TextStream(tokenizer), list(how.until)) for ids in prompts]
     model.setup_caches(len(prompts), max(map(len, prompts)) + how.max_new_tokens)
-    for step in generate(model, prompts, how.max_new_tokens, how.sampling, eos_ids=eos_ids):
+    ended: set[int] = set()
+    for step in generate(model, prompts, how.max_new_tokens, how.sampling, eos_ids=eos_ids, ended=ended):
         for row, ids in zip(rows, step, strict=True):
             row.push(ids, eos_ids)
-        if all(row.finish_reason for row in rows):
-            break
+        ended |= {i for i, row in enumerate(rows) if row.finish_reason}
     for row in rows:
         row.finish("length")
     return [row.text for row in rows]
@@ -302,7 +323,7 @@ def harness_model(
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             ids = tokenizer.encode(string, bos=add_special_tokens is not False)
-            check_ids(ids, model.config)
+            check_ids(ids, model.config.vocab_size, "a text")
             return ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -449,7 +470,7 @@ def check(args: argparse.Namespace) -> Job:
     # A text is data: <s> in it is three characters, which have a cost, and no token, which would have no bytes.
     ids = tokenizer.encode(text, parse_special=False) if text else []
     if text:
-        check_ids(ids, config)
+        check_ids(ids, config.vocab_size, "--text_file")
         sliding_windows(ids[:2], 2, 1)  # refuses a text that is too short
     # Without a BOS the first token is not predicted, and its bytes do not count either.
     unpredicted = "" if ids[:1] == [tokenizer.bos_id] else tokenizer.decode(ids[:1])
@@ -464,13 +485,6 @@ def check(args: argparse.Namespace) -> Job:
         load_tasks(args.tasks, args.include_path, task_window) if args.tasks else [],
         task_window,
     )
-
-
-def check_ids(ids: Sequence[int], config: ModelConfig) -> None:
-    if ids and max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"the text has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
-        )
 
 
 def evaluate_text(model: Transformer, job: Job, batch_size: int) -> dict[str, float]:

@@ -7,15 +7,20 @@ Prefill runs the prompt, decode one token at a time; each is one function that t
 goes to stdout as it is made, all else to stderr. What the command line can say stands in options.py.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,55 +34,23 @@ from model import ONE_RANK, Ranks, Transformer
 from options import Job, check, parse_args
 from report import Row, report_rows, report_run, run_metrics, run_sample
 from speculate import Speculation, draft, levels_below, verify
-from steps import NOT_A_NUMBER, Sampling, compiled, decode, exponential, prefill, prompt_chunks, visible_slots
+from steps import (
+    Batch,
+    Sampling,
+    batch_sizes,
+    compiled,
+    decode,
+    exponential,
+    prefill,
+    prompt_chunks,
+    read_behind,
+    visible_slots,
+)
+from tokenizer import check_ids
 from tp import draft_ranks, from_rank_0, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-@dataclass
-class Batch:
-    """Texts that grow side by side."""
-
-    texts: list[list[int]]
-    rooms: list[int]  # how many more ids each can take; 0 when it has ended
-    eos_ids: frozenset[int]
-
-    def take(self, step: list[list[int]]) -> list[list[int]]:
-        """Cut the ids that each row was given at its end, add them to its text, and return them."""
-        taken = [ids[:room] for ids, room in zip(step, self.rooms, strict=True)]
-        for row, ids in enumerate(taken):
-            if NOT_A_NUMBER in ids:
-                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
-            eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-            if eos is not None:
-                del ids[eos + 1 :]
-            self.texts[row] += ids
-            self.rooms[row] = self.rooms[row] - len(ids) if eos is None else 0
-        return taken
-
-
-def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
-    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator never waits for it."""
-    in_flight: deque[tuple[Tensor, Any]] = deque()
-
-    def read() -> list[list[int]]:
-        ids, copied = in_flight.popleft()
-        if copied is not None:
-            copied.synchronize()
-        return [[token] for token in ids.tolist()]
-
-    for ids in steps:
-        if ids.device.type == "cpu":
-            in_flight.append((ids, None))
-        else:
-            on_host = ids.to("cpu", non_blocking=True)
-            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
-        if len(in_flight) > lag:
-            yield read()
-    while in_flight:
-        yield read()
 
 
 def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
@@ -88,9 +61,7 @@ def check_room(model: Transformer, prompts: list[list[int]], cached: int, specul
         raise ValueError("a prompt is empty; give at least one token, the BOS")
     if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
-    last, vocab_size = max(map(max, prompts)), model.config.vocab_size
-    if last >= vocab_size:
-        raise ValueError(f"a prompt has token id {last} and the model {vocab_size} ids; is the tokenizer its own?")
+    check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
     if longest > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
     drafter = speculation.draft_model if speculation else None
@@ -111,6 +82,7 @@ def generate(
     eos_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cached: int = 0,
+    ended: Iterable[int] = (),
     prefill: Callable[..., Any] = prefill,
     decode: Callable[..., Any] = decode,
     speculation: Speculation | None = None,
@@ -119,39 +91,50 @@ def generate(
 
     model: its caches set up for at least len(prompts) rows. prompts: ids, at least one a row. cached: how many of each
     prompt's first ids the caches hold already, of an earlier turn. A row ends with one of eos_ids (yielded too), after
-    max_new_tokens, or when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
-    drafts that go too far. prefill, decode: the plain steps or `compiled` ones. Raises ValueError where a prompt is
-    empty or does not fit, and where logits are not finite.
+    max_new_tokens, when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
+    drafts that go too far, or when the caller puts its number into `ended`. Rows that have ended leave the batch where
+    a smaller power of two is enough for the others. prefill, decode: the plain steps or `compiled` ones. Raises
+    ValueError where a prompt is empty or does not fit, and where logits are not finite.
     """
     device = model.device
     capacity = check_room(model, prompts, cached, speculation)
     rooms = [min(max_new_tokens, capacity - len(p)) for p in prompts]
-    batch = Batch([list(p) for p in prompts], rooms, frozenset(eos_ids))
+    models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
+    batch = Batch([list(p) for p in prompts], rooms, frozenset(eos_ids), models)
     slots = partial(visible_slots, torch.arange(model.max_seq_length, device=device))
 
     def noise() -> Tensor | None:
         if sampling.temperature == 0:
             return None
-        return exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
+        # For the rows that have ended too: what another row draws does not depend on them.
+        drawn = exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
+        return drawn if len(batch.running) == len(prompts) else drawn[batch.running]
 
     def plain_steps(count: int) -> Iterator[Tensor]:
-        ids = torch.tensor([text[-1] for text in batch.texts], device=device)
-        lengths = [len(text) for text in batch.texts]
+        texts = [batch.texts[row] for row in batch.running]
+        ids = torch.tensor([text[-1] for text in texts], device=device)
+        lengths = [len(text) for text in texts]
         at = torch.tensor(lengths, device=device) - 1
         for n in range(count):
-            longest = max(length for length, room in zip(lengths, batch.rooms, strict=True) if room)
-            ids, at = decode(model, ids, at, slots(longest + n), sampling, noise())
+            if batch.needed < len(batch.running):
+                return
+            ids, at = decode(model, ids, at, slots(max(lengths) + n), sampling, noise())
             yield ids
 
     def plain(count: int) -> Iterator[list[list[int]]]:
-        yield from read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1)
+        while count > 0:
+            batch.shrink_()
+            for step in read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1):
+                count -= 1
+                yield step
 
     def steps() -> Iterator[list[list[int]]]:
         while speculation:
             num_plain, k = speculation.plan(max(batch.rooms))
             yield from plain(num_plain)
             if k:
-                new_ids = speculation.round(model, batch.texts, batch.rooms, k, sampling, generator)
+                batch.shrink_()
+                new_ids = speculation.round(model, batch.texts, batch.rooms, batch.running, k, sampling, generator)
                 yield from plain(1) if new_ids is None else [new_ids]
         yield from plain(max(batch.rooms))
 
@@ -163,14 +146,17 @@ def generate(
     for tokens, positions, filled in prompt_chunks(new, [cached] * len(prompts), device):
         ids = prefill(model, tokens, positions, slots(filled), sampling, noise())
     yield batch.take([[token] for token in ids.tolist()])
-    if not any(batch.rooms):
-        return
-    for step in steps():
-        if speculation:
-            speculation.count(step, batch.rooms)
-        yield batch.take(step)
-        if not any(batch.rooms):
-            return
+    batch.end(ended)
+    made = steps()
+    try:
+        while any(batch.rooms):
+            step = next(made)
+            if speculation:
+                speculation.count(step, batch.rooms, batch.running)
+            yield batch.take(step)
+            batch.end(ended)
+    finally:
+        batch.arrange_(list(range(len(prompts))))  # for a later turn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +191,7 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
 
 def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None) -> None:
     """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
-    for prompts in {len(batch): batch for batch in job.batches}.values():
+    for prompts in {size: batch[:size] for batch in job.batches for size in batch_sizes(len(batch))}.values():
         for cached in {0, max(0, job.max_seq_length - max(map(len, prompts)) - 3)}:
             texts = [[0] * cached + ids for ids in prompts]
             for _ in launch(texts, 3, cached=cached):
@@ -226,9 +212,8 @@ def sample_batches(
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches) and ranks.rank == 0
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
-            new_ids = launch(prompts, args.max_new_tokens)
             rows = run_sample(
-                prompts, new_ids, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
+                prompts, launch, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
                 echo=job.template is None,
             )  # fmt: skip
         if profiler:
@@ -280,7 +265,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         return
     metrics = {
         "load_s": loaded - began,
-        "compile_s": ready - loaded,
+        "compile_s": ready - loaded if args.compile or args.compile_prefill else 0,
         **run_metrics(samples, model, speculation.draft_model if speculation else None),
         "quantization": job.quantization and str(job.quantization),
         "tp": ranks.count,

@@ -365,6 +365,14 @@ class Transformer(nn.Module):
         for attn in (block.self_attn for block in self.layers):
             attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
 
+    def arrange_rows_(self, order: list[int]) -> None:
+        """Put into row i of the KV caches what was in row order[i]; order has every row once."""
+        rows = [i for i, row in enumerate(order) if i != row]
+        for cache in (block.self_attn.cache for block in self.layers if rows):
+            assert cache is not None
+            for held in (cache.k, cache.v):
+                held[rows] = held[[order[i] for i in rows]]
+
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device

@@ -19,7 +19,7 @@ from cli import ArgumentParser, check_device, checkpoint_folder, number, read_te
 from model import ModelConfig, Ranks
 from quantize import Scheme
 from steps import Sampling
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_ids, load_tokenizer
 from tp import check_sizes, local_device
 
 
@@ -129,7 +129,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     with about("--checkpoint_path"):
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_scheme(raw)
-        eos_ids = () if args.ignore_eos else eos_token_ids(args.checkpoint_path)
+        own_eos_ids = eos_token_ids(args.checkpoint_path)
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
@@ -150,7 +150,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         if args.stop:
             raise ValueError(f"--stop needs a tokenizer: {error}") from None
         tokenizer = None
-    template = chat_template(args, tokenizer) if args.chat or args.interactive else None
+    template = chat_template(args, tokenizer, own_eos_ids) if args.chat or args.interactive else None
+    eos_ids = () if args.ignore_eos else own_eos_ids
     if template and tokenizer and not args.ignore_eos:
         eos_ids += end_of_turn(template, tokenizer, args.system)
     prompts = read_prompts(args, tokenizer, template, config)
@@ -191,10 +192,11 @@ def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
         raise ValueError(f"--num_samples {args.num_samples} does not go with --interactive, which gives one answer")
 
 
-def chat_template(args: argparse.Namespace, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+def chat_template(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...]
+) -> ChatTemplate | None:
     """Return the model's template; None where it has none and its text is merely continued."""
     with about("--checkpoint_path"):
-        eos_ids = eos_token_ids(args.checkpoint_path)
         template = load_template(args.checkpoint_path, tokenizer, eos_ids) if tokenizer else None
     needed_by = "--chat" if args.chat else "--system" if args.system is not None else None
     if needed_by and not template:
@@ -253,6 +255,8 @@ def read_prompts(
         if args.prompt_file:  # splitlines would cut at form feeds too
             texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
         with about(option):
+            for text in texts:
+                check_length(text, tokenizer, config.max_position_embeddings)
             prompts = [encode_prompt(text, args.system, tokenizer, template) for text in texts]
     for i, ids in enumerate(prompts, start=1):
         which = f"{option} {i} of {len(prompts)}" if len(prompts) > 1 else option
@@ -262,11 +266,19 @@ def read_prompts(
             raise ValueError(
                 f"{which} has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
             )
-        if max(ids) >= config.vocab_size:
-            raise ValueError(
-                f"{which} has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its own?"
-            )
+        check_ids(ids, config.vocab_size, which)
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
+
+
+def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:
+    """Raise ValueError where a long text's beginning alone is far too long for the model: the whole takes seconds."""
+    beginning = text[: 16 * context]
+    # Twice the context, since where a text is cut its last tokens may be others.
+    if len(beginning) < len(text) and (count := len(tokenizer.encode(beginning))) > 2 * context:
+        raise ValueError(
+            f"{len(text)} characters, the first {len(beginning)} of them {count} tokens, and the model's context "
+            f"{context}; shorten it"
+        )
 
 
 def encode_prompt(text: str, system: str | None, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:

@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ def forward_bytes(model: Transformer, rows: list[Row]) -> float:
 
 def run_sample(
     prompts: list[list[int]],
-    new_ids: Iterator[list[list[int]]],
+    launch: Callable[..., Iterator[list[list[int]]]],
     max_new_tokens: int,
     tokenizer: Tokenizer | None,
     eos_ids: tuple[int, ...],
@@ -139,8 +139,9 @@ def run_sample(
 ) -> list[Row]:
     """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows.
 
-    echo: the prompt too.
+    launch: `generate`, but for prompts, max_new_tokens and ended. echo: the prompt too.
     """
+    ended: set[int] = set()
     rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
 
     def show(text: str) -> None:
@@ -149,11 +150,10 @@ def run_sample(
 
     if tokenizer and echo:
         show(tokenizer.decode(prompts[0]))
-    for step in new_ids:
+    for step in launch(prompts, max_new_tokens, ended=ended):
         for row, ids in zip(rows, step, strict=True):
             show(row.push(ids, eos_ids))
-        if all(row.finish_reason for row in rows):
-            break
+        ended |= {i for i, row in enumerate(rows) if row.finish_reason}
     for row in rows:
         show(row.finish("length" if len(row.tokens) >= max_new_tokens else "context"))
     if tokenizer and not quiet:

@@ -243,27 +243,29 @@ class Speculation:
     def plan(self, room: int) -> tuple[int, int]:
         return self.pace.plan(room)
 
-    def count(self, step: list[list[int]], rooms: list[int]) -> None:
-        """Take in the ids that a forward of the target gave each row, before they are cut to the row's room."""
-        for counts, ids, room in zip(self.accept_counts, step, rooms, strict=True):
-            if room:
-                counts[len(ids) - 1] += 1
+    def count(self, step: list[list[int]], rooms: list[int], running: list[int]) -> None:
+        """Take in the ids that a forward of the target gave each running row, before they are cut to the row's room."""
+        for row, ids in zip(running, step, strict=True):
+            if rooms[row]:
+                self.accept_counts[row][len(ids) - 1] += 1
 
     def round(
         self,
         target: Transformer,
         texts: list[list[int]],
         rooms: list[int],
+        running: list[int],
         k: int,
         sampling: Sampling,
         generator: torch.Generator | None,
     ) -> list[list[int]] | None:
-        """Draft k tokens and verify them: return each row's new ids, or None where prompt lookup finds nothing.
+        """Draft k tokens and verify them: return each running row's new ids, or None where prompt lookup finds nothing.
 
         texts: the rows' ids, two at least; the caches of the target hold all but the last. rooms: how many more each
-        row can take; a row with none runs along for nothing.
+        row can take; a row with none runs along for nothing. running: the texts of the first rows of the caches.
         """
         device, vocab_size = target.device, target.config.vocab_size
+        texts, rooms = [texts[row] for row in running], [rooms[row] for row in running]
         ends = [len(text) for text in texts]
         drafting = [room > 0 for room in rooms]
         slots = visible_slots(self.slots, max(ends) + k)
@@ -276,14 +278,14 @@ class Speculation:
 
         q = None
         if self.draft_model is None:
-            found = self.look_up(texts, rooms, k)
+            found = self.look_up(texts, rooms, running, k)
             drafting = list(map(bool, found))
             if not any(drafting) and 0 in self.pace.levels:
                 return None
             guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
             drafted = torch.tensor(guesses, device=device)
         else:
-            self.catch_up(texts, ends)
+            self.catch_up(texts, ends, running)
             noise = None if sampling.temperature == 0 else clocks(len(texts), k)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
             drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
@@ -295,24 +297,26 @@ class Speculation:
         read = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, q).tolist()
 
         counts = [n for n, *_ in read]
-        self.filled = [end - 1 + n for end, n in zip(ends, counts, strict=True)]
+        for row, end, n in zip(running, ends, counts, strict=True):
+            self.filled[row] = end - 1 + n
         self.num_drafted += k
         self.pace.update([n for n, had in zip(counts, drafting, strict=True) if had], k)
         return [[*ids[:n], following] for n, following, *ids in read]
 
-    def look_up(self, texts: list[list[int]], rooms: list[int], k: int) -> list[list[int]]:
+    def look_up(self, texts: list[list[int]], rooms: list[int], running: list[int], k: int) -> list[list[int]]:
         """Return k guesses for each row, [] for one that has ended or is at an end that it never had before."""
-        for ngrams, text in zip(self.ngrams, texts, strict=True):
+        seen = [self.ngrams[row] for row in running]
+        for ngrams, text in zip(seen, texts, strict=True):
             ngrams.extend(text[len(ngrams.ids) :])
-        return [ngrams.continuation(k) if room else [] for ngrams, room in zip(self.ngrams, rooms, strict=True)]
+        return [ngrams.continuation(k) if room else [] for ngrams, room in zip(seen, rooms, strict=True)]
 
-    def catch_up(self, texts: list[list[int]], ends: list[int]) -> None:
+    def catch_up(self, texts: list[list[int]], ends: list[int], running: list[int]) -> None:
         """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
         assert self.draft_model is not None
         # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
-        if all(filled >= end - 2 for filled, end in zip(self.filled, ends, strict=True)):
+        starts = [min(self.filled[row], end - 2) for row, end in zip(running, ends, strict=True)]
+        if all(start == end - 2 for start, end in zip(starts, ends, strict=True)):
             return
-        starts = [min(filled, end - 2) for filled, end in zip(self.filled, ends, strict=True)]
         missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1
         for tokens, positions, filled in prompt_chunks(missing, starts, self.slots.device):

@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -155,9 +156,91 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
 # What they run on
 
 
+@dataclass
+class Batch:
+    """Texts that grow side by side. Those that have ended leave where a smaller power of two is enough for the others.
+
+    A row is its text's place in `texts` and in whatever a caller has a list of; only the caches are put in another
+    order. models: whose caches those are.
+    """
+
+    texts: list[list[int]]
+    rooms: list[int]  # how many more ids each can take; 0 when it has ended
+    eos_ids: frozenset[int]
+    models: list[Transformer]
+
+    def __post_init__(self) -> None:
+        self.order = list(range(len(self.texts)))  # which text each row of the caches has
+        self.running = self.order  # the first of them, which take part in a step
+
+    def take(self, step: list[list[int]]) -> list[list[int]]:
+        """Cut the ids that each running row was given at its end, add them to its text; return those of every row."""
+        taken: list[list[int]] = [[] for _ in self.texts]
+        for row, given in zip(self.running, step, strict=True):
+            ids = given[: self.rooms[row]]
+            if NOT_A_NUMBER in ids:
+                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
+            eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+            if eos is not None:
+                del ids[eos + 1 :]
+            self.texts[row] += ids
+            self.rooms[row] = self.rooms[row] - len(ids) if eos is None else 0
+            taken[row] = ids
+        return taken
+
+    def end(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.rooms[row] = 0
+
+    @property
+    def needed(self) -> int:
+        """How many rows have to run: a power of two, so that few sizes are compiled, or all there are."""
+        return next(size for size in batch_sizes(len(self.running)) if size >= len(self.texts) - self.rooms.count(0))
+
+    def shrink_(self) -> None:
+        """Let rows that have ended leave, if the others are few enough."""
+        if (needed := self.needed) < len(self.running):
+            ended_last = sorted(self.running, key=lambda row: self.rooms[row] == 0)
+            self.arrange_(ended_last + self.order[len(ended_last) :])
+            self.running = self.order[:needed]
+
+    def arrange_(self, order: list[int]) -> None:
+        places = [self.order.index(row) for row in order]
+        for model in self.models:
+            model.arrange_rows_(places)
+        self.order = order
+
+
+def batch_sizes(num_rows: int) -> list[int]:
+    """Return the sizes that a batch may shrink to, rising, and at last its own."""
+    return [2**i for i in range(num_rows.bit_length()) if 2**i < num_rows] + [num_rows]
+
+
 def visible_slots(slots: Tensor, length: int) -> Tensor:
     """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
     return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
+
+
+def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
+    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator never waits for it."""
+    in_flight: deque[tuple[Tensor, Any]] = deque()
+
+    def read() -> list[list[int]]:
+        ids, copied = in_flight.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return [[token] for token in ids.tolist()]
+
+    for ids in steps:
+        if ids.device.type == "cpu":
+            in_flight.append((ids, None))
+        else:
+            on_host = ids.to("cpu", non_blocking=True)
+            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
+        if len(in_flight) > lag:
+            yield read()
+    while in_flight:
+        yield read()
 
 
 def prompt_chunks(

@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cli import own_file
+from cli import own_file, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -152,6 +152,13 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
+def check_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """Raise ValueError where `what`, a text, has an id that a model of so many ids lacks."""
+    lacking = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if lacking is not None:
+        raise ValueError(f"{what} has token id {lacking} and the model {vocab_size} ids; is the tokenizer its own?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a folder
 
@@ -177,15 +184,7 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the JSON object of a file, {} where there is no such file."""
     path = own_file(folder, name)
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def token_name(token: Any) -> str | None:

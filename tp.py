@@ -193,6 +193,8 @@ def symmetric_buffer(device: torch.device) -> Tensor | None:
 
 # Set in torchrun's store by the first rank that ends before the work is done: its exit status.
 ENDED = "ended"
+GONE = "torchrun is gone, and so this rank ends"
+MOMENT = 2  # seconds
 
 
 @contextlib.contextmanager
@@ -217,6 +219,7 @@ def process_group() -> Iterator[Ranks]:
         torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     done = threading.Event()
     threading.Thread(target=end_with_the_others, args=(store.clone(), done), daemon=True).start()
+    threading.Thread(target=end_with_the_launcher, args=(os.getppid(), done), daemon=True).start()
     try:
         yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
         dist.barrier()  # torn down while others still work, a group's threads would abort them
@@ -257,10 +260,20 @@ def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
         store.wait([ENDED], timedelta(days=365))
         status = int(store.get(ENDED))
     except RuntimeError:
-        if not done.is_set():
-            print("torchrun is gone, and so this rank ends", file=sys.stderr)
+        # Its host may be a rank that has met this one for the last time, which then is done in a moment too.
+        if not done.wait(MOMENT):
+            print(GONE, file=sys.stderr)
     if not done.is_set():
         os._exit(status)
+
+
+def end_with_the_launcher(launcher: int, done: threading.Event) -> None:
+    """Wait, in a thread, until this node's torchrun, which may be killed alone, is no longer the parent process."""
+    while os.getppid() == launcher:
+        if done.wait(MOMENT):
+            return
+    print(GONE, file=sys.stderr)
+    os._exit(1)
 
 
 def num_cores() -> int:
@@ -276,6 +289,12 @@ def local_device(name: str, ranks: Ranks) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """Make a group of all ranks that wait for each other as long as it takes: a user may think for hours."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
 def together(function: Callable[[], T], ranks: Ranks) -> T:
     """Call function on every rank; where that is a user's mistake on any of them, rank 0 alone says so and all end."""
     if ranks.count == 1:
@@ -286,7 +305,7 @@ def together(function: Callable[[], T], ranks: Ranks) -> T:
     except (ValueError, OSError, SystemExit) as error:
         raised = error
     mistakes: list[Any] = [None] * ranks.count
-    dist.all_gather_object(mistakes, None if raised is None else str(raised))
+    dist.all_gather_object(mistakes, None if raised is None else str(raised), group=patient_group())
     first = next((rank for rank, mistake in enumerate(mistakes) if mistake is not None), None)
     if first is None:
         return result
@@ -300,5 +319,5 @@ def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
     """Call function on rank 0 alone and return what it gave there to every rank."""
     values: list[Any] = [together(lambda: function() if ranks.rank == 0 else None, ranks)]
     if ranks.count > 1:
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=patient_group())
     return values[0]

@@ -11,27 +11,32 @@ results/<date>_<hardware>_<what>.json, so that an interrupted run keeps it. --co
 transformers and llama.cpp.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import datetime
 import json
 import platform
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from checkpoint import DTYPES, meta_model, read_json
-from cli import ArgumentParser, check_device, number, user_errors, write_whole
+from checkpoint import DTYPES, meta_model
+from cli import ArgumentParser, check_device, number, read_json, user_errors, write_whole
 from model import Ranks
 from quantize import parse_scheme
 from scripts import compare, speculation

@@ -9,9 +9,13 @@ its name only when it is whole.
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
+from tqdm import tqdm
 
 from checkpoint import (
     DTYPES,

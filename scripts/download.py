@@ -6,14 +6,19 @@ The folder it writes is what `generate.py --checkpoint_path` takes. Run again af
 files that are still missing.
 """
 
-import contextlib
-import signal
 import sys
-from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from fnmatch import fnmatch
 
 from cli import ArgumentParser, user_errors
 

@@ -7,6 +7,16 @@ A changed file is read or refused in one line, and nothing else: no other except
 converter or quantizer leaves a whole folder or none, and running it again succeeds and clears up.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import collections
 import datetime
@@ -19,19 +29,14 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import quantize
 from checkpoint import eos_token_ids, load_model, random_model, read_config, save_hub_checkpoint

@@ -10,6 +10,16 @@ the compiler's own import included. peak_bytes is the most memory that this proc
 there (on a GPU: the GPU's), the weights included; compilers that torch.compile starts are processes of their own.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import json
 import os
@@ -17,17 +27,12 @@ import resource
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from checkpoint import DTYPES, random_model
 from scripts.measure import (

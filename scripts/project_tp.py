@@ -5,13 +5,19 @@
 A token takes (bytes that a rank reads) / (bandwidth x share of it reached) + (number of meetings) x (latency of one).
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
+import argparse
+import json
+from typing import Any
+
 from checkpoint import parse_config
 from cli import user_errors, write_whole
 from model import ModelConfig

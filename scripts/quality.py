@@ -7,6 +7,16 @@ GPTQ is calibrated on one part of the text and all modes are evaluated on anothe
 second; by default modules of the standard library that the demo was not trained on.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import datetime
 import itertools
@@ -14,19 +24,13 @@ import json
 import math
 import platform
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmark import hardware
+from tqdm import tqdm
 from train_demo import HELD_OUT
 
 import quantize

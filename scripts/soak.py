@@ -6,6 +6,16 @@ A turn continues a prompt of 1 to 700 tokens by 8 to 64, plainly, with the demo'
 The same 100 turns come again and again, so that a turn must give the very text that it gave the first time.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import datetime
 import gc
@@ -14,18 +24,13 @@ import platform
 import random
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_model
 from cli import ArgumentParser, check_device, number, user_errors, write_whole

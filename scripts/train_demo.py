@@ -8,16 +8,23 @@ the loss is reported. The draft learns to imitate the demo (distillation), so th
 The same Python and torch versions and number of threads give the same weights. About an hour on two CPU cores.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import ast
 import io
 import json
 import math
 import platform
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -26,9 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from checkpoint import new_folder, parse_config, save_hub_checkpoint
+from cli import user_errors
 from gptq import CALIBRATION_MODULES
 from model import Transformer
 
@@ -248,8 +254,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     train_texts, held_out_texts = library_texts()
     tokenizer_model = train_tokenizer(list(train_texts.values()))
@@ -307,6 +312,11 @@ def main(argv: list[str] | None = None) -> None:
             (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
             (folder / "README.md").write_text(card)
         teacher = trained
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        run(parse_args(argv))
 
 
 if __name__ == "__main__":

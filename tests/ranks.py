@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import generate
 from checkpoint import load_model, random_model, read_config
@@ -13,7 +16,7 @@ from cli import user_errors
 from model import ONE_RANK
 from speculate import Speculation, draft, verify
 from steps import Sampling, compiled, decode
-from tp import process_group, together
+from tp import from_rank_0, process_group, together
 
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.9, top_k=50)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 8]]
@@ -65,6 +68,8 @@ def texts(folder, ranks):
             new_ids = generate.generate(model, PROMPTS, 12, sampling, generator=generator, speculation=speculation)
             kind = "greedy" if sampling == GREEDY else "drawn"
             found[f"{name} {kind}"] = rows_of(new_ids)
+    stop = found["plain greedy"][0][2]  # ends the first row, and the second goes on in a smaller batch
+    found["ended greedy"] = rows_of(generate.generate(model, PROMPTS, 12, GREEDY, eos_ids=[stop]))
     return found
 
 
@@ -143,6 +148,14 @@ def mistake():
     """Let rank 1 alone find a mistake."""
     with process_group() as ranks, user_errors():
         together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
+
+
+def patience():
+    """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
+    init = dist.init_process_group
+    dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=1))
+    with process_group() as ranks, user_errors():
+        print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
 
 
 def as_rank(rank, count, num_nodes, port, folder, job, arguments):

@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -18,8 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import chat_template
 from chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
-from chat_template import ChatTemplate, load_template
+from chat_template import MAX_SECONDS, ChatTemplate, load_template
 from checkpoint import load_model
 from generate import generate, main
 from report import Row
@@ -143,6 +145,24 @@ def test_what_a_template_does_wrong_is_one_line_within_seconds(source, word):
         template.render(said("a", "b") + said("c", "d")[1:], add_generation_prompt=True)
     assert word in str(raised.value)
     assert time.monotonic() - began < 8
+
+
+def test_the_seconds_of_a_template_are_those_it_runs_and_not_those_between_messages():
+    template = ChatTemplate(CHATML, {}, "here")
+    expected = template.render(said("a"), add_generation_prompt=True)
+    time.sleep(MAX_SECONDS + 0.5)
+    assert template.render(said("a"), add_generation_prompt=True) == expected
+
+
+def test_a_template_whose_process_says_nothing_is_given_up(monkeypatch):
+    """As where the machine does not let it run, and its own limit does not count."""
+    template = ChatTemplate(CHATML, {}, "here")
+    time.sleep(0.3)  # it has answered, and has nothing to do
+    os.kill(template.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(chat_template, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match=f"here: the chat template takes more than {MAX_SECONDS} s"):
+        template.render(said("a"), add_generation_prompt=True)
+    assert template.process.wait(timeout=5) < 0
 
 
 def write_folder(path, **files):
@@ -476,6 +496,9 @@ def test_bos_is_there_once(chat_folder):
         (LLAMA2, "s", (2,)),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None, ()),
         ("{% for m in messages %}{{ m.role }}</think>{{ m.content }}{{ bos_token }}{% endfor %}", None, (1,)),
+        # It leaves answers out: what ends the text is the end of a message of the user.
+        ("{% for m in messages if m.role == 'user' %}{{ eos_token }}{{ m.content }}{% endfor %}", None, ()),
+        ("</s>", None, ()),
     ],
 )
 def test_what_the_template_puts_after_an_answer_ends_one(chat_folder, source, system, expected):
@@ -718,6 +741,19 @@ def test_a_mistake_is_one_line_that_names_the_option(arguments, words, run_here)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_message_with_an_id_that_the_model_lacks_is_one_line(tmp_path, chat_folder, run_here):
+    for file in chat_folder.iterdir():
+        shutil.copy(file, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "vocab_size": 4096}))  # the template writes id 4,096
+    result = run_here(
+        "hello\n", "--interactive", "--ignore_eos", "--checkpoint_path", tmp_path, "--random_weights", *SHORT
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "token id 4096 and the model 4096 ids" in result.stderr
 
 
 @pytest.mark.parametrize(

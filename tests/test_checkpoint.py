@@ -1,9 +1,11 @@
 """Folders on disk: what is read, how exactly, and what is refused with which words."""
 
+import contextlib
 import json
 import struct
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import checkpoint
 from checkpoint import (
     DTYPES,
     MAX_COUNT,
@@ -21,6 +24,7 @@ from checkpoint import (
     TensorFiles,
     eos_token_ids,
     load_model,
+    locked,
     new_folder,
     parse_config,
     parse_dtype,
@@ -832,6 +836,33 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "x").touch()
         raise RuntimeError
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["good"]
+
+
+def test_a_folder_that_is_not_locked_yet_is_not_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another() -> None:
+        with contextlib.suppress(OSError), new_folder(tmp_path / "out"):
+            pass
+
+    others: list[threading.Thread] = []
+
+    @contextlib.contextmanager
+    def late(folder: Path, wait: bool = False) -> Iterator[None]:
+        if folder.suffix == ".tmp" and not others:
+            others.append(threading.Thread(target=another))
+            others[0].start()
+            others[0].join(timeout=0.5)
+        with locked(folder, wait):
+            yield
+
+    monkeypatch.setattr(checkpoint, "locked", late)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").touch()
+        assert len(others) == 1
+    others[0].join()
+    assert (tmp_path / "out" / "x").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_new_folder_replaces_an_empty_one_and_nothing_else(tmp_path: Path) -> None:

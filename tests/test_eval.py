@@ -404,6 +404,10 @@ def test_the_prefix_is_bos_else_eos_and_a_model_without_either_is_refused(gqa_mo
 def test_generation_kwargs_are_read_with_their_aliases():
     greedy = parse_generation({"until": "\n", "max_new_tokens": 7, "temperature": 1.0, "do_sample": False}, 64)
     assert (greedy.until, greedy.max_new_tokens, greedy.sampling) == (("\n",), 7, Sampling(0))
+    nulls = dict.fromkeys(("max_gen_toks", "temperature", "top_k", "top_p", "min_p", "num_beams", "do_sample"))
+    assert parse_generation({"until": None, **nulls}, 300) == Generation((), 256, Sampling(0))
+    with pytest.raises(ValueError, match="generation_kwargs is None"):
+        parse_generation(None, 300)
     drawn = parse_generation({"until": ["", "a"], "do_sample": True, "temperature": 0.5, "top_p": 0.9}, 300)
     assert (drawn.until, drawn.max_new_tokens, drawn.sampling) == (("a",), 256, Sampling(0.5, top_p=0.9))
 
@@ -413,6 +417,21 @@ def test_generation_kwargs_are_read_with_their_aliases():
     [
         ({"repetition_penalty": 1.2}, "'repetition_penalty': 1.2"),
         ({"num_beams": 4}, "num_beams 4"),
+        ({"do_sample": True, "temperature": -1}, "temperature is -1"),
+        ({"do_sample": True, "temperature": math.inf}, "temperature is inf"),
+        ({"do_sample": True, "temperature": math.nan}, "temperature is nan"),
+        ({"do_sample": True, "temperature": "hot"}, "hot"),
+        ({"do_sample": True, "temperature": [1]}, "temperature"),
+        ({"do_sample": "yes", "temperature": 1}, "do_sample 'yes'"),
+        ({"temperature": 1, "top_p": 0}, "top_p is 0, expected a number from 1e-30 to 1"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p is 1.5"),
+        ({"temperature": 1, "min_p": -0.1}, "min_p is -0.1"),
+        ({"temperature": 1, "top_k": -1}, "top_k is -1"),
+        ({"temperature": 1, "top_k": "5"}, "top_k is '5'"),
+        ({"max_gen_toks": -3}, "max_gen_toks is -3"),
+        ({"max_gen_toks": math.inf}, "inf"),
+        ({"max_gen_toks": "many"}, "many"),
+        ({"until": ["a", 3]}, "until"),
         ({"do_sample": True}, "do_sample is true and temperature 0"),
         ({"max_gen_toks": 64}, "max_gen_toks 64 leaves the prompt no room in a context of 64"),
     ],

@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
-from generate import generate
+from generate import generate, warm_up
 from model import ModelConfig, Transformer
-from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
+from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, read_behind, sample
 from tests import conftest
 from tokenizer import load_tokenizer
 
@@ -184,9 +187,16 @@ def test_a_second_turn_continues_the_first(model):
     assert tokens_of(generate(model, [[3, 1, 4, 1, 5, *ids[:10]]], 20, GREEDY, cached=3)) == ids[10:]
 
 
-def test_a_prompt_that_is_cached_whole_is_refused(model):
-    with pytest.raises(ValueError, match="a prompt has 3 ids and 3 are cached"):
-        next(generate(model, [[3, 1, 4]], 1, GREEDY, cached=3))
+@pytest.mark.parametrize("cached", [3, 4, -1])
+def test_a_prompt_of_which_all_or_less_than_nothing_is_cached_is_refused(model, cached):
+    with pytest.raises(ValueError, match=f"a prompt has 3 ids and {cached} are cached"):
+        next(generate(model, [[3, 1, 4]], 1, GREEDY, cached=cached))
+
+
+@pytest.mark.parametrize("token", [64, -1])
+def test_a_token_id_that_the_model_lacks_is_refused(model, token):
+    with pytest.raises(ValueError, match=f"token id {token} and the model 64 ids"):
+        next(generate(model, [[3, 1], [3, token, 4]], 1, GREEDY))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 20, 0.95, 0.01)], ids=["greedy", "sampled"])
@@ -236,6 +246,81 @@ def test_a_row_that_has_ended_changes_no_other(model):
     ended = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in plain]
     assert rows_of(generate(model, prompts, 40, GREEDY, eos_ids=[eos])) == ended
     assert len(ended[1]) <= 5
+
+
+EIGHT = [[(7 * i + j) % 64 for j in range(1 + 5 * i % 23)] for i in range(8)]
+
+
+def watched_sizes(step=decode):
+    """Return a list and a step that notes in it how many rows it is given."""
+    sizes = []
+
+    def watched(model, tokens, *rest):
+        sizes.append(len(tokens))
+        return step(model, tokens, *rest)
+
+    return sizes, watched
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(monkeypatch, lag):
+    """With a lag too, as on an accelerator, where a step is read after the next one is launched."""
+    monkeypatch.setattr(generate_module, "read_behind", lambda steps, lag, read=read_behind, to=lag: read(steps, to))
+    model = tiny_model()
+    model.setup_caches(8, 128)
+    plain = rows_of(generate(model, EIGHT, 40, GREEDY))
+    ends = [3, 40, 9, 5, 40, 3, 12, 7]
+    sizes, watched = watched_sizes()
+    ended, found = set(), [[] for _ in EIGHT]
+    for step in generate(model, EIGHT, 40, GREEDY, ended=ended, decode=watched):
+        for row, ids in enumerate(step):
+            found[row] += ids
+        ended |= {row for row, end in enumerate(ends) if len(found[row]) >= end}
+    assert found == [ids[:end] for ids, end in zip(plain, ends, strict=True)]
+    # After 7 tokens four rows are left, after 12 two.
+    assert sizes[:-1] == ([8] * (6 + lag) + [4] * 5 + [2] * 28)[: len(sizes) - 1]
+    assert sizes[-1] == 2
+
+
+def test_what_a_row_draws_does_not_depend_on_rows_that_have_ended():
+    model = tiny_model()
+    model.setup_caches(8, 128)
+
+    def run(**options):
+        generator = torch.Generator().manual_seed(3)
+        return rows_of(generate(model, EIGHT, 40, Sampling(0.9, 20), generator=generator, **options))
+
+    plain, (sizes, watched) = run(), watched_sizes()
+    eos = Counter(token for ids in plain for token in set(ids)).most_common(1)[0][0]
+    found = run(eos_ids=[eos], decode=watched)
+    assert found == [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in plain]
+    assert sizes[-1] < 8
+
+
+def test_a_batch_of_which_rows_have_left_can_be_continued():
+    """The caches then hold what each row's own turn left there, though one that had ended was longer than the rest."""
+    model = tiny_model()
+    model.setup_caches(4, 200)
+    prompts = [[(7 * i + j * j) % 64 for j in range(length)] for i, length in enumerate((130, 61, 62, 61))]
+    plain = rows_of(generate(model, prompts, 30, GREEDY))
+    for _ in generate(model, prompts, 30, GREEDY, ended={0, 2}):
+        pass
+    texts = [prompt + ids[:1] for prompt, ids in zip(prompts, plain, strict=True)]
+    assert rows_of(generate(model, texts, 29, GREEDY, cached=61)) == [ids[1:] for ids in plain]
+
+
+def test_nothing_recompiles_when_rows_leave():
+    torch._dynamo.reset()
+    model = tiny_model(num_hidden_layers=1)
+    model.setup_caches(2, 140)
+    prompts = [[3], [9, 8, 7]]
+    launch = partial(generate, model, sampling=Sampling(0.9), decode=compiled(decode))
+    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=140), None)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for ends in ({}, {0: 4}, {1: 70}):
+            ended = set()
+            for count, _ in enumerate(launch(prompts, 100, ended=ended), start=1):
+                ended |= {row for row, end in ends.items() if count >= end}
 
 
 def test_rows_end_at_the_cache_each_at_its_own_length(model):
@@ -331,6 +416,7 @@ def test_metrics_hold_what_the_design_names(tmp_path):
     assert row["ttft_ms"] > 0
     assert row["decode_tokens_per_s"] > 0
     assert metrics["bandwidth_gb_per_s"] > 0
+    assert metrics["compile_s"] == 0 < metrics["load_s"]
     weights = sum(p.nbytes for p in load_model(DEMO).parameters())
     assert metrics["weight_bytes"] == weights
     assert weights < metrics["bytes_per_step"] < weights + 2 * 6 * 2 * 2 * 64 * 40
@@ -458,7 +544,7 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template"
+MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template interrupt"
 
 
 @pytest.mark.parametrize("name", MODULES.split())

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import checkpoint
 import eval as evaluation
 import generate
 import quantize
@@ -29,6 +30,7 @@ from checkpoint import is_finite, new_folder
 from cli import one_line, user_errors, write_whole
 from scripts import convert_hf_checkpoint, faults
 from tests.conftest import REPO, assert_user_error, run_command, small_disk
+from tokenizer import Tokenizer
 
 SOURCE = REPO / "checkpoints/demo-draft"
 SECRET = "correct horse battery staple"
@@ -190,7 +192,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "a header that is no UTF-8": (header_bytes(b'{"\xff": 1}'), NOT_WHOLE),
     "a header that is a list": (header_bytes(b"[1, 2]"), NOT_WHOLE),
     "a header nested 100,000 deep": (header_bytes(DEEP), NOT_WHOLE),
-    "a header without tensors": (header_bytes(b"{}"), "lacks tensor"),
+    "a header without tensors": (header_bytes(b"{}"), "the weights have tensors of 0 layers"),
     "all but the last byte": (truncated("model.safetensors", -1), NOT_WHOLE),
     "half of the file": (truncated("model.safetensors", 600_000), NOT_WHOLE),
     "a byte too many": (lambda path: (path / "model.safetensors").open("ab").write(b"\0"), NOT_WHOLE),
@@ -280,7 +282,7 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "a huge vocabulary": (config(vocab_size=2**63), "vocab_size is 9223372036854775808, expected int"),
     "a googol of layers": (config(num_hidden_layers=10**100), "num_hidden_layers is 1"),
     "a vocabulary of 16 million": (config(vocab_size=2**24), "config.json asks for [16777216, "),
-    "300 layers more": (config(num_hidden_layers=302), "lacks tensor model.layers.10"),
+    "300 layers more": (config(num_hidden_layers=302), "num_hidden_layers 302 and the weights have"),
     "heads that kv heads do not divide": (config(num_key_value_heads=3), "not a multiple of num_key_value_heads 3"),
     "an odd head_dim": (config(head_dim=7), "head_dim 7 is odd"),
     "no context": (config(max_position_embeddings=0), "max_position_embeddings is 0, expected int"),
@@ -309,7 +311,7 @@ TEXTS: dict[str, tuple[Change, str]] = {
     "a tokenizer linked out": (linked("tokenizer.model", "../../secret"), "outside of its folder"),
     "a tokenizer of tiktoken cut short": (content("tokenizer.model", b"IQ== 0\nIg== 1\n"), "has 2 tokens and Llama 3"),
     "a tokenizer of tiktoken of no base64": (content("tokenizer.model", b"IQ== 0\n%% 1\n"), "not a base64 token"),
-    "a tokenizer of another vocabulary": (both(settings(), tokenizer_json()), "token id 5002 and the model 4096 ids"),
+    "a tokenizer of another vocabulary": (both(settings(), tokenizer_json()), "and the model 4096 ids"),
     "a tokenizer.json that is no JSON": (content("tokenizer.json", "{"), "cannot be read as a tokenizer.json"),
     "a tokenizer.json without a model": (tokenizer_json(model=None), "cannot be read as a tokenizer.json"),
     "a tokenizer.json nested 100,000 deep": (content("tokenizer.json", DEEP), "cannot be read as a tokenizer.json"),
@@ -522,10 +524,41 @@ def test_a_lone_surrogate_in_a_prompt_is_one_line(capfd: Any, prompt: str) -> No
     assert_user_error(result, "lone surrogate", "which is no character")
 
 
-def test_a_prompt_of_10_mb_is_one_line(tmp_path: Path, capfd: Any) -> None:
+def test_a_prompt_of_10_mb_is_one_line_and_is_not_encoded_whole(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    def encode(self: Tokenizer, text: str) -> list[int]:
+        lengths.append(len(text))
+        return self.encode_text(text, True)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
     (tmp_path / "long").write_text("a" * 10**7)
     args = ["--checkpoint_path", str(SOURCE), "--prompt_file", str(tmp_path / "long")]
-    assert_user_error(ends(capfd, generate, args), "--prompt_file has 10000001 tokens and the model's context 1024")
+    assert_user_error(ends(capfd, generate, args), "--prompt_file: 10000000 characters", "the model's context 1024")
+    assert lengths == [16 * 1024]
+
+
+def test_a_long_prompt_of_few_tokens_is_not_refused(tmp_path: Path, capfd: Any, folder: Path) -> None:
+    prompt = "=" * 1200  # 76 tokens of 16 characters
+    config(max_position_embeddings=74)(folder)
+    result = ends(capfd, generate, ["--checkpoint_path", str(folder), "--prompt", prompt])
+    assert_user_error(result, "--prompt has 76 tokens and the model's context 74")
+    config(max_position_embeddings=80)(folder)
+    args = ["--checkpoint_path", str(folder), "--prompt", 1090 * "=" + 110 * " ", "--max_new_tokens", "1"]
+    assert ends(capfd, generate, args).returncode == 0
+
+
+def test_layers_that_the_weights_lack_are_missed_before_any_is_made(
+    folder: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(num_hidden_layers=4096)(folder)
+    monkeypatch.setattr(checkpoint, "meta_model", lambda *_: pytest.fail("4,096 layers were made"))
+    for module in (generate, evaluation):
+        args = ["--text_file", str(folder / "config.json")] if module is evaluation else []
+        result = ends(capfd, module, ["--checkpoint_path", str(folder), *args])
+        assert_user_error(result, "num_hidden_layers 4096 and the weights have tensors of 2 layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The C++ kernels against their plain twins."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import MAX_ROWS, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear, attention_of
+from kernels import (
+    MAX_ROWS,
+    StreamedInt4Linear,
+    StreamedInt8Linear,
+    StreamedLinear,
+    attention_of,
+    empty_weight,
+    packed_weight,
+)
 from model import attention
 from quantize import GROUP_SIZES, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
@@ -98,6 +107,31 @@ def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     assert isinstance(kernels.linear_layer(weight, None), StreamedLinear)
     for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta")):
         assert kernels.linear_layer(other, None) is None
+
+
+def memory_flags(address: int) -> list[str]:
+    """Return what Linux says of the memory at an address: «hg» is memory that is to have huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise ValueError(f"nothing is at {address:x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not Path("/proc/self/smaps").is_file(),
+    reason="this system has no huge pages to ask for",
+)
+def test_weights_on_a_cpu_are_in_memory_of_huge_pages_and_hold_what_they_are_given() -> None:
+    values = normal(1024, 4096)
+    weight = packed_weight(values)
+    assert weight.equal(values) and weight.dtype == values.dtype
+    middle = 2**22  # bytes behind the beginning, a page of which other memory may share
+    assert "hg" in memory_flags(weight.data_ptr() + middle)
+    assert "hg" not in memory_flags(values.data_ptr() + middle)
+    assert empty_weight((3,), torch.int8, "meta").device.type == "meta"
 
 
 def keys_and_values(batch: int, num_heads: int, length: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,14 @@
 """report.py: the text of a row, as it is shown."""
 
+from functools import partial
 from pathlib import Path
 
-from report import Row, held_back
+import torch
+
+from checkpoint import load_model
+from generate import generate
+from report import Row, held_back, run_sample
+from steps import Sampling, decode
 from tokenizer import TextStream, load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "checkpoints" / "demo"
@@ -31,3 +37,19 @@ def test_held_back_is_the_longest_beginning_of_a_stop():
     assert held_back("abc", ["cab", "bcd"]) == 2
     assert held_back("abc", ["xyz"]) == 0
     assert held_back("abc", []) == 0
+
+
+def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
+    tokenizer, sizes = load_tokenizer(DEMO), []
+    model = load_model(DEMO, dtype=torch.float32)
+    model.setup_caches(2, 64)
+
+    def watched(model, tokens, *rest):
+        sizes.append(len(tokens))
+        return decode(model, tokens, *rest)
+
+    launch = partial(generate, model, sampling=Sampling(temperature=0), decode=watched)
+    prompts = [tokenizer.encode(text) for text in ("def main(", "import ")]
+    first, second = run_sample(prompts, launch, 20, tokenizer, (), [")"], quiet=True)
+    assert (first.finish_reason, second.finish_reason) == ("stop", "length")
+    assert sizes == [2] * (len(first.tokens) - 1) + [1] * (20 - len(first.tokens))

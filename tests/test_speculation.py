@@ -232,6 +232,39 @@ def test_each_row_of_a_batch_equals_its_own_run_at_every_number_of_drafts(target
     assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, speculation=speculation)) == plain
 
 
+@pytest.mark.parametrize("name", ["nearly the target", "fewer ids", "prompt lookup"])
+@pytest.mark.parametrize("levels", [(3,), ()], ids=["always", "at will"])
+def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain, name, levels):
+    sizes, ends, ended = [], [3, 60, 20, 80], set()
+
+    def watched(model, tokens, *rest):
+        sizes.append(len(tokens))
+        return verify(model, tokens, *rest)
+
+    speculation = Speculation(make_draft(name), levels=levels, verify=watched)
+    found = [[] for _ in PROMPTS]
+    for step in generate(target, PROMPTS, 80, GREEDY, ended=ended, speculation=speculation):
+        for row, ids in enumerate(step):
+            found[row] += ids
+        ended |= {row for row, end in enumerate(ends) if len(found[row]) >= end}
+    assert all(len(ids) >= end for ids, end in zip(found, ends, strict=True))
+    assert [ids[:end] for ids, end in zip(found, ends, strict=True)] == [
+        ids[:end] for ids, end in zip(plain, ends, strict=True)
+    ]
+    assert sizes[0] == 4 and (levels == () or sizes[-1] == 1)
+    # Counted for the row that the ids went to.
+    for ids, counts in zip(found, speculation.accept_counts, strict=True):
+        given = 1 + sum((n + 1) * count for n, count in enumerate(counts))
+        assert len(ids) <= given <= len(ids) + MAX_K
+    # The draft's caches hold each row's own text again: the next turn has nothing to prefill that they had.
+    texts = [prompt + ids for prompt, ids in zip(PROMPTS, plain, strict=True)]
+    assert all(filled < len(text) for filled, text in zip(speculation.filled, texts, strict=True))
+    texts = [text[: max(2, filled)] for filled, text in zip(speculation.filled, texts, strict=True)]
+    again = generate(target, texts, 9, GREEDY, cached=1, speculation=speculation)
+    expected = [(prompt + ids)[len(text) :][:9] for prompt, ids, text in zip(PROMPTS, plain, texts, strict=True)]
+    assert rows_of(again) == expected
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
 def test_the_target_as_its_own_draft_has_every_token_accepted(target, sampling):
     speculation = Speculation(make_draft("the target"))
@@ -293,7 +326,7 @@ def test_a_second_turn_is_looked_up_in_the_first(target):
     text = [*range(1, 21), 40, 41]
     list(generate(target, [text], 1, GREEDY, speculation=speculation))
     list(generate(target, [[*text, 1, 2]], 1, GREEDY, cached=len(text), speculation=speculation))
-    assert speculation.look_up([[*text, 1, 2]], [9], 3) == [[3, 4, 5]]
+    assert speculation.look_up([[*text, 1, 2]], [9], [0], 3) == [[3, 4, 5]]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
@@ -317,7 +350,7 @@ def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(ta
     texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
     for column in range(5):  # into the caches
         target(torch.tensor([[text[column]] for text in texts]), torch.tensor([column]))
-    speculation.round(target, texts, [9, 9], 2, GREEDY, None)
+    speculation.round(target, texts, [9, 9], [0, 1], 2, GREEDY, None)
     assert [len(counts) for counts in updates] == [1]
 
 

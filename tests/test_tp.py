@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 import generate
 import quantize
+import tp
 from checkpoint import load_model, meta_model, parse_config, read_config, tensor_specs, write_safetensors
 from model import ONE_RANK, Ranks
 from quantize import Scheme
@@ -199,6 +201,7 @@ def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_s
     expected = on_ranks.texts(folder / "models", ONE_RANK)
     assert expected["plain drawn"] != expected["plain greedy"]
     assert all(rank["texts"] == {name: expected[name] for name in rank["texts"]} for rank in found[count])
+    assert len(expected["ended greedy"][0]) < len(expected["ended greedy"][1])
     ways = ("lookup", "replicated", "sharded", "quantized")
     assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ways)
 
@@ -351,6 +354,45 @@ def test_a_node_that_is_lost_ends_the_other_within_seconds(lost):
         assert nodes[1 - lost].returncode == 1
         assert "lost the others" in stderr or "torchrun is gone" in stderr
         assert_all_gone(pids[1 - lost :][:1])
+
+
+def test_a_node_whose_torchrun_alone_is_killed_ends_and_the_other_too():
+    with two_nodes(*LONG) as nodes:
+        assert nodes[0].stdout.read(20).startswith("def")
+        [rank] = ranks_of(nodes[1])
+        os.kill(nodes[1].pid, signal.SIGKILL)
+        began = time.perf_counter()
+        nodes[0].communicate(timeout=60)
+        assert time.perf_counter() - began < 15
+        assert nodes[0].returncode == 1
+        # Its parent is gone: it may stay a zombie.
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(rank)], capture_output=True, text=True).stdout
+        assert state.strip() == "" or state.startswith("Z")
+
+
+def test_ranks_wait_for_the_user_as_long_as_it_takes(tmp_path):
+    ended = on_all(tmp_path, 2, on_ranks.patience, timeout=60)
+    assert [(rank.status, rank.stdout) for rank in ended] == [(0, "hello\n")] * 2, ended
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_the_stores_end_ends_a_rank_unless_it_is_about_to_finish(monkeypatch, capsys, finishes):
+    """Of two that have met for the last time, one may be gone with its store before the other has noted that."""
+    monkeypatch.setattr(tp, "MOMENT", 1)
+    ended, done = [], threading.Event()
+    monkeypatch.setattr(tp.os, "_exit", ended.append)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    watch = threading.Thread(target=tp.end_with_the_others, args=(store, done))
+    watch.start()
+    time.sleep(0.3)
+    del server
+    time.sleep(0.3)
+    if finishes:
+        done.set()
+    watch.join(timeout=10)
+    assert not watch.is_alive()
+    assert (ended, capsys.readouterr().err) == (([], "") if finishes else ([1], f"{tp.GONE}\n"))
 
 
 def test_a_rank_that_fails_says_why_and_ends_the_others(tmp_path):

@@ -1,0 +1,20 @@
+"""Ctrl-C while a command is not in `cli.user_errors`, as when it imports torch: the process ends without a traceback.
+
+A command's file has this in force before it imports anything else.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+
+def end_quietly() -> None:
+    """Let Ctrl-C end the process at once with status 130, unless it is ignored, as in a shell's background job."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
+def end(number: int, frame: FrameType | None) -> NoReturn:
+    # No exception: what runs when it comes, a callback of the garbage collector for one, may print or swallow it.
+    os._exit(130)
