@@ -403,19 +403,18 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
 static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
-    for (int64_t t = 0; t < SLOTS; t += 2)
+    for (int64_t t = first; t < first + SLOTS; t += 2) {
+        const bool low = t < last && scratch.seen[t], high = t + 1 < last && scratch.seen[t + 1];
+        const bf16* v = tile.v + t * tile.D;
+        uint32_t* pairs = scratch.pairs.data() + (t - first) / 2 * tile.width();
         for (int64_t d = 0; d < tile.width(); d += 16) {
             const __mmask16 there = tile.D - d >= 16 ? 0xffff : (1 << std::max<int64_t>(0, tile.D - d)) - 1;
-            __m512i both = _mm512_setzero_si512();
-            for (int64_t i = 1; i >= 0; i--) {
-                const int64_t at = first + t + i;
-                both = _mm512_slli_epi32(both, 16);
-                if (at >= last || !scratch.seen[at]) continue;
-                __m256i values = _mm256_maskz_loadu_epi16(there, tile.v + at * tile.D + d);
-                both = _mm512_or_si512(both, _mm512_cvtepu16_epi32(values));
-            }
-            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.width() + d, both);
+            const __m256i even = _mm256_maskz_loadu_epi16(low ? there : 0, v + d);
+            const __m256i odd = _mm256_maskz_loadu_epi16(high ? there : 0, v + tile.D + d);
+            const __m512i both = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+            _mm512_storeu_si512(pairs + d, _mm512_or_si512(both, _mm512_cvtepu16_epi32(even)));
         }
+    }
 }
 
 // Add weights x v of a block of slots to the rows' outputs [rows, width].
@@ -454,8 +453,11 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
     scratch.scores.resize(tile.rows() * SLOTS);
     scratch.weights.resize(tile.rows() * SLOTS);
     scratch.pairs.resize(SLOTS / 2 * tile.width());
-    for (int64_t s = 0; s < tile.queries; s++)
-        for (int64_t t = 0; t < tile.T; t++) scratch.seen[t] |= tile.mask[s * tile.T + t];
+    for (int64_t s = 0; s < tile.queries; s++) {
+        uint8_t* __restrict seen = scratch.seen.data();
+        const uint8_t* __restrict mask = tile.mask + s * tile.T;
+        for (int64_t t = 0; t < tile.T; t++) seen[t] |= mask[t];
+    }
     int64_t begin = 0, end = tile.T;
     while (end > 0 && !scratch.seen[end - 1]) end--;
     while (begin < end && !scratch.seen[begin]) begin++;
@@ -511,7 +513,12 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
                 for (int64_t d = 0; d < D; d++) first[r * width + d] = (i ? first[r * width + d] : 0) + share * sums[d];
             }
             bf16* y = out + (tile.row(r) - q);
-            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
+            const __m512 factor = _mm512_set1_ps(total == 0 ? 0 : 1 / total);  // 0 where nothing is seen
+            for (int64_t d = 0; d < D; d += 16) {
+                const __m512 sums = _mm512_mul_ps(_mm512_loadu_ps(first + r * width + d), factor);
+                const __mmask16 there = D - d >= 16 ? 0xffff : (1 << (D - d)) - 1;
+                _mm256_mask_storeu_epi16(y + d, there, (__m256i)_mm512_cvtneps_pbh(sums));
+            }
         }
     }
 }
