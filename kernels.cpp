@@ -363,24 +363,26 @@ struct Scratch {
 // Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
 static void score(const Tile& tile, int64_t first, int64_t last, float* scores) {
     const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
-    for (int64_t r = 0; r < tile.rows(); r++)
-        for (int64_t t = first; t < first + SLOTS; t += 16) {
+    for (int64_t t = first; t < first + SLOTS; t += 16) {
+        const bf16* keys[16];
+        for (int64_t i = 0; i < 16; i++) keys[i] = tile.k + std::min(t + i, last - 1) * tile.D;
+        const __mmask16 there = last - t >= 16 ? 0xffff : (1 << std::max<int64_t>(0, last - t)) - 1;
+        for (int64_t r = 0; r < tile.rows(); r++) {
             __m512 score = _mm512_set1_ps(-INFINITY);
-            if (t < last) {
+            const bf16* row = tile.row(r);
+            if (there) {
                 __m512 products[16] = {};
                 for (int64_t d = 0; d < tile.D; d += 32) {
-                    const __m512bh q = load_first(tile.row(r) + d, tile.D - d);
-                    for (int64_t i = 0; i < 16; i++) {
-                        const bf16* k = tile.k + std::min(t + i, last - 1) * tile.D;
-                        products[i] = _mm512_dpbf16_ps(products[i], q, load_first(k + d, tile.D - d));
-                    }
+                    const __m512bh q = load_first(row + d, tile.D - d);
+                    for (int64_t i = 0; i < 16; i++)
+                        products[i] = _mm512_dpbf16_ps(products[i], q, load_first(keys[i] + d, tile.D - d));
                 }
-                __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
                 __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + r / tile.G * tile.T + t);
                 score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums_of(products), scale);
             }
             _mm512_storeu_ps(scores + r * SLOTS + t - first, score);
         }
+    }
 }
 
 // Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
