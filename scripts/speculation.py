@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ def accept_by_chance(
     accepted = torch.rand(drafted.shape, device=drafted.device) < ACCEPTANCE
     num_accepted = count_leading(accepted)
     return num_accepted, logits.argmax(dim=-1).gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+
+
+compiled_once = cache(compiled)  # duels share their graphs
 
 
 class Timed:
@@ -75,10 +78,11 @@ class Duel:
     def __post_init__(self) -> None:
         mode = decode_mode(str(self.target.device))
         device = str(self.target.device) if self.timed else "cpu"
-        make = (lambda step, mode=None: step) if self.eager else compiled
+        make = (lambda step, mode=None: step) if self.eager else compiled_once
+        checked = verify if self.accept is accept else partial(verify, accept=self.accept)
         self.run_prefill = make(prefill)
         self.run_decode, self.run_draft = Timed(make(decode, mode), device), Timed(make(draft, mode), device)
-        self.run_verify = Timed(make(partial(verify, accept=self.accept), mode), device)
+        self.run_verify = Timed(make(checked, mode), device)
         self.max_k = max(max(levels) for levels in self.levels)
 
     def setup_caches(self) -> None:

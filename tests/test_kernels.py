@@ -88,7 +88,6 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
 @pytest.mark.parametrize("K", [32, 96, 160, 224, 2080])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8, 16])
 def test_bf16_products_of_rows_that_no_loop_divides_equal_their_twins(rows: int, K: int) -> None:
-    """Beyond the whole loops there are columns left; 7 rows of 4,128 do not fit the first cache."""
     x, weight = normal(rows, K), normal(20, K, seed=1)
     layer = kernels.linear_layer(weight, None)
     assert isinstance(layer, StreamedLinear)
