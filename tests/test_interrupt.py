@@ -32,7 +32,9 @@ def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=60)
     said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
-    assert (process.returncode, said) == (130, []) or (moment, process.returncode, said) == ("peak memory", 0, [])
+    # At its end Python gives the signal back to the system, which ends the process as quietly.
+    assert process.returncode in ((130, 0, -signal.SIGINT) if moment == "peak memory" else (130,))
+    assert said == []
 
 
 def test_in_a_command_ctrl_c_raises_so_that_what_was_begun_is_removed(monkeypatch, capsys):
