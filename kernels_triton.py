@@ -27,7 +27,7 @@ SLOTS, LOOK_AHEAD = 64, 32
 # the same text comes out of every GPU.
 PROGRAMS = 256
 # Queries of a kv head that one of them takes, over all heads that share it: more would spill registers.
-MAX_TILE = 64
+MAX_TILE = 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def int4_row(  # type: ignore[no-untyped-def]
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int4_rows(  # type: ignore[no-untyped-def]
     x, weight, parameters, y, M, N, num_groups, GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -171,7 +171,7 @@ class Int4Linear(KernelLinear):
 # int8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int8_rows(x, weight, scales, y, M, N, K, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK columns at a time."""
     m = tl.arange(0, 16)
@@ -251,7 +251,7 @@ def attend_split(  # type: ignore[no-untyped-def]
         j = first + tl.arange(0, LOOK)
         t = (j * splits + split)[:, None] * BLOCK + columns[None, :]
         seen = tl.zeros((LOOK, BLOCK), tl.int32)
-        for i in tl.static_range(S):
+        for i in range(S):
             seen |= tl.load(mask + i * T + t, mask=t < T, other=0).to(tl.int32)
         any_seen = tl.max(seen, axis=1) > 0
         begin = tl.minimum(begin, tl.min(tl.where(any_seen, j, count)))
@@ -316,7 +316,7 @@ def num_splits(num_heads: int, T: int) -> int:
 def attention_tile(S: int, G: int, D: int) -> dict[str, Any]:
     rows = min(MAX_TILE, max(16, triton.next_power_of_2(S * G)))
     return {"S": S, "G": G, "D": D, "ROWS": rows, "WIDTH": max(16, triton.next_power_of_2(D)), "BLOCK": SLOTS,
-            "LOOK": LOOK_AHEAD, "num_warps": 4 if rows <= 16 else 8, "num_stages": 2}  # fmt: skip
+            "LOOK": LOOK_AHEAD, "num_warps": rows // 4, "num_stages": 2}  # fmt: skip
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As `model.attention`: a kernel for few queries, which may be given the whole cache, else a fused one of torch's."""
+    """As `model.attention`: a kernel for few queries, whatever the size of the cache, else a fused one of torch's."""
     G = q.shape[2] // k.shape[1]
     if q.shape[1] <= MAX_QUERIES:
         return torch.ops.kernels.cuda_attention(q, k, v, mask)

@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ class Recorder:
 
 def launches(function: str, *args: Tensor) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
     """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
-    import kernels_triton
     from triton.runtime.jit import JITFunction
+
+    import kernels_triton
 
     found = []
     kernels = {name: value for name, value in vars(kernels_triton).items() if isinstance(value, JITFunction)}
@@ -75,13 +76,14 @@ def variant(kernel: Any, args: tuple[Any, ...], tile: dict[str, int]) -> dict[st
     constants: dict[str, Any] = {name: value for name, value in tile.items() if name in kernel.arg_names}
     types, aligned = {}, []
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        special = not kernel.params[i].do_not_specialize
         if isinstance(value, Tensor):
             types[name] = TRITON_TYPES[value.dtype]
-        elif value == 1:
+        elif value == 1 and special:
             constants[name] = value
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:  # what torch allocates is
+        if isinstance(value, Tensor) or (special and value % 16 == 0):  # what torch allocates is
             aligned.append(i)
     options = {name: value for name, value in tile.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -153,12 +155,11 @@ def attentions(model: str, queries: int, slots: int = 8192) -> Iterator[tuple[st
     yield name, "split_attention", (meta(1, queries, H, D), *cache, mask)
 
 
-def variants(models: list[str]) -> list[tuple[Any, dict[str, Any], list[str]]]:
-    """Return every variant that the models' launches need: the kernel, the variant, and where it is used."""
+def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[tuple[Any, dict[str, Any], list[str]]]:
+    """Return every variant that steps of so many rows need: the kernel, the variant, and where it is used."""
     kinds: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
     for model in models:
-        calls = [call for rows in (1, 6, 16) for call in products(model, rows)]
-        calls += [call for queries in (1, 6, 16) for call in attentions(model, queries)]
+        calls = [call for num_rows in rows for call in [*products(model, num_rows), *attentions(model, num_rows)]]
         for name, function, args in calls:
             for kernel, arguments, tile in launches(function, *args):
                 of = variant(kernel, arguments, tile)

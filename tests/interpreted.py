@@ -1,11 +1,12 @@
-"""Run the kernels of kernels_triton.py under Triton's interpreter, beside their plain twins; test_kernels_triton.py reads.
+"""Run the kernels of kernels_triton.py under Triton's interpreter, each beside its plain twin.
 
-A process of its own, since Triton reads TRITON_INTERPRET once, when it is imported. Prints a JSON object: of every case,
-the largest difference from the twin over the twin's largest value, "nan" where there is one.
+test_kernels_triton.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
+imported. Prints a JSON object: of every case the largest difference from the twin over the twin's largest value.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,9 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         (1, 3, 8192 + 256, 256, "bf16"), (1, 4, 192, 64, "fp32"), (2, 33, 96, 32, "fp32"), (4, 7, 384, 128, "fp16"),
         (8, 33, 320, 64, "fp32"), (16, 5, 512, 256, "fp16"),
     ]:  # fmt: skip
-        yield f"int4 M={M} N={N} K={K} g{group_size} {dtype}", lambda a=(M, N, K, group_size, dtype): int4(*a)
+        yield f"int4 M={M} N={N} K={K} g{group_size} {dtype}", partial(int4, M, N, K, group_size, dtype)
     for M, N, K, dtype in [(1, 33, 100, "fp16"), (3, 7, 300, "fp32"), (16, 32, 256, "fp16")]:
-        yield f"int8 M={M} N={N} K={K} {dtype}", lambda a=(M, N, K, dtype): int8(*a)
+        yield f"int8 M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype)
 
 
 def attention(
@@ -105,11 +106,11 @@ def cases() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "attention, one query", lambda: attention(1, 1, 4, 4, 32, 300, [131])
     yield "attention, first slot alone", lambda: attention(1, 1, 8, 2, 32, 64, [1])
     yield "attention, whole cache", lambda: attention(1, 1, 4, 1, 16, 129, [129])
-    yield "attention, 8 heads a group", lambda: attention(1, 1, 8, 1, 16, 257, [200], dtype="fp16")
+    yield "attention, 8 heads a group, fp16", lambda: attention(1, 1, 8, 1, 16, 257, [200], dtype="fp16")
     yield "attention, width no power of 2", lambda: attention(1, 1, 4, 2, 24, 65, [65])
     yield "attention, verify of 6", lambda: attention(1, 6, 8, 2, 16, 200, [70])
     yield "attention, 16 queries", lambda: attention(1, 16, 4, 1, 16, 90, [16])
-    yield "attention, batch of 3", lambda: attention(3, 2, 4, 2, 16, 190, [2, 190, 100], dtype="fp16")
+    yield "attention, batch of 3, fp16", lambda: attention(3, 2, 4, 2, 16, 190, [2, 190, 100], dtype="fp16")
     yield "attention, window", lambda: attention(2, 3, 4, 2, 16, 700, [650, 40], window=8)
     yield "attention, window over blocks", lambda: attention(1, 1, 4, 1, 16, 5000, [4000], window=1000)
     yield "attention, more blocks than are looked at together", one_split
