@@ -28,7 +28,7 @@ step() {
     timeout --signal=INT --kill-after=10 "$most" "$@"
     status=$?
     if ((status)); then
-        echo "failed: $name, exit status $status$( ((status == 124)) && echo ", which means too slow")" >&2
+        echo "failed: $name, exit status $status$( ((status == 124 || status == 137)) && echo ", which means too slow")" >&2
         not_done+=("$name")
     fi
 }
