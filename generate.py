@@ -156,7 +156,7 @@ def generate(
         yield from plain(max(batch.rooms))
 
     if speculation:
-        speculation.begin(len(prompts), cached)
+        speculation.begin(model, len(prompts), cached)
     if not any(room > 0 for room in batch.rooms):
         return
     new = [p[cached:] for p in prompts]

@@ -53,7 +53,7 @@ def gptq(
                 scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
             scale, zero = scales[:, group].float(), zeros[:, group].float()
             codes[i] = encode_int4(columns[i], scale, zero)
-            error = (columns[i] - (codes[i].float() - 8) * scale - zero) / factor[i, i]
+            error = (columns[i] - (codes[i].float() - zero) * scale) / factor[i, i]
             columns[i + 1 : end] -= factor[i, i + 1 : end, None] * error
             errors[i - begin] = error
         columns[end:] -= factor[begin:end, end:].t() @ errors

@@ -1,7 +1,7 @@
 // Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
-// the plain twin of each function. N is a multiple of 4 and K of 64, of 128 with bf16 weights.
+// the plain twin of each function. N is a multiple of 4 and K of 64, of 32 with bf16 weights.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once.
 //
@@ -10,11 +10,15 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -39,6 +43,11 @@ static inline bf16 narrow(float value) {  // to nearest, ties to even; NaN stays
 
 static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
+// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
+static inline __m512bh load_first(const bf16* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
+}
+
 static inline __m512 broadcast(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(*p), 16));
 }
@@ -52,6 +61,26 @@ static inline __m512 widen16(const bf16* p) {
 static inline __m512bh look_up(__m512 values, __m512i indices) {
     __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
     return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
+}
+
+// Return the sums of 16 vectors, in order.
+static inline __m512 sums_of(const __m512* v) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; i++) {
+        __m512d two[2];
+        for (int j = 0; j < 2; j++) {
+            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
@@ -81,41 +110,61 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-// TOGETHER: the rows of w for which x is loaded once. A second one costs the single stream, and pays where x is too large
-// to stay in the first cache.
-template <int M, int TOGETHER>
+constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
+
+struct alignas(64) Line {
+    bf16 values[32];
+};
+
+// x [K / 32, M, 32]: as it is read, since rows whose distance is a power of two do not stay in the first cache.
+template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    // Sums side by side, since adding to one has to wait for itself.
-    constexpr int PARTS = TOGETHER == 2 ? 1 : M == 1 ? 4 : M <= 6 ? 2 : 1;
-    for (int64_t n = first * ROWS; n < last * ROWS; n += TOGETHER) {
-        __m512 sums[TOGETHER][M][PARTS] = {};
-        for (int64_t k = 0; k < K; k += 32 * PARTS)
-            for (int i = 0; i < PARTS; i++) {
-                __m512bh weights[TOGETHER];
-                for (int r = 0; r < TOGETHER; r++) {
-                    fetch(w + (n + r) * K + k + 32 * i);
-                    weights[r] = load_bf16(w + (n + r) * K + k + 32 * i);
-                }
+    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
+    // Where x is too large for the first cache, a part of its columns after the other.
+    const int64_t pieces = M * K * sizeof(bf16) / FIRST_CACHE + 1, width = (K / 32 + pieces - 1) / pieces * 32;
+    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row.
+    const int64_t ahead = pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
+    __m512 totals[M][TALL] = {};
+    for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
+        const int rows = std::min<int64_t>(TALL, last * ROWS - n);
+        for (int64_t begin = 0; begin < K; begin += width)
+            for (int r = 0; r < rows; r++) {
+                __m512 sums[M][PARTS] = {};
+                auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
+                    const bf16* p = w + (n + r) * K + k;
+                    _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
+                    const __m512bh weights = load_bf16(p);
+                    for (int m = 0; m < M; m++)
+                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + k * M + m * 32));
+                };
+                const int64_t end = std::min(K, begin + width);
+                int64_t k = begin;
+                for (; k + 32 * PARTS <= end; k += 32 * PARTS)
+                    for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
+                for (; k < end; k += 32) add(k, 0);
                 for (int m = 0; m < M; m++) {
-                    const __m512bh in = load_bf16(x + m * K + k + 32 * i);
-                    for (int r = 0; r < TOGETHER; r++) sums[r][m][i] = _mm512_dpbf16_ps(sums[r][m][i], weights[r], in);
+                    for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
+                    totals[m][r] = begin ? _mm512_add_ps(totals[m][r], sums[m][0]) : sums[m][0];
                 }
             }
-        for (int r = 0; r < TOGETHER; r++)
-            for (int m = 0; m < M; m++) {
-                for (int i = 1; i < PARTS; i++) sums[r][m][0] = _mm512_add_ps(sums[r][m][0], sums[r][m][i]);
-                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m][0]));
-            }
+        for (int m = 0; m < M; m++) {
+            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of(totals[m]));
+            _mm256_mask_storeu_epi16(y + m * N + n, (1 << rows) - 1, sums);
+        }
     }
 }
 
-extern "C" void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    static thread_local std::vector<Line> buffer;
+    buffer.resize(M * K / 32);
+    bf16* packed = buffer.data()->values;
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
+        bf16* p = packed + pass * K + (m - pass) * 32;
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
+    }
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        if (rows * K * sizeof(bf16) <= FIRST_CACHE) {
-            WITH_M(rows, (bf16_blocks<M, 1>(x + m * K, w, y + m * N, N, K, first, last)))
-        } else {
-            WITH_M(rows, (bf16_blocks<M, 2>(x + m * K, w, y + m * N, N, K, first, last)))
-        }
+        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
 }
 
@@ -155,7 +204,7 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
     }
 }
 
-extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
+static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
     static thread_local std::vector<float> buffer;
     buffer.resize(M * K);
@@ -166,7 +215,7 @@ extern "C" void int8_product(const bf16* x, const int8_t* w, const bf16* scales,
     });
 }
 
-extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
+static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
 #pragma omp parallel for
     for (int64_t block = 0; block < N / ROWS; block++)
         for (int64_t k = 0; k < K; k += 64)
@@ -180,23 +229,42 @@ extern "C" void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // int4: w [N / 4, K / 64, 4, 32], byte i holds the codes of columns i and (high half) i + 32 of its 64;
-// scales and zeros [N / 4, K / group, 4]. A code c stands for (c - 8) * scale + zero.
+// scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too: [N / 4, groups / 4 rounded
+// up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
+
+static inline int64_t zero_bytes(int64_t groups) { return (groups + 3) / 4 * 8; }  // of a block of rows
+
+// Write 8 - zero of each group and row of a block: [groups, 4], groups rounded up to 4.
+static inline void zero_points(const uint8_t* zeros, int64_t groups, float* out) {
+    const __m512 values = _mm512_set_ps(-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8);  // of zeros 15 to 0
+    const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+    for (int64_t i = 0; i < zero_bytes(groups); i += 8) {
+        int64_t bits;
+        std::memcpy(&bits, zeros + i, 8);
+        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
+        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(codes, values));
+    }
+}
 
 template <int M>
-static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const bf16* zeros,
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    static thread_local std::vector<float> buffer;
     const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
-    const int64_t G = K / group;
+    const int64_t G = K / group, zeros_size = zero_bytes(G);
+    buffer.resize(2 * zeros_size);
+    float* shifted = buffer.data();
     for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
         __m512 sums[ROWS][M] = {};
-        const uint8_t* p = w + n * K / 2;
-        const bf16 *scale = scales + n * G, *zero = zeros + n * G;
+        const uint8_t *p = w + n * K / 2, *zero = zeros + n / ROWS * zeros_size;
+        const bf16* scale = scales + n * G;
+        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)zero + zeros_size + i, _MM_HINT_T0);
+        zero_points(zero, G, shifted);
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
             const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
             _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
-            _mm_prefetch((const char*)(zero + g0) + AHEAD / 8, _MM_HINT_T0);
             for (int r = 0; r < ROWS; r++) {
                 __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
                 __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
@@ -210,8 +278,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
                     }
                 } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
-                    __m512 weights0 = _mm512_fmadd_ps(values, s0, broadcast(zero + g0 + r));
-                    __m512 weights1 = _mm512_fmadd_ps(values, s1, broadcast(zero + g1 + r));
+                    __m512 weights0 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g0 + r])), s0);
+                    __m512 weights1 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g1 + r])), s1);
                     __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
                     for (int m = 0; m < M; m++) {
                         const bf16* in = x + m * K + k;
@@ -227,9 +295,10 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                 __m512 lanes = _mm512_setzero_ps();
                 for (int64_t i = 0; i < G * ROWS; i += 16) {
                     __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
-                    __m512i zeros = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, zero + i));
+                    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scale + i));
                     __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
-                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(zeros, 16)), total, lanes);
+                    total = _mm512_mul_ps(total, _mm512_loadu_ps(shifted + i));
+                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), total, lanes);
                 }
                 float each[16];
                 _mm512_storeu_ps(each, lanes);
@@ -240,12 +309,12 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
-extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* y, int64_t M,
+static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
     buffer.resize(M * G * ROWS);
-    float* totals = buffer.data();  // of each group of x, as often as zeros has it
+    float* totals = buffer.data();  // of each group of x, once for each row of a block
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
@@ -257,54 +326,35 @@ extern "C" void int4_product(const bf16* x, const uint8_t* w, const bf16* scales
     });
 }
 
-extern "C" void int4_dequantize(const uint8_t* w, const bf16* scales, const bf16* zeros, bf16* out, int64_t N, int64_t K,
-                                int64_t group) {
+static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* out, int64_t N, int64_t K,
+                            int64_t group) {
     const int64_t G = K / group;
 #pragma omp parallel for
-    for (int64_t block = 0; block < N / ROWS; block++)
+    for (int64_t block = 0; block < N / ROWS; block++) {
+        std::vector<float> shifted(2 * zero_bytes(G));
+        zero_points(zeros + block * zero_bytes(G), G, shifted.data());
         for (int64_t k = 0; k < K; k += 64)
             for (int r = 0; r < ROWS; r++) {
                 int64_t n = block * ROWS + r;
                 const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + 32 * r;
                 for (int half = 0; half < 2; half++) {
-                    int64_t at = block * ROWS * G + (k + 32 * half) / group * ROWS + r;
-                    float scale = widen(scales[at]), zero = widen(zeros[at]);
+                    int64_t at = (k + 32 * half) / group * ROWS + r;
+                    float scale = widen(scales[block * ROWS * G + at]);
                     for (int i = 0; i < 32; i++) {
                         int code = half ? p[i] >> 4 : p[i] & 15;
-                        out[n * K + k + 32 * half + i] = narrow((code - 8) * scale + zero);
+                        out[n * K + k + 32 * half + i] = narrow((code - 8 + shifted[at]) * scale);
                     }
                 }
             }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: q [B, S, H, D], out the same; of k and v [B, K, slots, D] the first T slots; mask [B, S, T], not 0 where a
-// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile. D is a multiple
-// of 32.
+// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile.
 
 constexpr int SLOTS = 64;      // taken together; softmax is carried on from such a block to the next (arXiv:1805.02867)
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
-constexpr int GROUP = 8;       // rows whose outputs stay in registers
-
-// Return the sums of 16 vectors, in order.
-static inline __m512 sums_of(const __m512* v) {
-    __m512 fours[4];
-    for (int i = 0; i < 4; i++) {
-        __m512d two[2];
-        for (int j = 0; j < 2; j++) {
-            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
-    }
-    __m512 halves[2];
-    for (int i = 0; i < 2; i++)
-        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
-                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-}
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline __m512 exponential(__m512 x) {
@@ -317,11 +367,14 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
+static inline int64_t whole_vectors(int64_t D) { return (D + 31) / 32 * 32; }
+
 struct Tile {
     const bf16 *q, *k, *v;  // the first query's first head; slot 0
     const uint8_t* mask;    // of the first query
     int64_t queries, H, G, D, T;
     int64_t rows() const { return queries * G; }
+    int64_t width() const { return whole_vectors(D); }
     const bf16* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
 };
 
@@ -330,30 +383,82 @@ struct Scratch {
     std::vector<uint8_t> seen;    // [T], by any query of the tile
     std::vector<float> scores;    // [rows, SLOTS]
     std::vector<bf16> weights;    // [rows, SLOTS]
-    std::vector<uint32_t> pairs;  // [SLOTS / 2, D] of v, two slots beside each other
+    std::vector<Line> keys;       // [width / 2, SLOTS] of k, two channels beside each other
+    std::vector<uint32_t> pairs;  // [SLOTS / 2, width] of v, two slots beside each other
 };
 
-// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
-static void score(const Tile& tile, int64_t first, int64_t last, float* scores) {
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
-    for (int64_t r = 0; r < tile.rows(); r++)
-        for (int64_t t = first; t < first + SLOTS; t += 16) {
-            __m512 score = _mm512_set1_ps(-INFINITY);
-            if (t < last) {
-                __m512 products[16] = {};
-                for (int64_t d = 0; d < tile.D; d += 32) {
-                    const __m512bh q = load_bf16(tile.row(r) + d);
-                    for (int64_t i = 0; i < 16; i++) {
-                        const bf16* k = tile.k + std::min(t + i, last - 1) * tile.D;
-                        products[i] = _mm512_dpbf16_ps(products[i], q, load_bf16(k + d));
-                    }
-                }
-                __mmask16 there = last - t >= 16 ? 0xffff : (1 << (last - t)) - 1;
-                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + r / tile.G * tile.T + t);
-                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums_of(products), scale);
-            }
-            _mm512_storeu_ps(scores + r * SLOTS + t - first, score);
+// Transpose 16 x 16 values of 32 bits.
+static inline void transpose(__m512i* v) {
+    __m512i twos[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        twos[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + 2 + j]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + 2 + j]);
         }
+    for (int i = 0; i < 4; i++) {  // of four quarters, each has a column of four rows
+        __m512i even[2], odd[2];
+        for (int j = 0; j < 2; j++) {
+            even[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0x88);
+            odd[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0xdd);
+        }
+        v[i] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+}
+
+// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
+static void columns_of(const Tile& tile, int64_t first, int64_t last, uint32_t* keys) {
+    for (int64_t t = 0; t < SLOTS; t += 16)
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i rows[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const bf16* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
+                fetch(k + d);
+                rows[i] = (__m512i)load_first(k + d, tile.D - d);
+            }
+            transpose(rows);
+            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(keys + (d / 2 + i) * SLOTS + t, rows[i]);
+        }
+}
+
+// Call run(row, how many) for rows [row, rows): as many together as MOST says, and the last ones in halves of it.
+template <int MOST, class Run>
+static void by_rows(int64_t row, int64_t rows, Run run) {
+    for (; row + MOST <= rows; row += MOST) run(row, std::integral_constant<int, MOST>());
+    if constexpr (MOST > 1) by_rows<MOST / 2>(row, rows, run);
+}
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+static void score(const Tile& tile, int64_t first, int64_t last, const uint32_t* keys, float* scores) {
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        __m512 sums[R][SLOTS / 16] = {};
+        for (int64_t d = 0; d < tile.D; d += 2)
+            for (int i = 0; i < R; i++) {
+                int32_t pair;
+                std::memcpy(&pair, tile.row(r0 + i) + d, 4);
+                for (int j = 0; j < SLOTS / 16; j++) {
+                    const __m512bh k = load_bf16((const bf16*)(keys + d / 2 * SLOTS + 16 * j));
+                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(pair), k);
+                }
+            }
+        for (int i = 0; i < R; i++)
+            for (int64_t t = first, j = 0; t < first + SLOTS; t += 16, j++) {
+                const int64_t left = std::max<int64_t>(0, last - t);
+                const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
+                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + (r0 + i) / tile.G * tile.T + t);
+                __m512 score = _mm512_set1_ps(-INFINITY);
+                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums[i][j], scale);
+                _mm512_storeu_ps(scores + (r0 + i) * SLOTS + t - first, score);
+            }
+    });
 }
 
 // Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
@@ -376,83 +481,90 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
 static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
+    alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
+    for (int i = 0; i < 32; i++)
+        for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
+    const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
     for (int64_t t = 0; t < SLOTS; t += 2)
-        for (int64_t d = 0; d < tile.D; d += 16) {
-            __m512i both = _mm512_setzero_si512();
-            for (int64_t i = 1; i >= 0; i--) {
-                const int64_t at = first + t + i;
-                both = _mm512_slli_epi32(both, 16);
-                if (at >= last || !scratch.seen[at]) continue;
-                __m256i values = _mm256_loadu_si256((const __m256i*)(tile.v + at * tile.D + d));
-                both = _mm512_or_si512(both, _mm512_cvtepu16_epi32(values));
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i v[2] = {};
+            for (int64_t i = 0, at = first + t; i < 2 && at < last; i++, at++) {
+                fetch(tile.v + at * tile.D + d);
+                if (scratch.seen[at]) v[i] = (__m512i)load_first(tile.v + at * tile.D + d, tile.D - d);
             }
-            _mm512_storeu_si512(scratch.pairs.data() + t / 2 * tile.D + d, both);
+            uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.width() + d;
+            _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(v[0], low, v[1]));
+            _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(v[0], high, v[1]));
         }
 }
 
-// Add weights x v of a block of slots to the rows' outputs [rows, D].
+// Add weights x v of a block of slots to the rows' outputs [rows, width].
 static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
-    const int64_t rows = tile.rows();
-    for (int64_t r0 = 0; r0 < rows; r0 += GROUP)
-        for (int64_t d = 0; d < tile.D; d += 32) {
-            __m512 sums[GROUP][2];
-            const bf16* weights[GROUP];
-            for (int i = 0; i < GROUP; i++) {
-                const int64_t r = std::min(r0 + i, rows - 1);  // the last stands for those that are not there
-                weights[i] = scratch.weights.data() + r * SLOTS;
-                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + r * tile.D + d + 16 * j);
-            }
+    const int64_t width = tile.width();
+    by_rows<8>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        for (int64_t d = 0; d < width; d += 32) {
+            __m512 sums[R][2];
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
             for (int64_t t = 0; t < SLOTS; t += 2) {
-                const uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.D + d;
+                const uint32_t* pairs = scratch.pairs.data() + t / 2 * width + d;
                 const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
-                for (int i = 0; i < GROUP; i++) {
+                for (int i = 0; i < R; i++) {
                     int32_t pair;
-                    std::memcpy(&pair, weights[i] + t, 4);
+                    std::memcpy(&pair, scratch.weights.data() + (r0 + i) * SLOTS + t, 4);
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
                     sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
                     sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
                 }
             }
-            for (int i = 0; i < std::min<int64_t>(GROUP, rows - r0); i++)
-                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * tile.D + d + 16 * j, sums[i][j]);
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
         }
+    });
 }
 
-// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, D], not yet divided by
-// the total weights, and each row's largest score and total weight.
+// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
+// by the total weights, and each row's largest score and total weight.
 static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch own;
+    Scratch& scratch = own;
     scratch.seen.assign(tile.T, 0);
+    scratch.keys.resize(tile.width() / 2 * SLOTS / 16);
     scratch.scores.resize(tile.rows() * SLOTS);
     scratch.weights.resize(tile.rows() * SLOTS);
-    scratch.pairs.resize(SLOTS / 2 * tile.D);
+    scratch.pairs.resize(SLOTS / 2 * tile.width());
+    uint8_t* seen = scratch.seen.data();
+    uint32_t* keys = (uint32_t*)scratch.keys.data();
     for (int64_t s = 0; s < tile.queries; s++)
-        for (int64_t t = 0; t < tile.T; t++) scratch.seen[t] |= tile.mask[s * tile.T + t];
+        for (int64_t t = 0; t < tile.T; t++) seen[t] |= tile.mask[s * tile.T + t];
     int64_t begin = 0, end = tile.T;
-    while (end > 0 && !scratch.seen[end - 1]) end--;
-    while (begin < end && !scratch.seen[begin]) begin++;
+    while (end > 0 && !seen[end - 1]) end--;
+    while (begin < end && !seen[begin]) begin++;
     const int64_t length = end - begin;
     end = begin + length * (split + 1) / splits;
     begin += length * split / splits;
     for (int64_t t = begin; t < end; t += SLOTS) {
-        score(tile, t, end, scratch.scores.data());
+        columns_of(tile, t, end, keys);
+        score(tile, t, end, keys, scratch.scores.data());
         for (int64_t r = 0; r < tile.rows(); r++) {
             bf16* weights = scratch.weights.data() + r * SLOTS;
             float shrink = soften(scratch.scores.data() + r * SLOTS, weights, largest[r], total[r]);
             if (shrink != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * tile.D + d] *= shrink;
+                for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
         }
         pair_up(tile, t, end, scratch);
         accumulate(tile, scratch, out);
     }
 }
 
-extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
+static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
     const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
     if (!S) return;
-    const int64_t tasks = B * K * tiles, size = queries * G * (D + 2), threads = omp_get_max_threads();
+    const int64_t tasks = B * K * tiles, threads = omp_get_max_threads();
+    const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
     // Where there are fewer tasks than threads, several share the slots of one.
     const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, T / (2 * SLOTS)));
     std::vector<float> parts(tasks * splits * size);
@@ -464,25 +576,111 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, const uin
     };
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < tasks * splits; i++) {
-        float *sums = parts.data() + i * size, *largest = sums + queries * G * D, *total = largest + queries * G;
+        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
         std::fill(largest, total, -INFINITY);
         attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
     }
 #pragma omp parallel for
     for (int64_t task = 0; task < tasks; task++) {
         const Tile tile = tile_of(task);
-        float *first = parts.data() + task * splits * size, *largest = first + queries * G * D;
+        float *first = parts.data() + task * splits * size, *largest = first + queries * G * width;
         for (int64_t r = 0; r < tile.rows(); r++) {
             float most = largest[r], total = 0;
             for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
             for (int64_t i = 0; i < splits; i++) {
                 const float share = largest[i * size + r] == -INFINITY ? 0 : std::exp(largest[i * size + r] - most);
-                float* sums = first + i * size + r * D;
+                float* sums = first + i * size + r * width;
                 total += share * largest[i * size + queries * G + r];
-                for (int64_t d = 0; d < D; d++) first[r * D + d] = (i ? first[r * D + d] : 0) + share * sums[d];
+                for (int64_t d = 0; d < D; d++) first[r * width + d] = (i ? first[r * width + d] : 0) + share * sums[d];
             }
             bf16* y = out + (tile.row(r) - q);
-            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * D + d] / total);  // 0 where nothing is seen
+            for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators, through torch's stable ABI: one library serves every torch from 2.11 on. kernels.py has their schemas,
+// and sees to it that weights have a type and a size that these take.
+
+using torch::stable::Tensor;
+
+template <class T = bf16>
+static const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+static bf16* data(Tensor& tensor) { return static_cast<bf16*>(tensor.mutable_data_ptr()); }
+
+static Tensor in_order(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
+static Tensor empty(std::initializer_list<int64_t> sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
+    AtenTensorHandle tensor;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), aoti_torch_dtype_bfloat16(),
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
+namespace operators {
+
+static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
+    const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::bf16_product(data(rows), data(weight), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales) {
+    const int64_t M = x.size(0), N = scales.numel(), K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int8_product(data(rows), data<int8_t>(weight), data(scales), data(y), M, N, K);
+    return y;
+}
+
+static Tensor int8_dequantize(const Tensor& weight, const Tensor& scales) {
+    const int64_t N = scales.numel(), K = weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int8_dequantize(data<int8_t>(weight), data(scales), data(out), N, K);
+    return out;
+}
+
+static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
+    Tensor rows = in_order(x), y = empty({M, N});
+    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
+    return y;
+}
+
+static Tensor int4_dequantize(const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
+    const int64_t N = scales.size(0) * ROWS, K = 2 * weight.numel() / N;
+    Tensor out = empty({N, K});
+    ::int4_dequantize(data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(out), N, K, K / scales.size(1));
+    return out;
+}
+
+// As `model.attention`.
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+    bool cached = k.stride(2) == k.size(3) && k.stride(3) == 1;  // the first slots of a cache
+    for (int64_t i = 0; i < 4; i++) cached &= k.stride(i) == v.stride(i);
+    Tensor queries = in_order(q), keys = cached ? k : in_order(k), values = cached ? v : in_order(v);
+    Tensor seen = in_order(mask), y = empty({q.size(0), q.size(1), q.size(2), q.size(3)});
+    ::attention(data(queries), data(keys), data(values), data<uint8_t>(seen), data(y), q.size(0), q.size(1), q.size(2),
+                k.size(1), k.size(2), q.size(3), keys.stride(0), keys.stride(1));
+    return y;
+}
+
+}  // namespace operators
+
+STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
+    library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));
+    library.impl("int8_product", TORCH_BOX(&operators::int8_product));
+    library.impl("int8_dequantize", TORCH_BOX(&operators::int8_dequantize));
+    library.impl("int4_product", TORCH_BOX(&operators::int4_product));
+    library.impl("int4_dequantize", TORCH_BOX(&operators::int4_dequantize));
+    library.impl("attention", TORCH_BOX(&operators::attention));
 }

@@ -27,23 +27,26 @@ from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v and mask, as in `model.attention`
 SOURCE = Path(__file__).with_name("kernels.cpp")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 # Up to so many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
 ROWS = 4  # of the weight that the kernels take together
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """Compile and load kernels.cpp; None, and a line on stderr, where that cannot be done."""
+def library() -> Path | None:
+    """Compile and load kernels.cpp, and return its file; None, and a line on stderr, where that cannot be done."""
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
     program = shutil.which(compiler[0])
     if "avx512_bf16" not in cpu or program is None:
         return None
     version = Path(program).stat()  # of the file that a link leads to: asking it would take a process
-    command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", str(SOURCE)]
+    home = Path(torch.__file__).parent
+    command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", STABLE_ABI]
+    command += [f"-I{home / 'include'}", str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
-    made_by = [program, str(version.st_size), str(version.st_mtime_ns)]
+    made_by = [program, str(version.st_size), str(version.st_mtime_ns), torch.__version__]
     key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *made_by, *features]).encode()).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
@@ -58,31 +61,12 @@ def library() -> ctypes.CDLL | None:
                 built.replace(path)
         if path.stat().st_uid != os.getuid():
             raise OSError(f"{path} belongs to another user")
-        return with_types(ctypes.CDLL(str(path)))
+        torch.ops.load_library(str(path))
+        return path
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         print("kernels.cpp is not used, products will be slower:", said.strip().splitlines()[-1:], file=sys.stderr)
         return None
-
-
-def with_types(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the functions' parameters: pointers first, then sizes."""
-    parameters = {
-        "bf16_product": (3, 3), "int8_product": (4, 3), "int8_dequantize": (3, 2), "int4_product": (5, 4),
-        "int4_dequantize": (4, 3), "attention": (5, 8),
-    }  # fmt: skip
-    for name, (pointers, sizes) in parameters.items():
-        function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * sizes
-        function.restype = None
-    return loaded
-
-
-def call(name: str, tensors: list[Tensor], *sizes: int) -> Tensor:
-    """Call a function of kernels.cpp; the last tensor is its output, and returned."""
-    assert all(tensor.dtype in (torch.bfloat16, torch.int8, torch.uint8, torch.bool) for tensor in tensors)
-    getattr(library(), name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
-    return tensors[-1]
 
 
 MADV_HUGEPAGE = 14  # of linux/mman.h
@@ -131,53 +115,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("kernels::bf16_product", "CPU")
-def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
-    M, (N, K) = x.shape[0], weight.shape
-    return call("bf16_product", [x.contiguous(), weight, x.new_empty(M, N)], M, N, K)
-
-
-@torch.library.impl("kernels::int8_product", "CPU")
-def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    (M, K), N = x.shape, scales.numel()
-    return call("int8_product", [x.contiguous(), weight, scales, x.new_empty(M, N)], M, N, K)
-
-
-@torch.library.impl("kernels::int4_product", "CPU")
-def int4_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    (M, K), N = x.shape, scales.shape[0] * ROWS
-    tensors = [x.contiguous(), weight, scales, zeros, x.new_empty(M, N)]
-    return call("int4_product", tensors, M, N, K, K // scales.shape[1])
-
-
-@torch.library.impl("kernels::int8_dequantize", "CPU")
-def int8_dequantize(weight: Tensor, scales: Tensor) -> Tensor:
-    N, K = scales.numel(), weight.numel() // scales.numel()
-    return call("int8_dequantize", [weight, scales, scales.new_empty(N, K)], N, K)
-
-
-@torch.library.impl("kernels::int4_dequantize", "CPU")
-def int4_dequantize(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    N = scales.shape[0] * ROWS
-    K = 2 * weight.numel() // N
-    return call("int4_dequantize", [weight, scales, zeros, scales.new_empty(N, K)], N, K, K // scales.shape[1])
-
-
 # Of our own, since inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
 @torch.library.impl("kernels::aten_int4_product", "CPU")
 def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group_size = x.shape[1] // scales_and_zeros.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
-
-
-@torch.library.impl("kernels::attention", "CPU")
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As `model.attention`."""
-    (B, S, H, D), (_, K, T, _) = q.shape, k.shape
-    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):  # not the slots of a cache
-        k, v = k.contiguous(), v.contiguous()
-    tensors = [q.contiguous(), k, v, mask.contiguous(), q.new_empty(q.shape)]
-    return call("attention", tensors, B, S, H, K, T, D, k.stride(0), k.stride(1))
 
 
 @torch.library.register_fake("kernels::attention")
@@ -314,7 +256,7 @@ class StreamedInt8Linear(KernelLinear):
 
 
 class StreamedInt4Linear(KernelLinear):
-    """codes uint8 0 to 15 [N, K], scales and zeros bf16 [N, K / group]; packed as kernels.cpp says."""
+    """codes and zeros uint8 0 to 15 [N, K] and [N, K / group], scales bf16 as zeros; packed as kernels.cpp says."""
 
     tensors = ("weight", "scales", "zeros")
 
@@ -323,9 +265,12 @@ class StreamedInt4Linear(KernelLinear):
         # [N / 4, K / 64, 4, halves, 32]
         blocks = codes.unflatten(-1, (-1, 2, 32)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
         self.weight = packed_weight(blocks[..., 0, :] | blocks[..., 1, :] << 4)
-        self.scales, self.zeros = (
-            constant(values.unflatten(-2, (-1, ROWS)).transpose(-2, -1).contiguous()) for values in (scales, zeros)
-        )
+        # [N / 4, groups, 4]
+        scales, zeros = (values.unflatten(-2, (-1, ROWS)).transpose(-2, -1) for values in (scales, zeros))
+        self.scales = packed_weight(scales)
+        padded = F.pad(zeros, (0, 0, 0, -zeros.shape[-2] % 4))
+        first, second, third, fourth = padded.unflatten(-2, (-1, 4)).unbind(-1)
+        self.zeros = packed_weight(torch.cat((first | third << 4, second | fourth << 4), dim=-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -355,7 +300,7 @@ class AtenInt8Linear(KernelLinear):
 
 
 class AtenInt4Linear(KernelLinear):
-    """codes uint8 [N, K], scales and zeros [N, K / group] in the dtype of x; packed as the processor likes it."""
+    """codes and zeros uint8 [N, K] and [N, K / group], scales in the dtype of x; packed as the processor likes it."""
 
     tensors = ("weight", "scales_and_zeros")
 
@@ -365,7 +310,8 @@ class AtenInt4Linear(KernelLinear):
         self.weight = constant(
             pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(each.int(), 1) for each in codes])
         )
-        self.scales_and_zeros = constant(torch.stack((scales.mT, zeros.mT), dim=-1))  # [K / group, N, 2]
+        # ATen has zeros as weights: what code 8 stands for. [K / group, N, 2]
+        self.scales_and_zeros = constant(torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
@@ -395,7 +341,7 @@ def for_cuda(device: torch.device) -> ModuleType | None:
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
-    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 128) else None
+    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 32) else None
 
 
 def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module | None:
@@ -410,7 +356,7 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 
 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
-    """Return the layer for codes [N, K], scales and zeros [N, groups], whose dtype is the model's."""
+    """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
     if K % group_size:
         return None
@@ -421,11 +367,11 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     return AtenInt4Linear(codes, scales, zeros, bias) if codes.device.type == "cpu" and N % 16 == 0 else None
 
 
-def attention_of(dtype: torch.dtype, device: torch.device, head_dim: int, plain: Attend) -> Attend:
+def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Attend:
     """Return what attends in a model: a kernel where there is one, else `plain`."""
     if cuda := for_cuda(device):
         return cuda.attention
-    takes = dtype == torch.bfloat16 and device.type == "cpu" and head_dim % 32 == 0 and library() is not None
+    takes = dtype == torch.bfloat16 and device.type == "cpu" and library() is not None
     return torch.ops.kernels.attention.default if takes else plain
 
 

@@ -84,10 +84,10 @@ def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros [N, groups].
+    """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros 0 to 15 [N, groups].
 
-    A code c stands for (c - 8) * scale + zero; the least and the greatest weight of a group are codes 0 and 15. Where
-    group_size does not divide K the last group is shorter.
+    A code c stands for (c - zero) * scale; a group's codes span its weights and 0. Where group_size does not divide K
+    the last group is shorter.
     """
     scales, zeros = group_parameters(weight, group_size)
     group_of = torch.arange(weight.shape[-1], device=weight.device) // group_size
@@ -98,21 +98,21 @@ def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: in
     """Return the weight [N, K] that `quantize_int4` stands for, in fp32."""
     K = codes.shape[-1]
     groups = F.pad(codes, (0, -K % group_size)).unflatten(-1, (-1, group_size)).float()
-    return ((groups - 8) * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).flatten(-2)[..., :K]
+    return ((groups - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)[..., :K]
 
 
 def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the bf16 scales and zeros [N, groups] that span each group from its least to its greatest weight."""
+    """Return the bf16 scales and the uint8 zeros [N, groups] with which codes span each group's weights and 0."""
     groups = weight.float().split(group_size, dim=-1)
-    low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1)
-    high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1)
+    low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1).clamp(max=0)
+    high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1).clamp(min=0)
     scales = ((high - low) / 15).clamp(min=MIN_SCALE).bfloat16()
-    return scales, (low + 8 * scales.float()).bfloat16()
+    return scales, (-low / scales.float()).round().clamp(0, 15).to(torch.uint8)
 
 
 def encode_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Return the nearest codes, uint8 0 to 15; scales and zeros as large as weight."""
-    return ((weight.float() - zeros.float()) / scales.float() + 8).round().clamp(0, 15).to(torch.uint8)
+    return (weight.float() / scales.float() + zeros).round().clamp(0, 15).to(torch.uint8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Int4Linear(QuantizedLinear):
         num_groups = -(-self.in_features // group_size)
         self.weight = constant(torch.empty(*outputs, -(-self.in_features // 2), dtype=torch.uint8))
         self.scales = constant(torch.empty(*outputs, num_groups, dtype=torch.bfloat16))
-        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=torch.bfloat16))
+        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=torch.uint8))
 
     def dequantize(self, chosen: Any = ...) -> Tensor:
         codes = unpack_nibbles(self.weight[chosen], self.in_features)
@@ -188,15 +188,13 @@ def repack_(model: Transformer) -> None:
             layer = kernels.linear_layer(stored.weight, stored.bias)
         elif isinstance(stored, Int8Linear) and (scales := cast(stored.scales)).dtype == dtype:
             layer = kernels.int8_layer(stored.weight, scales, stored.bias)
-        elif isinstance(stored, Int4Linear):
-            scales, zeros = cast(stored.scales), cast(stored.zeros)
-            if scales.dtype == zeros.dtype == dtype:
-                codes = unpack_nibbles(stored.weight, stored.in_features)
-                layer = kernels.int4_layer(codes, scales, zeros, stored.bias, stored.group_size)
+        elif isinstance(stored, Int4Linear) and (scales := cast(stored.scales)).dtype == dtype:
+            codes = unpack_nibbles(stored.weight, stored.in_features)
+            layer = kernels.int4_layer(codes, scales, stored.zeros, stored.bias, stored.group_size)
         if layer is not None:
             model.set_submodule(name, layer)
     for block in model.layers:
-        block.self_attn.attend = kernels.attention_of(dtype, model.device, model.config.head_dim, attention)
+        block.self_attn.attend = kernels.attention_of(dtype, model.device, attention)
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:

@@ -40,6 +40,7 @@ def draft(
     before accepted every draft, and else written once more. noise [B, k, V]: as in `sample`. vocab_size: the target's
     V; ids that the draft lacks are never proposed, nor are those that only the draft has.
     """
+    tokens = tokens.clamp(max=model.config.vocab_size - 1)  # whose last id stands for those that only the target has
     ids: list[Tensor] = []
     q: list[Tensor] = []
     for i in range(k):
@@ -96,17 +97,22 @@ def verify(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
+    drafted: Tensor,
     sampling: Sampling,
     noise: tuple[Tensor, Tensor] | None,
     q: Tensor | None,
     accept: Callable[..., tuple[Tensor, Tensor]] = accept,
 ) -> Tensor:
-    """Run the last token and its k drafts, [B, k + 1], through the target; q and noise as in `accept`.
+    """Run the text's last token and its k drafts through the target.
 
-    Returns all that the host needs to know: the number accepted, the id that follows, and the drafts, [B, k + 2].
+    tokens, positions [B, 2]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns all that the host
+    needs to know: the number accepted, the id that follows, and the drafts, [B, k + 2].
     """
-    num_accepted, following = accept(model(tokens, positions, slots), tokens[:, 1:], q, sampling, noise)
-    return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), tokens[:, 1:]), dim=1))
+    k = drafted.shape[1]
+    at = positions[:, -1:] + torch.arange(k + 1, device=positions.device)
+    logits = model(torch.cat((tokens[:, -1:], drafted), dim=1), at, slots)
+    num_accepted, following = accept(logits, drafted, q, sampling, noise)
+    return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), drafted), dim=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,8 +130,8 @@ FIRST_WAIT, LONGEST_WAIT = 32, 256
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
-    """Return how many tokens a round of k drafts yields on average: (1 - a^(k + 1)) / (1 - a)."""
-    return sum(acceptance**i for i in range(k + 1))
+    """Return how many tokens a round of k drafts yields on average: 1 + a + ... + a^k."""
+    return (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1
 
 
 class Pace:
@@ -224,8 +230,9 @@ class Speculation:
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)
 
-    def begin(self, num_rows: int, cached: int) -> None:
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
         """Forget the latest text but for its first `cached` ids, which the next one begins with too."""
+        self.slots = torch.arange(target.max_seq_length, device=target.device)
         self.pace = Pace(self.levels or levels_below(self.max_k))
         self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
         self.num_drafted = 0
@@ -259,7 +266,10 @@ class Speculation:
         device, vocab_size = target.device, target.config.vocab_size
         ends = [len(text) for text in texts]
         drafting = [room > 0 for room in rooms]
-        slots = visible_slots(torch.arange(target.max_seq_length, device=device), max(ends) + k)
+        slots = visible_slots(self.slots, max(ends) + k)
+        # The last two ids and their places: all that the steps need of the text, in one copy to the device.
+        latest = [text[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
+        tokens, at = torch.tensor(latest, device=device).unbind()
 
         def clocks(*shape: int) -> Tensor:
             return exponential(*shape, vocab_size, generator=generator, device=device)
@@ -273,20 +283,16 @@ class Speculation:
             guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
             drafted = torch.tensor(guesses, device=device)
         else:
-            last_id = self.draft_model.config.vocab_size - 1  # stands for ids that only the target has
-            self.catch_up(texts, ends, last_id)
+            self.catch_up(texts, ends)
             noise = None if sampling.temperature == 0 else clocks(len(texts), k)
-            tokens = torch.tensor([text[-2:] for text in texts], device=device).clamp(max=last_id)
-            at = torch.tensor([[end - 2, end - 1] for end in ends], device=device)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
             drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
-        tokens = torch.cat((torch.tensor([text[-1:] for text in texts], device=device), drafted), dim=1)
-        at = torch.tensor([list(range(end - 1, end + k)) for end in ends], device=device)
         accept_noise = None
         if sampling.temperature > 0:
             uniform = torch.rand(len(texts), k, generator=generator, device=device)
             accept_noise = (uniform, clocks(len(texts)))
-        read = self.verify(target, tokens, at, slots, sampling, accept_noise, q).tolist()  # the round's one read
+        # The round's one read.
+        read = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, q).tolist()
 
         counts = [n for n, *_ in read]
         self.filled = [end - 1 + n for end, n in zip(ends, counts, strict=True)]
@@ -300,7 +306,7 @@ class Speculation:
             ngrams.extend(text[len(ngrams.ids) :])
         return [ngrams.continuation(k) if room else [] for ngrams, room in zip(self.ngrams, rooms, strict=True)]
 
-    def catch_up(self, texts: list[list[int]], ends: list[int], last_id: int) -> None:
+    def catch_up(self, texts: list[list[int]], ends: list[int]) -> None:
         """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
         assert self.draft_model is not None
         # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
@@ -308,8 +314,7 @@ class Speculation:
             return
         starts = [min(filled, end - 2) for filled, end in zip(self.filled, ends, strict=True)]
         missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
-        slots = torch.arange(self.draft_model.max_seq_length, device=self.draft_model.device)
-        for tokens, positions, filled in prompt_chunks(missing, starts, slots.device):
-            self.prefill(
-                self.draft_model, tokens.clamp(max=last_id), positions, visible_slots(slots, filled), GREEDY, None
-            )
+        last_id = self.draft_model.config.vocab_size - 1
+        for tokens, positions, filled in prompt_chunks(missing, starts, self.slots.device):
+            slots = visible_slots(self.slots, filled)
+            self.prefill(self.draft_model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)

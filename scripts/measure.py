@@ -135,10 +135,11 @@ def step_at(model: Transformer, run_decode: Callable[..., Any], position: int) -
 @torch.inference_mode()
 def verify_at(model: Transformer, run_verify: Callable[..., Any], position: int, num_tokens: int) -> Callable[[], Any]:
     """Return one forward over `num_tokens` tokens from `position` on to call, accepting included."""
-    tokens = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
-    positions = torch.arange(position, position + num_tokens, device=model.device).unsqueeze(0)
+    tokens = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    drafted = torch.ones(1, num_tokens - 1, dtype=torch.long, device=model.device)
+    positions = torch.tensor([[position - 1, position]], device=model.device)
     slots = visible_slots(torch.arange(model.max_seq_length, device=model.device), position + num_tokens)
-    return torch.inference_mode()(lambda: run_verify(model, tokens, positions, slots, GREEDY, None, None))
+    return torch.inference_mode()(lambda: run_verify(model, tokens, positions, slots, drafted, GREEDY, None, None))
 
 
 def median_ms(run: Callable[[], Any], device: str, count: int = 10) -> float:

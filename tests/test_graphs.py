@@ -28,8 +28,12 @@ STEPS = {
     "decode": (decode, None, [GREEDY, None]),
     "decode, drawn": (decode, None, [DRAWN, torch.ones(1, V)]),
     "draft": (draft, 2, [GREEDY, None, K, V]),
-    "verify": (verify, K + 1, [GREEDY, None, None]),
-    "verify, drawn": (verify, K + 1, [DRAWN, (torch.ones(1, K), torch.ones(1, V)), torch.ones(1, K, V)]),
+    "verify": (verify, 2, [torch.zeros(1, K, dtype=torch.long), GREEDY, None, None]),
+    "verify, drawn": (
+        verify,
+        2,
+        [torch.zeros(1, K, dtype=torch.long), DRAWN, (torch.ones(1, K), torch.ones(1, V)), torch.ones(1, K, V)],
+    ),
 }
 
 
@@ -71,7 +75,7 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
     with torch.inference_mode():
         for position in [8, 64, 65, 4096, 4097, 8192]:
             slots = torch.arange(-(-position // 64) * 64)
-            run(model, *arguments(columns, position), slots, *rest)
+            run(model, *arguments(columns, position - K), slots, *rest)  # before the drafts
     assert counters["stats"]["unique_graphs"] == 1
     ((graph, inputs),) = made
     assert all(isinstance(each, torch.Tensor) for each in inputs)  # no size that changes

@@ -198,5 +198,5 @@ def test_any_bytes_are_codes_that_pack_to_themselves(rows: list[bytes], num_colu
     assert codes.shape == (len(rows), num_columns) and codes.max() <= 15
     again = pack_nibbles(codes)
     assert torch.equal(again if num_columns == 6 else again[:, :2], packed if num_columns == 6 else packed[:, :2])
-    scales, zeros = torch.ones(len(rows), 1), torch.zeros(len(rows), 1)
+    scales, zeros = torch.ones(len(rows), 1), torch.full((len(rows), 1), 8, dtype=torch.uint8)
     assert torch.equal(dequantize_int4(codes, scales, zeros, 32), codes.float() - 8)

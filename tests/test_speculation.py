@@ -312,7 +312,7 @@ def test_logits_that_are_not_finite_are_refused(target, sampling, name):
 def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(target):
     speculation = Speculation(None, levels=(2, 0))
     updates = []
-    speculation.begin(2, 0)
+    speculation.begin(target, 2, 0)
     speculation.pace.update = lambda counts, k: updates.append(counts)
     texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
     for column in range(5):  # into the caches
