@@ -1,4 +1,4 @@
-"""Products of a few rows on a CPU, and attention, where memory is read once: kernels.cpp, or ATen's.
+"""Products of a few rows, and attention, where memory is read once: kernels.cpp or ATen's, on CUDA kernels_triton.py.
 
 kernels.cpp is for AVX-512 with bf16. It is compiled when a model first wants it, and kept in the user's cache. ATen has
 kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight,
@@ -8,6 +8,8 @@ that of attention is `model.attention`.
 import ctypes
 import functools
 import hashlib
+import importlib
+import importlib.util
 import mmap
 import os
 import shlex
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -330,6 +333,12 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 # Which layer a weight gets
 
 
+def for_cuda(device: torch.device) -> ModuleType | None:
+    """Return kernels_triton.py where there are a GPU and Triton for it; importing it takes a second."""
+    found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return importlib.import_module("kernels_triton") if found else None
+
+
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
     return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 32) else None
@@ -339,6 +348,8 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
     """Return the layer for codes [N, K] and scales [N], whose dtype is the model's."""
     if streams(scales.dtype, codes, 64):
         return StreamedInt8Linear(codes, scales, bias)
+    if codes.ndim == 2 and (cuda := for_cuda(codes.device)):
+        return cuda.Int8Linear(codes, scales, bias)
     # ATen's kernels crash on sizes that are no multiples of their tiles.
     N, K = codes.shape[-2:]
     return AtenInt8Linear(codes, scales, bias) if codes.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else None
@@ -351,11 +362,15 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
         return None
     if streams(scales.dtype, codes, 64):
         return StreamedInt4Linear(codes, scales, zeros, bias)
+    if codes.ndim == 2 and (cuda := for_cuda(codes.device)):
+        return cuda.Int4Linear(codes, scales, zeros, bias)
     return AtenInt4Linear(codes, scales, zeros, bias) if codes.device.type == "cpu" and N % 16 == 0 else None
 
 
 def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Attend:
     """Return what attends in a model: a kernel where there is one, else `plain`."""
+    if cuda := for_cuda(device):
+        return cuda.attention
     takes = dtype == torch.bfloat16 and device.type == "cpu" and library() is not None
     return torch.ops.kernels.attention.default if takes else plain
 

@@ -131,7 +131,7 @@ def streamed_product(x: Tensor, weight: Tensor) -> Tensor:
     # as_strided has x computed once, before the product: inductor would else compute it again for every output.
     x = x.contiguous()
     x = x.as_strided(x.shape, x.stride())
-    parts = num_partial_sums(weight.shape[-1])
+    parts = num_partial_sums(weight.shape[-1]) if weight.device.type == "cpu" else 1
     products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
     return products.sum(dim=-1).sum(dim=-1)
 

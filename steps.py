@@ -106,12 +106,13 @@ def prefill(
 
 
 def decode(
-    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, sampling: Sampling, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor | None, sampling: Sampling,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run one token [B] a row at positions [B]; return the next ids and their positions."""
     # A row that has ended may have walked past the slots that the others still need; NOT_A_NUMBER is yet to be read.
     tokens = tokens.clamp(min=0)
-    positions = positions.clamp(max=slots.shape[0] - 1)
+    positions = positions.clamp(max=(model.max_seq_length if slots is None else slots.shape[0]) - 1)
     hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
     return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1
 
@@ -128,11 +129,14 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     """Compile prefill, decode, draft or verify: one graph for every position, and for every prompt length.
 
     Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
-    which inductor sums in another way. mode: torch.compile's; "reduce-overhead" replays a step as a CUDA graph.
+    which inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph, and then one graph is
+    for every number of slots: it is given the whole cache, of which the kernel for a GPU reads what the mask shows.
     """
     options = {
         "guard_filter_fn": of_the_first_layer,
         "triton.cudagraphs": mode == "reduce-overhead",
+        # For the tiles of the reductions that stream the weights; it compiles longer, and no GPU has measured it yet.
+        "coordinate_descent_tuning": mode == "reduce-overhead",
         # A loop of fewer steps a thread is over before another thread has begun.
         "cpp.min_chunk_size": 4096,
         # Inductor would compile a test program for each kind of vectors; kernels.py has seen that they work here.
@@ -144,10 +148,12 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
         if step is prefill:  # any number of columns
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
-        torch._dynamo.mark_dynamic(slots, 0)
-        result = graph(model, tokens, positions, slots, *rest)
-        # The next replay of a CUDA graph writes over its outputs.
-        return tree_map_only(Tensor, torch.clone, result) if mode else result
+        if mode is None:
+            torch._dynamo.mark_dynamic(slots, 0)
+            return graph(model, tokens, positions, slots, *rest)
+        # A replay begins at the root: what the one before returned has been copied, and it may write over it.
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map_only(Tensor, torch.clone, graph(model, tokens, positions, None, *rest))
 
     return call
 

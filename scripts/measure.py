@@ -30,10 +30,12 @@ PROMPT = [1, 2, 3, 4, 5, 6]
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
+    """Time a call; on a GPU from when it has nothing else to do until it is done."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     began = time.perf_counter()
     run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -42,12 +44,23 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def measure_roof(device: str) -> dict[str, float]:
-    """Return the best of several streaming reads of 1 GiB, in GB/s, and of bf16 products of 2048 x 2048, in TFLOP/s."""
+    """Return the best of several: how fast memory is streamed, in GB/s, and bf16 GEMM, in TFLOP/s.
+
+    On a CPU 1 GiB is read, on a GPU copied, which counts as read and written. Matrices are 2048 or 8192 wide.
+    """
+    on_gpu = device.startswith("cuda")
     data = empty_weight((2**28,), torch.float32, device).fill_(1)
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
-    read = [seconds(data.sum, device) for _ in range(3)]
-    product = [seconds(lambda: a @ a, device) for _ in range(3)]
-    return {"read_gb_per_s": data.nbytes / min(read) / 1e9, "gemm_tflop_per_s": 2 * 2048**3 / min(product) / 1e12}
+    other = torch.empty_like(data) if on_gpu else data
+    size = 8192 if on_gpu else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    stream, multiply = (lambda: other.copy_(data)) if on_gpu else data.sum, lambda: a @ a
+    for run in (stream, multiply) if on_gpu else ():  # the first loads the library
+        run()
+    streamed = [seconds(stream, device) for _ in range(3)]
+    product = [seconds(multiply, device) for _ in range(3)]
+    memory = {"copy_gb_per_s": 2 * data.nbytes} if on_gpu else {"read_gb_per_s": data.nbytes}
+    rates = {name: num_bytes / min(streamed) / 1e9 for name, num_bytes in memory.items()}
+    return rates | {"gemm_tflop_per_s": 2 * size**3 / min(product) / 1e12}
 
 
 def hardware(device: str) -> str:
@@ -122,16 +135,26 @@ def step_at(model: Transformer, run_decode: Callable[..., Any], position: int) -
 @torch.inference_mode()
 def verify_at(model: Transformer, run_verify: Callable[..., Any], position: int, num_tokens: int) -> Callable[[], Any]:
     """Return one forward over `num_tokens` tokens from `position` on to call, accepting included."""
-    tokens = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
-    positions = torch.arange(position, position + num_tokens, device=model.device).unsqueeze(0)
+    tokens = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    drafted = torch.ones(1, num_tokens - 1, dtype=torch.long, device=model.device)
+    positions = torch.tensor([[position - 1, position]], device=model.device)
     slots = visible_slots(torch.arange(model.max_seq_length, device=model.device), position + num_tokens)
-    return torch.inference_mode()(lambda: run_verify(model, tokens, positions, slots, GREEDY, None, None))
+    return torch.inference_mode()(lambda: run_verify(model, tokens, positions, slots, drafted, GREEDY, None, None))
 
 
 def median_ms(run: Callable[[], Any], device: str, count: int = 10) -> float:
-    """Return the median milliseconds of `count` calls, after one that warms up."""
-    run()
-    return statistics.median(seconds(run, device) for _ in range(count)) * 1e3
+    """Return the median milliseconds of `count` calls, after one that warms up.
+
+    On a GPU, of as many runs of `count` calls, between which it is not waited for: as when text is generated.
+    """
+    calls = count if device.startswith("cuda") else 1
+
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    several()
+    return statistics.median(seconds(several, device) / calls for _ in range(count)) * 1e3
 
 
 def kv_bytes(model: Transformer, length: int) -> int:
@@ -175,8 +198,9 @@ class Rung:
         median = statistics.median(self.samples)
         entry: dict[str, Any] = {"name": self.name, "unit": self.unit, "weights": self.weights or "plain"}
         entry |= {"median": median, "samples": self.samples}
+        memory = "copy_gb_per_s" if any("copy_gb_per_s" in roof for roof in roofs) else "read_gb_per_s"
         kinds = (
-            ("gb_per_s", self.read_bytes / 1e9, "read_gb_per_s"),
+            ("gb_per_s", self.read_bytes / 1e9, memory),
             ("tflop_per_s", self.flops / 1e12, "gemm_tflop_per_s"),
         )
         for key, per_token, of_roof in kinds:

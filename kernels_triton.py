@@ -1,0 +1,380 @@
+"""Kernels for CUDA: products with int8 and int4 weights of up to 16 rows, and attention of up to 16 queries a row.
+
+`kernels.py` chooses them where a model is on such a device and Triton is there; nothing else imports this file. The
+plain twin of each product is `F.linear` with the dequantized weight, that of attention is `model.attention`.
+
+No GPU has run them yet. Triton's interpreter has, against their twins, and its compiler makes them for sm_80 and sm_90:
+scripts/ahead.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import MAX_ROWS, KernelLinear, constant
+from model import MAX_REDUCTION_ROWS, linear
+
+# Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
+MAX_QUERIES = 16
+# Cache slots that a program of the attention kernel takes at a time; and those whose mask it looks at together.
+SLOTS, LOOK_AHEAD = 64, 32
+# Programs of the attention kernel: about two for each multiprocessor of the largest GPUs. Of the shapes alone, so that
+# the same text comes out of every GPU.
+PROGRAMS = 256
+# Queries of a kv head that one of them takes, over all heads that share it: more would spill registers.
+MAX_TILE = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int4
+#
+# A word of 32 bits holds eight codes of a group, a group's words stand beside each other: code p of word t is column
+# p * group_size / 8 + t of the group. So a thread loads 16 bytes that share a scale, and its columns of x are runs.
+# The scale and the zero point of a group are one word too: bf16 each, the scale in the low half.
+
+
+@triton.jit
+def scale_and_zero(pair):  # type: ignore[no-untyped-def]
+    """Split a word into two fp32 numbers: a bf16 is the upper half of its fp32."""
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def int4_row(  # type: ignore[no-untyped-def]
+    x, weight, parameters, y, N, num_groups, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time."""
+    WORDS: tl.constexpr = GROUP // 8
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    words = tl.arange(0, WORDS)
+    acc = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
+    for first in range(0, num_groups, BLOCK):
+        groups = first + tl.arange(0, BLOCK)
+        there = groups < num_groups
+        both = (n < N)[:, None] & there[None, :]
+        at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
+        packed = tl.load(weight + at[:, :, None] * WORDS + words[None, None, :], mask=both[:, :, None], other=0)
+        # One a thread, in whose hands are the group's words: the layouts agree and nothing goes by shared memory.
+        pairs = tl.load(parameters + tl.max_contiguous(at, (1, 1)), mask=both, other=0)
+        scale, zero = scale_and_zero(pairs)
+        columns = x + groups[:, None] * GROUP + words[None, :]
+        products = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
+        sums = tl.zeros((BLOCK, WORDS), tl.float32)
+        for p in tl.static_range(8):
+            # The code becomes the first bits of a fraction, 1 + code / 16: a shift and one logical instruction, where
+            # a conversion has a quarter of their rate. The 1 is taken off again with the zero point.
+            shifted = packed << (19 - 4 * p) if p < 5 else packed >> (4 * p - 19)
+            code = ((shifted & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
+            values = tl.load(columns + p * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            products += code * values[None, :, :]
+            sums += values
+        acc += products * (16 * scale)[:, :, None] + (zero - 24 * scale)[:, :, None] * sums[None, :, :]
+    total = tl.sum(tl.sum(acc, axis=2), axis=1)
+    tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def int4_rows(  # type: ignore[no-untyped-def]
+    x, weight, parameters, y, M, N, num_groups, GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
+    WORDS: tl.constexpr = GROUP // 8
+    m = tl.arange(0, 16)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n_there = (n < N)[:, None]
+    num_words = num_groups * WORDS
+    acc = tl.zeros((16, COLUMNS), tl.float32)
+    for first in range(0, num_words, BLOCK):
+        words = first + tl.arange(0, BLOCK)
+        there = words < num_words
+        groups = words // WORDS
+        row = n[:, None].to(tl.int64)
+        packed = tl.load(weight + row * num_words + words[None, :], mask=n_there & there[None, :], other=0)
+        pairs = tl.load(parameters + row * num_groups + groups[None, :], mask=n_there & there[None, :], other=0)
+        scale, zero = scale_and_zero(pairs)
+        columns = x + m[:, None] * (num_groups * GROUP) + (groups * GROUP + words % WORDS)[None, :]
+        for p in tl.static_range(8):
+            values = tl.load(columns + p * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
+            codes = ((packed >> (4 * p)) & 15).to(tl.float32)
+            block = ((codes - 8) * scale + zero).to(values.dtype)
+            acc = tl.dot(values, tl.trans(block), acc, input_precision="ieee")
+    to = y + m[:, None] * N + n[None, :]
+    tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def int4_tile(K: int, group_size: int) -> dict[str, int]:
+    """Return the tile of `int4_row`: 16 bytes of each row a thread, and threads for all of K, up to 128."""
+    words = min(512, triton.next_power_of_2(K // 8))
+    return {"ROWS": 4, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
+
+
+INT4_ROWS_TILE = {"COLUMNS": 32, "BLOCK": 32, "num_warps": 4}
+
+
+def int4_product(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
+    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N]."""
+    (M, K), (N, num_groups) = x.shape, parameters.shape
+    group_size = K // num_groups
+    x, y = x.contiguous(), x.new_empty(M, N)
+    if M == 1:
+        tile = int4_tile(K, group_size)
+        grid = (triton.cdiv(N, tile["ROWS"]),)
+        int4_row[grid](x, weight, parameters, y, N, num_groups, GROUP=group_size, **tile)
+    else:
+        grid = (triton.cdiv(N, INT4_ROWS_TILE["COLUMNS"]),)
+        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, GROUP=group_size, **INT4_ROWS_TILE)
+    return y
+
+
+def pack_int4(codes: Tensor, group_size: int) -> Tensor:
+    """Pack codes uint8 0 to 15 [N, K] as said above: int32 [N, K / 8]."""
+    eighths = codes.unflatten(-1, (-1, 8, group_size // 8)).transpose(-2, -1).contiguous()
+    return (eighths[..., ::2] | eighths[..., 1::2] << 4).contiguous().view(torch.int32).flatten(-3)
+
+
+def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
+    """Undo `pack_int4`: int32 [N, K]."""
+    shifts = torch.arange(0, 32, 4, device=weight.device, dtype=torch.int32)
+    words = weight.unflatten(-1, (-1, 1, group_size // 8))
+    return (words >> shifts.view(8, 1) & 15).flatten(-3)
+
+
+class Int4Linear(KernelLinear):
+    """codes uint8 0 to 15 [N, K], scales and zeros [N, K / group] whose values are bf16's."""
+
+    tensors = ("weight", "parameters_of_groups")
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight = constant(pack_int4(codes, codes.shape[-1] // scales.shape[-1]))
+        pairs = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=-1)
+        self.parameters_of_groups = constant(pairs.view(torch.int32).squeeze(-1))
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
+        return torch.ops.kernels.cuda_int4_product(rows, weight, parameters)
+
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
+        group_size = rows.shape[1] // parameters.shape[1]
+        scales, zeros = parameters.unsqueeze(-1).view(torch.bfloat16).float().unsqueeze(-2).unbind(-1)
+        codes = unpack_int4(weight, group_size).unflatten(-1, (-1, group_size))
+        return F.linear(rows, ((codes - 8) * scales + zeros).flatten(-2).to(rows.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_rows(x, weight, scales, y, M, N, K, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK columns at a time."""
+    m = tl.arange(0, 16)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((16, COLUMNS), tl.float32)
+    for first in range(0, K, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        there = (k < K)[None, :]
+        codes = tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=(n < N)[:, None] & there, other=0)
+        values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & there, other=0)
+        acc = tl.dot(values, tl.trans(codes.to(values.dtype)), acc, input_precision="ieee")
+    acc *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    to = y + m[:, None] * N + n[None, :]
+    tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+INT8_TILE = {"COLUMNS": 32, "BLOCK": 256, "num_warps": 4}
+
+
+def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Multiply x [M, K], M at most 16, with codes [N, K] and scales [N]; returns [M, N]."""
+    (M, K), N = x.shape, weight.shape[0]
+    x, y = x.contiguous(), x.new_empty(M, N)
+    int8_rows[(triton.cdiv(N, INT8_TILE["COLUMNS"]),)](x, weight, scales, y, M, N, K, **INT8_TILE)
+    return y
+
+
+class Int8Linear(KernelLinear):
+    """codes int8 [N, K], scales [N]."""
+
+    tensors = ("weight", "scales")
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight, self.scales = constant(codes), constant(scales)
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
+        if torch.compiler.is_compiling() and rows.shape[0] <= MAX_REDUCTION_ROWS:
+            return Int8Linear.gemm(rows, weight, scales)
+        return torch.ops.kernels.cuda_int8_product(rows, weight, scales)
+
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return linear(rows, (weight.float() * scales.float().unsqueeze(-1)).to(rows.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@triton.jit
+def attend_split(  # type: ignore[no-untyped-def]
+    q, k, v, mask, partial, largest, total, T, kv_heads, k_batch, k_head, v_batch, v_head, splits, scale,
+    S: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
+):  # fmt: skip
+    """Attend from the G * S queries of a kv head to every `splits`-th block of its slots.
+
+    Blocks go round the splits like cards, so that the work is even wherever the text ends; and nothing is loaded of
+    those outside what the mask shows, so that it follows the text and not the cache.
+    """
+    head, split = tl.program_id(0), tl.program_id(1)  # head: of all rows of the batch
+    b = head // kv_heads
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # s * G + g
+    s, is_row = rows // G, rows < G * S
+    d = tl.arange(0, WIDTH)
+    columns = tl.arange(0, BLOCK)
+    mask += b.to(tl.int64) * S * T
+
+    # This split's blocks are j * splits + split; which of them, from `begin` to `end`, does any query see?
+    num_blocks = tl.cdiv(T, BLOCK)
+    count = (num_blocks - split + splits - 1) // splits
+    begin, end = count, 0
+    for first in range(0, count, LOOK):
+        j = first + tl.arange(0, LOOK)
+        t = (j * splits + split)[:, None] * BLOCK + columns[None, :]
+        seen = tl.zeros((LOOK, BLOCK), tl.int32)
+        for i in range(S):
+            seen |= tl.load(mask + i * T + t, mask=t < T, other=0).to(tl.int32)
+        any_seen = tl.max(seen, axis=1) > 0
+        begin = tl.minimum(begin, tl.min(tl.where(any_seen, j, count)))
+        end = tl.maximum(end, tl.max(tl.where(any_seen, j + 1, 0)))
+
+    # q [B, S, kv_heads, G, D]
+    q_row = (b * S + s) * kv_heads * G + (head % kv_heads) * G + rows % G
+    queries = tl.load(q + q_row[:, None] * D + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0)
+    k += b.to(tl.int64) * k_batch + (head % kv_heads).to(tl.int64) * k_head
+    v += b.to(tl.int64) * v_batch + (head % kv_heads).to(tl.int64) * v_head
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    for j in range(begin, end):
+        t = (j * splits + split) * BLOCK + columns
+        there = (t < T)[:, None] & (d < D)[None, :]
+        keys = tl.load(k + t[:, None] * D + d[None, :], mask=there, other=0)
+        values = tl.load(v + t[:, None] * D + d[None, :], mask=there, other=0)
+        visible = tl.load(mask + s[:, None] * T + t[None, :], mask=is_row[:, None] & (t < T)[None, :], other=0) != 0
+        # A slot that no query sees may hold NaN, which a weight of 0 does not clear.
+        values = tl.where((tl.max(visible.to(tl.int32), axis=0) > 0)[:, None], values, 0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(visible, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen yet
+        p = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        weights = weights * shrink + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    row = (head * splits + split) * (G * S) + rows
+    tl.store(largest + row, top, mask=is_row)
+    tl.store(total + row, weights, mask=is_row)
+    tl.store(partial + row[:, None] * D + d[None, :], acc, mask=is_row[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def combine_splits(  # type: ignore[no-untyped-def]
+    partial, largest, total, y, kv_heads, splits,
+    S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Add up what the splits found for one query: each one's sums are relative to its own largest score."""
+    head, row = tl.program_id(0), tl.program_id(1)  # row: s * G + g
+    split, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    there = split < splits
+    at = (head * splits + split) * (G * S) + row
+    top = tl.load(largest + at, mask=there, other=-float("inf"))
+    best = tl.max(top, axis=0)
+    share = tl.exp2(top - tl.where(best == -float("inf"), 0.0, best))
+    weight = tl.sum(share * tl.load(total + at, mask=there, other=0), axis=0)
+    found = tl.load(partial + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    result = tl.sum(found * share[:, None], axis=0) / tl.where(weight == 0, 1.0, weight)  # 0 for a query that sees none
+    to = (((head // kv_heads) * S + row // G) * kv_heads + head % kv_heads) * G + row % G
+    tl.store(y + to * D + d, result.to(y.dtype.element_ty), mask=d < D)
+
+
+def num_splits(num_heads: int, T: int) -> int:
+    """Return into how many splits the slots of each kv head go: a power of 2, as few programs as fill a GPU."""
+    return min(triton.next_power_of_2(triton.cdiv(T, SLOTS)), triton.next_power_of_2(triton.cdiv(PROGRAMS, num_heads)))
+
+
+def attention_tile(S: int, G: int, D: int) -> dict[str, Any]:
+    rows = min(MAX_TILE, max(16, triton.next_power_of_2(S * G)))
+    return {"S": S, "G": G, "D": D, "ROWS": rows, "WIDTH": max(16, triton.next_power_of_2(D)), "BLOCK": SLOTS,
+            "LOOK": LOOK_AHEAD, "num_warps": rows // 4, "num_stages": 2}  # fmt: skip
+
+
+def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As `model.attention`, for S up to MAX_QUERIES; a query that sees nothing gets 0."""
+    (B, S, H, D), (_, K, T, _) = q.shape, k.shape
+    if k.stride()[2:] != (D, 1) or v.stride()[2:] != (D, 1):  # not the slots of a cache
+        k, v = k.contiguous(), v.contiguous()
+    q, mask, y = q.contiguous(), mask.contiguous(), q.new_empty(q.shape)
+    splits = num_splits(B * K, T)
+    partial = q.new_empty(B * K, splits, S * (H // K), D, dtype=torch.float32)
+    largest, total = q.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
+    tile = attention_tile(S, H // K, D)
+    scale = D**-0.5 * 1.4426950408889634  # powers of 2 and not of e: log2(e)
+    attend_split[(B * K, splits, triton.cdiv(S * (H // K), tile["ROWS"]))](
+        q, k, v, mask.view(torch.int8), partial, largest, total, T, K, *k.stride()[:2], *v.stride()[:2], splits, scale,
+        **tile,
+    )  # fmt: skip
+    combine_splits[(B * K, S * (H // K))](
+        partial, largest, total, y, K, splits, S=S, G=H // K, D=D, WIDTH=tile["WIDTH"], SPLITS=splits
+    )
+    return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As `model.attention`: a kernel for few queries, whatever the size of the cache, else a fused one of torch's."""
+    G = q.shape[2] // k.shape[1]
+    if q.shape[1] <= MAX_QUERIES:
+        return torch.ops.kernels.cuda_attention(q, k, v, mask)
+    seen = mask.any(dim=1)[:, None, :, None]
+    # torch's only fused kernel on every GPU that takes a mask is the memory-efficient one, and it takes no groups of
+    # heads: K and V are repeated, a copy that is small beside the products of a prompt.
+    k, v = (torch.where(seen, t, 0).repeat_interleave(G, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators
+#
+# Opaque to torch.compile, as those of kernels.py: inductor would find nothing to fuse with inside, and in a CUDA graph
+# a call costs no time on the host. A Triton kernel shown to it (`triton_op`) is compiled with the graph, each time.
+
+
+def define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    torch.library.define(f"kernels::{name}", schema)
+    torch.library.impl(f"kernels::{name}", "CUDA")(run)
+    torch.library.register_fake(f"kernels::{name}")(fake)
+
+
+define(
+    "cuda_int4_product", "(Tensor x, Tensor weight, Tensor parameters) -> Tensor",
+    int4_product, lambda x, weight, parameters: x.new_empty(x.shape[0], parameters.shape[0]),
+)  # fmt: skip
+define(
+    "cuda_int8_product", "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
+    int8_product, lambda x, weight, scales: x.new_empty(x.shape[0], weight.shape[0]),
+)  # fmt: skip
+define(
+    "cuda_attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
+    split_attention, lambda q, k, v, mask: q.new_empty(q.shape),
+)  # fmt: skip
+assert MAX_ROWS <= 16  # rows of a tensor core's tile

@@ -1,0 +1,205 @@
+"""Compile the kernels of kernels_triton.py for GPUs that are not here, and report what each one takes of a GPU.
+
+    python scripts/ahead.py
+
+Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B and Llama-3.1-70B, for sm_80 and sm_90:
+registers and spilled bytes as `ptxas` says, shared memory, and how wide the loads are. Nothing runs. The table goes to
+results/<date>_<what compiled it>.json.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import ArgumentParser, user_errors, write_whole
+from model import visible
+
+ARCHITECTURES = (80, 90)
+# hidden size, columns of qkv, of gate and up, of down's input; query heads, kv heads, head_dim
+MODELS = {
+    "Llama-2-7B": (4096, 12288, 22016, 11008, 32, 32, 128),
+    "Llama-3.1-8B": (4096, 6144, 28672, 14336, 32, 8, 128),
+    "Llama-3.2-1B": (2048, 3072, 16384, 8192, 32, 8, 64),
+    "Llama-3.1-70B": (8192, 10240, 57344, 28672, 64, 8, 128),
+}
+TRITON_TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.launches = kernel, list[tuple[Any, tuple[Any, ...], dict[str, int]]]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **tile: self.launches.append((self.kernel, args, tile))
+
+
+def launches(function: str, *args: Tensor) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
+    """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
+    from triton.runtime.jit import JITFunction
+
+    import kernels_triton
+
+    found = []
+    kernels = {name: value for name, value in vars(kernels_triton).items() if isinstance(value, JITFunction)}
+    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
+    vars(kernels_triton).update(recorders)
+    try:
+        getattr(kernels_triton, function)(*args)
+    finally:
+        vars(kernels_triton).update(kernels)
+    for recorder in recorders.values():
+        found += recorder.launches
+    return found
+
+
+def variant(kernel: Any, args: tuple[Any, ...], tile: dict[str, int]) -> dict[str, Any]:
+    """Return what Triton's launcher would compile for a launch: types, constants and which numbers 16 divides."""
+    constants: dict[str, Any] = {name: value for name, value in tile.items() if name in kernel.arg_names}
+    types, aligned = {}, []
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        special = not kernel.params[i].do_not_specialize
+        if isinstance(value, Tensor):
+            types[name] = TRITON_TYPES[value.dtype]
+        elif value == 1 and special:
+            constants[name] = value
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (special and value % 16 == 0):  # what torch allocates is
+            aligned.append(i)
+    options = {name: value for name, value in tile.items() if name not in constants}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
+
+
+def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int) -> dict[str, Any]:
+    """Compile a variant of a kernel; return what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = {(i,): [["tt.divisibility", 16]] for i in of["aligned"]}
+    source = ASTSource(fn=kernel, signature=of["signature"], constexprs=of["constants"], attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=of["options"])
+    ptx = built.asm["ptx"]
+    said = assembled(ptx)
+    loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
+    wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
+    return {
+        "registers": int(found(r"Used (\d+) registers", said)),
+        "spilled_bytes": int(found(r"(\d+) bytes spill stores", said)) + int(found(r"(\d+) bytes spill loads", said)),
+        "shared_bytes": built.metadata.shared,
+        "threads": 32 * built.metadata.num_warps,
+        "loads_of_16_bytes": len(wide),
+        "narrower_loads": len(loads) - len(wide),
+    }
+
+
+def assembled(ptx: str) -> str:
+    """Return what ptxas says of a kernel."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        command = [str(ptxas), "-v", "--gpu-name", found(r"\.target (\w+)", ptx), str(path), "-o", f"{folder}/kernel"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"ptxas says no {pattern!r}: {text}"
+    return match[1]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Tensor, ...]]]:
+    hidden, qkv, gate_up, down, *_ = MODELS[model]
+    shapes = {"qkv": (qkv, hidden), "gate_up": (gate_up, hidden), "down": (hidden, down)}
+    for layer, (N, K) in shapes.items():
+        x = meta(rows, K)
+        for group_size in (32, 128):
+            tensors = meta(N, K // 8, dtype=torch.int32), meta(N, K // group_size, dtype=torch.int32)
+            yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors)
+        if rows > 2:
+            yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, meta(N, K, dtype=torch.int8), meta(N))
+
+
+def attentions(model: str, queries: int, slots: int = 8192) -> Iterator[tuple[str, str, tuple[Tensor, ...]]]:
+    *_, H, K, D = MODELS[model]
+    cache = [meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
+    mask = visible(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
+    name = f"{model} attention, {queries} queries"
+    yield name, "split_attention", (meta(1, queries, H, D), *cache, mask)
+
+
+def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[tuple[Any, dict[str, Any], list[str]]]:
+    """Return every variant that steps of so many rows need: the kernel, the variant, and where it is used."""
+    kinds: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
+    for model in models:
+        calls = [call for num_rows in rows for call in [*products(model, num_rows), *attentions(model, num_rows)]]
+        for name, function, args in calls:
+            for kernel, arguments, tile in launches(function, *args):
+                of = variant(kernel, arguments, tile)
+                kinds.setdefault(f"{kernel.__name__} {of}", (kernel, of, []))[2].append(name)
+    return list(kinds.values())
+
+
+def run(args: argparse.Namespace) -> None:
+    import triton
+
+    entries = []
+    for kernel, of, used_by in variants(args.models):
+        for architecture in ARCHITECTURES:
+            entry = {"kernel": kernel.__name__, "sm": architecture, **compile_ahead(kernel, of, architecture)}
+            print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry), used_by[0])
+            entries.append(entry | {"constants": of["constants"], "options": of["options"], "used_by": used_by})
+    path = args.output_dir / f"{datetime.date.today()}_triton-{triton.__version__}_ahead.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "command": shlex.join(["python", "scripts/ahead.py", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "ran_on_a_gpu": False,
+        "kernels": entries,
+    }
+    write_whole(path, json.dumps(report, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
+                        help=f"of {', '.join(MODELS)} (all)")  # fmt: skip
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        run(parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# What a machine with a GPU is for: the tests that need one, then the speed of each model against the roof of the GPU.
+#
+#     scripts/gpu.sh [FOLDER]
+#
+# The tests' report and the results go to FOLDER (results), each as soon as it is there. A step that fails or takes too
+# long is named, and the next one begins; what the time no longer allows is named too. Exit status: how many were not done.
+# No network is needed. Settings: PYTHON, DEVICE, CONFIGS, SAMPLES, LIMIT (seconds for everything).
+set -u
+cd "$(dirname "$0")/.." || exit 1
+folder=${1:-results}
+PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SAMPLES=${SAMPLES:-3} LIMIT=${LIMIT:-530}
+CONFIGS=${CONFIGS:-configs/llama-2-7b.json configs/llama-3.1-8b.json}
+mkdir -p "$folder" || exit 1
+not_done=()
+
+# step SECONDS NAME COMMAND...: run a command for so long at most, and for no longer than there is time.
+step() {
+    local most=$1 name=$2 left=$((LIMIT - SECONDS)) status
+    shift 2
+    if ((left < 15)); then
+        echo "skipped: $name; $LIMIT seconds are over" >&2
+        not_done+=("$name")
+        return
+    fi
+    ((left < most)) && most=$left
+    echo "== $name, at $SECONDS of $LIMIT seconds, for $most at most" >&2
+    timeout --signal=INT --kill-after=10 "$most" "$@"
+    status=$?
+    if ((status)); then
+        echo "failed: $name, exit status $status$( ((status == 124 || status == 137)) && echo ", which means too slow")" >&2
+        not_done+=("$name")
+    fi
+}
+
+measure() {
+    local most=$1 config=$2 name
+    shift 2
+    name=$(basename "$config" .json)
+    step "$most" "$name: $*" "$PYTHON" scripts/benchmark.py --config "$config" --device "$DEVICE" --samples "$SAMPLES" \
+        --output_dir "$folder" --name "$name-$1" --only "$@"
+}
+
+needed="import torch, safetensors, sentencepiece, tokenizers, huggingface_hub, jinja2, tqdm, numpy, matplotlib, pytest"
+step 60 "packages" "$PYTHON" -c "$needed; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
+if [[ $DEVICE == cuda* ]]; then
+    step 60 "Triton" "$PYTHON" -c "import triton; print('triton', triton.__version__)"
+fi
+# First what there is no other way to know: a step at several positions against the roof, for every form of the weights.
+for config in $CONFIGS; do
+    measure 110 "$config" positions
+done
+step 130 "tests" "$PYTHON" -m pytest -m gpu tests/test_gpu.py -rs --tb=short --junitxml="$folder/gpu-tests.xml"
+for config in $CONFIGS; do
+    measure 60 "$config" prefill
+    measure 60 "$config" verify
+    measure 90 "$config" decode --speculate_k 1 # more drafts are more graphs to compile
+done
+
+if ((${#not_done[@]})); then
+    printf 'not done: %s\n' "${not_done[@]}" >&2
+fi
+exit ${#not_done[@]}

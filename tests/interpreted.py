@@ -1,0 +1,124 @@
+"""Run the kernels of kernels_triton.py under Triton's interpreter, each beside its plain twin.
+
+test_kernels_triton.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
+imported. Prints a JSON object: of every case the largest difference from the twin over the twin's largest value.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels_triton
+import model
+from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+# No bf16 where a kernel has a `tl.dot`, in which the interpreter takes it for whole numbers (Triton 3.7).
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def distance(ours: Tensor, twin: Tensor) -> float:
+    assert ours.shape == twin.shape and ours.dtype == twin.dtype
+    return ((ours.float() - twin.float()).abs().amax() / twin.float().abs().amax()).item()
+
+
+def products() -> Iterator[tuple[str, Callable[[], float]]]:
+    def int4(M: int, N: int, K: int, group_size: int, dtype: str) -> float:
+        codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
+        layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros.to(DTYPES[dtype]), None)
+        x = torch.randn(M, K).to(DTYPES[dtype])
+        assert torch.equal(kernels_triton.unpack_int4(layer.weight, group_size), codes.int())
+        weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)
+        assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
+        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups)
+        return distance(ours, F.linear(x.float(), weight.float()).to(x.dtype))
+
+    def int8(M: int, N: int, K: int, dtype: str) -> float:
+        codes, scales = quantize_int8(torch.randn(N, K))
+        x = torch.randn(M, K).to(DTYPES[dtype])
+        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype))
+        return distance(ours, F.linear(x.float(), dequantize_int8(codes, scales)).to(x.dtype))
+
+    for M, N, K, group_size, dtype in [
+        (1, 7, 64, 32, "bf16"), (1, 5, 4128, 32, "bf16"), (1, 9, 96, 32, "fp32"), (1, 3, 1152, 128, "fp16"),
+        (1, 3, 8192 + 256, 256, "bf16"), (1, 4, 192, 64, "fp32"), (2, 33, 96, 32, "fp32"), (4, 7, 384, 128, "fp16"),
+        (8, 33, 320, 64, "fp32"), (16, 5, 512, 256, "fp16"),
+    ]:  # fmt: skip
+        yield f"int4 M={M} N={N} K={K} g{group_size} {dtype}", partial(int4, M, N, K, group_size, dtype)
+    for M, N, K, dtype in [(1, 33, 100, "fp16"), (3, 7, 300, "fp32"), (16, 32, 256, "fp16")]:
+        yield f"int8 M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype)
+
+
+def attention(
+    B: int, S: int, H: int, K: int, D: int, T: int, ends: list[int], window: int | None = None, dtype: str = "fp32"
+) -> float:
+    """Compare at the S positions that end before `ends`, one a row, in a cache whose other slots hold NaN."""
+    q = torch.randn(B, S, H, D).to(DTYPES[dtype])
+    k, v = (torch.randn(B + 1, K, T + 3, D).to(q.dtype)[:B, :, :T] for _ in range(2))  # the first slots of a cache
+    positions = torch.tensor(ends).unsqueeze(1) - S + torch.arange(S)
+    mask = model.visible(positions.unsqueeze(-1), torch.arange(T), window)
+    twin = model.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    unseen = ~mask.any(dim=1)[:, None, :, None].expand_as(k)
+    k[unseen] = v[unseen] = torch.nan
+    return distance(kernels_triton.split_attention(q, k, v, mask), twin)
+
+
+def one_split() -> float:
+    programs, kernels_triton.PROGRAMS = kernels_triton.PROGRAMS, 1
+    try:
+        blocks = kernels_triton.LOOK_AHEAD + 3
+        return attention(1, 1, 2, 1, 16, blocks * kernels_triton.SLOTS, [(blocks - 1) * kernels_triton.SLOTS])
+    finally:
+        kernels_triton.PROGRAMS = programs
+
+
+def blind() -> float:
+    """A query that sees nothing, beside one that does: 0, and its neighbour as it would be alone."""
+    q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
+    mask = torch.zeros(1, 2, 100, dtype=torch.bool)
+    mask[:, 1, 40:90] = True
+    ours = kernels_triton.split_attention(q, k, v, mask)
+    assert (ours[:, 0] == 0).all()
+    return distance(ours[:, 1:], model.attention(q[:, 1:], k, v, mask[:, 1:]))
+
+
+def nothing_seen() -> float:
+    k = torch.full((1, 2, 70, 16), torch.nan)
+    mask = torch.zeros(1, 1, 70, dtype=torch.bool)
+    return kernels_triton.split_attention(torch.randn(1, 1, 2, 16), k, k, mask).abs().amax().item()
+
+
+def many_queries() -> float:
+    """More queries than the kernel takes: torch's own, of which a GPU takes the memory-efficient kernel."""
+    S, T = kernels_triton.MAX_QUERIES + 1, 40
+    q, k, v = torch.randn(2, S, 4, 16), torch.randn(2, 2, T, 16), torch.randn(2, 2, T, 16)
+    mask = model.visible((torch.arange(S) + 5).expand(2, S).unsqueeze(-1), torch.arange(T), 9)
+    twin = model.attention(q, k, v, mask)
+    k[:, :, 30:] = v[:, :, 30:] = torch.nan
+    return distance(kernels_triton.attention(q, k, v, mask), twin)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], float]]]:
+    yield from products()
+    yield "attention, one query", lambda: attention(1, 1, 4, 4, 32, 300, [131])
+    yield "attention, first slot alone", lambda: attention(1, 1, 8, 2, 32, 64, [1])
+    yield "attention, whole cache", lambda: attention(1, 1, 4, 1, 16, 129, [129])
+    yield "attention, 8 heads a group, fp16", lambda: attention(1, 1, 8, 1, 16, 257, [200], dtype="fp16")
+    yield "attention, width no power of 2", lambda: attention(1, 1, 4, 2, 24, 65, [65])
+    yield "attention, verify of 6", lambda: attention(1, 6, 8, 2, 16, 200, [70])
+    yield "attention, 16 queries", lambda: attention(1, 16, 4, 1, 16, 90, [16])
+    yield "attention, batch of 3, fp16", lambda: attention(3, 2, 4, 2, 16, 190, [2, 190, 100], dtype="fp16")
+    yield "attention, window", lambda: attention(2, 3, 4, 2, 16, 700, [650, 40], window=8)
+    yield "attention, window over blocks", lambda: attention(1, 1, 4, 1, 16, 5000, [4000], window=1000)
+    yield "attention, more blocks than are looked at together", one_split
+    yield "attention, one query is blind", blind
+    yield "attention, all are blind", nothing_seen
+    yield "attention, many queries", many_queries
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps({name: repr(run()) for name, run in cases()}))

@@ -1,0 +1,136 @@
+"""What a step must be for a GPU to replay it as a CUDA graph, seen in what torch.compile makes of it, without a GPU."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._inductor.output_code import CompiledFxGraph
+
+from checkpoint import random_model
+from kernels import for_cuda
+from model import Transformer
+from speculate import draft, verify
+from steps import Sampling, compiled, decode
+
+RAW: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "float32",
+}  # fmt: skip
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.8, top_k=20)
+K = 3
+V = RAW["vocab_size"]
+# Each step, how many columns its tokens have, and what it is given after the slots.
+STEPS = {
+    "decode": (decode, None, [GREEDY, None]),
+    "decode, drawn": (decode, None, [DRAWN, torch.ones(1, V)]),
+    "draft": (draft, 2, [GREEDY, None, K, V]),
+    "verify": (verify, 2, [torch.zeros(1, K, dtype=torch.long), GREEDY, None, None]),
+    "verify, drawn": (
+        verify,
+        2,
+        [torch.zeros(1, K, dtype=torch.long), DRAWN, (torch.ones(1, K), torch.ones(1, V)), torch.ones(1, K, V)],
+    ),
+}
+
+
+def arguments(columns: int | None, position: int, device: str = "cpu"):
+    """Return tokens and positions that end before `position`."""
+    shape = (1,) if columns is None else (1, columns)
+    at = position - shape[-1] + torch.arange(shape[-1], device=device)
+    return torch.zeros(shape, dtype=torch.long, device=device), at.view(shape)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = random_model(RAW, "cpu", torch.float32)
+    model.setup_caches(1, 8192)
+    return model
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The graphs that inductor has made, each with the inputs it was made for."""
+    graphs = []
+    post_compile = CompiledFxGraph.post_compile
+
+    def spy(self, inputs, *args):
+        graphs.append((self, inputs))
+        return post_compile(self, inputs, *args)
+
+    monkeypatch.setattr(CompiledFxGraph, "post_compile", spy)
+    torch._dynamo.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("name", ["decode, drawn", "verify"])
+def test_one_cuda_graph_serves_every_position(model, made, name):
+    """It is for no number of slots, and copies nothing but the step's own small inputs before a replay."""
+    step, columns, rest = STEPS[name]
+    run = compiled(step, "reduce-overhead")
+    counters.clear()
+    with torch.inference_mode():
+        for position in [8, 64, 65, 4096, 4097, 8192]:
+            slots = torch.arange(-(-position // 64) * 64)
+            run(model, *arguments(columns, position - K), slots, *rest)  # before the drafts
+    assert counters["stats"]["unique_graphs"] == 1
+    ((graph, inputs),) = made
+    assert all(isinstance(each, torch.Tensor) for each in inputs)  # no size that changes
+    static = set(graph.fx_kwargs["static_input_idxs"])
+    copied = [each for i, each in enumerate(inputs) if i not in static]
+    assert sum(each.numel() for each in copied) <= 2 * (K + 1) + V
+    # What is written to may not be among them: the copy would be written, and not the cache.
+    caches = {cache.shape for block in model.layers for cache in (block.self_attn.cache.k, block.self_attn.cache.v)}
+    kept = [inputs[i].shape for i in static]
+    assert sum(shape in caches for shape in kept) == 2 * len(model.layers)
+    assert not set(graph.mutated_input_idxs) - static
+
+
+def on_cuda() -> Transformer:
+    """A model as it is on a GPU, with int4 and int8 weights, its memory left out."""
+    cuda = for_cuda(torch.device("cuda"))
+    assert cuda is not None
+    model = random_model(RAW, "cpu", torch.bfloat16).to("meta")
+    model.setup_caches(1, 8192)
+    for block in model.layers:
+        block.self_attn.attend = cuda.attention
+        for parent, name in [(block.self_attn, "qkv_proj"), (block.mlp, "gate_up_proj"), (block.mlp, "down_proj")]:
+            N, K = getattr(parent, name).weight.shape
+            groups = torch.empty(N, K // 32, dtype=torch.bfloat16, device="meta")
+            codes = torch.empty(N, K, dtype=torch.uint8, device="meta")
+            setattr(parent, name, cuda.Int4Linear(codes, groups, groups, None))
+    codes = torch.empty(V, RAW["hidden_size"], dtype=torch.int8, device="meta")
+    model.lm_head = cuda.Int8Linear(codes, torch.empty(V, dtype=torch.bfloat16, device="meta"), None)
+    return model
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_needs_the_host_for_nothing(name):
+    """Nothing in it is read, made or waited for on the host, and no shape follows the data."""
+    pytest.importorskip("triton", reason="triton is not installed; it has no build for this system")
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step, columns, rest = STEPS[name]
+    rest = [torch.utils._pytree.tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="meta"), r) for r in rest]
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        run(on_cuda(), *arguments(columns, 100, "meta"), None, *rest)
+    nodes = [
+        node for graph in graphs for module in graph.modules() for node in getattr(module, "graph", graph.graph).nodes
+    ]
+    calls = {str(node.target) for node in nodes if node.op == "call_function"}
+    assert {"kernels.cuda_int4_product.default", "kernels.cuda_attention.default"} <= calls
+    hosts = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "by_expert")
+    assert not [call for call in calls if any(host in call for host in hosts)]
+    values = [node.meta.get("val") for node in nodes]
+    tensors = [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
