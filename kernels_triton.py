@@ -73,7 +73,7 @@ def int4_row(  # type: ignore[no-untyped-def]
             values = tl.load(columns + p * WORDS, mask=there[:, None], other=0).to(tl.float32)
             products += code * values[None, :, :]
             sums += values
-        acc += products * (16 * scale)[:, :, None] + (zero - 24 * scale)[:, :, None] * sums[None, :, :]
+        acc += products * (16 * scale)[:, :, None] - ((16 + zero) * scale)[:, :, None] * sums[None, :, :]
     total = tl.sum(tl.sum(acc, axis=2), axis=1)
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
@@ -101,7 +101,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
         for p in tl.static_range(8):
             values = tl.load(columns + p * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
             codes = ((packed >> (4 * p)) & 15).to(tl.float32)
-            block = ((codes - 8) * scale + zero).to(values.dtype)
+            block = ((codes - zero) * scale).to(values.dtype)
             acc = tl.dot(values, tl.trans(block), acc, input_precision="ieee")
     to = y + m[:, None] * N + n[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -145,7 +145,7 @@ def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
 
 
 class Int4Linear(KernelLinear):
-    """codes uint8 0 to 15 [N, K], scales and zeros [N, K / group] whose values are bf16's."""
+    """codes and zeros uint8 0 to 15, [N, K] and [N, K / group]; scales as zeros, whose values are bf16's."""
 
     tensors = ("weight", "parameters_of_groups")
 
@@ -164,7 +164,7 @@ class Int4Linear(KernelLinear):
         group_size = rows.shape[1] // parameters.shape[1]
         scales, zeros = parameters.unsqueeze(-1).view(torch.bfloat16).float().unsqueeze(-2).unbind(-1)
         codes = unpack_int4(weight, group_size).unflatten(-1, (-1, group_size))
-        return F.linear(rows, ((codes - 8) * scales + zeros).flatten(-2).to(rows.dtype))
+        return F.linear(rows, ((codes - zeros) * scales).flatten(-2).to(rows.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

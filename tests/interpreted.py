@@ -28,7 +28,7 @@ def distance(ours: Tensor, twin: Tensor) -> float:
 def products() -> Iterator[tuple[str, Callable[[], float]]]:
     def int4(M: int, N: int, K: int, group_size: int, dtype: str) -> float:
         codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
-        layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros.to(DTYPES[dtype]), None)
+        layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros, None)
         x = torch.randn(M, K).to(DTYPES[dtype])
         assert torch.equal(kernels_triton.unpack_int4(layer.weight, group_size), codes.int())
         weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)

@@ -69,7 +69,7 @@ def test_on_cuda_a_model_gets_these_kernels():
     """Chosen by the device alone, which the meta device can be taken for: no weight is read."""
     cuda = kernels.for_cuda(torch.device("cuda"))
     assert cuda is not None and kernels.for_cuda(torch.device("cpu")) is None
-    assert kernels.attention_of(torch.float32, torch.device("cuda"), 128, model.attention) is cuda.attention
+    assert kernels.attention_of(torch.float32, torch.device("cuda"), model.attention) is cuda.attention
 
 
 def test_a_row_by_an_int8_weight_is_one_reduction_that_reads_codes():
