@@ -305,10 +305,11 @@ def run(args: argparse.Namespace) -> None:
     if raw.get("quantization") is not None:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
     check_device(args.device)
-    source, dtype = ckpt.meta_model(raw), ckpt.parse_dtype(raw)
+    dtype = ckpt.parse_dtype(raw)
+    specs, read_here = ckpt.model_tensors(args.checkpoint_path, dtype)  # first: it says at once if layers are missing
+    source = ckpt.meta_model(raw)
     raw |= {"layout": "fused", "quantization": {"mode": scheme.mode, "groupsize": scheme.group_size}}
     target = ckpt.meta_model(raw)
-    specs, read_here = ckpt.model_tensors(args.checkpoint_path, dtype)
     new_specs = ckpt.tensor_specs(target, dtype)
     output_path = args.output_path or ckpt.sibling(args.checkpoint_path, f"-{scheme}")
 
