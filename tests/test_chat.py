@@ -314,8 +314,8 @@ def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder,
     if drafter == "lookup":
         # What was answered is searched too: asked a third time, the question finds its answer in the history.
         texts = [drafting.ids + drafting.ids[-15:-12]]
-        speculation.begin(1, 0)
-        assert speculation.look_up(texts, [9], 3) == [drafting.ids[-12:-9]]
+        speculation.begin(models[1], 1, 0)
+        assert speculation.look_up(texts, [9], [0], 3) == [drafting.ids[-12:-9]]
 
 
 def test_generated_ids_are_kept_though_the_text_would_be_encoded_otherwise(chat_folder):

@@ -188,7 +188,8 @@ def test_only_a_qwen2_has_a_bias_on_q_k_and_v_alone_and_only_a_qwen3_norms_q_and
 def test_every_config_of_the_repository_has_the_size_in_its_name(name: str) -> None:
     with torch.device("meta"):
         model = Transformer(parse_config(json.loads((REPO / "configs" / f"{name}.json").read_text())))
-    billions = {"8x7b": 46.7, "qwen3-8b": 8.2, "70b": 70.6, "405b": 405.9, "tinyllama-1.1b": 1.1}
+    billions = {"8x7b": 46.7, "qwen3-8b": 8.2, "llama-3.1-70b": 70.6, "405b": 405.9, "tinyllama-1.1b": 1.1}
+    billions |= {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.24, "llama-2-70b": 68.98}
     [expected] = [size for part, size in billions.items() if name.endswith(part)]
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.05)
 

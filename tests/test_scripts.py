@@ -249,7 +249,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
         ({"lm_head.weight": 3}, "more than tensors by name"),
         ({"state_dict": {"lm_head.weight": torch.ones(2)}}, "more than tensors by name"),
         ({3: torch.ones(2)}, "more than tensors by name"),
-        ({}, "lacks tensor"),
+        ({}, "tensors of 0 layers"),
     ],
     ids=repr,
 )
