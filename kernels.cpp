@@ -263,29 +263,29 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
-            const int64_t g0 = k / group * ROWS, g1 = (k + 32) / group * ROWS;
-            _mm_prefetch((const char*)(scale + g0) + AHEAD / 8, _MM_HINT_T0);
-            for (int r = 0; r < ROWS; r++) {
-                __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
-                __m512 s0 = broadcast(scale + g0 + r), s1 = broadcast(scale + g1 + r);
-                if constexpr (M <= 2) {  // sums of codes times x, and then the scale
-                    __m512bh low = look_up(values, bytes), high = look_up(values, _mm512_srli_epi16(bytes, 4));
-                    for (int m = 0; m < M; m++) {
-                        const bf16* in = x + m * K + k;
-                        __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, load_bf16(in));
-                        sums[r][m] = _mm512_fmadd_ps(part, s0, sums[r][m]);
-                        part = _mm512_dpbf16_ps(_mm512_setzero_ps(), high, load_bf16(in + 32));
-                        sums[r][m] = _mm512_fmadd_ps(part, s1, sums[r][m]);
-                    }
-                } else {  // for more rows of x it pays to make the 16 weights of each group, rounded to bf16, first
-                    __m512 weights0 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g0 + r])), s0);
-                    __m512 weights1 = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g1 + r])), s1);
-                    __m512bh low = look_up(weights0, bytes), high = look_up(weights1, _mm512_srli_epi16(bytes, 4));
-                    for (int m = 0; m < M; m++) {
-                        const bf16* in = x + m * K + k;
-                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], low, load_bf16(in));
-                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], high, load_bf16(in + 32));
-                    }
+            _mm_prefetch((const char*)(scale + k / group * ROWS) + AHEAD / 8, _MM_HINT_T0);
+            __m512i bytes[ROWS];
+            for (int r = 0; r < ROWS; r++)
+                bytes[r] = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
+            for (int half = 0; half < 2; half++) {
+                const int64_t g = (k + 32 * half) / group * ROWS;
+                const bf16* in = x + k + 32 * half;
+                __m512bh weights[ROWS];
+                for (int r = 0; r < ROWS; r++) {
+                    __m512 table = values;
+                    if (M > 2)  // it pays to make the 16 weights of each group, rounded to bf16, first
+                        table = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g + r])), broadcast(scale + g + r));
+                    weights[r] = look_up(table, half ? _mm512_srli_epi16(bytes[r], 4) : bytes[r]);
+                }
+                for (int m = 0; m < M; m++) {
+                    const __m512bh inputs = load_bf16(in + m * K);
+                    for (int r = 0; r < ROWS; r++)
+                        if (M > 2) {
+                            sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
+                        } else {  // sums of codes times x, and then the scale
+                            __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), weights[r], inputs);
+                            sums[r][m] = _mm512_fmadd_ps(part, broadcast(scale + g + r), sums[r][m]);
+                        }
                 }
             }
         }
