@@ -191,7 +191,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
 
 def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None) -> None:
     """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
-    for prompts in {size: batch[:size] for batch in job.batches for size in batch_sizes(len(batch))}.values():
+    shortest = sorted(chain(*job.batches), key=len)  # so that few slots are few: the long rows may be the first to end
+    for prompts in [shortest[:size] for size in {size for batch in job.batches for size in batch_sizes(len(batch))}]:
         for cached in {0, max(0, job.max_seq_length - max(map(len, prompts)) - 3)}:
             texts = [[0] * cached + ids for ids in prompts]
             for _ in launch(texts, 3, cached=cached):

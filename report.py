@@ -124,7 +124,9 @@ def forward_bytes(model: Transformer, rows: list[Row]) -> float:
     config = model.config
     slot = 2 * config.num_hidden_layers * model.layers[0].self_attn.num_local_kv_heads * config.head_dim
     slot *= model.embed_tokens.weight.itemsize
-    return model.step_weight_bytes + slot * sum(len(row.prompt_ids) + len(row.tokens) / 2 for row in rows)
+    longest = max(1, *(len(row.arrivals) for row in rows))  # a row that has ended is read no more
+    slots = sum((len(row.prompt_ids) + len(row.tokens) / 2) * len(row.arrivals) / longest for row in rows)
+    return model.step_weight_bytes + slot * slots
 
 
 def run_sample(

@@ -265,6 +265,7 @@ class Speculation:
         row can take; a row with none runs along for nothing. running: the texts of the first rows of the caches.
         """
         device, vocab_size = target.device, target.config.vocab_size
+        num_rows = len(texts)
         texts, rooms = [texts[row] for row in running], [rooms[row] for row in running]
         ends = [len(text) for text in texts]
         drafting = [room > 0 for room in rooms]
@@ -273,8 +274,12 @@ class Speculation:
         latest = [text[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
         tokens, at = torch.tensor(latest, device=device).unbind()
 
+        def of_running(drawn: Tensor) -> Tensor:
+            """Pick from draws for all rows: what one of them draws does not depend on those that have ended."""
+            return drawn if len(running) == num_rows else drawn[running]
+
         def clocks(*shape: int) -> Tensor:
-            return exponential(*shape, vocab_size, generator=generator, device=device)
+            return of_running(exponential(num_rows, *shape, vocab_size, generator=generator, device=device))
 
         q = None
         if self.draft_model is None:
@@ -286,13 +291,13 @@ class Speculation:
             drafted = torch.tensor(guesses, device=device)
         else:
             self.catch_up(texts, ends, running)
-            noise = None if sampling.temperature == 0 else clocks(len(texts), k)
+            noise = None if sampling.temperature == 0 else clocks(k)
             drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
             drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
         accept_noise = None
         if sampling.temperature > 0:
-            uniform = torch.rand(len(texts), k, generator=generator, device=device)
-            accept_noise = (uniform, clocks(len(texts)))
+            uniform = of_running(torch.rand(num_rows, k, generator=generator, device=device))
+            accept_noise = (uniform, clocks())
         # The round's one read.
         read = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, q).tolist()
 

@@ -24,6 +24,8 @@ SLOTS_STEP = 64
 NOT_A_NUMBER = -1
 # What fp32 takes for a positive number, where a user's is so small that it would become 0.
 TINY = 1e-30
+# How many graphs a step may have: for each size of batch, number of drafts, few slots and all.
+RECOMPILE_LIMIT = 256
 # Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
 PREFILL_CHUNK = 2048
 
@@ -142,7 +144,7 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
         # Inductor would compile a test program for each kind of vectors; kernels.py has seen that they work here.
         "cpp.vec_isa_ok": True if library() is not None else None,
     }
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64)  # type: ignore[call-overload]
+    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
         if step is prefill:  # any number of columns

@@ -7,6 +7,16 @@ registers and spilled bytes as `ptxas` says, shared memory, and how wide the loa
 results/<date>_<what compiled it>.json.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import datetime
 import json
@@ -14,17 +24,12 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser, user_errors, write_whole
 from model import visible

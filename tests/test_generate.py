@@ -309,13 +309,15 @@ def test_a_batch_of_which_rows_have_left_can_be_continued():
     assert rows_of(generate(model, texts, 29, GREEDY, cached=61)) == [ids[1:] for ids in plain]
 
 
-def test_nothing_recompiles_when_rows_leave():
+@pytest.mark.parametrize(("lengths", "slots"), [((1, 3), 140), ((4100, 3), 4300)], ids=["short", "long, then short"])
+def test_nothing_recompiles_when_rows_leave(lengths, slots):
+    """Neither where the last row needs few slots and the one that has left needed more than inductor sums at once."""
     torch._dynamo.reset()
     model = tiny_model(num_hidden_layers=1)
-    model.setup_caches(2, 140)
-    prompts = [[3], [9, 8, 7]]
+    model.setup_caches(2, slots)
+    prompts = [[3] * length for length in lengths]
     launch = partial(generate, model, sampling=Sampling(0.9), decode=compiled(decode))
-    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=140), None)
+    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=slots), None)
     with torch.compiler.set_stance("fail_on_recompile"):
         for ends in ({}, {0: 4}, {1: 70}):
             ended = set()

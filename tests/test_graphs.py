@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
@@ -13,7 +14,7 @@ from checkpoint import random_model
 from kernels import for_cuda
 from model import Transformer
 from speculate import draft, verify
-from steps import Sampling, compiled, decode
+from steps import Sampling, compiled, decode, of_the_first_layer
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -134,3 +135,33 @@ def test_a_step_needs_the_host_for_nothing(name):
     tensors = [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
+
+MIXED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
+INT8 = {"layout": "fused", "quantization": {"mode": "int8"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"num_hidden_layers": 3}),
+        ({"num_hidden_layers": 3}, {}),
+        ({}, {"attention_bias": True}),
+        ({}, {"rms_norm_eps": 1e-6}),
+        ({"tie_word_embeddings": True}, {}),
+        ({**MIXED, "max_window_layers": 1}, {**MIXED, "max_window_layers": 2}),
+        ({}, INT8),
+    ],
+)
+def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, second):
+    """Though the guards of the first layer alone are kept."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    options = {"guard_filter_fn": of_the_first_layer}
+    run = torch.compile(decode, backend=counter, fullgraph=True, dynamic=False, options=options)
+    for raw in (first, first, second):
+        model = random_model({**RAW, **raw}, "cpu", torch.float32)
+        model.setup_caches(1, 64)
+        with torch.inference_mode():
+            run(model, torch.tensor([1]), torch.tensor([3]), torch.arange(64), GREEDY, None)
+    assert counter.frame_count == 2

@@ -11,7 +11,7 @@ import interrupt
 from cli import user_errors
 from tests.conftest import REPO
 
-SCRIPTS = "benchmark convert_hf_checkpoint download faults project_tp quality soak train_demo"
+SCRIPTS = "ahead benchmark convert_hf_checkpoint download faults project_tp quality soak train_demo"
 # What a command imports, sooner or later, or says at its end.
 GENERATE = ("argparse", "torch._C", "torch", "safetensors", "tp", "peak memory")
 MOMENTS = [("generate.py", moment) for moment in GENERATE]
@@ -40,6 +40,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it
 def test_in_a_command_ctrl_c_raises_so_that_what_was_begun_is_removed(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(interrupt.os, "_exit", lambda status: pytest.fail("the process would have ended at once"))
     try:
         interrupt.end_quietly()
@@ -53,6 +54,26 @@ def test_in_a_command_ctrl_c_raises_so_that_what_was_begun_is_removed(monkeypatc
         assert signal.getsignal(signal.SIGINT) is interrupt.end
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+CALLBACK = """
+import interrupt
+interrupt.end_quietly()
+import signal, time, weakref
+from cli import user_errors
+class Thing: pass
+with user_errors():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    time.sleep(30)
+"""
+
+
+def test_ctrl_c_in_a_callback_whose_exceptions_python_forgets_ends_the_command_too():
+    command = [sys.executable, "-c", CALLBACK]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "\n")
 
 
 def test_a_background_jobs_ctrl_c_stays_ignored():

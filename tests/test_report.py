@@ -7,7 +7,7 @@ import torch
 
 from checkpoint import load_model
 from generate import generate
-from report import Row, held_back, run_sample
+from report import Row, bytes_per_step, held_back, run_sample
 from steps import Sampling, decode
 from tokenizer import TextStream, load_tokenizer
 
@@ -53,3 +53,7 @@ def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
     first, second = run_sample(prompts, launch, 20, tokenizer, (), [")"], quiet=True)
     assert (first.finish_reason, second.finish_reason) == ("stop", "length")
     assert sizes == [2] * (len(first.tokens) - 1) + [1] * (20 - len(first.tokens))
+    # Nor do its keys and values count in the steps after its end.
+    alone = bytes_per_step(model, [first]) - model.step_weight_bytes
+    beside = bytes_per_step(model, [first, second]) - bytes_per_step(model, [second])
+    assert abs(beside - alone * len(first.tokens) / 20) <= 1

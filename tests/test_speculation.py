@@ -265,6 +265,18 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain
     assert rows_of(again) == expected
 
 
+@pytest.mark.parametrize("name", ["nearly the target", "prompt lookup"])
+def test_what_a_row_draws_does_not_depend_on_rows_that_have_ended(target, name):
+    def run(**options):
+        generator, speculation = torch.Generator().manual_seed(5), Speculation(make_draft(name), levels=(3,))
+        return rows_of(generate(target, PROMPTS, 60, FILTERED, generator=generator, speculation=speculation, **options))
+
+    plain = run()
+    found = run(ended={0, 1, 2})  # the last row goes on alone
+    assert found[:3] == [ids[:1] for ids in plain[:3]]
+    assert found[3][:50] == plain[3][:50]  # at the end of its room the number of drafts follows the others' room
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
 def test_the_target_as_its_own_draft_has_every_token_accepted(target, sampling):
     speculation = Speculation(make_draft("the target"))
