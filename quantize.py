@@ -183,19 +183,23 @@ def repack_(model: Transformer) -> None:
     """Give a loaded model the kernels of its device, and its linears their form, where one takes their shape."""
     dtype = model.embed_tokens.weight.dtype
 
-    def cast(values: Tensor) -> Tensor:
-        """Cast bf16 to the model's dtype, unless float16 would lose small values: then no kernel is to take them."""
-        return values.to(dtype) if torch.equal(values.to(dtype).to(values.dtype), values) else values
+    def exact(child: nn.Module) -> bool:
+        """Say whether the model's dtype holds the bf16 scales: float16 would lose small ones."""
+        scales = getattr(child, "scales", None)
+        return scales is None or torch.equal(scales.to(dtype).to(scales), scales)
 
-    for name in [name for name, child in model.named_modules() if isinstance(child, (Linear, Int8Linear, Int4Linear))]:
+    names = [name for name, child in model.named_modules() if isinstance(child, (Linear, Int8Linear, Int4Linear))]
+    # No kernel takes these, of no layer, since a compiled step has layers which are alike: `steps.of_the_first_layer`.
+    plain = {name.split(".")[-1] for name in names if not exact(model.get_submodule(name))}
+    for name in (name for name in names if name.split(".")[-1] not in plain):
         stored, layer = model.get_submodule(name), None
         if isinstance(stored, Linear):
             layer = kernels.linear_layer(stored.weight, stored.bias)
-        elif isinstance(stored, Int8Linear) and (scales := cast(stored.scales)).dtype == dtype:
-            layer = kernels.int8_layer(stored.weight, scales, stored.bias)
-        elif isinstance(stored, Int4Linear) and (scales := cast(stored.scales)).dtype == dtype:
+        elif isinstance(stored, Int8Linear):
+            layer = kernels.int8_layer(stored.weight, stored.scales.to(dtype), stored.bias)
+        elif isinstance(stored, Int4Linear):
             codes = unpack_nibbles(stored.weight, stored.in_features)
-            layer = kernels.int4_layer(codes, scales, stored.zeros, stored.bias, stored.group_size)
+            layer = kernels.int4_layer(codes, stored.scales.to(dtype), stored.zeros, stored.bias, stored.group_size)
         if layer is not None:
             model.set_submodule(name, layer)
     for block in model.layers:

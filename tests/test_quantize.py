@@ -192,6 +192,19 @@ def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
     assert (ready(x).double() - expected).abs().max() <= 0.01 * expected.abs().max()
 
 
+def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
+    """Else a graph compiled for a model, guarded by its first layer, would read another's scales as another dtype."""
+    model = random_model(read_config(DEMO), dtype=torch.float16)
+    for i, block in enumerate(model.layers):
+        for child in (block.mlp.gate_up_proj, block.mlp.down_proj):
+            child.weight.data = normal(*child.weight.shape) * (1e-6 if i == 1 and child is block.mlp.down_proj else 1)
+        block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Scheme("int8"))  # type: ignore[assignment]
+        block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Scheme("int8"))  # type: ignore[assignment]
+    repack_(model)
+    assert {type(block.mlp.down_proj) for block in model.layers} == {Int8Linear}
+    assert {type(block.mlp.gate_up_proj) for block in model.layers} == {AtenInt8Linear}
+
+
 def test_the_kernels_run_where_the_shape_allows() -> None:
     def kind(scheme: Scheme, N: int, K: int) -> type:
         return type(on_this_device(quantize_linear(filled(N, K), scheme), torch.float32))
