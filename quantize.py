@@ -189,6 +189,8 @@ def repack_(model: Transformer) -> None:
 
     for name in [name for name, child in model.named_modules() if isinstance(child, (Linear, Int8Linear, Int4Linear))]:
         stored, layer = model.get_submodule(name), None
+        if isinstance(stored, Int4Linear) and stored.zeros.max() > 15:  # kernels pack them two to a byte
+            raise ValueError(f"{name}.zeros has zero points above 15; the checkpoint is damaged")
         if isinstance(stored, Linear):
             layer = kernels.linear_layer(stored.weight, stored.bias)
         elif isinstance(stored, Int8Linear) and (scales := cast(stored.scales)).dtype == dtype:
