@@ -200,8 +200,6 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """Refuse what cannot work before it takes time; return the config and this rank's device. Raises ValueError."""
     device = local_device(args.device, ranks)
     check_device(device)
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
     raw = read_json(args.config)
     run_dtype(args, raw)
     models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}
