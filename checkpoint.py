@@ -599,7 +599,7 @@ def random_model(
         value = empty_weight(shape, kind, device)
         if kind in (torch.int8, torch.uint8):
             info = torch.iinfo(kind)
-            value.random_(info.min, info.max + 1, generator=generator)
+            value.random_(info.min, 16 if name.endswith(".zeros") else info.max + 1, generator=generator)
         elif name.endswith("norm.weight"):
             value.fill_(1)
         elif name.endswith(".scales"):

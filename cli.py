@@ -190,13 +190,15 @@ def checkpoint_folder(text: str) -> Path:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where --device `name` is not one that works here."""
+    """Raise ValueError where --device `name` is not one that works here; a GPU becomes the current one, for Triton."""
     import torch  # here, since not every command needs it
 
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise ValueError(f"--device {name} is not supported; cpu and cuda are")
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device  # with its index, without which set_device refuses «cuda»
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 

@@ -231,8 +231,6 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     # Of files that differ between nodes, rank 0's count.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
-    if torch.device(job.device).type == "cuda":
-        torch.cuda.set_device(job.device)
     began = time.perf_counter()
     model, speculation = together(partial(load, args, job, ranks), ranks)
     loaded = time.perf_counter()

@@ -193,6 +193,8 @@ def repack_(model: Transformer) -> None:
     plain = {name.split(".")[-1] for name in names if not exact(model.get_submodule(name))}
     for name in (name for name in names if name.split(".")[-1] not in plain):
         stored, layer = model.get_submodule(name), None
+        if isinstance(stored, Int4Linear) and stored.zeros.max() > 15:  # kernels pack them two to a byte
+            raise ValueError(f"{name}.zeros has zero points above 15; the checkpoint is damaged")
         if isinstance(stored, Linear):
             layer = kernels.linear_layer(stored.weight, stored.bias)
         elif isinstance(stored, Int8Linear):

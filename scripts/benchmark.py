@@ -50,6 +50,7 @@ from tp import from_rank_0, local_device, process_group, together
 
 
 FRESH_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
+WARM_GROUPS = ("positions", "verify")  # whose rungs warm up themselves, each time
 GROUPS = (*FRESH_GROUPS, "decode", "batch", "prefill", "positions", "verify")
 
 
@@ -99,7 +100,8 @@ class Results:
 def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, results: Results, device: str) -> None:
     """Sample the rungs in turns, and report those that have samples, however it ends."""
     fresh = group in FRESH_GROUPS
-    turns = args.samples if fresh else args.samples + 1
+    unsampled = 0 if fresh or group in WARM_GROUPS else 1  # turns that warm up and compile
+    turns = args.samples + unsampled
     bar = tqdm(total=len(rungs) * turns, desc=group, unit="sample", dynamic_ncols=True, leave=False,
                disable=None if results.writes else True)  # fmt: skip
     roofs = []
@@ -107,10 +109,10 @@ def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, resul
         for turn in range(turns):
             if not fresh:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
-                roofs += [roof] if turn > 0 else []
+                roofs += [roof] if turn >= unsampled else []
             for rung in rungs:
                 value = rung.measure()
-                if fresh or turn > 0:  # the first warms up and compiles
+                if turn >= unsampled:
                     rung.samples.append(value)
                 bar.update()
     finally:
@@ -198,8 +200,6 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """Refuse what cannot work before it takes time; return the config and this rank's device. Raises ValueError."""
     device = local_device(args.device, ranks)
     check_device(device)
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
     raw = read_json(args.config)
     run_dtype(args, raw)
     models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}

@@ -48,7 +48,7 @@ if [[ $DEVICE == cuda* ]]; then
 fi
 # First what there is no other way to know: a step at several positions against the roof, for every form of the weights.
 for config in $CONFIGS; do
-    measure 110 "$config" positions
+    measure 150 "$config" positions
 done
 step 130 "tests" "$PYTHON" -m pytest -m gpu tests/test_gpu.py -rs --tb=short --junitxml="$folder/gpu-tests.xml"
 for config in $CONFIGS; do

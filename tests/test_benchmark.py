@@ -13,7 +13,8 @@ import torch
 
 from checkpoint import random_model
 from generate import generate
-from scripts import compare
+from model import ONE_RANK
+from scripts import benchmark, compare
 from scripts.benchmark import main
 from scripts.fresh import Fresh
 from scripts.measure import GREEDY, PROMPT, Rung, processor
@@ -99,6 +100,23 @@ def test_an_interrupted_run_keeps_the_groups_it_finished_and_says_where(config):
     assert lines[0] == "start\n" and [rung["group"] for rung in report["rungs"]] == ["start", "start"]
     assert all(len(rung["samples"]) == 1 for rung in report["rungs"])
     assert not path.with_suffix(".svg").exists(), "nothing of the ladder was measured"
+
+
+def test_steps_interrupted_in_their_first_turn_keep_what_was_measured(tmp_path, monkeypatch):
+    """On a GPU that turn compiles for minutes; each of these rungs has warmed up by itself."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure_roof", lambda device: {"read_gb_per_s": 1.0})
+    args = Namespace(samples=3, device="cpu", name="steps", output_dir=tmp_path, config=Path("tiny.json"))
+    results = benchmark.Results(args, ONE_RANK, "positions")
+    results.report |= {"rungs": [], "roofs": {}}
+    rungs = [Rung("done", "ms", lambda: 2.0, read_bytes=1e6), Rung("begun", "ms", interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.measure_group("positions", rungs, args, results, "cpu")
+    [rung] = json.loads(results.path.read_text())["rungs"]
+    assert rung["name"] == "done" and rung["samples"] == [2.0] and rung["share_of_roof"] == pytest.approx(0.5)
 
 
 def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():

@@ -620,6 +620,18 @@ def test_quantized_weights_in_the_hubs_layout_are_refused(tmp_path: Path) -> Non
         load_model(path)
 
 
+def test_zero_points_that_are_no_codes_of_4_bits_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = quantized(DEMO, tmp_path / "out", "--mode", "int4")
+    stored, name = load_file(path / "model.safetensors"), "layers.0.mlp.down_proj.zeros"
+    others = {f"{name} is torch.bfloat16, expected torch.uint8": stored[name].bfloat16(), "above 15": stored[name] + 16}
+    for said, zeros in others.items():
+        save_file(stored | {name: zeros}, path / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            load_model(path)
+
+
 def test_codes_that_config_does_not_announce_are_refused(tmp_path: Path) -> None:
     path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
     damaged(path, lambda raw: raw.pop("quantization"))
