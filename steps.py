@@ -142,7 +142,7 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
         # A loop of fewer steps a thread is over before another thread has begun.
         "cpp.min_chunk_size": 4096,
         # Inductor would compile a test program for each kind of vectors; kernels.py has seen that they work here.
-        "cpp.vec_isa_ok": True if library() is not None else None,
+        "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
 
