@@ -38,7 +38,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it
 
 
 def test_in_a_command_ctrl_c_raises_so_that_what_was_begun_is_removed(monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a test before this one has left
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(interrupt.os, "_exit", lambda status: pytest.fail("the process would have ended at once"))
