@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import MAX_ROWS, KernelLinear, constant
+from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, constant
 from model import MAX_REDUCTION_ROWS, linear
 
 # Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
@@ -199,25 +199,15 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
-class Int8Linear(KernelLinear):
-    """codes int8 [N, K], scales [N]."""
-
-    tensors = ("weight", "scales")
-
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
-        super().__init__(bias)
-        self.weight, self.scales = constant(codes), constant(scales)
+class Int8Linear(AtenInt8Linear):
+    """Its tensors are those of the CPU's; what differs is the product of up to 16 rows."""
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
         if torch.compiler.is_compiling() and rows.shape[0] <= MAX_REDUCTION_ROWS:
-            return Int8Linear.gemm(rows, weight, scales)
+            return linear(rows, (weight.float() * scales.float().unsqueeze(-1)).to(rows.dtype))
         return torch.ops.kernels.cuda_int8_product(rows, weight, scales)
-
-    @staticmethod
-    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        return linear(rows, (weight.float() * scales.float().unsqueeze(-1)).to(rows.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
