@@ -500,6 +500,15 @@ def test_a_wrong_option_is_one_line(tmp_path):
     assert first.stdout + second.stdout + second.stderr == ""
 
 
+@pytest.fixture
+def keep_ctrl_c():
+    """Give Ctrl-C back its handler, which a process that is one of several ranks sets to the system's."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keep_ctrl_c")
 def test_ranks_that_torchrun_has_not_started_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="2"):
