@@ -52,6 +52,9 @@ from tp import draft_ranks, from_rank_0, process_group, together
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
+# From ids [B], their positions [B] and how long the longest text is to the ids that follow and their positions.
+DecodeOne = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
 
 def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError where a prompt needs more, or is empty."""
@@ -70,6 +73,28 @@ def check_room(model: Transformer, prompts: list[list[int]], cached: int, specul
             f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}: too few"
         )
     return capacity
+
+
+def launch_steps(decode: DecodeOne, batch: Batch, device: torch.device, count: int) -> Iterator[Tensor]:
+    """Launch `count` steps of the running rows, each on the ids [B] of the one before; fewer once some can leave."""
+    texts = [batch.texts[row] for row in batch.running]
+    ids = torch.tensor([text[-1] for text in texts], device=device)
+    lengths = [len(text) for text in texts]
+    at = torch.tensor(lengths, device=device) - 1
+    for n in range(count):
+        if batch.needed < len(batch.running):
+            return
+        ids, at = decode(ids, at, max(lengths) + n)
+        yield ids
+
+
+def decode_plainly(decode: DecodeOne, batch: Batch, device: torch.device, count: int) -> Iterator[list[list[int]]]:
+    """Yield `count` times the new id of each running row. Rows that have ended leave on the way."""
+    while count > 0:
+        batch.shrink_()
+        for step in read_behind(launch_steps(decode, batch, device, count), lag=0 if device.type == "cpu" else 1):
+            count -= 1
+            yield step
 
 
 @torch.inference_mode()
@@ -101,32 +126,17 @@ def generate(
     rooms = [min(max_new_tokens, capacity - len(p)) for p in prompts]
     models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
     batch = Batch([list(p) for p in prompts], rooms, frozenset(eos_ids), models)
-    slots = partial(visible_slots, torch.arange(model.max_seq_length, device=device))
+    slots = torch.arange(model.max_seq_length, device=device)
 
-    def noise() -> Tensor | None:
-        if sampling.temperature == 0:
-            return None
-        # For the rows that have ended too: what another row draws does not depend on them.
-        drawn = exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
-        return drawn if len(batch.running) == len(prompts) else drawn[batch.running]
+    def forward(step: Callable[..., Any], tokens: Tensor, positions: Tensor, length: int) -> Any:
+        noise = None
+        if sampling.temperature != 0:
+            # For the rows that have ended too: what another row draws does not depend on them.
+            noise = exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
+            noise = noise if len(batch.running) == len(prompts) else noise[batch.running]
+        return step(model, tokens, positions, visible_slots(slots, length), sampling, noise)
 
-    def plain_steps(count: int) -> Iterator[Tensor]:
-        texts = [batch.texts[row] for row in batch.running]
-        ids = torch.tensor([text[-1] for text in texts], device=device)
-        lengths = [len(text) for text in texts]
-        at = torch.tensor(lengths, device=device) - 1
-        for n in range(count):
-            if batch.needed < len(batch.running):
-                return
-            ids, at = decode(model, ids, at, slots(max(lengths) + n), sampling, noise())
-            yield ids
-
-    def plain(count: int) -> Iterator[list[list[int]]]:
-        while count > 0:
-            batch.shrink_()
-            for step in read_behind(plain_steps(count), lag=0 if device.type == "cpu" else 1):
-                count -= 1
-                yield step
+    plain = partial(decode_plainly, partial(forward, decode), batch, device)
 
     def steps() -> Iterator[list[list[int]]]:
         while speculation:
@@ -144,7 +154,7 @@ def generate(
         return
     new = [p[cached:] for p in prompts]
     for tokens, positions, filled in prompt_chunks(new, [cached] * len(prompts), device):
-        ids = prefill(model, tokens, positions, slots(filled), sampling, noise())
+        ids = forward(prefill, tokens, positions, filled)
     yield batch.take([[token] for token in ids.tolist()])
     batch.end(ended)
     made = steps()
