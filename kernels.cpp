@@ -179,21 +179,20 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
         const int8_t* p = w + n * K;
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 64) {
             for (int r = 0; r < ROWS; r++) fetch(p + 64 * r);
-            for (int r = 0; r < ROWS; r++) {
-                __m512 codes[4];
+            auto codes = [&](int r, int i) __attribute__((always_inline)) {
+                return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
+            };
+            if constexpr (M == 1) {
                 for (int i = 0; i < 4; i++)
-                    codes[i] = _mm512_cvtepi32_ps(
-                        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
-                if constexpr (M == 1) {
-                    for (int m = 0; m < M; m++)
-                        for (int i = 0; i < 4; i++)
-                            sums[r][m] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + m * K + k + 16 * i), sums[r][m]);
-                } else {  // codes are exact in bf16, and one instruction takes 32 of them
-                    __m512bh low = _mm512_cvtne2ps_pbh(codes[1], codes[0]);
-                    __m512bh high = _mm512_cvtne2ps_pbh(codes[3], codes[2]);
+                    for (int r = 0; r < ROWS; r++)
+                        sums[r][0] = _mm512_fmadd_ps(codes(r, i), _mm512_loadu_ps(wide_x + k + 16 * i), sums[r][0]);
+            } else {  // codes are exact in bf16, and one instruction takes 32 of them
+                for (int i = 0; i < 4; i += 2) {
+                    __m512bh weights[ROWS];
+                    for (int r = 0; r < ROWS; r++) weights[r] = _mm512_cvtne2ps_pbh(codes(r, i + 1), codes(r, i));
                     for (int m = 0; m < M; m++) {
-                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], low, load_bf16(x + m * K + k));
-                        sums[r][m] = _mm512_dpbf16_ps(sums[r][m], high, load_bf16(x + m * K + k + 32));
+                        const __m512bh inputs = load_bf16(x + m * K + k + 16 * i);
+                        for (int r = 0; r < ROWS; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
                     }
                 }
             }
@@ -228,21 +227,25 @@ static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int6
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// int4: w [N / 4, K / 64, 4, 32], byte i holds the codes of columns i and (high half) i + 32 of its 64;
-// scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too: [N / 4, groups / 4 rounded
-// up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
+// int4: w [N / 4, K / 64, 2, 32] words of 16 bits, from the low end: the codes of columns i and i + 32 of a row, and then
+// of the next row; scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too:
+// [N / 4, groups / 4 rounded up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
 
 static inline int64_t zero_bytes(int64_t groups) { return (groups + 3) / 4 * 8; }  // of a block of rows
 
-// Write 8 - zero of each group and row of a block: [groups, 4], groups rounded up to 4.
-static inline void zero_points(const uint8_t* zeros, int64_t groups, float* out) {
-    const __m512 values = _mm512_set_ps(-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8);  // of zeros 15 to 0
+// The scales and zeros of a block of rows in fp32, [groups, 4] each, groups rounded up to 4: an instruction can then take
+// one as it reads it.
+static inline void widen_groups(const bf16* scales, const uint8_t* zeros, int64_t groups, float* wide_scales,
+                                float* wide_zeros) {
     const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
-    for (int64_t i = 0; i < zero_bytes(groups); i += 8) {
+    for (int64_t i = 0; i < groups * ROWS; i += 16) {
         int64_t bits;
-        std::memcpy(&bits, zeros + i, 8);
-        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
-        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(codes, values));
+        std::memcpy(&bits, zeros + i / 2, 8);
+        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts), _mm512_set1_epi32(15));
+        _mm512_storeu_ps(wide_zeros + i, _mm512_cvtepi32_ps(codes));
+        const __mmask16 there = groups * ROWS - i >= 16 ? 0xffff : (1 << (groups * ROWS - i)) - 1;
+        const __m512i raw = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scales + i));
+        _mm512_storeu_ps(wide_scales + i, _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)));
     }
 }
 
@@ -250,32 +253,41 @@ template <int M>
 static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
     static thread_local std::vector<float> buffer;
-    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);  // of codes 15 to 0
+    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    // A code as the upper bits of a mantissa: code + 16 in bf16.
+    const __m512i mantissa = _mm512_set1_epi16(15 << 3), sixteen = _mm512_set1_epi16(0x4180);
     const int64_t G = K / group, zeros_size = zero_bytes(G);
-    buffer.resize(2 * zeros_size);
-    float* shifted = buffer.data();
+    const int group_bits = __builtin_ctzll(group);  // it is a power of two, and a division takes longer than all the rest
+    buffer.resize(4 * zeros_size);
+    float *scale = buffer.data(), *zero = scale + 2 * zeros_size;
     for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
         __m512 sums[ROWS][M] = {};
-        const uint8_t *p = w + n * K / 2, *zero = zeros + n / ROWS * zeros_size;
-        const bf16* scale = scales + n * G;
-        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)zero + zeros_size + i, _MM_HINT_T0);
-        zero_points(zero, G, shifted);
+        const uint8_t *p = w + n * K / 2, *block_zeros = zeros + n / ROWS * zeros_size;
+        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)block_zeros + zeros_size + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < G * ROWS; i += 32) _mm_prefetch((const char*)(scales + (n + ROWS) * G + i), _MM_HINT_T0);
+        widen_groups(scales + n * G, block_zeros, G, scale, zero);
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
             fetch(p);
             fetch(p + 64);
-            _mm_prefetch((const char*)(scale + k / group * ROWS) + AHEAD / 8, _MM_HINT_T0);
-            __m512i bytes[ROWS];
-            for (int r = 0; r < ROWS; r++)
-                bytes[r] = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * r)));
             for (int half = 0; half < 2; half++) {
-                const int64_t g = (k + 32 * half) / group * ROWS;
+                const int64_t g = ((k + 32 * half) >> group_bits) * ROWS;
                 const bf16* in = x + k + 32 * half;
                 __m512bh weights[ROWS];
-                for (int r = 0; r < ROWS; r++) {
-                    __m512 table = values;
-                    if (M > 2)  // it pays to make the 16 weights of each group, rounded to bf16, first
-                        table = _mm512_mul_ps(_mm512_add_ps(values, _mm512_set1_ps(shifted[g + r])), broadcast(scale + g + r));
-                    weights[r] = look_up(table, half ? _mm512_srli_epi16(bytes[r], 4) : bytes[r]);
+                for (int r = 0; r < ROWS; r += 2) {
+                    const __m512i words = _mm512_loadu_si512(p + 32 * r);
+                    __m512i two[2];
+                    if (M > 2)
+                        two[0] = half ? _mm512_srli_epi16(words, 4) : words;
+                    else
+                        two[0] = half ? _mm512_srli_epi16(words, 1) : _mm512_slli_epi16(words, 3);
+                    two[1] = _mm512_srli_epi16(two[0], 8);
+                    for (int i = 0; i < 2; i++)
+                        if (M > 2) {  // it pays to make the 16 weights of each group, rounded to bf16, first
+                            const __m512 from_zero = _mm512_sub_ps(codes, _mm512_set1_ps(zero[g + r + i]));
+                            weights[r + i] = look_up(_mm512_mul_ps(from_zero, _mm512_set1_ps(scale[g + r + i])), two[i]);
+                        } else {
+                            weights[r + i] = (__m512bh)_mm512_ternarylogic_epi32(two[i], mantissa, sixteen, 0xea);  // a & b | c
+                        }
                 }
                 for (int m = 0; m < M; m++) {
                     const __m512bh inputs = load_bf16(in + m * K);
@@ -284,27 +296,26 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                             sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
                         } else {  // sums of codes times x, and then the scale
                             __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), weights[r], inputs);
-                            sums[r][m] = _mm512_fmadd_ps(part, broadcast(scale + g + r), sums[r][m]);
+                            sums[r][m] = _mm512_fmadd_ps(part, _mm512_set1_ps(scale[g + r]), sums[r][m]);
                         }
                 }
             }
         }
         for (int m = 0; m < M; m++) {
-            float rest[ROWS] = {};  // the zero points, times what x sums to in their groups
+            float rest[ROWS] = {};  // 16 and the zero points, times what x sums to in their groups
             if (M <= 2) {
                 __m512 lanes = _mm512_setzero_ps();
                 for (int64_t i = 0; i < G * ROWS; i += 16) {
                     __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
-                    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scale + i));
                     __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
-                    total = _mm512_mul_ps(total, _mm512_loadu_ps(shifted + i));
-                    lanes = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), total, lanes);
+                    total = _mm512_mul_ps(total, _mm512_add_ps(_mm512_loadu_ps(zero + i), _mm512_set1_ps(16)));
+                    lanes = _mm512_fmadd_ps(total, _mm512_loadu_ps(scale + i), lanes);
                 }
                 float each[16];
                 _mm512_storeu_ps(each, lanes);
                 for (int i = 0; i < 16; i++) rest[i % ROWS] += each[i];
             }
-            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) + rest[r]);
+            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) - rest[r]);
         }
     }
 }
@@ -328,21 +339,20 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
 
 static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* out, int64_t N, int64_t K,
                             int64_t group) {
-    const int64_t G = K / group;
+    const int64_t G = K / group, size = 2 * zero_bytes(G);
 #pragma omp parallel for
     for (int64_t block = 0; block < N / ROWS; block++) {
-        std::vector<float> shifted(2 * zero_bytes(G));
-        zero_points(zeros + block * zero_bytes(G), G, shifted.data());
+        std::vector<float> scale(size), zero(size);
+        widen_groups(scales + block * ROWS * G, zeros + block * zero_bytes(G), G, scale.data(), zero.data());
         for (int64_t k = 0; k < K; k += 64)
             for (int r = 0; r < ROWS; r++) {
-                int64_t n = block * ROWS + r;
-                const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + 32 * r;
+                const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + r / 2 * 64 + r % 2;
                 for (int half = 0; half < 2; half++) {
-                    int64_t at = (k + 32 * half) / group * ROWS + r;
-                    float scale = widen(scales[block * ROWS * G + at]);
+                    const int64_t at = (k + 32 * half) / group * ROWS + r;
+                    bf16* row = out + (block * ROWS + r) * K + k + 32 * half;
                     for (int i = 0; i < 32; i++) {
-                        int code = half ? p[i] >> 4 : p[i] & 15;
-                        out[n * K + k + 32 * half + i] = narrow((code - 8 + shifted[at]) * scale);
+                        const int code = half ? p[2 * i] >> 4 : p[2 * i] & 15;
+                        row[i] = narrow((code - zero[at]) * scale[at]);
                     }
                 }
             }

@@ -262,9 +262,9 @@ class StreamedInt4Linear(KernelLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        # [N / 4, K / 64, 4, halves, 32]
-        blocks = codes.unflatten(-1, (-1, 2, 32)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
-        self.weight = packed_weight(blocks[..., 0, :] | blocks[..., 1, :] << 4)
+        low, high = codes.unflatten(-1, (-1, 2, 32)).unbind(-2)  # [N, K / 64, 32]
+        pairs = (low | high << 4).unflatten(-3, (-1, ROWS // 2, 2))
+        self.weight = packed_weight(pairs.movedim(-2, -4).movedim(-2, -1))  # [N / 4, K / 64, 2, 32, 2]
         # [N / 4, groups, 4]
         scales, zeros = (values.unflatten(-2, (-1, ROWS)).transpose(-2, -1) for values in (scales, zeros))
         self.scales = packed_weight(scales)
