@@ -85,6 +85,25 @@ static inline __m512 sums_of(const __m512* v) {
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
 
+struct alignas(64) Line {
+    bf16 values[32];
+};
+
+// Put x [M, K] in the order in which it is read, [K / 32, M, 32] for the rows of each pass: rows whose distance is a power
+// of two do not stay in the first cache.
+static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
+    if (M == 1) return x;
+    static thread_local std::vector<Line> buffer;
+    buffer.resize(M * K / 32);
+    bf16* packed = buffer.data()->values;
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
+        bf16* p = packed + pass * K + (m - pass) * 32;
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
+    }
+    return packed;
+}
+
 // Call run(M, x row, y row, first block, last block) on all threads, for at most MAX_M rows of x at a time.
 template <class Run>
 static void over_rows(int64_t M, int64_t N, Run run) {
@@ -112,11 +131,6 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 
 constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
 
-struct alignas(64) Line {
-    bf16 values[32];
-};
-
-// x [K / 32, M, 32]: as it is read, since rows whose distance is a power of two do not stay in the first cache.
 template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
     constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
@@ -155,14 +169,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 }
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    static thread_local std::vector<Line> buffer;
-    buffer.resize(M * K / 32);
-    bf16* packed = buffer.data()->values;
-    for (int64_t m = 0; m < M; m++) {
-        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
-        bf16* p = packed + pass * K + (m - pass) * 32;
-        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
-    }
+    const bf16* packed = pack(x, M, K);
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
@@ -179,20 +186,19 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
         const int8_t* p = w + n * K;
         for (int64_t k = 0; k < K; k += 64, p += ROWS * 64) {
             for (int r = 0; r < ROWS; r++) fetch(p + 64 * r);
-            auto codes = [&](int r, int i) __attribute__((always_inline)) {
-                return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
-            };
-            if constexpr (M == 1) {
+            for (int r = 0; r < ROWS; r++) {
+                __m512 codes[4];
                 for (int i = 0; i < 4; i++)
-                    for (int r = 0; r < ROWS; r++)
-                        sums[r][0] = _mm512_fmadd_ps(codes(r, i), _mm512_loadu_ps(wide_x + k + 16 * i), sums[r][0]);
-            } else {  // codes are exact in bf16, and one instruction takes 32 of them
-                for (int i = 0; i < 4; i += 2) {
-                    __m512bh weights[ROWS];
-                    for (int r = 0; r < ROWS; r++) weights[r] = _mm512_cvtne2ps_pbh(codes(r, i + 1), codes(r, i));
-                    for (int m = 0; m < M; m++) {
-                        const __m512bh inputs = load_bf16(x + m * K + k + 16 * i);
-                        for (int r = 0; r < ROWS; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
+                    codes[i] = _mm512_cvtepi32_ps(
+                        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
+                if constexpr (M == 1) {
+                    for (int i = 0; i < 4; i++)
+                        sums[r][0] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + k + 16 * i), sums[r][0]);
+                } else {  // codes are exact in bf16, and one instruction takes 32 of them
+                    for (int i = 0; i < 2; i++) {
+                        const __m512bh weights = _mm512_cvtne2ps_pbh(codes[2 * i + 1], codes[2 * i]);
+                        for (int m = 0; m < M; m++)
+                            sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights, load_bf16(x + (k + 32 * i) * M + m * 32));
                     }
                 }
             }
@@ -206,11 +212,13 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
 static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
     static thread_local std::vector<float> buffer;
-    buffer.resize(M * K);
+    buffer.resize(K);
     float* wide_x = buffer.data();
-    for (int64_t i = 0; i < M * K; i++) wide_x[i] = widen(x[i]);
+    if (M % MAX_M == 1)  // the last pass has one row
+        for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
+    const bf16* packed = pack(x, M, K);
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int8_blocks<M>(x + m * K, wide_x + m * K, w, scales, y + m * N, N, K, first, last))
+        WITH_M(rows, int8_blocks<M>(packed + m * K, wide_x, w, scales, y + m * N, N, K, first, last))
     });
 }
 
@@ -271,7 +279,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
             fetch(p + 64);
             for (int half = 0; half < 2; half++) {
                 const int64_t g = ((k + 32 * half) >> group_bits) * ROWS;
-                const bf16* in = x + k + 32 * half;
+                const bf16* in = x + (k + 32 * half) * M;
                 __m512bh weights[ROWS];
                 for (int r = 0; r < ROWS; r += 2) {
                     const __m512i words = _mm512_loadu_si512(p + 32 * r);
@@ -290,7 +298,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         }
                 }
                 for (int m = 0; m < M; m++) {
-                    const __m512bh inputs = load_bf16(in + m * K);
+                    const __m512bh inputs = load_bf16(in + m * 32);
                     for (int r = 0; r < ROWS; r++)
                         if (M > 2) {
                             sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
@@ -326,6 +334,7 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
     const int64_t G = K / group;
     buffer.resize(M * G * ROWS);
     float* totals = buffer.data();  // of each group of x, once for each row of a block
+    const bf16* packed = pack(x, M, K);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
@@ -333,7 +342,7 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
         std::fill(totals + i * ROWS, totals + (i + 1) * ROWS, _mm512_reduce_add_ps(sum));
     }
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M>(x + m * K, totals + m * G * ROWS, w, scales, zeros, y + m * N, N, K, group, first, last))
+        WITH_M(rows, int4_blocks<M>(packed + m * K, totals + m * G * ROWS, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 
