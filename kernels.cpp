@@ -48,15 +48,6 @@ static inline __m512bh load_first(const bf16* p, int64_t count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
 }
 
-static inline __m512 broadcast(const bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(*p), 16));
-}
-
-static inline __m512 widen16(const bf16* p) {
-    __m256i raw = _mm256_loadu_si256((const __m256i*)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
 // Replace each index in 0 to 15 (its higher bits do not count) by that of the 16 values, rounded to bf16.
 static inline __m512bh look_up(__m512 values, __m512i indices) {
     __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
@@ -92,7 +83,7 @@ struct alignas(64) Line {
 // Put x [M, K] in the order in which it is read, [K / 32, M, 32] for the rows of each pass: rows whose distance is a power
 // of two do not stay in the first cache.
 static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
-    if (M == 1) return x;
+    if (M <= 1) return x;
     static thread_local std::vector<Line> buffer;
     buffer.resize(M * K / 32);
     bf16* packed = buffer.data()->values;

@@ -341,7 +341,7 @@ def for_cuda(device: torch.device) -> ModuleType | None:
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
-    return StreamedLinear(weight, bias) if streams(weight.dtype, weight, 32) else None
+    return StreamedLinear(weight, bias) if weight.is_contiguous() and streams(weight.dtype, weight, 32) else None
 
 
 def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module | None:
@@ -358,7 +358,12 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
     """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
-    if K % group_size:
+    if K % group_size or group_size not in (
+        32,
+        64,
+        128,
+        256,
+    ):  # the kernels shift by powers of two; ATen's too has these
         return None
     if streams(scales.dtype, codes, 64):
         return StreamedInt4Linear(codes, scales, zeros, bias)

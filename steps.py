@@ -4,6 +4,7 @@
 """
 
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,9 +123,20 @@ def decode(
 def of_the_first_layer(guards: Sequence[Any]) -> list[bool]:
     """Say which guards to keep: what makes a graph fit a model, of its layers for the first alone.
 
-    A config makes them alike, and checking 22 of them takes 0.7 ms a token.
+    They are alike, as `check_layers` sees once for each model, and checking 22 of them takes 0.7 ms a token.
     """
     return [re.search(r"\['layers'\]\._modules\['[1-9]", guard.name) is None for guard in guards]
+
+
+def check_layers(model: Transformer) -> None:
+    """Raise ValueError where a layer has other modules or tensors than the first: a graph reads them alike."""
+    forms = []
+    for block in model.layers:
+        tensors = [*block.named_parameters(), *block.named_buffers()]
+        kinds = [(name, type(child)) for name, child in block.named_modules()]
+        forms.append((kinds, [(name, each.shape, each.stride(), each.dtype) for name, each in tensors]))
+    if odd := [i for i, form in enumerate(forms) if form != forms[0]]:
+        raise ValueError(f"layer {odd[0]} has other tensors than layer 0; run it without compiling, or make them alike")
 
 
 def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
@@ -147,7 +159,12 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     }
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
 
+    checked = weakref.WeakSet[Transformer]()
+
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
+        if model not in checked:
+            check_layers(model)
+            checked.add(model)
         if step is prefill:  # any number of columns
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
 from checkpoint import random_model
-from kernels import for_cuda
+from kernels import constant, for_cuda
 from model import Transformer
 from speculate import draft, verify
 from steps import Sampling, compiled, decode, of_the_first_layer
@@ -165,3 +165,13 @@ def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, secon
         with torch.inference_mode():
             run(model, torch.tensor([1]), torch.tensor([3]), torch.arange(64), GREEDY, None)
     assert counter.frame_count == 2
+
+
+def test_a_compiled_step_refuses_a_model_whose_layers_differ():
+    """A graph of the same first layer would read the weights of the second as if they had other sizes."""
+    odd = random_model(RAW, "cpu", torch.float32)
+    odd.setup_caches(1, 64)
+    for name, (N, columns) in {"gate_up_proj": (320, 64), "down_proj": (64, 160)}.items():
+        getattr(odd.layers[1].mlp, name).weight = constant(torch.ones(N, columns))
+    with torch.inference_mode(), pytest.raises(ValueError, match="layer 1 has other tensors than layer 0"):
+        compiled(decode)(odd, *arguments(None, 4), torch.arange(64), GREEDY, None)

@@ -19,8 +19,18 @@ from kernels import (
     empty_weight,
     packed_weight,
 )
-from model import attention
-from quantize import GROUP_SIZES, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from model import Linear, attention
+from quantize import (
+    GROUP_SIZES,
+    Int4Linear,
+    Scheme,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+    quantize_linear,
+    unpack_nibbles,
+)
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
@@ -104,8 +114,21 @@ def test_bf16_products_of_rows_too_large_for_the_first_cache_equal_their_twins()
 def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
     assert isinstance(kernels.linear_layer(weight, None), StreamedLinear)
-    for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta")):
+    strided = torch.empty(64, 256, dtype=torch.bfloat16)[:, ::2]
+    for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta"), strided):
         assert kernels.linear_layer(other, None) is None
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 96, 192])
+def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(group_size: int) -> None:
+    x, weight, scheme = normal(3, 192), Linear(192, 64), Scheme("int4", group_size)
+    weight.weight = kernels.constant(normal(64, 192, seed=1))
+    stored = quantize_linear(weight, scheme)
+    assert isinstance(stored, Int4Linear)
+    twin = stored.dequantize()
+    codes = unpack_nibbles(stored.weight, 192)
+    layer = kernels.int4_layer(codes, stored.scales, stored.zeros, None, group_size) or stored
+    assert_product(layer, x, twin, None)
 
 
 def memory_flags(address: int) -> list[str]:
