@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from cli import naming, own_file, read_json
 from kernels import empty_weight
 from model import ONE_RANK, ModelConfig, Ranks, RopeScaling, Transformer, rope_frequencies
 from quantize import Scheme, parse_scheme, quantize_linears_, repack_
-from tp import check_sizes, local_part
+from tp import check_sizes, from_rank_0, local_part, together
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -53,11 +54,13 @@ Spec = tuple[torch.dtype, torch.Size]  # of a tensor
 # Far above any real model: what is larger is a slip that would exhaust the memory or overflow a tensor's size.
 MAX_COUNT, MAX_SIZE = 2**12, 2**24
 
-# What stands beside the weights and goes with them into another form.
-COMPANIONS = (
+# What stands beside the weights and decides the text too.
+TEXT_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "vocab.json", "merges.txt", "README*", "LICENSE*", "USE_POLICY*",
+    "vocab.json", "merges.txt",
 )  # fmt: skip
+# What stands beside the weights and goes with them into another form.
+COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 
 QWEN_DEFAULTS: dict[str, Any] = {
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
@@ -608,6 +611,51 @@ def random_model(
             value.normal_(0, 0.02, generator=generator)
         state[name] = value
     return assign_parameters(model, state, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies on several nodes
+
+
+# Of a file of weights so many places of so many bytes are compared: what trains a model changes nearly all.
+NUM_PLACES, PLACE_SIZE = 64, 4096
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file; of one of weights that of its size and of places spread over it."""
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        found = hashlib.sha256(str(size).encode())
+        for i in range(NUM_PLACES):
+            file.seek(max(0, size - PLACE_SIZE) * i // (NUM_PLACES - 1))
+            found.update(file.read(PLACE_SIZE))
+    return found.hexdigest()
+
+
+def check_copies(checkpoint_paths: Collection[Path], ranks: Ranks) -> None:
+    """Raise ValueError where a rank's copy of a checkpoint is not rank 0's.
+
+    The ranks would part ways where a text ends, and wait for each other, or together be a model that nobody made.
+    """
+    if ranks.count == 1:
+        return
+
+    def digests() -> dict[Path, str]:
+        patterns = ("config.json", *TEXT_FILES, "model*.safetensors")
+        found = {file for path in checkpoint_paths for pattern in patterns for file in path.glob(pattern)}
+        return {file: digest(file) for file in found if file.is_file()}
+
+    expected = from_rank_0(digests, ranks)
+
+    def compare() -> None:
+        own = digests()
+        differ = sorted(file for file in {*expected, *own} if expected.get(file) != own.get(file))
+        if differ:
+            raise ValueError(f"{differ[0]} is not the one that rank 0 has; copy the checkpoint's folder from its node")
+
+    together(compare, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,15 @@ import torch
 from torch import Tensor
 
 from chat import Conversation, chat
-from checkpoint import load_model, meta_model, quantization_scheme, random_model, read_config, tensor_specs
+from checkpoint import (
+    check_copies,
+    load_model,
+    meta_model,
+    quantization_scheme,
+    random_model,
+    read_config,
+    tensor_specs,
+)
 from cli import user_errors, write_whole
 from model import ONE_RANK, Ranks, Transformer
 from options import Job, check, parse_args
@@ -238,7 +246,8 @@ def sample_batches(
 
 def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     job = together(partial(check, args, ranks), ranks)
-    # Of files that differ between nodes, rank 0's count.
+    check_copies(list(filter(None, (args.checkpoint_path, args.draft_checkpoint_path))), ranks)
+    # Of other files that differ between nodes, rank 0's count.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
     began = time.perf_counter()

@@ -362,11 +362,11 @@ def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) 
     kinds = dict.fromkeys(map(kind_of, after))
     totals = [sum(megabytes(specs, kind) for kind in kinds) for specs in (before, after)]
     forms = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
-    yield f"{'':26}{'stored as':28}{'MB before':>10}{'MB after':>10}"
+    yield f"{'':26}{'stored as':34}{'MB before':>10}{'MB after':>10}"
     for kind in kinds:
         form = describe(forms[kind])
-        yield f"{kind:26}{form:28}{megabytes(before, kind):10.3f}{megabytes(after, kind):10.3f}"
-    yield f"{'all':54}{totals[0]:10.3f}{totals[1]:10.3f}"
+        yield f"{kind:26}{form:34}{megabytes(before, kind):10.3f}{megabytes(after, kind):10.3f}"
+    yield f"{'all':60}{totals[0]:10.3f}{totals[1]:10.3f}"
 
 
 def describe(module: nn.Module) -> str:

@@ -114,6 +114,12 @@ def command(*options):
     generate.main(list(map(str, options)))
 
 
+def command_on_own_node(folder, *options):
+    """Run the command where the rank has a folder of its own, as on a node of its own."""
+    os.chdir(folder / os.environ["RANK"])
+    command(*options)
+
+
 def compiled_texts(path, draft_path):
     """Print the greedy texts of compiled steps, plain with a shared draft too, and how much was accepted."""
     with process_group() as ranks, user_errors():

@@ -514,6 +514,12 @@ def test_a_group_that_does_not_divide_is_told(stories: Path, tmp_path: Path, cap
     assert "down_proj" in (out := capsys.readouterr().out) and "int4, groups of 32, last of 12" in out
 
 
+def test_the_table_keeps_its_columns_where_a_group_is_shorter(stories: Path, tmp_path: Path, capsys: Any) -> None:
+    quantized(stories, tmp_path / "out", "--mode", "int4", "--groupsize", 256)
+    table = capsys.readouterr().out.splitlines()[:-1]
+    assert any("groups of 256, last of 172" in line for line in table) and len({len(line) for line in table}) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 import generate
 import quantize
@@ -491,6 +493,59 @@ def test_a_mistake_that_only_one_rank_finds_is_one_line_that_names_it(tmp_path):
         assert (first.status, second.status) == (2, 2)
         assert first.stderr == "error: rank 1: Expecting value: line 1 column 1 (char 0)\n"
         assert first.stdout + second.stdout + second.stderr == ""
+
+
+def other_eos(folder):
+    path = folder / "generation_config.json"
+    path.write_text(path.read_text().replace('"eos_token_id": 2', '"eos_token_id": 3'))
+
+
+def other_dtype(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("bfloat16", "float32"))
+
+
+def other_pieces(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+
+
+def other_weights(folder):
+    """Change those of two projections of a layer, as fine-tuning may."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name in ("q_proj", "v_proj"):
+        weights[f"model.layers.0.self_attn.{name}.weight"] *= 1.5
+    save_file(weights, path, {"format": "pt"})
+
+
+def no_generation_config(folder):
+    (folder / "generation_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (other_eos, "generation_config.json"),
+        (other_dtype, "config.json"),
+        (other_pieces, "tokenizer_config.json"),
+        (no_generation_config, "generation_config.json"),
+        (other_weights, "model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("which", ["--checkpoint_path", "--draft_checkpoint_path"])
+def test_a_node_whose_copy_of_a_checkpoint_is_another_is_refused_in_one_line(tmp_path, which, change, name):
+    for rank in range(2):
+        for folder in ("demo", "demo-draft"):
+            shutil.copytree(ROOT / "checkpoints" / folder, tmp_path / str(rank) / folder)
+    options = ["--checkpoint_path", "demo", "--draft_checkpoint_path", "demo-draft", "--max_new_tokens", "2"]
+    changed = options[options.index(which) + 1]
+    change(tmp_path / "1" / changed)
+    first, second = on_all(tmp_path, 2, on_ranks.command_on_own_node, tmp_path, *options, timeout=60)
+    assert (first.status, second.status) == (2, 2), first
+    assert first.stderr.startswith(f"error: rank 1: {changed}/{name} is not the one that rank 0 has; copy ")
+    assert first.stderr.count("\n") == 1
+    assert first.stdout + second.stdout + second.stderr == ""
 
 
 def test_a_wrong_option_is_one_line(tmp_path):
