@@ -490,6 +490,19 @@ def test_tries_of_a_bad_draft_come_rarer_and_rarer():
     assert max(waits) == waits[-1] == LONGEST_WAIT
 
 
+def test_a_draft_that_becomes_good_is_soon_asked_in_every_round():
+    pace = Pace(levels_below(5))
+    for _ in range(40):
+        pace.update([0], 1)
+    pace.update([1], 1)
+    assert pace.plan(LONG) == (FIRST_WAIT, 1)
+    tokens = 0
+    while pace.plan(LONG)[0]:
+        tokens += pace.plan(LONG)[0] + 2
+        pace.update([1], 1)
+    assert tokens < LONGEST_WAIT, "a try that succeeds is no reason to wait longer"
+
+
 @pytest.mark.parametrize(("room", "k"), [(1, 0), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (7, 5), (LONG, 5)])
 def test_no_more_is_drafted_than_fills_the_room(room, k):
     assert Pace(levels_below(5)).plan(room) == (1 if room == 1 else 0, k)
