@@ -165,7 +165,8 @@ class Pace:
         was_plain = self.best() == 0
         self.accepted = DECAY * self.accepted + sum(counts)
         self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
-        self.wait = min(2 * self.wait, LONGEST_WAIT) if was_plain and self.best() == 0 else FIRST_WAIT
+        failed = was_plain and self.best() == 0 and not any(counts)
+        self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
 
 
 def levels_below(max_k: int) -> tuple[int, ...]:
