@@ -358,12 +358,8 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
     """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
-    if K % group_size or group_size not in (
-        32,
-        64,
-        128,
-        256,
-    ):  # the kernels shift by powers of two; ATen's too has these
+    # The kernels, ATen's too, shift by powers of two.
+    if K % group_size or group_size not in (32, 64, 128, 256):
         return None
     if streams(scales.dtype, codes, 64):
         return StreamedInt4Linear(codes, scales, zeros, bias)

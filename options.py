@@ -133,6 +133,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
+    if device.type == "cpu" and (args.compile or args.compile_prefill):
+        check_compiler()
     for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
         # Rank 0 alone writes: another node need not have the folder.
         if ranks.rank == 0 and path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
@@ -172,6 +174,19 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         check_draft(args, tokenizer, config.vocab_size),
         template,
     )
+
+
+def check_compiler() -> None:
+    from torch._inductor import cpp_builder, exc  # here, since it loads the compiler
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        named = os.environ.get("CXX", "g++")
+        raise ValueError(
+            f"--compile on a CPU needs a C++ compiler, and {named} is none; install g++ or name one in CXX, or leave "
+            "--compile out"
+        ) from None
 
 
 def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:

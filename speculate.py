@@ -122,7 +122,7 @@ def verify(
 # Taken for the cost of one more draft, in steps of the target: that of a draft a tenth its size, and of verifying.
 DRAFT_COST = 0.25
 # A round weighs this much less in the next estimate.
-DECAY = 0.95
+DECAY = 0.92
 # The drafts that are taken for accepted before the first: enough to begin with the largest k.
 PRIOR = 1.0
 # Where drafts do not pay, so many tokens are decoded plainly before the next try; twice as many after each that fails.

@@ -68,7 +68,7 @@ def measure(plain: Transformer, model: Transformer, ids: list[int]) -> dict[str,
             divergence += float((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum())
     num_tokens = sum(window.num_targets for window in windows)
     return {
-        "file_bytes": model.weight_bytes,
+        "weight_bytes": model.weight_bytes,
         "step_bytes": model.step_weight_bytes,
         "perplexity": math.exp(nll / num_tokens),
         "kl": divergence / num_tokens,
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         report["rows"].append(row)
         change = row["perplexity"] / report["rows"][0]["perplexity"] - 1
         lines.append(
-            f"| {name} | {row['file_bytes'] / 1e6:.2f} | {row['step_bytes'] / 1e6:.2f} | {row['perplexity']:.3f} "
+            f"| {name} | {row['weight_bytes'] / 1e6:.2f} | {row['step_bytes'] / 1e6:.2f} | {row['perplexity']:.3f} "
             f"| {change:+.2%} | {row['kl']:.4f} |"
         )
     slug = "-".join("".join(c if c.isalnum() else " " for c in machine.lower()).split())

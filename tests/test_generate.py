@@ -575,3 +575,10 @@ assert not any("matplotlib" == m or "transformers" == m or "tiktoken" == m for m
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_compile_without_a_compiler_is_one_line():
+    result = run_command("--compile", "--max_new_tokens", 2, CXX="no-such-compiler")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --compile on a CPU needs a C++ compiler, and no-such-compiler is none;")
+    assert result.stderr.count("\n") == 1

@@ -524,16 +524,15 @@ def no_generation_config(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("which", "change", "name"),
     [
-        (other_eos, "generation_config.json"),
-        (other_dtype, "config.json"),
-        (other_pieces, "tokenizer_config.json"),
-        (no_generation_config, "generation_config.json"),
-        (other_weights, "model.safetensors"),
+        ("--checkpoint_path", other_eos, "generation_config.json"),
+        ("--checkpoint_path", other_dtype, "config.json"),
+        ("--checkpoint_path", other_weights, "model.safetensors"),
+        ("--draft_checkpoint_path", other_pieces, "tokenizer_config.json"),
+        ("--draft_checkpoint_path", no_generation_config, "generation_config.json"),
     ],
 )
-@pytest.mark.parametrize("which", ["--checkpoint_path", "--draft_checkpoint_path"])
 def test_a_node_whose_copy_of_a_checkpoint_is_another_is_refused_in_one_line(tmp_path, which, change, name):
     for rank in range(2):
         for folder in ("demo", "demo-draft"):
