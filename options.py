@@ -133,7 +133,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
-    if device.type == "cpu" and (args.compile or args.compile_prefill):
+    if device == "cpu" and (args.compile or args.compile_prefill):
         check_compiler()
     for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
         # Rank 0 alone writes: another node need not have the folder.
