@@ -10,6 +10,7 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,6 +25,9 @@
 using bf16 = uint16_t;
 constexpr int ROWS = 4;      // of w in a block
 constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
+constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
+constexpr int MAX_ROWS = 16;  // of x, as in kernels.py; above, GEMM is faster
+constexpr int64_t PIECE = 8 << 20;  // bytes of w that are unpacked together
 constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
 constexpr int FIRST_CACHE = 40 << 10;  // bytes of it that x may take
 
@@ -76,6 +80,37 @@ static inline __m512 sums_of(const __m512* v) {
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
 
+using torch::stable::Tensor;
+
+template <class T = bf16>
+static const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+static bf16* data(Tensor& tensor) { return static_cast<bf16*>(tensor.mutable_data_ptr()); }
+
+static Tensor in_order(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
+static Tensor empty(std::initializer_list<int64_t> sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
+    AtenTensorHandle tensor;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), aoti_torch_dtype_bfloat16(),
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
+static Tensor view(const bf16* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+    AtenTensorHandle tensor;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<bf16*>(data), sizes.size(), sizes.begin(),
+                                                              strides.begin(), 0, aoti_torch_dtype_bfloat16(),
+                                                              aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+}
+
 struct alignas(64) Line {
     bf16 values[32];
 };
@@ -108,6 +143,24 @@ static void over_rows(int64_t M, int64_t N, Run run) {
     }
 }
 
+// y = x w^T for many rows of x by GEMM: w is unpacked piece by piece, each used while it is in the cache.
+// unpack(block, out): write the ROWS rows of a block.
+template <class Unpack>
+static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
+    static thread_local std::vector<Line> buffer;
+    const int64_t most = std::min(N, std::max<int64_t>(TALL, PIECE / (K * sizeof(bf16)) / TALL * TALL));
+    buffer.resize(most * K / 32);
+    bf16* piece = buffer.data()->values;
+    const Tensor inputs = view(x, {M, K}, {K, 1});
+    for (int64_t n = 0; n < N; n += most) {
+        const int64_t rows = std::min(most, N - n);
+#pragma omp parallel for
+        for (int64_t i = 0; i < rows; i += ROWS) unpack((n + i) / ROWS, piece + i * K);
+        const Tensor weights = view(piece, {K, rows}, {1, K}), outputs = view(y + n, {M, rows}, {N, 1});
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(outputs.get(), inputs.get(), weights.get()));
+    }
+}
+
 // Choose the instance of a template for a number of rows.
 #define WITH_M(rows, call)                                                                   \
     switch (rows) {                                                                          \
@@ -119,8 +172,6 @@ static void over_rows(int64_t M, int64_t N, Run run) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
-
-constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
 
 template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
@@ -200,8 +251,18 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
     }
 }
 
+static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t block, bf16* out) {
+    for (int64_t k = 0; k < K; k += 64)
+        for (int r = 0; r < ROWS; r++) {
+            const int8_t* p = w + block * ROWS * K + k * ROWS + 64 * r;
+            const float scale = widen(scales[block * ROWS + r]);
+            for (int i = 0; i < 64; i++) out[r * K + k + i] = narrow(p[i] * scale);
+        }
+}
+
 static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
+    if (M > MAX_ROWS) return gemm(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
     static thread_local std::vector<float> buffer;
     buffer.resize(K);
     float* wide_x = buffer.data();
@@ -211,18 +272,6 @@ static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf1
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         WITH_M(rows, int8_blocks<M>(packed + m * K, wide_x, w, scales, y + m * N, N, K, first, last))
     });
-}
-
-static void int8_dequantize(const int8_t* w, const bf16* scales, bf16* out, int64_t N, int64_t K) {
-#pragma omp parallel for
-    for (int64_t block = 0; block < N / ROWS; block++)
-        for (int64_t k = 0; k < K; k += 64)
-            for (int r = 0; r < ROWS; r++) {
-                int64_t n = block * ROWS + r;
-                const int8_t* p = w + block * ROWS * K + k * ROWS + 64 * r;
-                float scale = widen(scales[n]);
-                for (int i = 0; i < 64; i++) out[n * K + k + i] = narrow(p[i] * scale);
-            }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -319,8 +368,29 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
+static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
+                        bf16* out) {
+    static thread_local std::vector<float> buffer;
+    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const int64_t G = K / group, zeros_size = zero_bytes(G);
+    buffer.resize(4 * zeros_size);
+    float *scale = buffer.data(), *zero = scale + 2 * zeros_size;
+    widen_groups(scales + block * ROWS * G, zeros + block * zeros_size, G, scale, zero);
+    for (int64_t k = 0; k < K; k += 32)
+        for (int r = 0; r < ROWS; r++) {
+            const __m512i words = _mm512_loadu_si512(w + block * ROWS * K / 2 + k / 64 * ROWS * 32 + r / 2 * 64);
+            const __m512i indices = _mm512_srl_epi16(words, _mm_cvtsi32_si128(k % 64 / 8 + r % 2 * 8));
+            const int64_t g = k / group * ROWS + r;
+            const __m512 from_zero = _mm512_sub_ps(codes, _mm512_set1_ps(zero[g]));
+            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(_mm512_mul_ps(from_zero, _mm512_set1_ps(scale[g])), indices));
+        }
+}
+
 static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
+    if (M > MAX_ROWS)
+        return gemm(x, y, M, N, K,
+                    [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
     buffer.resize(M * G * ROWS);
@@ -335,28 +405,6 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
     over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         WITH_M(rows, int4_blocks<M>(packed + m * K, totals + m * G * ROWS, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
-}
-
-static void int4_dequantize(const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* out, int64_t N, int64_t K,
-                            int64_t group) {
-    const int64_t G = K / group, size = 2 * zero_bytes(G);
-#pragma omp parallel for
-    for (int64_t block = 0; block < N / ROWS; block++) {
-        std::vector<float> scale(size), zero(size);
-        widen_groups(scales + block * ROWS * G, zeros + block * zero_bytes(G), G, scale.data(), zero.data());
-        for (int64_t k = 0; k < K; k += 64)
-            for (int r = 0; r < ROWS; r++) {
-                const uint8_t* p = w + (block * ROWS * K + k * ROWS) / 2 + r / 2 * 64 + r % 2;
-                for (int half = 0; half < 2; half++) {
-                    const int64_t at = (k + 32 * half) / group * ROWS + r;
-                    bf16* row = out + (block * ROWS + r) * K + k + 32 * half;
-                    for (int i = 0; i < 32; i++) {
-                        const int code = half ? p[2 * i] >> 4 : p[2 * i] & 15;
-                        row[i] = narrow((code - zero[at]) * scale[at]);
-                    }
-                }
-            }
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -613,29 +661,6 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
 // The operators, through torch's stable ABI: one library serves every torch from 2.11 on. kernels.py has their schemas,
 // and sees to it that weights have a type and a size that these take.
 
-using torch::stable::Tensor;
-
-template <class T = bf16>
-static const T* data(const Tensor& tensor) {
-    return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-static bf16* data(Tensor& tensor) { return static_cast<bf16*>(tensor.mutable_data_ptr()); }
-
-static Tensor in_order(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
-static Tensor empty(std::initializer_list<int64_t> sizes) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
-    AtenTensorHandle tensor;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), aoti_torch_dtype_bfloat16(),
-                                                    aoti_torch_device_type_cpu(), 0, &tensor));
-    return Tensor(tensor);
-}
-
 namespace operators {
 
 static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
@@ -652,25 +677,11 @@ static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& 
     return y;
 }
 
-static Tensor int8_dequantize(const Tensor& weight, const Tensor& scales) {
-    const int64_t N = scales.numel(), K = weight.numel() / N;
-    Tensor out = empty({N, K});
-    ::int8_dequantize(data<int8_t>(weight), data(scales), data(out), N, K);
-    return out;
-}
-
 static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
     const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
     ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
     return y;
-}
-
-static Tensor int4_dequantize(const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
-    const int64_t N = scales.size(0) * ROWS, K = 2 * weight.numel() / N;
-    Tensor out = empty({N, K});
-    ::int4_dequantize(data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(out), N, K, K / scales.size(1));
-    return out;
 }
 
 // As `model.attention`.
@@ -689,8 +700,6 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));
     library.impl("int8_product", TORCH_BOX(&operators::int8_product));
-    library.impl("int8_dequantize", TORCH_BOX(&operators::int8_dequantize));
     library.impl("int4_product", TORCH_BOX(&operators::int4_product));
-    library.impl("int4_dequantize", TORCH_BOX(&operators::int4_dequantize));
     library.impl("attention", TORCH_BOX(&operators::attention));
 }

@@ -99,9 +99,7 @@ def packed_weight(values: Tensor) -> nn.Parameter:
 OPERATORS = {
     "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
     "int8_product": "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
-    "int8_dequantize": "(Tensor weight, Tensor scales) -> Tensor",
     "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
-    "int4_dequantize": "(Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
     "aten_int4_product": "(Tensor x, Tensor weight, Tensor scales_and_zeros) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
 }
@@ -140,16 +138,6 @@ def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 @torch.library.register_fake("kernels::int4_product")
 def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], scales.shape[0] * ROWS)
-
-
-@torch.library.register_fake("kernels::int8_dequantize")
-def _(weight: Tensor, scales: Tensor) -> Tensor:
-    return scales.new_empty(scales.numel(), weight.numel() // scales.numel())
-
-
-@torch.library.register_fake("kernels::int4_dequantize")
-def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return scales.new_empty(scales.shape[0] * ROWS, 2 * weight.numel() // (scales.shape[0] * ROWS))
 
 
 @torch.library.register_fake("kernels::aten_int4_product")
@@ -250,9 +238,7 @@ class StreamedInt8Linear(KernelLinear):
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         return torch.ops.kernels.int8_product(rows, weight, scales)
 
-    @staticmethod
-    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        return F.linear(rows, torch.ops.kernels.int8_dequantize(weight, scales))
+    gemm = product
 
 
 class StreamedInt4Linear(KernelLinear):
@@ -276,9 +262,7 @@ class StreamedInt4Linear(KernelLinear):
     def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return torch.ops.kernels.int4_product(rows, weight, scales, zeros)
 
-    @staticmethod
-    def gemm(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        return F.linear(rows, torch.ops.kernels.int4_dequantize(weight, scales, zeros))
+    gemm = product
 
 
 class AtenInt8Linear(KernelLinear):

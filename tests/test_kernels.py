@@ -78,16 +78,23 @@ def test_each_row_is_multiplied_alone() -> None:
             assert layer(changed)[i].isnan().all()
 
 
-def test_unpacked_weights_are_the_dequantized_ones() -> None:
+def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
+    one_each = torch.eye(192).bfloat16()  # a product with it is the weight itself
     codes, scales = quantize_int8(normal(64, 192))
-    layer = StreamedInt8Linear(codes, scales, None)
-    assert torch.equal(
-        torch.ops.kernels.int8_dequantize(layer.weight, layer.scales), dequantize_int8(codes, scales).bfloat16()
-    )
-    quantized = quantize_int4(normal(64, 192), 64)
-    packed = StreamedInt4Linear(*quantized, None)
-    unpacked = torch.ops.kernels.int4_dequantize(packed.weight, packed.scales, packed.zeros)
-    torch.testing.assert_close(unpacked, dequantize_int4(*quantized, 64).bfloat16(), rtol=2**-8, atol=0)
+    assert torch.equal(StreamedInt8Linear(codes, scales, None)(one_each), dequantize_int8(codes, scales).bfloat16().T)
+    for group_size in (32, 64):
+        quantized = quantize_int4(normal(64, 192), group_size)
+        unpacked = StreamedInt4Linear(*quantized, None)(one_each)
+        twin = dequantize_int4(*quantized, group_size).bfloat16().T
+        torch.testing.assert_close(unpacked, twin, rtol=2**-8, atol=0)
+
+
+def test_weights_of_several_pieces_are_multiplied_whole() -> None:
+    x, weight = normal(MAX_ROWS + 1, 1024), normal(4164, 1024, seed=1)  # pieces are of 8 MiB in bf16
+    codes, scales = quantize_int8(weight)
+    assert_product(StreamedInt8Linear(codes, scales, None), x, dequantize_int8(codes, scales), None)
+    quantized = quantize_int4(weight, 32)
+    assert_product(StreamedInt4Linear(*quantized, None), x, dequantize_int4(*quantized, 32), None)
 
 
 def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
