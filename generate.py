@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from chat import Conversation, chat
 from checkpoint import (
@@ -207,21 +208,22 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
     return model, speculation
 
 
-def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None) -> None:
+def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None, quiet: bool) -> None:
     """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
     shortest = sorted(chain(*job.batches), key=len)  # so that few slots are few: the long rows may be the first to end
-    for prompts in [shortest[:size] for size in {size for batch in job.batches for size in batch_sizes(len(batch))}]:
-        for cached in {0, max(0, job.max_seq_length - max(map(len, prompts)) - 3)}:
-            texts = [[0] * cached + ids for ids in prompts]
-            for _ in launch(texts, 3, cached=cached):
-                pass
-            if speculation is None:
-                continue
-            for k in levels_below(speculation.max_k)[:-1]:
-                drafting = replace(speculation, levels=(k,))
-                drafting.filled = [cached] * len(texts)
-                for _ in launch(texts, 3, cached=cached, speculation=drafting):
-                    pass
+    sizes = {size for batch in job.batches for size in batch_sizes(len(batch))}
+    levels = levels_below(speculation.max_k) if speculation else (0,)
+    cases = [(shortest[:size], few, k) for size in sizes for few in (True, False) for k in reversed(levels)]
+    for prompts, few, k in tqdm(
+        cases, desc="compile", unit="case", leave=False, dynamic_ncols=True, disable=quiet or None
+    ):
+        cached = 0 if few else max(0, job.max_seq_length - max(map(len, prompts)) - 3)
+        drafting = None
+        if speculation and k:
+            drafting = replace(speculation, levels=(k,))
+            drafting.filled = [cached] * len(prompts)
+        for _ in launch([[0] * cached + ids for ids in prompts], 3, cached=cached, speculation=drafting):
+            pass
 
 
 def sample_batches(
@@ -268,7 +270,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     if args.compile or args.compile_prefill:
         if ranks.rank == 0:
             print("compiling ...", file=sys.stderr)
-        warm_up(launch, job, speculation)
+        warm_up(launch, job, speculation, quiet=ranks.rank > 0)
     ready = time.perf_counter()
 
     generator.manual_seed(args.seed)

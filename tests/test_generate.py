@@ -317,7 +317,7 @@ def test_nothing_recompiles_when_rows_leave(lengths, slots):
     model.setup_caches(2, slots)
     prompts = [[3] * length for length in lengths]
     launch = partial(generate, model, sampling=Sampling(0.9), decode=compiled(decode))
-    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=slots), None)
+    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=slots), None, quiet=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         for ends in ({}, {0: 4}, {1: 70}):
             ended = set()

@@ -604,8 +604,8 @@ def write_config(path: Path, **changes):
 def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch):
     warmed_up = []
 
-    def watched(*args):
-        warm_up(*args)
+    def watched(*args, **options):
+        warm_up(*args, **options)
         warmed_up.append(torch.compiler.set_stance("fail_on_recompile"))
 
     monkeypatch.setattr(generate_module, "warm_up", watched)
