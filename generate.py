@@ -213,14 +213,15 @@ def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Specula
     shortest = sorted(chain(*job.batches), key=len)  # so that few slots are few: the long rows may be the first to end
     sizes = {size for batch in job.batches for size in batch_sizes(len(batch))}
     levels = levels_below(speculation.max_k) if speculation else (0,)
-    cases = [(shortest[:size], few, k) for size in sizes for few in (True, False) for k in reversed(levels)]
-    for prompts, few, k in tqdm(
-        cases, desc="compile", unit="case", leave=False, dynamic_ncols=True, disable=quiet or None
-    ):
-        cached = 0 if few else max(0, job.max_seq_length - max(map(len, prompts)) - 3)
-        drafting = None
-        if speculation and k:
-            drafting = replace(speculation, levels=(k,))
+    cases = [
+        (shortest[:size], cached, k)
+        for size in sizes
+        for cached in {0, max(0, job.max_seq_length - len(shortest[size - 1]) - 3)}
+        for k in reversed(levels)
+    ]
+    for prompts, cached, k in tqdm(cases, desc="compile", leave=False, dynamic_ncols=True, disable=quiet or None):
+        drafting = replace(speculation, levels=(k,)) if speculation and k else None
+        if drafting:
             drafting.filled = [cached] * len(prompts)
         for _ in launch([[0] * cached + ids for ids in prompts], 3, cached=cached, speculation=drafting):
             pass
