@@ -131,21 +131,21 @@ static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
 }
 
 // Call run(M, x row, y row, first block, last block) on all threads, for at most MAX_M rows of x at a time.
-template <class Run>
+template <int BLOCK, class Run>
 static void over_rows(int64_t M, int64_t N, Run run) {
     for (int64_t m = 0; m < M; m += MAX_M) {
         int rows = int(std::min<int64_t>(MAX_M, M - m));
 #pragma omp parallel
         {
-            int64_t blocks = N / ROWS, t = omp_get_thread_num(), T = omp_get_num_threads();
+            int64_t blocks = N / BLOCK, t = omp_get_thread_num(), T = omp_get_num_threads();
             run(rows, m, blocks * t / T, blocks * (t + 1) / T);
         }
     }
 }
 
 // y = x w^T for many rows of x by GEMM: w is unpacked piece by piece, each used while it is in the cache.
-// unpack(block, out): write the ROWS rows of a block.
-template <class Unpack>
+// unpack(block, out): write the BLOCK rows of a block.
+template <int BLOCK, class Unpack>
 static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
     static thread_local std::vector<Line> buffer;
     const int64_t most = std::min(N, std::max<int64_t>(TALL, PIECE / (K * sizeof(bf16)) / TALL * TALL));
@@ -155,7 +155,7 @@ static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack
     for (int64_t n = 0; n < N; n += most) {
         const int64_t rows = std::min(most, N - n);
 #pragma omp parallel for
-        for (int64_t i = 0; i < rows; i += ROWS) unpack((n + i) / ROWS, piece + i * K);
+        for (int64_t i = 0; i < rows; i += BLOCK) unpack((n + i) / BLOCK, piece + i * K);
         const Tensor weights = view(piece, {K, rows}, {1, K}), outputs = view(y + n, {M, rows}, {N, 1});
         TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(outputs.get(), inputs.get(), weights.get()));
     }
@@ -212,7 +212,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     const bf16* packed = pack(x, M, K);
-    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+    over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
 }
@@ -262,148 +262,136 @@ static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t 
 
 static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
-    if (M > MAX_ROWS) return gemm(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
+    if (M > MAX_ROWS) return gemm<ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
     static thread_local std::vector<float> buffer;
     buffer.resize(K);
     float* wide_x = buffer.data();
     if (M % MAX_M == 1)  // the last pass has one row
         for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
     const bf16* packed = pack(x, M, K);
-    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+    over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
         WITH_M(rows, int8_blocks<M>(packed + m * K, wide_x, w, scales, y + m * N, N, K, first, last))
     });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// int4: w [N / 4, K / 64, 2, 32] words of 16 bits, from the low end: the codes of columns i and i + 32 of a row, and then
-// of the next row; scales [N / 4, K / group, 4]. A code c stands for (c - zero) * scale, the zeros as codes too:
-// [N / 4, groups / 4 rounded up, 8], byte i holds those of rows 0 and 2 of group i, byte i + 4 of rows 1 and 3.
+// int4: w [N / 16, K / 32, 4, 16] words of 32 bits, each of 8 columns of a row: from the low end, the codes of the even
+// ones in its low half and of the odd ones in its high half. scales [N / 16, groups, 16]. A code c stands for
+// (c - zero) * scale, the zeros as codes too: [N / 16, groups, 8], byte i holds those of rows i and i + 8.
+//
+// The lanes of a vector are rows of w: pairs of x are broadcast, and nothing is summed across lanes.
 
-static inline int64_t zero_bytes(int64_t groups) { return (groups + 3) / 4 * 8; }  // of a block of rows
+// The codes number i of each half, as the upper bits of a mantissa: 16 + code.
+static inline __m512bh int4_weights(__m512i words, int i) {
+    const __m512i mantissa = _mm512_set1_epi16(15 << 3), sixteen = _mm512_set1_epi16(0x4180);
+    const __m512i moved = i ? _mm512_srli_epi16(words, 4 * i - 3) : _mm512_slli_epi16(words, 3);
+    return (__m512bh)_mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // a & b | c
+}
 
-// The scales and zeros of a block of rows in fp32, [groups, 4] each, groups rounded up to 4: an instruction can then take
-// one as it reads it.
-static inline void widen_groups(const bf16* scales, const uint8_t* zeros, int64_t groups, float* wide_scales,
-                                float* wide_zeros) {
-    const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
-    for (int64_t i = 0; i < groups * ROWS; i += 16) {
-        int64_t bits;
-        std::memcpy(&bits, zeros + i / 2, 8);
-        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts), _mm512_set1_epi32(15));
-        _mm512_storeu_ps(wide_zeros + i, _mm512_cvtepi32_ps(codes));
-        const __mmask16 there = groups * ROWS - i >= 16 ? 0xffff : (1 << (groups * ROWS - i)) - 1;
-        const __m512i raw = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, scales + i));
-        _mm512_storeu_ps(wide_scales + i, _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)));
-    }
+// 16 + zero of TALL rows.
+static inline __m512 int4_zeros(const uint8_t* zeros) {
+    const __m512i mantissa = _mm512_set1_epi32(15 << 19), sixteen = _mm512_set1_epi32(0x41800000);
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros);
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4)));
+    return (__m512)_mm512_ternarylogic_epi32(_mm512_slli_epi32(codes, 19), mantissa, sixteen, 0xea);
+}
+
+static inline __m512 widen(__m256i values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
 template <int M>
 static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    static thread_local std::vector<float> buffer;
-    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    // A code as the upper bits of a mantissa: code + 16 in bf16.
-    const __m512i mantissa = _mm512_set1_epi16(15 << 3), sixteen = _mm512_set1_epi16(0x4180);
-    const int64_t G = K / group, zeros_size = zero_bytes(G);
-    const int group_bits = __builtin_ctzll(group);  // it is a power of two, and a division takes longer than all the rest
-    buffer.resize(4 * zeros_size);
-    float *scale = buffer.data(), *zero = scale + 2 * zeros_size;
-    for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
-        __m512 sums[ROWS][M] = {};
-        const uint8_t *p = w + n * K / 2, *block_zeros = zeros + n / ROWS * zeros_size;
-        for (int64_t i = 0; i < zeros_size; i += 64) _mm_prefetch((const char*)block_zeros + zeros_size + i, _MM_HINT_T0);
-        for (int64_t i = 0; i < G * ROWS; i += 32) _mm_prefetch((const char*)(scales + (n + ROWS) * G + i), _MM_HINT_T0);
-        widen_groups(scales + n * G, block_zeros, G, scale, zero);
-        for (int64_t k = 0; k < K; k += 64, p += ROWS * 32) {
-            fetch(p);
-            fetch(p + 64);
-            for (int half = 0; half < 2; half++) {
-                const int64_t g = ((k + 32 * half) >> group_bits) * ROWS;
-                const bf16* in = x + (k + 32 * half) * M;
-                __m512bh weights[ROWS];
-                for (int r = 0; r < ROWS; r += 2) {
-                    const __m512i words = _mm512_loadu_si512(p + 32 * r);
-                    __m512i two[2];
-                    if (M > 2)
-                        two[0] = half ? _mm512_srli_epi16(words, 4) : words;
-                    else
-                        two[0] = half ? _mm512_srli_epi16(words, 1) : _mm512_slli_epi16(words, 3);
-                    two[1] = _mm512_srli_epi16(two[0], 8);
-                    for (int i = 0; i < 2; i++)
-                        if (M > 2) {  // it pays to make the 16 weights of each group, rounded to bf16, first
-                            const __m512 from_zero = _mm512_sub_ps(codes, _mm512_set1_ps(zero[g + r + i]));
-                            weights[r + i] = look_up(_mm512_mul_ps(from_zero, _mm512_set1_ps(scale[g + r + i])), two[i]);
-                        } else {
-                            weights[r + i] = (__m512bh)_mm512_ternarylogic_epi32(two[i], mantissa, sixteen, 0xea);  // a & b | c
+    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    const int64_t G = K / group;
+    for (int64_t n = first; n < last; n++) {
+        __m512 sums[M] = {};
+        const uint8_t* p = w + n * TALL * K / 2;
+        for (int64_t g = 0; g < G; g++) {
+            _mm_prefetch((const char*)(scales + (n * G + g) * TALL) + AHEAD / 4, _MM_HINT_T0);
+            _mm_prefetch((const char*)(zeros + (n * G + g) * TALL / 2) + AHEAD / 8, _MM_HINT_T0);
+            __m512 parts[M][PARTS] = {};
+            for (int64_t k = g * group; k < (g + 1) * group; k += 32)
+                for (int v = 0; v < 4; v++, p += 64) {
+                    fetch(p);
+                    const __m512i words = _mm512_loadu_si512(p);
+                    for (int i = 0; i < 4; i++) {
+                        const __m512bh weights = int4_weights(words, i);
+                        for (int m = 0; m < M; m++) {
+                            int32_t pair;
+                            std::memcpy(&pair, x + k * M + m * 32 + 8 * v + 2 * i, 4);
+                            parts[m][i % PARTS] = _mm512_dpbf16_ps(parts[m][i % PARTS], weights, (__m512bh)_mm512_set1_epi32(pair));
                         }
+                    }
                 }
-                for (int m = 0; m < M; m++) {
-                    const __m512bh inputs = load_bf16(in + m * 32);
-                    for (int r = 0; r < ROWS; r++)
-                        if (M > 2) {
-                            sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
-                        } else {  // sums of codes times x, and then the scale
-                            __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), weights[r], inputs);
-                            sums[r][m] = _mm512_fmadd_ps(part, _mm512_set1_ps(scale[g + r]), sums[r][m]);
-                        }
-                }
+            const __m512 zero = int4_zeros(zeros + (n * G + g) * TALL / 2);
+            const __m512 scale = widen(_mm256_loadu_si256((const __m256i*)(scales + (n * G + g) * TALL)));
+            for (int m = 0; m < M; m++) {
+                for (int i = 1; i < PARTS; i++) parts[m][0] = _mm512_add_ps(parts[m][0], parts[m][i]);
+                parts[m][0] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g]), parts[m][0]);
+                sums[m] = _mm512_fmadd_ps(parts[m][0], scale, sums[m]);
             }
         }
-        for (int m = 0; m < M; m++) {
-            float rest[ROWS] = {};  // 16 and the zero points, times what x sums to in their groups
-            if (M <= 2) {
-                __m512 lanes = _mm512_setzero_ps();
-                for (int64_t i = 0; i < G * ROWS; i += 16) {
-                    __mmask16 there = G * ROWS - i >= 16 ? 0xffff : (1 << (G * ROWS - i)) - 1;
-                    __m512 total = _mm512_maskz_loadu_ps(there, totals + m * G * ROWS + i);
-                    total = _mm512_mul_ps(total, _mm512_add_ps(_mm512_loadu_ps(zero + i), _mm512_set1_ps(16)));
-                    lanes = _mm512_fmadd_ps(total, _mm512_loadu_ps(scale + i), lanes);
-                }
-                float each[16];
-                _mm512_storeu_ps(each, lanes);
-                for (int i = 0; i < 16; i++) rest[i % ROWS] += each[i];
-            }
-            for (int r = 0; r < ROWS; r++) y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) - rest[r]);
-        }
+        for (int m = 0; m < M; m++)
+            _mm256_storeu_si256((__m256i*)(y + m * N + n * TALL), (__m256i)_mm512_cvtneps_pbh(sums[m]));
     }
 }
 
 static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
                         bf16* out) {
-    static thread_local std::vector<float> buffer;
-    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const int64_t G = K / group, zeros_size = zero_bytes(G);
-    buffer.resize(4 * zeros_size);
-    float *scale = buffer.data(), *zero = scale + 2 * zeros_size;
-    widen_groups(scales + block * ROWS * G, zeros + block * zeros_size, G, scale, zero);
-    for (int64_t k = 0; k < K; k += 32)
-        for (int r = 0; r < ROWS; r++) {
-            const __m512i words = _mm512_loadu_si512(w + block * ROWS * K / 2 + k / 64 * ROWS * 32 + r / 2 * 64);
-            const __m512i indices = _mm512_srl_epi16(words, _mm_cvtsi32_si128(k % 64 / 8 + r % 2 * 8));
-            const int64_t g = k / group * ROWS + r;
-            const __m512 from_zero = _mm512_sub_ps(codes, _mm512_set1_ps(zero[g]));
-            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(_mm512_mul_ps(from_zero, _mm512_set1_ps(scale[g])), indices));
+    // Of four rows, each a quarter of a vector, the word that has a column, and where in the word its code is.
+    alignas(64) uint16_t places[4][32], nibbles[32];
+    for (int column = 0; column < 32; column++) {
+        nibbles[column] = column % 8 / 2 * 4;
+        for (int row = 0; row < 4; row++) places[row][column] = 8 * row + column / 8 * 2 + column % 2;
+    }
+    const __m512 codes = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);  // with 16 added
+    alignas(64) float scale[TALL], least[TALL];
+    for (int64_t k = 0; k < K; k += 32) {
+        if (k % group == 0) {
+            const int64_t g = block * (K / group) + k / group;
+            const __m512 wide = widen(_mm256_loadu_si256((const __m256i*)(scales + g * TALL)));
+            _mm512_store_ps(scale, wide);
+            _mm512_store_ps(least, _mm512_mul_ps(wide, int4_zeros(zeros + g * TALL / 2)));
         }
+        const __m512i* p = (const __m512i*)(w + (block * K + k) * TALL / 2);
+        __m512i twos[4], fours[4];  // the words of rows i, i + 4, i + 8 and i + 12
+        for (int i = 0; i < 2; i++) {
+            twos[2 * i] = _mm512_unpacklo_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
+            twos[2 * i + 1] = _mm512_unpackhi_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
+        }
+        for (int i = 0; i < 2; i++) {
+            fours[2 * i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
+            fours[2 * i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
+        }
+        for (int r = 0; r < TALL; r++) {
+            const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
+            // Exact in fp32: codes have 5 bits, scales 8.
+            const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(least[r]));
+            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, _mm512_srlv_epi16(words, _mm512_load_si512(nibbles))));
+        }
+    }
 }
 
 static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     if (M > MAX_ROWS)
-        return gemm(x, y, M, N, K,
+        return gemm<TALL>(x, y, M, N, K,
                     [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
-    buffer.resize(M * G * ROWS);
-    float* totals = buffer.data();  // of each group of x, once for each row of a block
+    buffer.resize(M * G);
+    float* totals = buffer.data();  // of each group of x
     const bf16* packed = pack(x, M, K);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
-        std::fill(totals + i * ROWS, totals + (i + 1) * ROWS, _mm512_reduce_add_ps(sum));
+        totals[i] = _mm512_reduce_add_ps(sum);
     }
-    over_rows(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M>(packed + m * K, totals + m * G * ROWS, w, scales, zeros, y + m * N, N, K, group, first, last))
+    over_rows<TALL>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
+        WITH_M(rows, int4_blocks<M>(packed + m * K, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 
@@ -678,7 +666,7 @@ static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& 
 }
 
 static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
-    const int64_t M = x.size(0), N = scales.size(0) * ROWS, K = x.size(1);
+    const int64_t M = x.size(0), N = scales.size(0) * TALL, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
     ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
     return y;

@@ -30,7 +30,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 # Up to so many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
-ROWS = 4  # of the weight that the kernels take together
+ROWS, TALL = 4, 16  # of the weight, that the kernels of int8 and of int4 take together
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 @torch.library.register_fake("kernels::int4_product")
 def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales.shape[0] * ROWS)
+    return x.new_empty(x.shape[0], scales.shape[0] * TALL)
 
 
 @torch.library.register_fake("kernels::aten_int4_product")
@@ -248,15 +248,14 @@ class StreamedInt4Linear(KernelLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        low, high = codes.unflatten(-1, (-1, 2, 32)).unbind(-2)  # [N, K / 64, 32]
-        pairs = (low | high << 4).unflatten(-3, (-1, ROWS // 2, 2))
-        self.weight = packed_weight(pairs.movedim(-2, -4).movedim(-2, -1))  # [N / 4, K / 64, 2, 32, 2]
-        # [N / 4, groups, 4]
-        scales, zeros = (values.unflatten(-2, (-1, ROWS)).transpose(-2, -1) for values in (scales, zeros))
+        # A row's 32 columns are four times eight, of which even and odd ones are four each.
+        columns = codes.unflatten(-1, (-1, 4, 4, 2)).unflatten(-5, (-1, TALL)).movedim(-5, -3).mT  # [.., 4, TALL, 2, 4]
+        first, second = columns.unflatten(-1, (2, 2)).unbind(-1)
+        self.weight = packed_weight(first | second << 4)  # [N / TALL, K / 32, 4, TALL, 2, 2]
+        scales, zeros = (values.unflatten(-2, (-1, TALL)).mT for values in (scales, zeros))  # [N / TALL, groups, TALL]
         self.scales = packed_weight(scales)
-        padded = F.pad(zeros, (0, 0, 0, -zeros.shape[-2] % 4))
-        first, second, third, fourth = padded.unflatten(-2, (-1, 4)).unbind(-1)
-        self.zeros = packed_weight(torch.cat((first | third << 4, second | fourth << 4), dim=-1))
+        first, second = zeros.unflatten(-1, (2, -1)).unbind(-2)
+        self.zeros = packed_weight(first | second << 4)
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -325,12 +324,12 @@ def for_cuda(device: torch.device) -> ModuleType | None:
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
-    return StreamedLinear(weight, bias) if weight.is_contiguous() and streams(weight.dtype, weight, 32) else None
+    return StreamedLinear(weight, bias) if weight.is_contiguous() and streams(weight.dtype, weight, ROWS, 32) else None
 
 
 def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer for codes [N, K] and scales [N], whose dtype is the model's."""
-    if streams(scales.dtype, codes, 64):
+    if streams(scales.dtype, codes, ROWS, 64):
         return StreamedInt8Linear(codes, scales, bias)
     if codes.ndim == 2 and (cuda := for_cuda(codes.device)):
         return cuda.Int8Linear(codes, scales, bias)
@@ -345,7 +344,7 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     # The kernels, ATen's too, shift by powers of two.
     if K % group_size or group_size not in (32, 64, 128, 256):
         return None
-    if streams(scales.dtype, codes, 64):
+    if streams(scales.dtype, codes, TALL, 32):
         return StreamedInt4Linear(codes, scales, zeros, bias)
     if codes.ndim == 2 and (cuda := for_cuda(codes.device)):
         return cuda.Int4Linear(codes, scales, zeros, bias)
@@ -360,8 +359,8 @@ def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Att
     return torch.ops.kernels.attention.default if takes else plain
 
 
-def streams(dtype: torch.dtype, weight: Tensor, multiple: int) -> bool:
-    """Say whether kernels.cpp takes a weight [N, K] in a model of this dtype."""
+def streams(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> bool:
+    """Say whether kernels.cpp takes a weight [N, K], by so many rows and columns, in a model of this dtype."""
     N, K = weight.shape[-2:]
-    fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % ROWS == 0 and K % multiple == 0
+    fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % rows == 0 and K % columns == 0
     return fits and library() is not None

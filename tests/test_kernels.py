@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import (
     MAX_ROWS,
+    TALL,
     StreamedInt4Linear,
     StreamedInt8Linear,
     StreamedLinear,
@@ -51,18 +52,20 @@ def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tens
     assert ((y.double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("shape", [(4, 128), (64, 256), (300, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 128), (64, 256), (300, 640), (304, 640), (16, 96)], ids=str)
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 3))
 def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tuple[int, int]) -> None:
     N, K = shape
     x, weight, bias = normal(rows, K), normal(N, K, seed=1), normal(N, seed=2)
     assert_product(StreamedLinear(weight, bias), x, weight, bias)
-    codes, scales = quantize_int8(weight)
-    assert_product(StreamedInt8Linear(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
-    for group_size in (size for size in GROUP_SIZES if K % size == 0):
-        quantized = quantize_int4(weight, group_size)
-        twin = dequantize_int4(*quantized, group_size)
-        assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
+    if K % 64 == 0:
+        codes, scales = quantize_int8(weight)
+        assert_product(StreamedInt8Linear(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
+    if N % TALL == 0:
+        for group_size in (size for size in GROUP_SIZES if K % size == 0):
+            quantized = quantize_int4(weight, group_size)
+            twin = dequantize_int4(*quantized, group_size)
+            assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
 
 
 def test_each_row_is_multiplied_alone() -> None:
@@ -87,11 +90,11 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
         quantized = quantize_int4(normal(64, 192), group_size)
         unpacked = StreamedInt4Linear(*quantized, None)(one_each)
         twin = dequantize_int4(*quantized, group_size).bfloat16().T
-        torch.testing.assert_close(unpacked, twin, rtol=2**-8, atol=0)
+        assert torch.equal(unpacked, twin)
 
 
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
-    x, weight = normal(MAX_ROWS + 1, 1024), normal(4164, 1024, seed=1)  # pieces are of 8 MiB in bf16
+    x, weight = normal(MAX_ROWS + 1, 1024), normal(4176, 1024, seed=1)  # pieces are of 8 MiB in bf16
     codes, scales = quantize_int8(weight)
     assert_product(StreamedInt8Linear(codes, scales, None), x, dequantize_int8(codes, scales), None)
     quantized = quantize_int4(weight, 32)
