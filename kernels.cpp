@@ -162,46 +162,54 @@ static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack
 }
 
 // Choose the instance of a template for a number of rows.
-#define WITH_M(rows, call)                                                                   \
+#define WITH_M(rows, ...)                                                                   \
     switch (rows) {                                                                          \
-        case 1: { constexpr int M = 1; call; break; } case 2: { constexpr int M = 2; call; break; } \
-        case 3: { constexpr int M = 3; call; break; } case 4: { constexpr int M = 4; call; break; } \
-        case 5: { constexpr int M = 5; call; break; } case 6: { constexpr int M = 6; call; break; } \
-        case 7: { constexpr int M = 7; call; break; } case 8: { constexpr int M = 8; call; break; } \
+        case 1: { constexpr int M = 1; __VA_ARGS__; break; } case 2: { constexpr int M = 2; __VA_ARGS__; break; } \
+        case 3: { constexpr int M = 3; __VA_ARGS__; break; } case 4: { constexpr int M = 4; __VA_ARGS__; break; } \
+        case 5: { constexpr int M = 5; __VA_ARGS__; break; } case 6: { constexpr int M = 6; __VA_ARGS__; break; } \
+        case 7: { constexpr int M = 7; __VA_ARGS__; break; } case 8: { constexpr int M = 8; __VA_ARGS__; break; } \
     }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-template <int M>
+// SHARING: rows of w that share what is loaded of x, where all of x stays in the first cache.
+template <int M, int SHARING>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
-    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
+    constexpr int PARTS = M == 1 ? 4 : 2 / SHARING;  // sums side by side, since adding to one has to wait for itself
     // Where x is too large for the first cache, a part of its columns after the other.
     const int64_t pieces = M * K * sizeof(bf16) / FIRST_CACHE + 1, width = (K / 32 + pieces - 1) / pieces * 32;
-    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row.
-    const int64_t ahead = pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
+    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row; of
+    // rows that share x, the next ones, one after the other: a stream is faster than two.
+    const int64_t ahead = SHARING > 1 ? SHARING * K : pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
     __m512 totals[M][TALL] = {};
     for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
         const int rows = std::min<int64_t>(TALL, last * ROWS - n);
         for (int64_t begin = 0; begin < K; begin += width)
-            for (int r = 0; r < rows; r++) {
-                __m512 sums[M][PARTS] = {};
+            for (int r = 0; r < rows; r += SHARING) {
+                __m512 sums[SHARING][M][PARTS] = {};
+                const bf16* p = w + (n + r) * K;
                 auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
-                    const bf16* p = w + (n + r) * K + k;
-                    _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
-                    const __m512bh weights = load_bf16(p);
-                    for (int m = 0; m < M; m++)
-                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights, load_bf16(x + k * M + m * 32));
+                    __m512bh weights[SHARING];
+                    for (int j = 0; j < SHARING; j++) {
+                        _mm_prefetch((const char*)(p + ahead + SHARING * k + 32 * j), _MM_HINT_T0);
+                        weights[j] = load_bf16(p + j * K + k);
+                    }
+                    for (int m = 0; m < M; m++) {
+                        const __m512bh inputs = load_bf16(x + k * M + m * 32);
+                        for (int j = 0; j < SHARING; j++) sums[j][m][i] = _mm512_dpbf16_ps(sums[j][m][i], weights[j], inputs);
+                    }
                 };
                 const int64_t end = std::min(K, begin + width);
                 int64_t k = begin;
                 for (; k + 32 * PARTS <= end; k += 32 * PARTS)
                     for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
                 for (; k < end; k += 32) add(k, 0);
-                for (int m = 0; m < M; m++) {
-                    for (int i = 1; i < PARTS; i++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][i]);
-                    totals[m][r] = begin ? _mm512_add_ps(totals[m][r], sums[m][0]) : sums[m][0];
-                }
+                for (int j = 0; j < SHARING; j++)
+                    for (int m = 0; m < M; m++) {
+                        for (int i = 1; i < PARTS; i++) sums[j][m][0] = _mm512_add_ps(sums[j][m][0], sums[j][m][i]);
+                        totals[m][r + j] = begin ? _mm512_add_ps(totals[m][r + j], sums[j][m][0]) : sums[j][m][0];
+                    }
             }
         for (int m = 0; m < M; m++) {
             const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of(totals[m]));
@@ -213,7 +221,11 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     const bf16* packed = pack(x, M, K);
     over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
+        if (rows > 2 && rows * K * int64_t(sizeof(bf16)) < FIRST_CACHE) {
+            WITH_M(rows, bf16_blocks<M, 2>(packed + m * K, w, y + m * N, N, K, first, last))
+        } else {
+            WITH_M(rows, bf16_blocks<M, 1>(packed + m * K, w, y + m * N, N, K, first, last))
+        }
     });
 }
 
