@@ -538,26 +538,29 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 }
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
-static void pair_up(const Tile& tile, int64_t first, int64_t last, Scratch& scratch) {
+// seen: a bit for each.
+static void pair_up(const Tile& tile, int64_t first, uint64_t seen, uint32_t* pairs) {
     alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
     for (int i = 0; i < 32; i++)
         for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
     const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
+    const bf16* rows = tile.v + first * tile.D;
     for (int64_t t = 0; t < SLOTS; t += 2)
         for (int64_t d = 0; d < tile.D; d += 32) {
-            __m512i v[2] = {};
-            for (int64_t i = 0, at = first + t; i < 2 && at < last; i++, at++) {
-                fetch(tile.v + at * tile.D + d);
-                if (scratch.seen[at]) v[i] = (__m512i)load_first(tile.v + at * tile.D + d, tile.D - d);
+            __m512i v[2];
+            for (int i = 0; i < 2; i++) {
+                const bf16* p = rows + (t + i) * tile.D + d;
+                fetch(p);
+                v[i] = (__m512i)load_first(p, seen >> (t + i) & 1 ? tile.D - d : 0);
             }
-            uint32_t* pairs = scratch.pairs.data() + t / 2 * tile.width() + d;
             _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(v[0], low, v[1]));
             _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(v[0], high, v[1]));
+            pairs += 32;
         }
 }
 
 // Add weights x v of a block of slots to the rows' outputs [rows, width].
-static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
+static void accumulate(const Tile& tile, const bf16* weights, const uint32_t* all_pairs, float* out) {
     const int64_t width = tile.width();
     by_rows<8>(0, tile.rows(), [&](int64_t r0, auto count) {
         constexpr int R = count;
@@ -566,11 +569,11 @@ static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
             for (int i = 0; i < R; i++)
                 for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
             for (int64_t t = 0; t < SLOTS; t += 2) {
-                const uint32_t* pairs = scratch.pairs.data() + t / 2 * width + d;
+                const uint32_t* pairs = all_pairs + t / 2 * width + d;
                 const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
                 for (int i = 0; i < R; i++) {
                     int32_t pair;
-                    std::memcpy(&pair, scratch.weights.data() + (r0 + i) * SLOTS + t, 4);
+                    std::memcpy(&pair, weights + (r0 + i) * SLOTS + t, 4);
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
                     sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
                     sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
@@ -585,15 +588,17 @@ static void accumulate(const Tile& tile, const Scratch& scratch, float* out) {
 // Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
 // by the total weights, and each row's largest score and total weight.
 static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
-    static thread_local Scratch own;
-    Scratch& scratch = own;
-    scratch.seen.assign(tile.T, 0);
+    static thread_local Scratch scratch;
+    scratch.seen.assign(tile.T + SLOTS, 0);
     scratch.keys.resize(tile.width() / 2 * SLOTS / 16);
     scratch.scores.resize(tile.rows() * SLOTS);
     scratch.weights.resize(tile.rows() * SLOTS);
     scratch.pairs.resize(SLOTS / 2 * tile.width());
+    // Found once: where a thread's own variable is takes a call to find out.
     uint8_t* seen = scratch.seen.data();
-    uint32_t* keys = (uint32_t*)scratch.keys.data();
+    uint32_t *keys = (uint32_t*)scratch.keys.data(), *pairs = scratch.pairs.data();
+    float* scores = scratch.scores.data();
+    bf16* weights = scratch.weights.data();
     for (int64_t s = 0; s < tile.queries; s++)
         for (int64_t t = 0; t < tile.T; t++) seen[t] |= tile.mask[s * tile.T + t];
     int64_t begin = 0, end = tile.T;
@@ -604,15 +609,15 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
     begin += length * split / splits;
     for (int64_t t = begin; t < end; t += SLOTS) {
         columns_of(tile, t, end, keys);
-        score(tile, t, end, keys, scratch.scores.data());
+        score(tile, t, end, keys, scores);
         for (int64_t r = 0; r < tile.rows(); r++) {
-            bf16* weights = scratch.weights.data() + r * SLOTS;
-            float shrink = soften(scratch.scores.data() + r * SLOTS, weights, largest[r], total[r]);
+            float shrink = soften(scores + r * SLOTS, weights + r * SLOTS, largest[r], total[r]);
             if (shrink != 1)
                 for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
         }
-        pair_up(tile, t, end, scratch);
-        accumulate(tile, scratch, out);
+        const __m512i flags = _mm512_loadu_si512(seen + t);
+        pair_up(tile, t, _mm512_test_epi8_mask(flags, flags) & (end - t < SLOTS ? (1ull << (end - t)) - 1 : ~0ull), pairs);
+        accumulate(tile, weights, pairs, out);
     }
 }
 
@@ -632,16 +637,9 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
         return Tile{q + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * T,
                     std::min(queries, S - s), H, G, D, T};
     };
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < tasks * splits; i++) {
-        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
-        std::fill(largest, total, -INFINITY);
-        attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
-    }
-#pragma omp parallel for
-    for (int64_t task = 0; task < tasks; task++) {
+    auto finish = [=, first_part = parts.data()](int64_t task) {
         const Tile tile = tile_of(task);
-        float *first = parts.data() + task * splits * size, *largest = first + queries * G * width;
+        float *first = first_part + task * splits * size, *largest = first + queries * G * width;
         for (int64_t r = 0; r < tile.rows(); r++) {
             float most = largest[r], total = 0;
             for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
@@ -654,7 +652,17 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
             bf16* y = out + (tile.row(r) - q);
             for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
         }
+    };
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < tasks * splits; i++) {
+        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
+        std::fill(largest, total, -INFINITY);
+        attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
+        if (splits == 1) finish(i);
     }
+    if (splits == 1) return;
+#pragma omp parallel for
+    for (int64_t task = 0; task < tasks; task++) finish(task);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
