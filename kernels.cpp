@@ -25,11 +25,13 @@
 using bf16 = uint16_t;
 constexpr int ROWS = 4;      // of w in a block
 constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
-constexpr int TALL = 16;  // rows of w that are summed up together: one by one, short ones would take longer than their product
+constexpr int TALL = 16;     // rows of w in a block of int4, and those of bf16 that are summed up together: one by one,
+                             // short ones would take longer than their product
 constexpr int MAX_ROWS = 16;  // of x, as in kernels.py; above, GEMM is faster
 constexpr int64_t PIECE = 8 << 20;  // bytes of w that are unpacked together
 constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
 constexpr int FIRST_CACHE = 40 << 10;  // bytes of it that x may take
+constexpr int PART = 24 << 10;  // bytes of a part of x, where it is larger, and of the rows of w beside it
 
 static inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -173,15 +175,18 @@ static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-// SHARING: rows of w that share what is loaded of x, where all of x stays in the first cache.
+// SHARING: rows of w that share what is loaded of x.
 template <int M, int SHARING>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
     constexpr int PARTS = M == 1 ? 4 : 2 / SHARING;  // sums side by side, since adding to one has to wait for itself
     // Where x is too large for the first cache, a part of its columns after the other.
-    const int64_t pieces = M * K * sizeof(bf16) / FIRST_CACHE + 1, width = (K / 32 + pieces - 1) / pieces * 32;
-    // More rows of x take longer to multiply, and what they wait for has to be fetched earlier; of a part, the next row; of
-    // rows that share x, the next ones, one after the other: a stream is faster than two.
-    const int64_t ahead = SHARING > 1 ? SHARING * K : pieces > 1 ? K : (M == 1 ? AHEAD : 2 * AHEAD) / sizeof(bf16);
+    const bool whole = M * K * int64_t(sizeof(bf16)) < FIRST_CACHE;
+    const int64_t pieces = whole ? 1 : (M + 2 * (SHARING - 1)) * K * int64_t(sizeof(bf16)) / PART + 1;
+    const int64_t width = (K / 32 + pieces - 1) / pieces * 32;
+    // Fetched are the rows that come next, of a part at the same columns and else in the order of memory: one stream is
+    // faster than several. A single row of w goes on in its stream; two of x take longer, and are fetched for earlier.
+    const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * AHEAD / int64_t(sizeof(bf16));
+    const int64_t step = whole ? SHARING : 1, gap = whole ? 32 : K;
     __m512 totals[M][TALL] = {};
     for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
         const int rows = std::min<int64_t>(TALL, last * ROWS - n);
@@ -192,7 +197,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
                 auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
                     __m512bh weights[SHARING];
                     for (int j = 0; j < SHARING; j++) {
-                        _mm_prefetch((const char*)(p + ahead + SHARING * k + 32 * j), _MM_HINT_T0);
+                        _mm_prefetch((const char*)(p + ahead + step * k + gap * j), _MM_HINT_T0);
                         weights[j] = load_bf16(p + j * K + k);
                     }
                     for (int m = 0; m < M; m++) {
@@ -221,7 +226,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     const bf16* packed = pack(x, M, K);
     over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        if (rows > 2 && rows * K * int64_t(sizeof(bf16)) < FIRST_CACHE) {
+        if (rows > 2) {
             WITH_M(rows, bf16_blocks<M, 2>(packed + m * K, w, y + m * N, N, K, first, last))
         } else {
             WITH_M(rows, bf16_blocks<M, 1>(packed + m * K, w, y + m * N, N, K, first, last))
@@ -624,8 +629,8 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
 static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
-    const int64_t G = H / K, queries = std::max<int64_t>(1, TILE_ROWS / G), tiles = (S + queries - 1) / queries;
     if (!S) return;
+    const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
     const int64_t tasks = B * K * tiles, threads = omp_get_max_threads();
     const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
     // Where there are fewer tasks than threads, several share the slots of one.

@@ -134,23 +134,22 @@ class Duel:
         return [self.summary(rung, taken, samples[()]) for rung, taken in samples.items()]
 
     def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
-        def median(key: str, of: list[dict[str, Any]] = samples) -> float:
-            return statistics.median(sample[key] for sample in of)
+        def ratio(key: str, to: str) -> float:
+            # By turns, since the machine's own speed moves between them.
+            return statistics.median(sample[key] / other[to] for sample, other in zip(samples, plain, strict=True))
 
         entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
-        # By turns, since the machine's own speed moves between them.
-        ratios = [sample["tok_per_s"] / other["tok_per_s"] for sample, other in zip(samples, plain, strict=True)]
-        entry |= {"tok_per_s": median("tok_per_s"), "speedup": statistics.median(ratios)}
+        entry |= {"tok_per_s": statistics.median(sample["tok_per_s"] for sample in samples)}
+        entry |= {"speedup": ratio("tok_per_s", "tok_per_s")}
         if len(levels) != 1:
             return entry
         [k] = levels
         counts = [sum(column) for column in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
         accepted = sum(n * count for n, count in enumerate(counts))
         a = accepted / (accepted + sum(counts[:k]))
-        step_ms = median("decode_ms", plain)
-        c = median("draft_ms") / k / step_ms
+        c = ratio("draft_ms", "decode_ms") / k
         promised = expected_tokens(a, k) / (c * k + 1)
-        entry |= {"k": k, "a": a, "c": c, "verify_steps": median("verify_ms") / step_ms}
+        entry |= {"k": k, "a": a, "c": c, "verify_steps": ratio("verify_ms", "decode_ms")}
         return entry | {"formula": promised, "share_of_formula": entry["speedup"] / promised}
 
 
