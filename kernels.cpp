@@ -1,7 +1,7 @@
 // Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
-// the plain twin of each function. N is a multiple of 4 and K of 64, of 32 with bf16 weights.
+// the plain twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once.
 //
@@ -23,7 +23,7 @@
 #include <vector>
 
 using bf16 = uint16_t;
-constexpr int ROWS = 4;      // of w in a block
+constexpr int ROWS = 4;      // of w in a block, of int4 TALL
 constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
 constexpr int TALL = 16;     // rows of w in a block of int4, and those of bf16 that are summed up together: one by one,
                              // short ones would take longer than their product
@@ -175,9 +175,9 @@ static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack
 // ---------------------------------------------------------------------------------------------------------------------
 // bf16: w [N, K] as it is
 
-// SHARING: rows of w that share what is loaded of x.
-template <int M, int SHARING>
+template <int M>
 static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
+    constexpr int SHARING = M > 2 ? 2 : 1;           // rows of w that share what is loaded of x
     constexpr int PARTS = M == 1 ? 4 : 2 / SHARING;  // sums side by side, since adding to one has to wait for itself
     // Where x is too large for the first cache, a part of its columns after the other.
     const bool whole = M * K * int64_t(sizeof(bf16)) < FIRST_CACHE;
@@ -202,7 +202,8 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
                     }
                     for (int m = 0; m < M; m++) {
                         const __m512bh inputs = load_bf16(x + k * M + m * 32);
-                        for (int j = 0; j < SHARING; j++) sums[j][m][i] = _mm512_dpbf16_ps(sums[j][m][i], weights[j], inputs);
+                        for (int j = 0; j < SHARING; j++)
+                            sums[j][m][i] = _mm512_dpbf16_ps(sums[j][m][i], weights[j], inputs);
                     }
                 };
                 const int64_t end = std::min(K, begin + width);
@@ -226,11 +227,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     const bf16* packed = pack(x, M, K);
     over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        if (rows > 2) {
-            WITH_M(rows, bf16_blocks<M, 2>(packed + m * K, w, y + m * N, N, K, first, last))
-        } else {
-            WITH_M(rows, bf16_blocks<M, 1>(packed + m * K, w, y + m * N, N, K, first, last))
-        }
+        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
     });
 }
 
@@ -296,7 +293,8 @@ static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf1
 // ones in its low half and of the odd ones in its high half. scales [N / 16, groups, 16]. A code c stands for
 // (c - zero) * scale, the zeros as codes too: [N / 16, groups, 8], byte i holds those of rows i and i + 8.
 //
-// The lanes of a vector are rows of w: pairs of x are broadcast, and nothing is summed across lanes.
+// The lanes of a vector are rows of w: pairs of x are broadcast, and nothing is summed across lanes. What the codes have
+// too much, 16 and the zero point, is taken off the sums: where x is inf, all outputs are NaN.
 
 // The codes number i of each half, as the upper bits of a mantissa: 16 + code.
 static inline __m512bh int4_weights(__m512i words, int i) {
@@ -326,6 +324,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
         __m512 sums[M] = {};
         const uint8_t* p = w + n * TALL * K / 2;
         for (int64_t g = 0; g < G; g++) {
+            // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
             _mm_prefetch((const char*)(scales + (n * G + g) * TALL) + AHEAD / 4, _MM_HINT_T0);
             _mm_prefetch((const char*)(zeros + (n * G + g) * TALL / 2) + AHEAD / 8, _MM_HINT_T0);
             __m512 parts[M][PARTS] = {};
@@ -338,7 +337,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         for (int m = 0; m < M; m++) {
                             int32_t pair;
                             std::memcpy(&pair, x + k * M + m * 32 + 8 * v + 2 * i, 4);
-                            parts[m][i % PARTS] = _mm512_dpbf16_ps(parts[m][i % PARTS], weights, (__m512bh)_mm512_set1_epi32(pair));
+                            __m512& sum = parts[m][i % PARTS];
+                            sum = _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(pair));
                         }
                     }
                 }
@@ -364,13 +364,13 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
         for (int row = 0; row < 4; row++) places[row][column] = 8 * row + column / 8 * 2 + column % 2;
     }
     const __m512 codes = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);  // with 16 added
-    alignas(64) float scale[TALL], least[TALL];
+    alignas(64) float scale[TALL], offset[TALL];  // what 16 + zero stands for
     for (int64_t k = 0; k < K; k += 32) {
         if (k % group == 0) {
             const int64_t g = block * (K / group) + k / group;
             const __m512 wide = widen(_mm256_loadu_si256((const __m256i*)(scales + g * TALL)));
             _mm512_store_ps(scale, wide);
-            _mm512_store_ps(least, _mm512_mul_ps(wide, int4_zeros(zeros + g * TALL / 2)));
+            _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * TALL / 2)));
         }
         const __m512i* p = (const __m512i*)(w + (block * K + k) * TALL / 2);
         __m512i twos[4], fours[4];  // the words of rows i, i + 4, i + 8 and i + 12
@@ -385,8 +385,9 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
         for (int r = 0; r < TALL; r++) {
             const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
             // Exact in fp32: codes have 5 bits, scales 8.
-            const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(least[r]));
-            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, _mm512_srlv_epi16(words, _mm512_load_si512(nibbles))));
+            const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(offset[r]));
+            const __m512i indices = _mm512_srlv_epi16(words, _mm512_load_si512(nibbles));
+            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, indices));
         }
     }
 }
@@ -395,7 +396,7 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
                              int64_t N, int64_t K, int64_t group) {
     if (M > MAX_ROWS)
         return gemm<TALL>(x, y, M, N, K,
-                    [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
+                          [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
     buffer.resize(M * G);
@@ -443,7 +444,7 @@ struct Tile {
 
 // Buffers of a thread, for a tile.
 struct Scratch {
-    std::vector<uint8_t> seen;    // [T], by any query of the tile
+    std::vector<uint8_t> seen;    // [T], by any query of the tile, and as many zeros as a block may go beyond
     std::vector<float> scores;    // [rows, SLOTS]
     std::vector<bf16> weights;    // [rows, SLOTS]
     std::vector<Line> keys;       // [width / 2, SLOTS] of k, two channels beside each other
@@ -543,18 +544,17 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 }
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
-// seen: a bit for each.
-static void pair_up(const Tile& tile, int64_t first, uint64_t seen, uint32_t* pairs) {
+// seen: a bit for each. None from `last` on counts, whose memory is not even asked for: what is not mapped takes long.
+static void pair_up(const Tile& tile, int64_t first, int64_t last, uint64_t seen, uint32_t* pairs) {
     alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
     for (int i = 0; i < 32; i++)
         for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
     const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
-    const bf16* rows = tile.v + first * tile.D;
     for (int64_t t = 0; t < SLOTS; t += 2)
         for (int64_t d = 0; d < tile.D; d += 32) {
             __m512i v[2];
             for (int i = 0; i < 2; i++) {
-                const bf16* p = rows + (t + i) * tile.D + d;
+                const bf16* p = tile.v + std::min(first + t + i, last - 1) * tile.D + d;
                 fetch(p);
                 v[i] = (__m512i)load_first(p, seen >> (t + i) & 1 ? tile.D - d : 0);
             }
@@ -621,7 +621,7 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
                 for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
         }
         const __m512i flags = _mm512_loadu_si512(seen + t);
-        pair_up(tile, t, _mm512_test_epi8_mask(flags, flags) & (end - t < SLOTS ? (1ull << (end - t)) - 1 : ~0ull), pairs);
+        pair_up(tile, t, end, _mm512_test_epi8_mask(flags, flags), pairs);
         accumulate(tile, weights, pairs, out);
     }
 }
@@ -629,7 +629,7 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
 static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* out, int64_t B,
                           int64_t S, int64_t H, int64_t K, int64_t T, int64_t D, int64_t batch_stride,
                           int64_t head_stride) {
-    if (!S) return;
+    if (!B || !S) return;
     const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
     const int64_t tasks = B * K * tiles, threads = omp_get_max_threads();
     const int64_t width = whole_vectors(D), size = queries * G * (width + 2);

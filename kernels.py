@@ -198,7 +198,7 @@ class KernelLinear(nn.Module):
             return torch.ops.kernels.by_expert(x, experts, type(self).__name__, tensors)
         y = self.multiply(x.reshape(-1, x.shape[-1]), *tensors)
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @classmethod
     def multiply(cls, rows: Tensor, *tensors: Tensor) -> Tensor:

@@ -101,6 +101,12 @@ def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     assert_product(StreamedInt4Linear(*quantized, None), x, dequantize_int4(*quantized, 32), None)
 
 
+def test_no_rows_are_no_outputs() -> None:
+    quantized = quantize_int4(normal(64, 256), 32)
+    for layer in (StreamedLinear(normal(64, 256), None), StreamedInt4Linear(*quantized, None)):
+        assert layer(normal(3, 0, 256)).shape == (3, 0, 64)
+
+
 def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
     x, weight = normal(4, 512)[:, ::2], normal(64, 256, seed=1)
     assert_product(StreamedLinear(weight, None), x, weight, None)
@@ -214,6 +220,27 @@ def test_attention_without_caches_equals_its_twin() -> None:
     mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 20, 20)
     arguments = (q, k.transpose(1, 2), v.transpose(1, 2), mask)
     torch.testing.assert_close(torch.ops.kernels.attention(*arguments), attention(*arguments), rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_over_scattered_slots_equals_its_twin(queries: int) -> None:
+    B, H, K, T, D = 2, 4, 2, 200, 64
+    q, (k, v) = normal(B, queries, H, D).abs() * 30, keys_and_values(B, K, T, D)
+    k.copy_(-k.abs())  # the largest of all scores is far below 0
+    mask = torch.rand(B, queries, T, generator=torch.Generator().manual_seed(3)) < 0.3
+    expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
+    for cached in (k, v):
+        cached.masked_fill_(~mask.any(dim=1)[:, None, :, None], torch.nan)
+    y = torch.ops.kernels.attention(q, k, v, mask)
+    assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
+
+
+def test_attention_of_a_query_that_sees_nothing_is_zero() -> None:
+    q, (k, v) = normal(1, 2, 4, 64), keys_and_values(1, 2, 64, 64)
+    mask = torch.ones(1, 2, 64, dtype=torch.bool)
+    mask[0, 1] = False
+    y = torch.ops.kernels.attention(q, k, v, mask)
+    assert (y[0, 1] == 0).all() and (y[0, 0] != 0).any()
 
 
 def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
