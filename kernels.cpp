@@ -276,7 +276,8 @@ static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t 
 
 static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
-    if (M > MAX_ROWS) return gemm<ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
+    if (M > MAX_ROWS)
+        return gemm<ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
     static thread_local std::vector<float> buffer;
     buffer.resize(K);
     float* wide_x = buffer.data();
@@ -544,7 +545,7 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
 }
 
 // Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
-// seen: a bit for each. None from `last` on counts, whose memory is not even asked for: what is not mapped takes long.
+// seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
 static void pair_up(const Tile& tile, int64_t first, int64_t last, uint64_t seen, uint32_t* pairs) {
     alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
     for (int i = 0; i < 32; i++)
@@ -621,7 +622,8 @@ static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, 
                 for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
         }
         const __m512i flags = _mm512_loadu_si512(seen + t);
-        pair_up(tile, t, end, _mm512_test_epi8_mask(flags, flags), pairs);
+        const uint64_t before_end = end - t < SLOTS ? (1ull << (end - t)) - 1 : ~0ull;  // another split's are not ours
+        pair_up(tile, t, end, _mm512_test_epi8_mask(flags, flags) & before_end, pairs);
         accumulate(tile, weights, pairs, out);
     }
 }

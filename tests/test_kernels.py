@@ -191,6 +191,15 @@ ATTENTION_SHAPES = [
 ]  # fmt: skip
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, threads: int) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return torch.ops.kernels.attention(q, k, v, mask)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
@@ -204,12 +213,7 @@ def test_attention_equals_its_twin_whatever_masked_slots_hold(shape: Any, window
     expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
     for cached in (k, v):
         cached.masked_fill_(~mask.any(dim=1)[:, None, :, None], torch.nan)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        y = torch.ops.kernels.attention(q, k, v, mask)
-    finally:
-        torch.set_num_threads(before)
+    y = attend(q, k, v, mask, threads)
     assert y.dtype == torch.bfloat16 and y.shape == expected.shape
     # The weights of the slots are rounded to bf16, and so is the result.
     assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
@@ -223,15 +227,17 @@ def test_attention_without_caches_equals_its_twin() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_attention_over_scattered_slots_equals_its_twin(queries: int) -> None:
-    B, H, K, T, D = 2, 4, 2, 200, 64
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("T", [200, 389, 390, 391, 392])  # of one row, threads share the slots, cut anywhere
+def test_attention_over_scattered_slots_equals_its_twin(T: int, batch_size: int, queries: int) -> None:
+    B, H, K, D = batch_size, 4, 1, 64
     q, (k, v) = normal(B, queries, H, D).abs() * 30, keys_and_values(B, K, T, D)
     k.copy_(-k.abs())  # the largest of all scores is far below 0
     mask = torch.rand(B, queries, T, generator=torch.Generator().manual_seed(3)) < 0.3
     expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
     for cached in (k, v):
         cached.masked_fill_(~mask.any(dim=1)[:, None, :, None], torch.nan)
-    y = torch.ops.kernels.attention(q, k, v, mask)
+    y = attend(q, k, v, mask, threads=2)
     assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
 
 
