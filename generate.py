@@ -42,7 +42,7 @@ from cli import user_errors, write_whole
 from model import ONE_RANK, Ranks, Transformer
 from options import Job, check, parse_args
 from report import Row, report_rows, report_run, run_metrics, run_sample
-from speculate import Speculation, draft, levels_below, verify
+from speculate import Speculation, levels_below
 from steps import (
     Batch,
     Sampling,
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     if speculation:
         speculation.prefill = run_prefill
         if args.compile:
-            speculation.draft, speculation.verify = compiled(draft, decode_mode), compiled(verify, decode_mode)
+            speculation.compile_(decode_mode)
     launch = partial(
         generate, model, sampling=job.sampling, generator=generator, prefill=run_prefill, decode=run_decode
     )

@@ -60,19 +60,17 @@ static inline __m512bh look_up(__m512 values, __m512i indices) {
     return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
 }
 
-// Return the sums of 16 vectors, in order.
-static inline __m512 sums_of(const __m512* v) {
-    __m512 fours[4];
+// Add up 16 vectors, each in itself: first two of them, whose lanes then take turns, then eight such pairs, in order.
+static inline __m512 sums_of_two(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+
+static inline __m512 sums_of_pairs(const __m512* pairs) {
+    __m512 fours[4], halves[2];
     for (int i = 0; i < 4; i++) {
-        __m512d two[2];
-        for (int j = 0; j < 2; j++) {
-            __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-            two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    __m512 halves[2];
     for (int i = 0; i < 2; i++)
         halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
                                   _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
@@ -117,30 +115,27 @@ struct alignas(64) Line {
     bf16 values[32];
 };
 
-// Put x [M, K] in the order in which it is read, [K / 32, M, 32] for the rows of each pass: rows whose distance is a power
-// of two do not stay in the first cache.
+// Put x [M, K] in the order in which it is read, [K / 32, M, 32]: rows whose distance is a power of two do not stay in the
+// first cache. Each thread does so for itself: what another has written takes longer to read than to make.
 static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
-    if (M <= 1) return x;
+    if (M == 1) return x;
     static thread_local std::vector<Line> buffer;
-    buffer.resize(M * K / 32);
+    if (int64_t(buffer.size()) < M * K / 32) buffer.resize(M * K / 32);
     bf16* packed = buffer.data()->values;
-    for (int64_t m = 0; m < M; m++) {
-        const int64_t pass = m / MAX_M * MAX_M, rows = std::min<int64_t>(MAX_M, M - pass);
-        bf16* p = packed + pass * K + (m - pass) * 32;
-        for (int64_t k = 0; k < K; k += 32) std::memcpy(p + k * rows, x + m * K + k, 32 * sizeof(bf16));
-    }
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(packed + k * M + m * 32, x + m * K + k, 32 * sizeof(bf16));
     return packed;
 }
 
-// Call run(M, x row, y row, first block, last block) on all threads, for at most MAX_M rows of x at a time.
+// Call run(M, x row, packed rows, first block, last block) on all threads, for at most MAX_M rows of x [M, K] at a time.
 template <int BLOCK, class Run>
-static void over_rows(int64_t M, int64_t N, Run run) {
+static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
     for (int64_t m = 0; m < M; m += MAX_M) {
         int rows = int(std::min<int64_t>(MAX_M, M - m));
 #pragma omp parallel
         {
             int64_t blocks = N / BLOCK, t = omp_get_thread_num(), T = omp_get_num_threads();
-            run(rows, m, blocks * t / T, blocks * (t + 1) / T);
+            run(rows, m, pack(x + m * K, rows, K), blocks * t / T, blocks * (t + 1) / T);
         }
     }
 }
@@ -187,7 +182,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     // faster than several. A single row of w goes on in its stream; two of x take longer, and are fetched for earlier.
     const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * AHEAD / int64_t(sizeof(bf16));
     const int64_t step = whole ? SHARING : 1, gap = whole ? 32 : K;
-    __m512 totals[M][TALL] = {};
+    __m512 totals[M][TALL / SHARING] = {};
     for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
         const int rows = std::min<int64_t>(TALL, last * ROWS - n);
         for (int64_t begin = 0; begin < K; begin += width)
@@ -211,23 +206,29 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
                 for (; k + 32 * PARTS <= end; k += 32 * PARTS)
                     for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
                 for (; k < end; k += 32) add(k, 0);
-                for (int j = 0; j < SHARING; j++)
-                    for (int m = 0; m < M; m++) {
-                        for (int i = 1; i < PARTS; i++) sums[j][m][0] = _mm512_add_ps(sums[j][m][0], sums[j][m][i]);
-                        totals[m][r + j] = begin ? _mm512_add_ps(totals[m][r + j], sums[j][m][0]) : sums[j][m][0];
-                    }
+                for (int m = 0; m < M; m++) {
+                    __m512 sum = sums[0][m][0];
+                    for (int i = 1; i < PARTS; i++) sum = _mm512_add_ps(sum, sums[0][m][i]);
+                    if (SHARING == 2) sum = sums_of_two(sum, sums[SHARING - 1][m][0]);  // while the next ones are read
+                    __m512& total = totals[m][r / SHARING];
+                    total = begin ? _mm512_add_ps(total, sum) : sum;
+                }
             }
         for (int m = 0; m < M; m++) {
-            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of(totals[m]));
+            __m512 pairs[TALL / 2];
+            for (int i = 0; i < TALL / 2; i++) {
+                const __m512* two = totals[m] + 2 * i / SHARING;
+                pairs[i] = SHARING == 2 ? two[0] : sums_of_two(two[0], two[1]);
+            }
+            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of_pairs(pairs));
             _mm256_mask_storeu_epi16(y + m * N + n, (1 << rows) - 1, sums);
         }
     }
 }
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    const bf16* packed = pack(x, M, K);
-    over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, bf16_blocks<M>(packed + m * K, w, y + m * N, N, K, first, last))
+    over_rows<ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, bf16_blocks<M>(packed, w, y + m * N, N, K, first, last))
     });
 }
 
@@ -283,9 +284,8 @@ static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf1
     float* wide_x = buffer.data();
     if (M % MAX_M == 1)  // the last pass has one row
         for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
-    const bf16* packed = pack(x, M, K);
-    over_rows<ROWS>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int8_blocks<M>(packed + m * K, wide_x, w, scales, y + m * N, N, K, first, last))
+    over_rows<ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, int8_blocks<M>(packed, wide_x, w, scales, y + m * N, N, K, first, last))
     });
 }
 
@@ -402,15 +402,14 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
     const int64_t G = K / group;
     buffer.resize(M * G);
     float* totals = buffer.data();  // of each group of x
-    const bf16* packed = pack(x, M, K);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int64_t i = 0; i < M * G; i++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
         totals[i] = _mm512_reduce_add_ps(sum);
     }
-    over_rows<TALL>(M, N, [=](int rows, int64_t m, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M>(packed + m * K, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+    over_rows<TALL>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, int4_blocks<M>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 

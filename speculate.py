@@ -3,8 +3,8 @@
 The text is the target's own, whatever the draft: exactly so at temperature 0, and in distribution above it. As in the
 paper, p is the target's distribution and q the draft's; both go through the same temperature and filters.
 
-A round is two calls that torch.compile captures whole, `draft` and `verify` (which accepts too), and one read on the
-host. With prompt lookup a search on the host takes the place of `draft`.
+A round is one call that torch.compile captures whole, `draft_and_verify`, which accepts too, and one read on the host.
+With prompt lookup a search on the host finds the drafts, and the call is `verify`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from steps import Sampling, draw, exponential, likeliest, prefill, probabilities, prompt_chunks, visible_slots
+from steps import (
+    Sampling,
+    compiled,
+    draw,
+    exponential,
+    likeliest,
+    prefill,
+    probabilities,
+    prompt_chunks,
+    visible_slots,
+)
 
 GREEDY = Sampling(temperature=0)
 
@@ -115,6 +125,24 @@ def verify(
     return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), drafted), dim=1))
 
 
+def draft_and_verify(
+    model: Transformer,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    draft_model: Transformer,
+    k: int,
+    sampling: Sampling,
+    draft_noise: Tensor | None,
+    accept_noise: tuple[Tensor, Tensor] | None,
+    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
+) -> Tensor:
+    """Draft k ids a row with the one model and run them through the other; returns what `verify` does."""
+    drafted, q = draft(draft_model, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
+    drafted = model.ranks.broadcast(drafted)  # ranks that each draft alone may differ
+    return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q, accept)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How many drafts
 
@@ -144,6 +172,7 @@ class Pace:
         self.levels = levels  # the numbers to choose from, falling; the last may be 0, which is plain decoding
         self.accepted, self.rejected = PRIOR, 0.0
         self.wait = FIRST_WAIT
+        self.k = self.best()
 
     def best(self) -> int:
         a = self.accepted / (self.accepted + self.rejected)
@@ -153,19 +182,19 @@ class Pace:
         """Return how many tokens to decode plainly, and how many to draft then, where a text has room for `room`."""
         if room == 1:
             return 1, 0
-        k = self.best()
-        if k == 0:
+        if self.k == 0:
             smallest = min(level for level in self.levels if level)
             return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
         # One id of a round is no draft: no more than fill the room with it, where that is a level.
-        return 0, min([level for level in self.levels if level >= room - 1] + [k])
+        return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
 
     def update(self, counts: list[int], k: int) -> None:
         """Take in a round: how many of k drafts were accepted, of each row that had any."""
-        was_plain = self.best() == 0
+        was_plain = self.k == 0
         self.accepted = DECAY * self.accepted + sum(counts)
         self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
-        failed = was_plain and self.best() == 0 and not any(counts)
+        self.k = self.best()
+        failed = was_plain and self.k == 0 and not any(counts)
         self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
 
 
@@ -214,13 +243,13 @@ class Speculation:
 
     draft_model: its caches set up as long as the target's, and for as many rows; None is prompt lookup. Beyond the
     context it was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
-    `levels_below(max_k)`. The steps are the plain ones or `steps.compiled`.
+    `levels_below(max_k)`. The steps are the plain ones until `compile_`; prefill may be a compiled one too.
     """
 
     draft_model: Transformer | None = None
     max_k: int = 5
     levels: tuple[int, ...] = ()
-    draft: Callable[..., Any] = draft
+    draft_and_verify: Callable[..., Any] = draft_and_verify
     verify: Callable[..., Any] = verify
     prefill: Callable[..., Any] = prefill
 
@@ -230,6 +259,10 @@ class Speculation:
     # decoding count as 0. And how many tokens were drafted a row.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)
+
+    def compile_(self, mode: str | None = None) -> None:
+        """Let torch.compile capture a round's call; mode: as in `steps.compiled`."""
+        self.draft_and_verify, self.verify = compiled(draft_and_verify, mode), compiled(verify, mode)
 
     def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
         """Forget the latest text but for its first `cached` ids, which the next one begins with too."""
@@ -282,7 +315,11 @@ class Speculation:
         def clocks(*shape: int) -> Tensor:
             return of_running(exponential(num_rows, *shape, vocab_size, generator=generator, device=device))
 
-        q = None
+        def accept_noise() -> tuple[Tensor, Tensor] | None:
+            if sampling.temperature == 0:
+                return None
+            return of_running(torch.rand(num_rows, k, generator=generator, device=device)), clocks()
+
         if self.draft_model is None:
             found = self.look_up(texts, rooms, running, k)
             drafting = list(map(bool, found))
@@ -290,17 +327,14 @@ class Speculation:
                 return None
             guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
             drafted = torch.tensor(guesses, device=device)
+            made = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise(), None)
         else:
             self.catch_up(texts, ends, running)
-            noise = None if sampling.temperature == 0 else clocks(k)
-            drafted, q = self.draft(self.draft_model, tokens, at, slots, sampling, noise, k, vocab_size)
-            drafted = target.ranks.broadcast(drafted)  # ranks that each draft alone may differ
-        accept_noise = None
-        if sampling.temperature > 0:
-            uniform = of_running(torch.rand(num_rows, k, generator=generator, device=device))
-            accept_noise = (uniform, clocks())
-        # The round's one read.
-        read = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, q).tolist()
+            draft_noise = None if sampling.temperature == 0 else clocks(k)
+            made = self.draft_and_verify(
+                target, tokens, at, slots, self.draft_model, k, sampling, draft_noise, accept_noise()
+            )
+        read = made.tolist()  # the round's one
 
         counts = [n for n, *_ in read]
         for row, end, n in zip(running, ends, counts, strict=True):

@@ -140,7 +140,7 @@ def check_layers(model: Transformer) -> None:
 
 
 def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    """Compile prefill, decode, draft or verify: one graph for every position, and for every prompt length.
+    """Compile prefill, decode, verify or draft_and_verify: one graph for every position, and for every prompt length.
 
     Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
     which inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph, and then one graph is
@@ -162,9 +162,10 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     checked = weakref.WeakSet[Transformer]()
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
-        if model not in checked:
-            check_layers(model)
-            checked.add(model)
+        for each in (model, *rest):
+            if isinstance(each, Transformer) and each not in checked:
+                check_layers(each)
+                checked.add(each)
         if step is prefill:  # any number of columns
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)

@@ -38,7 +38,6 @@ PREFILL = (128, 512, 2048)
 POSITIONS = (128, 2048, 8192)
 VERIFIED = 5  # tokens in one forward
 ROWS = 8  # of a batch
-SHORTEST_DRAFTED = 128  # tokens of a sample with speculation, so that chance evens out
 
 
 class Bench:
@@ -51,7 +50,7 @@ class Bench:
         self.models = {name: random_model(form, device, self.dtype, ranks=ranks) for name, form in self.forms.items()}
         self.steps = make_steps(device)
         # One length for all, since the compiled steps are made for it.
-        self.length = 64 * (2 + max(args.new_tokens, SHORTEST_DRAFTED, *PREFILL) // 64)
+        self.length = 64 * (2 + max(args.new_tokens, speculation.SHORTEST, *PREFILL) // 64)
 
     def on(
         self, weights: str, length: int, measure: Callable[..., float], *args: Any, num_rows: int = 1
@@ -96,14 +95,13 @@ class Bench:
 
         def measure(model: Transformer) -> float:
             nonlocal duel
-            num_tokens = max(SHORTEST_DRAFTED, self.args.new_tokens)
+            num_tokens = max(speculation.SHORTEST, self.args.new_tokens)
             levels = levels_below(max(self.args.speculate_k))
             if duel is None:
                 draft_model = random_model(raw, self.device, self.dtype, seed=1, ranks=shared_by)
                 draft_model.setup_caches(1, self.length)
                 by_chance = speculation.accept_by_chance
-                duel = speculation.Duel("", model, draft_model, speculation.PROMPT, num_tokens, by_chance, [levels],
-                                        timed=False)  # fmt: skip
+                duel = speculation.Duel("", model, draft_model, [speculation.PROMPT], num_tokens, by_chance, [levels])
                 duel.warm_up()
             return duel.take(levels, num_tokens)["tok_per_s"]
 

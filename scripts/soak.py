@@ -36,7 +36,7 @@ from checkpoint import load_model
 from cli import ArgumentParser, check_device, number, user_errors, write_whole
 from generate import generate
 from gptq import CALIBRATION_MODULES, library_text
-from speculate import Speculation, draft, verify
+from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tokenizer import load_tokenizer
 
@@ -50,15 +50,15 @@ MAX_GROWTH, MAX_SLOWDOWN = 0.02, 0.10
 def turns(device: str, compile_steps: bool) -> Callable[[int], Iterator[list[int]]]:
     """Return the function from a turn's number to its new ids, as they come."""
     model, draft_model = (load_model(path, device) for path in (DEMO, DRAFT))
-    run_prefill, run_decode, run_draft, run_verify = prefill, decode, draft, verify
+    run_prefill, run_decode = prefill, decode
+    drafting, lookup = Speculation(draft_model), Speculation(None)
     if compile_steps:
         mode = "reduce-overhead" if model.device.type == "cuda" else None
-        run_prefill = compiled(prefill)
-        run_decode, run_draft, run_verify = (compiled(step, mode) for step in (decode, draft, verify))
-    kinds = [None, Speculation(draft_model), Speculation(None)]
-    for speculation in kinds:
-        if speculation:
-            speculation.prefill, speculation.draft, speculation.verify = run_prefill, run_draft, run_verify
+        run_prefill, run_decode = compiled(prefill), compiled(decode, mode)
+        drafting.prefill = run_prefill
+        for speculation in (drafting, lookup):
+            speculation.compile_(mode)
+    kinds = [None, drafting, lookup]
     for each in (model, draft_model):
         each.setup_caches(1, model.config.max_position_embeddings)
     ids = load_tokenizer(DEMO).encode(library_text(CALIBRATION_MODULES), bos=False)

@@ -7,9 +7,11 @@ writes nonsense; that is here, and no command of the project can reach it.
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,33 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import load_model, random_model, read_config
 from generate import generate
 from model import Transformer
-from scripts.measure import GREEDY, PROMPT, decode_mode, seconds
-from speculate import Speculation, accept, count_leading, draft, expected_tokens, levels_below, verify
-from steps import compiled, decode, prefill
+from scripts.measure import GREEDY, PROMPT, decode_mode, seconds, step_at
+from speculate import (
+    Speculation,
+    accept,
+    count_leading,
+    draft,
+    draft_and_verify,
+    expected_tokens,
+    levels_below,
+    verify,
+)
+from steps import compiled, decode, prefill, visible_slots
 from tokenizer import load_tokenizer
 
 ACCEPTANCE = 0.7
+SHORTEST = 128  # tokens of a sample, so that chance evens out
+# Several beginnings for the demo, which after a while repeats itself: then a draft is always right, or always wrong.
+TEXTS = [
+    "class Stack:\n    def __init__(self, items=None):\n",
+    "def ",
+    "import os\nimport sys\n\ndef main(",
+    "    def test_",
+    'class Parser(object):\n    """',
+    "def read_file(path):\n    ",
+    "for i in range(",
+    "    if not isinstance(",
+]
 
 
 def accept_by_chance(
@@ -42,24 +65,6 @@ def accept_by_chance(
 compiled_once = cache(compiled)  # duels share their graphs
 
 
-class Timed:
-    """A step that remembers how long each of its calls took."""
-
-    def __init__(self, step: Callable[..., Any], device: str):
-        self.step, self.device = step, device
-        self.times: list[float] = []
-
-    def __call__(self, *args: Any) -> Any:
-        result = None
-
-        def call() -> None:
-            nonlocal result
-            result = self.step(*args)
-
-        self.times.append(seconds(call, self.device))
-        return result
-
-
 @dataclass
 class Duel:
     """Decode of one target, plain and with speculation, in turns."""
@@ -67,59 +72,80 @@ class Duel:
     name: str
     target: Transformer
     draft_model: Transformer
-    prompt: list[int]
-    num_tokens: int
+    prompts: list[list[int]]
+    num_tokens: int  # after each of them
     accept: Callable[..., tuple[Tensor, Tensor]] = accept
     levels: list[tuple[int, ...]] = field(default_factory=list)  # a speculation each: one number is a fixed k
     eager: bool = False
-    timed: bool = True  # each step by itself, for which a GPU has to wait after each
     num_taken: int = 0
 
     def __post_init__(self) -> None:
-        mode = decode_mode(str(self.target.device))
-        device = str(self.target.device) if self.timed else "cpu"
+        self.device = str(self.target.device)
+        mode = decode_mode(self.device)
         make = (lambda step, mode=None: step) if self.eager else compiled_once
-        checked = verify if self.accept is accept else partial(verify, accept=self.accept)
-        self.run_prefill = make(prefill)
-        self.run_decode, self.run_draft = Timed(make(decode, mode), device), Timed(make(draft, mode), device)
-        self.run_verify = Timed(make(checked, mode), device)
+
+        def accepting(step: Callable[..., Any]) -> Callable[..., Any]:
+            return make(step if self.accept is accept else partial(step, accept=self.accept), mode)
+
+        self.run_prefill, self.run_decode = make(prefill), make(decode, mode)
+        self.run_round = accepting(draft_and_verify)
+        self.run_draft, self.run_verify = make(draft, mode), accepting(verify)  # its parts, to be timed
         self.max_k = max(max(levels) for levels in self.levels)
 
     def setup_caches(self) -> None:
-        length = 64 * (2 + (len(self.prompt) + self.num_tokens + self.max_k) // 64)
+        length = 64 * (2 + (max(map(len, self.prompts)) + self.num_tokens + self.max_k) // 64)
         for model in (self.target, self.draft_model):
             model.setup_caches(1, length)
 
     def warm_up(self) -> None:
         """Run each number of drafts once, which compiles it."""
         for k in {k for levels in self.levels for k in levels if k}:
-            self.take((k,), 3)
+            self.take((k,), 4 * (k + 1))
+        for levels in self.levels:
+            self.costs(levels, 1)
 
     def take(self, levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
         """Decode, with as many drafts as `levels` allows; none is plain decoding."""
         speculation = Speculation(
-            self.draft_model, self.max_k, levels, self.run_draft, self.run_verify, self.run_prefill
+            self.draft_model, self.max_k, levels, draft_and_verify=self.run_round, prefill=self.run_prefill
         )
-        timed = (self.run_decode, self.run_draft, self.run_verify)
-        for step in timed:
-            step.times.clear()
         torch.manual_seed(self.num_taken)  # where chance accepts, the n-th sample of every duel has the same luck
         self.num_taken += 1
-        steps = generate(
-            self.target, [self.prompt], num_tokens, GREEDY, prefill=self.run_prefill, decode=self.run_decode,
-            speculation=speculation if levels else None,
-        )  # fmt: skip
-        arrivals = [(time.perf_counter(), len(row)) for [row] in steps]
-        [counts] = speculation.accept_counts if levels else [[len(arrivals) - 1]]
-        # What the last round gave beyond the text's end counts too: it took its time.
-        tokens = sum((n + 1) * count for n, count in enumerate(counts))
-        medians = [statistics.median(step.times) * 1e3 if step.times else None for step in timed]
-        return {
-            "tok_per_s": tokens / (arrivals[-1][0] - arrivals[0][0]),
-            "accept_counts": counts,
-            "num_drafted": speculation.num_drafted,
-            **dict(zip(("decode_ms", "draft_ms", "verify_ms"), medians, strict=True)),
+        elapsed, num_timed, num_drafted, counts = 0.0, 0, 0, [0] * (self.max_k + 1)
+        for prompt in self.prompts:
+            steps = generate(
+                self.target, [prompt], num_tokens, GREEDY, prefill=self.run_prefill, decode=self.run_decode,
+                speculation=speculation if levels else None,
+            )  # fmt: skip
+            arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
+            # From the first round's end, since it prefills the draft, to the last but one's, since that may be cut.
+            elapsed += arrivals[-2] - arrivals[1]
+            num_timed += sum(lengths[2:-1])
+            [taken] = speculation.accept_counts if levels else [[len(arrivals) - 1]]
+            counts = [*map(sum, zip_longest(counts, taken, fillvalue=0))]
+            num_drafted += speculation.num_drafted if levels else 0
+        return {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
+
+    @torch.inference_mode()
+    def costs(self, levels: tuple[int, ...], count: int) -> dict[str, float]:
+        """Time a plain step, after others of its kind, and the two parts of a round, in turns, half-way in a text."""
+        if len(levels) != 1:
+            return {}
+        [k] = levels
+        end = len(self.prompts[0]) + self.num_tokens // 2
+        tokens, at = torch.tensor([[1, 1]], device=self.device), torch.tensor([[end - 2, end - 1]], device=self.device)
+        slots = visible_slots(torch.arange(self.target.max_seq_length, device=self.device), end + k)
+        drafting = self.draft_model, tokens, at, slots, GREEDY, None, k, self.target.config.vocab_size
+        drafted, _ = self.run_draft(*drafting)
+        parts = {
+            "decode_ms": step_at(self.target, self.run_decode, end - 1),
+            "draft_ms": lambda: self.run_draft(*drafting),
+            "verify_ms": lambda: self.run_verify(self.target, tokens, at, slots, drafted, GREEDY, None, None),
         }
+        times = defaultdict(list)
+        for name in ["decode_ms"] * count + ["draft_ms", "verify_ms"] * count:
+            times[name].append(seconds(parts[name], self.device) * 1e3)
+        return {name: statistics.median(taken) for name, taken in times.items()}
 
     def run(self, num_samples: int) -> list[dict[str, Any]]:
         self.setup_caches()
@@ -128,28 +154,29 @@ class Duel:
         samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
         for turn in range(num_samples + 1):
             for rung, taken in samples.items():
-                sample = self.take(rung, self.num_tokens)
+                sample = self.take(rung, self.num_tokens) | self.costs(rung, self.num_tokens // 8)
                 if turn > 0:  # the first warms up
                     taken.append(sample)
         return [self.summary(rung, taken, samples[()]) for rung, taken in samples.items()]
 
     def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
-        def ratio(key: str, to: str) -> float:
-            # By turns, since the machine's own speed moves between them.
-            return statistics.median(sample[key] / other[to] for sample, other in zip(samples, plain, strict=True))
-
+        # By turns, since the machine's own speed moves between them.
+        speedups = [one["tok_per_s"] / other["tok_per_s"] for one, other in zip(samples, plain, strict=True)]
         entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
         entry |= {"tok_per_s": statistics.median(sample["tok_per_s"] for sample in samples)}
-        entry |= {"speedup": ratio("tok_per_s", "tok_per_s")}
+        entry |= {"speedup": statistics.median(speedups)}
         if len(levels) != 1:
             return entry
         [k] = levels
         counts = [sum(column) for column in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
         accepted = sum(n * count for n, count in enumerate(counts))
         a = accepted / (accepted + sum(counts[:k]))
-        c = ratio("draft_ms", "decode_ms") / k
-        promised = expected_tokens(a, k) / (c * k + 1)
-        entry |= {"k": k, "a": a, "c": c, "verify_steps": ratio("verify_ms", "decode_ms")}
+        drafts, checks = (
+            statistics.median(sample[name] / sample["decode_ms"] for sample in samples)
+            for name in ("draft_ms", "verify_ms")
+        )
+        promised = expected_tokens(a, k) / (drafts + 1)
+        entry |= {"k": k, "a": a, "c": drafts / k, "verify_steps": checks}
         return entry | {"formula": promised, "share_of_formula": entry["speedup"] / promised}
 
 
@@ -158,20 +185,20 @@ def make_duels(
 ) -> Iterator[Duel]:
     """Make the duels of the demo, with real drafts, and of the config `raw`, with drafts by chance."""
     demo, demo_draft = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
-    prompt = load_tokenizer(demo).encode("class Stack:\n    def __init__(self, items=None):\n")
+    prompts = [load_tokenizer(demo).encode(text) for text in TEXTS]
     fixed = [(k,) for k in ks]
-    adaptive, long = levels_below(max(ks)), max(800, num_tokens)
+    adaptive, short, long = levels_below(max(ks)), max(SHORTEST, num_tokens), max(200, num_tokens)
     target, draft_model = load_model(demo, device), load_model(demo_draft, device)
     random_draft = random_model(read_config(demo_draft), device)
     for eager in (True, False):
         how, levels = "eager" if eager else "compiled", [*fixed, adaptive]
-        yield Duel(f"demo, its draft, {how}", target, draft_model, prompt, long, levels=levels, eager=eager)
-        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompt, long, levels=[adaptive], eager=eager)
+        yield Duel(f"demo, its draft, {how}", target, draft_model, prompts, long, levels=levels, eager=eager)
+        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompts, long, levels=[adaptive], eager=eager)
     target = random_model(raw, device, dtype)
     draft_model = random_model(raw | {"num_hidden_layers": 2}, device, dtype, seed=1)
     by_chance = f"{name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}"
-    yield Duel(by_chance, target, draft_model, PROMPT, num_tokens, accept_by_chance, [*fixed, adaptive])
-    yield Duel(f"{name}, 2 random layers", target, draft_model, PROMPT, max(200, num_tokens), levels=[adaptive])
+    yield Duel(by_chance, target, draft_model, [PROMPT], short, accept_by_chance, [*fixed, adaptive])
+    yield Duel(f"{name}, 2 random layers", target, draft_model, [PROMPT], long, levels=[adaptive])
 
 
 def describe(entry: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import generate
 from checkpoint import load_model, random_model, read_config
 from cli import user_errors
 from model import ONE_RANK
-from speculate import Speculation, draft, verify
+from speculate import Speculation
 from steps import Sampling, compiled, decode
 from tp import from_rank_0, process_group, together
 
@@ -127,7 +127,8 @@ def compiled_texts(path, draft_path):
         model, draft_model = (load_model(each, dtype=torch.float32, ranks=ranks) for each in (path, draft_path))
         for each in (model, draft_model):
             each.setup_caches(1, 128)
-        speculation = Speculation(draft_model, levels=(1,), draft=compiled(draft), verify=compiled(verify))
+        speculation = Speculation(draft_model, levels=(1,))
+        speculation.compile_()
         texts = [
             rows_of(generate.generate(model, PROMPTS[:1], 10, GREEDY, decode=compiled(decode), speculation=how))
             for how in (None, speculation)

@@ -15,7 +15,7 @@ from kernels import for_cuda
 from model import attention, visible
 from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from quantize import main as quantize
-from speculate import Speculation, draft, verify
+from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO
 from tests.test_graphs import RAW
@@ -97,8 +97,8 @@ def test_speculation_compiled_is_the_text_of_the_cpu(models, lookup):
         draft_model = load_model(DRAFT, "cuda", torch.float32)
         draft_model.setup_caches(1, 128)
     counters.clear()
-    run_draft, run_verify = compiled(draft, "reduce-overhead"), compiled(verify, "reduce-overhead")
-    speculation = Speculation(draft_model, 3, draft=run_draft, verify=run_verify)
+    speculation = Speculation(draft_model, 3)
+    speculation.compile_("reduce-overhead")
     assert text(on_gpu, prompts, speculation=speculation) == text(on_cpu, prompts)
     assert counters["inductor"]["cudagraph_skips"] == 0
 

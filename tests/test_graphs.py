@@ -13,7 +13,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from checkpoint import random_model
 from kernels import constant, for_cuda
 from model import Transformer
-from speculate import draft, verify
+from speculate import draft_and_verify, verify
 from steps import Sampling, compiled, decode, of_the_first_layer
 
 RAW: dict[str, Any] = {
@@ -24,11 +24,17 @@ RAW: dict[str, Any] = {
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.8, top_k=20)
 K = 3
 V = RAW["vocab_size"]
-# Each step, how many columns its tokens have, and what it is given after the slots.
+DRAFT_MODEL = "a draft model"
+# Each step, how many columns its tokens have, and what it is given after the slots; a model for DRAFT_MODEL.
 STEPS = {
     "decode": (decode, None, [GREEDY, None]),
     "decode, drawn": (decode, None, [DRAWN, torch.ones(1, V)]),
-    "draft": (draft, 2, [GREEDY, None, K, V]),
+    "round": (draft_and_verify, 2, [DRAFT_MODEL, K, GREEDY, None, None]),
+    "round, drawn": (
+        draft_and_verify,
+        2,
+        [DRAFT_MODEL, K, DRAWN, torch.ones(1, K, V), (torch.ones(1, K), torch.ones(1, V))],
+    ),
     "verify": (verify, 2, [torch.zeros(1, K, dtype=torch.long), GREEDY, None, None]),
     "verify, drawn": (
         verify,
@@ -67,10 +73,17 @@ def made(monkeypatch):
     return graphs
 
 
-@pytest.mark.parametrize("name", ["decode, drawn", "verify"])
+def with_draft(rest: list[Any], draft_model: Transformer) -> list[Any]:
+    return [draft_model if each is DRAFT_MODEL else each for each in rest]
+
+
+@pytest.mark.parametrize("name", ["decode, drawn", "verify", "round"])
 def test_one_cuda_graph_serves_every_position(model, made, name):
     """It is for no number of slots, and copies nothing but the step's own small inputs before a replay."""
     step, columns, rest = STEPS[name]
+    draft_model = random_model(RAW, "cpu", torch.float32, seed=1)
+    draft_model.setup_caches(1, 8192)
+    rest = with_draft(rest, draft_model)
     run = compiled(step, "reduce-overhead")
     counters.clear()
     with torch.inference_mode():
@@ -84,9 +97,10 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
     copied = [each for i, each in enumerate(inputs) if i not in static]
     assert sum(each.numel() for each in copied) <= 2 * (K + 1) + V
     # What is written to may not be among them: the copy would be written, and not the cache.
-    caches = {cache.shape for block in model.layers for cache in (block.self_attn.cache.k, block.self_attn.cache.v)}
+    models = [model, *(each for each in rest if isinstance(each, Transformer))]
+    held = [block.self_attn.cache for each in models for block in each.layers]
     kept = [inputs[i].shape for i in static]
-    assert sum(shape in caches for shape in kept) == 2 * len(model.layers)
+    assert sum(shape == held[0].k.shape for shape in kept) == 2 * len(held)
     assert not set(graph.mutated_input_idxs) - static
 
 
@@ -120,6 +134,7 @@ def test_a_step_needs_the_host_for_nothing(name):
 
     step, columns, rest = STEPS[name]
     rest = [torch.utils._pytree.tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="meta"), r) for r in rest]
+    rest = with_draft(rest, on_cuda())
     torch._dynamo.reset()
     run = torch.compile(step, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from speculate import (
     Pace,
     Speculation,
     accept,
-    draft,
+    draft_and_verify,
     expected_tokens,
     levels_below,
     verify,
@@ -238,11 +238,16 @@ def test_each_row_of_a_batch_equals_its_own_run_at_every_number_of_drafts(target
 def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain, name, levels):
     sizes, ends, ended = [], [3, 60, 20, 80], set()
 
-    def watched(model, tokens, *rest):
-        sizes.append(len(tokens))
-        return verify(model, tokens, *rest)
+    def watched(step):
+        def call(model, tokens, *rest):
+            sizes.append(len(tokens))
+            return step(model, tokens, *rest)
 
-    speculation = Speculation(make_draft(name), levels=levels, verify=watched)
+        return call
+
+    speculation = Speculation(
+        make_draft(name), levels=levels, draft_and_verify=watched(draft_and_verify), verify=watched(verify)
+    )
     found = [[] for _ in PROMPTS]
     for step in generate(target, PROMPTS, 80, GREEDY, ended=ended, speculation=speculation):
         for row, ids in enumerate(step):
@@ -389,7 +394,7 @@ def test_a_draft_that_missed_plain_tokens_guesses_as_well_as_one_that_saw_all(ta
         assert counts[0] == 7 * (counts[2] + (counts[0] % 7 > 0)) - (-counts[0] % 7)
 
 
-def test_a_round_is_one_draft_call_and_one_verify_call(target):
+def test_a_round_is_one_call(target):
     calls = []
 
     def watched(name, step):
@@ -401,12 +406,12 @@ def test_a_round_is_one_draft_call_and_one_verify_call(target):
 
     speculation = Speculation(
         make_draft("the target"),
-        draft=watched("draft", draft),
+        draft_and_verify=watched("round", draft_and_verify),
         verify=watched("verify", verify),
         prefill=watched("prefill of the draft", prefill),
     )
     list(generate(target, [[1, 2, 3]], 61, GREEDY, decode=watched("decode", decode), speculation=speculation))
-    assert calls == ["prefill of the draft"] + ["draft", "verify"] * 10
+    assert calls == ["prefill of the draft"] + ["round"] * 10
 
 
 def test_slots_kept_for_drafts_are_not_for_prompts(target):
@@ -427,7 +432,8 @@ def steps():
 @pytest.mark.parametrize("name", ["nearly the target", "prompt lookup"])
 def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, steps, name, sampling):
     plain_rounds = Speculation(make_draft(name), max_k=2)
-    rounds = replace(plain_rounds, draft=compiled(draft), verify=compiled(verify), prefill=steps["prefill"])
+    rounds = replace(plain_rounds, prefill=steps["prefill"])
+    rounds.compile_()
     list(generate(target, [[1, 2]], 3, sampling, **steps))
     for k in levels_below(2)[:-1]:
         list(generate(target, [[1, 2]], 3, sampling, **steps, speculation=replace(rounds, levels=(k,))))
@@ -470,7 +476,7 @@ def test_drafts_grow_while_they_are_accepted_and_shrink_when_not():
     assert pace.plan(LONG) == (0, 5)
     seen = []
     for _ in range(8):
-        seen.append(pace.plan(LONG)[1] if pace.best() else 0)
+        seen.append(pace.plan(LONG)[1] if pace.k else 0)
         pace.update([0], seen[-1] or 1)
     assert seen == sorted(seen, reverse=True)
     assert seen[-1] == 0
