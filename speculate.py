@@ -99,7 +99,7 @@ def accept(
 
 def count_leading(accepted: Tensor) -> Tensor:
     """Count how many of each row's [B, k] are true before the first that is not."""
-    return accepted.long().cumprod(dim=-1).sum(dim=-1)
+    return F.pad(accepted, (0, 1)).int().argmin(dim=-1)  # of equals the first
 
 
 def verify(
@@ -353,10 +353,10 @@ class Speculation:
     def catch_up(self, texts: list[list[int]], ends: list[int], running: list[int]) -> None:
         """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
         assert self.draft_model is not None
+        if all(self.filled[row] >= end - 2 for row, end in zip(running, ends, strict=True)):
+            return
         # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
         starts = [min(self.filled[row], end - 2) for row, end in zip(running, ends, strict=True)]
-        if all(start == end - 2 for start, end in zip(starts, ends, strict=True)):
-            return
         missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1
         for tokens, positions, filled in prompt_chunks(missing, starts, self.slots.device):
