@@ -103,9 +103,13 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, D/2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    """Turn each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, 2, D/2].
+
+    The first half's angles are negative: -sin is their sine. The halves change places in a flip, which torch.compile
+    reads from where they are; putting two results beside each other it would write them twice.
+    """
+    halves = x.float().unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)
 
 
 def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
@@ -411,7 +415,7 @@ class Transformer(nn.Module):
                 )
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
-        angles = positions[:, :, None, None] * self.inv_freq  # [B, S, 1, D/2]
+        angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
