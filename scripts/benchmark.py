@@ -50,8 +50,9 @@ from tp import from_rank_0, local_device, process_group, together
 
 
 FRESH_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
-WARM_GROUPS = ("positions", "verify")  # whose rungs warm up themselves, each time
-GROUPS = (*FRESH_GROUPS, "decode", "batch", "prefill", "positions", "verify")
+WARM_GROUPS = ("products", "positions", "verify")  # whose rungs warm up themselves, each time
+ALONE = (*FRESH_GROUPS, "products")  # of one process
+GROUPS = (*ALONE, "decode", "batch", "prefill", "positions", "verify")
 
 
 class Results:
@@ -126,8 +127,6 @@ def all_groups(
     groups = chosen_groups(args, ranks)
     for group in (g for g in FRESH_GROUPS if g in groups):
         yield group, list(getattr(Fresh(args, raw, folder), group)())
-    if not args.compare and not set(groups) - set(FRESH_GROUPS):
-        return
     bench = Bench(args, raw, device, ranks)
     for group in (g for g in GROUPS if g in groups and g not in FRESH_GROUPS):
         yield group, list(getattr(bench, group)())
@@ -205,7 +204,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}
     if ranks.count > 1:
         alone = [name for name in ("speculate", "compare") if getattr(args, name)]
-        alone += [f"only {group}" for group in FRESH_GROUPS if group in (args.only or [])]
+        alone += [f"only {group}" for group in ALONE if group in (args.only or [])]
         if alone:
             raise ValueError(f"--{alone[0]} measures one process and there are {ranks.count} ranks; leave out torchrun")
     if args.compare:
@@ -216,7 +215,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
 def chosen_groups(args: argparse.Namespace, ranks: Ranks) -> tuple[str, ...]:
     if args.only is not None:
         return tuple(args.only)
-    return tuple(g for g in GROUPS if ranks.count == 1 or g not in FRESH_GROUPS)
+    return tuple(g for g in GROUPS if ranks.count == 1 or g not in ALONE)
 
 
 def scheme(text: str) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The rungs that run in one process: decode, prefill, positions and verify, for every form of the weights.
+"""The rungs that run in one process: products, decode, prefill, positions and verify, for every form of the weights.
 
 benchmark.py measures them.
 """
@@ -6,7 +6,7 @@ benchmark.py measures them.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import meta_model, quantization_scheme, random_model
 from model import Ranks, Transformer
-from scripts import speculation
+from scripts import products, speculation
 from scripts.measure import (
     Rung,
     Steps,
@@ -46,11 +46,16 @@ class Bench:
     def __init__(self, args: argparse.Namespace, raw: dict[str, Any], device: str, ranks: Ranks):
         self.args, self.device, self.ranks = args, device, ranks
         self.dtype = run_dtype(args, raw)
-        self.forms = weight_forms(args, raw)
-        self.models = {name: random_model(form, device, self.dtype, ranks=ranks) for name, form in self.forms.items()}
+        self.raw, self.forms = raw, weight_forms(args, raw)
         self.steps = make_steps(device)
         # One length for all, since the compiled steps are made for it.
         self.length = 64 * (2 + max(args.new_tokens, speculation.SHORTEST, *PREFILL) // 64)
+
+    @cached_property
+    def models(self) -> dict[str, Transformer]:
+        return {
+            name: random_model(form, self.device, self.dtype, ranks=self.ranks) for name, form in self.forms.items()
+        }
 
     def on(
         self, weights: str, length: int, measure: Callable[..., float], *args: Any, num_rows: int = 1
@@ -72,6 +77,9 @@ class Bench:
         for mode, steps in self.steps.items():
             for weights, model in self.models.items():
                 yield f"{mode}, {weights}" if weights else mode, steps, weights, model
+
+    def products(self) -> Iterator[Rung]:
+        return products.rungs(self.args.quantize, self.raw, self.device, self.dtype)
 
     def decode(self) -> Iterator[Rung]:
         for name, steps, weights, model in self.each():

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import random_model
 from generate import generate
+from kernels import AtenInt4Linear, library
 from model import ONE_RANK
-from scripts import benchmark, compare
+from scripts import benchmark, compare, products
 from scripts.benchmark import main
 from scripts.fresh import Fresh
 from scripts.measure import GREEDY, PROMPT, Rung, processor
@@ -139,6 +141,41 @@ def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
 def fresh(tmp_path, **changes):
     args = Namespace(device="cpu", dtype=None, quantize={})
     return Fresh(args, RAW | changes, tmp_path)
+
+
+INT4 = {"mode": "int4", "groupsize": 32}
+
+
+def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(products, "MOST_COPIES", 2)
+    rungs = list(products.rungs({"int8": {"mode": "int8"}, "int4-g32": INT4}, RAW, "cpu", torch.bfloat16))
+    names = [rung.name for rung in rungs]
+    forms = ["multiply and sum", "GEMM", *(["ours"] if library() else [])]
+    forms += [f"{name}, {form}" for name in ("int8", "int4-g32") for form in ("multiply and sum", "ATen", "ours")]
+    assert sorted(names) == sorted(f"{form}, {rows}" for form in forms for rows in ("1 row", "5 rows"))
+    assert all(rung.measure() > 0 for rung in rungs)
+    assert all(rung.against in names for rung in rungs if "multiply and sum" not in rung.name)
+    size = {rung.weights: rung.read_bytes for rung in rungs}
+    assert size[""] == 2 * 128 * (128 + 2 * 64 + 128 + 3 * 256)
+    assert size["int8"] < 0.52 * size[""] and size["int4-g32"] < 0.34 * size[""]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_form_with_other_outputs_is_named_and_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(products, "MOST_COPIES", 1)
+    monkeypatch.setattr(
+        products, "AtenInt4Linear", lambda codes, scales, zeros, bias: AtenInt4Linear(codes, scales, zeros + 1, bias)
+    )
+    names = [rung.name for rung in products.rungs({"int4-g32": INT4}, RAW, "cpu", torch.bfloat16)]
+    assert not [name for name in names if "ATen" in name] and "int4-g32, multiply and sum, 1 row" in names
+    assert "left out: int4-g32, ATen: its outputs are wrong by" in capsys.readouterr().err
+
+
+def test_the_form_of_atens_kernel_for_cuda_has_the_shapes_that_it_takes():
+    with FakeTensorMode():
+        codes, zeros = (torch.empty(64, columns, dtype=torch.uint8) for columns in (256, 8))
+        layer = products.tinygemm(codes, torch.empty(64, 8, dtype=torch.bfloat16), zeros)
+        assert layer(torch.empty(5, 256, dtype=torch.bfloat16)).shape == (5, 64)
 
 
 def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):

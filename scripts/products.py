@@ -1,0 +1,185 @@
+"""The forms that the products of a block can take on a device: which of them a backend repacks to is measured.
+
+benchmark.py measures them, as the group «products»: all linears of one block after another, compiled, on as many copies
+as no cache holds.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import meta_model
+from kernels import AtenInt4Linear, AtenInt8Linear, constant, empty_weight, int4_layer, int8_layer, linear_layer
+from model import linear
+from quantize import (
+    Scheme,
+    dequantize_int4,
+    dequantize_int8,
+    linears,
+    pack_nibbles,
+    parse_scheme,
+    quantize_int4,
+    quantize_int8,
+    unpack_nibbles,
+)
+from scripts.measure import Rung, decode_mode, median_ms
+from steps import RECOMPILE_LIMIT
+
+ROWS = (1, 5)  # of x: a decode step, and what speculation verifies
+# That a measurement reads, of small blocks less: far more than a cache has, and on a GPU for longer than it takes to
+# launch it.
+BYTES = {"cpu": 2**28, "cuda": 2**31}
+MOST_COPIES = 16
+TOLERANCE = 0.02  # of a form's outputs, as a share of the largest
+
+# From the tensors of a weight, in memory of their own, to a layer; None where it does not take their shape.
+Form = Callable[..., nn.Module | None]
+
+
+class Product(nn.Module):
+    """A function of x and tensors, which are parameters so that a CUDA graph reads them where they are."""
+
+    def __init__(self, function: Callable[..., Tensor], *tensors: Tensor):
+        super().__init__()
+        self.function, self.tensors = function, nn.ParameterList(tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.tensors)
+
+
+class Chain(nn.Module):
+    def __init__(self, layers: list[nn.Module], inputs: list[Tensor]):
+        super().__init__()
+        self.layers, self.inputs = nn.ModuleList(layers), nn.ParameterList([constant(x) for x in inputs])
+
+    def forward(self) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, self.inputs, strict=True)]
+
+
+def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return linear(x, dequantize_int8(codes, scales).to(x.dtype))
+
+
+def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    K = x.shape[-1]
+    return linear(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
+
+
+def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
+    """Make the layer of ATen's int4 kernel for CUDA: even columns in a byte's high half, zeros as AtenInt4Linear."""
+    weight = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+    parameters = torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1).contiguous()
+    group_size = codes.shape[1] // scales.shape[1]
+
+    def multiply(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x, weight, group_size, parameters)
+
+    return Product(multiply, constant(weight), constant(parameters))
+
+
+def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Form]]:
+    """Return what a weight [N, K] stands for under a scheme, in fp32, its tensors, and the forms that they can take.
+
+    The first form is a multiply and a sum, which torch.compile fuses into one loop for few rows; «ours» is the kernel
+    that a model gets on this device, if there is one.
+    """
+    on_cuda = weight.device.type == "cuda"
+    if scheme is None:
+        plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
+        return weight.float(), (weight,), plain | {"ours": partial(linear_layer, bias=None)}
+    if scheme.group_size is None:
+        codes, scales = quantize_int8(weight)
+        forms: dict[str, Form] = {
+            "multiply and sum": partial(Product, multiply_int8),
+            "ATen": partial(AtenInt8Linear, bias=None),
+            "ours": partial(int8_layer, bias=None),
+        }
+        if on_cuda:
+            forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)
+        return dequantize_int8(codes, scales), (codes, scales.to(weight.dtype)), forms
+    codes, scales, zeros = quantize_int4(weight, scheme.group_size)
+    forms = {
+        "multiply and sum": lambda codes, *rest: Product(multiply_int4, constant(pack_nibbles(codes)), *rest),
+        "ATen": tinygemm if on_cuda else partial(AtenInt4Linear, bias=None),
+        "ours": partial(int4_layer, bias=None, group_size=scheme.group_size),
+    }
+    meaning = dequantize_int4(codes, scales, zeros, scheme.group_size)
+    return meaning, (codes, scales.to(weight.dtype), zeros), forms
+
+
+def rungs(quantize: dict[str, dict[str, Any]], raw: dict[str, Any], device: str, dtype: torch.dtype) -> Iterator[Rung]:
+    """Yield a rung for each form of the weights and number of rows; what fails or is wrong is named and left out."""
+    shapes = [layer.weight.shape for layer in linears(meta_model(raw).layers[0]).values() if layer.weight.ndim == 2]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    weights = [drawn(*shape) for shape in shapes]
+    inputs = [[drawn(rows, weight.shape[1]) for weight in weights] for rows in ROWS]
+    for name, scheme in {"": None, **{name: parse_scheme(each) for name, each in quantize.items()}}.items():
+        meanings, tensors, forms = zip(*(forms_of(weight, scheme) for weight in weights), strict=True)
+        for form in forms[0]:
+            title = ", ".join(filter(None, [name, form]))
+            try:
+                layers = block(form, forms, tensors)
+                num_bytes = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+                copies = min(MOST_COPIES, math.ceil(BYTES[torch.device(device).type] / num_bytes))
+                for _ in range(copies - 1):
+                    layers += block(form, forms, tensors)
+                runs = [chain(layers, of_rows, meanings, device) for of_rows in inputs]
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                print(f"left out: {title}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            for rows, run in zip(ROWS, runs, strict=True):
+                of_rows = f"{rows} row{'s' * (rows > 1)}"
+                first = ", ".join(filter(None, [name, next(iter(forms[0])), of_rows]))
+                measure = partial(block_ms, run, device, copies)
+                yield Rung(
+                    f"{title}, {of_rows}", "ms", measure, name, read_bytes=num_bytes,
+                    against=first if form != next(iter(forms[0])) else "",
+                )  # fmt: skip
+
+
+def block(form: str, forms: tuple[dict[str, Form], ...], tensors: tuple[tuple[Tensor, ...], ...]) -> list[nn.Module]:
+    """Make the layers of a block in a form, in memory of their own. Raises ValueError where one has no such form."""
+    layers = []
+    for of_layer, held in zip(forms, tensors, strict=True):
+        N, K = held[0].shape
+        if form == "ATen" and (N % 16 or K % 32):
+            raise ValueError(f"ATen's kernels crash on sizes like {N} x {K}")
+        copied = [constant(empty_weight(each.shape, each.dtype, each.device).copy_(each)) for each in held]
+        layer = of_layer[form](*copied)
+        if layer is None:
+            raise ValueError(f"no kernel takes {N} x {K} here")
+        layers.append(layer)
+    return layers
+
+
+@torch.inference_mode()
+def chain(layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor, ...], device: str) -> Any:
+    """Compile blocks of layers, each block for the same inputs. Raises ValueError where the first block's are wrong."""
+    mode = decode_mode(device)
+    options: dict[str, Any] = {"triton.cudagraphs": mode is not None, "coordinate_descent_tuning": mode is not None}
+    blocks = Chain(layers, inputs * (len(layers) // len(inputs)))
+    run = torch.compile(blocks, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
+    for y, x, meaning in zip(run(), inputs, meanings, strict=False):
+        expected = x.float() @ meaning.T
+        wrong = ((y.float() - expected).abs().max() / expected.abs().max()).item()
+        if not wrong < TOLERANCE:
+            raise ValueError(f"its outputs are wrong by {wrong:.0%} of the largest")
+    return run
+
+
+@torch.inference_mode()
+def block_ms(run: Callable[[], Any], device: str, copies: int) -> float:
+    return median_ms(run, device) / copies
