@@ -7,8 +7,10 @@
 # long is named, and the next one begins; what the time no longer allows is named too. Exit status: how many were not done.
 # No network is needed. Settings: PYTHON, DEVICE, CONFIGS, SAMPLES, LIMIT (seconds for everything).
 set -u
+folder=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.." || exit 1
-folder=${1:-results}
+folder=${folder:-results}
+trap 'exit 130' INT # the step that runs has had it too, since it is in the foreground
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SAMPLES=${SAMPLES:-3} LIMIT=${LIMIT:-530}
 CONFIGS=${CONFIGS:-configs/llama-2-7b.json configs/llama-3.1-8b.json}
 mkdir -p "$folder" || exit 1
@@ -25,7 +27,7 @@ step() {
     fi
     ((left < most)) && most=$left
     echo "== $name, at $SECONDS of $LIMIT seconds, for $most at most" >&2
-    timeout --signal=INT --kill-after=10 "$most" "$@"
+    timeout --foreground --signal=INT --kill-after=10 "$most" "$@"
     status=$?
     if ((status)); then
         echo "failed: $name, exit status $status$( ((status == 124 || status == 137)) && echo ", which means too slow")" >&2

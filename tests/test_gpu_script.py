@@ -1,17 +1,27 @@
 """scripts/gpu.sh without a GPU: what it does where steps fail or the time is over."""
 
 import os
+import signal
 import subprocess
 import sys
 
 from tests.conftest import REPO
 
 
-def script(tmp_path, limit):
+def start(tmp_path, limit):
     environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "LIMIT": str(limit), "OMP_NUM_THREADS": "1",
                    "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
-    command = ["bash", str(REPO / "scripts" / "gpu.sh"), str(tmp_path / "out")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["bash", str(REPO / "scripts" / "gpu.sh"), "out"]
+    return subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def script(tmp_path, limit):
+    process = start(tmp_path, limit)
+    output, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def test_a_failed_step_is_named_and_the_next_one_begins(tmp_path):
@@ -27,3 +37,13 @@ def test_what_the_time_does_not_allow_is_named(tmp_path):
     result = script(tmp_path, 10)
     assert result.stderr.count("skipped: ") == 7 == result.returncode, result.stderr
     assert "skipped: tests; 10 seconds are over" in result.stderr
+
+
+def test_ctrl_c_ends_the_step_and_those_that_would_follow(tmp_path):
+    process = start(tmp_path, 120)
+    assert process.stderr is not None
+    assert "packages" in process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "==" not in errors and "not done" not in errors
