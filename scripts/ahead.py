@@ -2,9 +2,9 @@
 
     python scripts/ahead.py
 
-Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B and Llama-3.1-70B, for sm_80 and sm_90:
-registers and spilled bytes as `ptxas` says, shared memory, and how wide the loads are. Nothing runs. The table goes to
-results/<date>_<what compiled it>.json.
+Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B, Llama-3.1-70B, and of a rank of eight that share
+the last, for sm_80 and sm_90: registers and spilled bytes as `ptxas` says, shared memory, and how wide the loads are.
+Nothing runs. The table goes to results/<date>_<what compiled it>.json.
 """
 
 import sys
@@ -41,6 +41,7 @@ MODELS = {
     "Llama-3.1-8B": (4096, 6144, 28672, 14336, 32, 8, 128),
     "Llama-3.2-1B": (2048, 3072, 16384, 8192, 32, 8, 64),
     "Llama-3.1-70B": (8192, 10240, 57344, 28672, 64, 8, 128),
+    "Llama-3.1-70B/8": (8192, 1280, 7168, 3584, 8, 1, 128),  # of 8 ranks each: one kv head is a variant of its own
 }
 TRITON_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
