@@ -287,7 +287,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     metrics = {
         "load_s": loaded - began,
         "compile_s": ready - loaded if args.compile or args.compile_prefill else 0,
-        **run_metrics(samples, model, speculation.draft_model if speculation else None),
+        **run_metrics(samples, model, speculation),
         "quantization": job.quantization and str(job.quantization),
         "tp": ranks.count,
         "seed": args.seed,

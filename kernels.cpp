@@ -60,11 +60,12 @@ static inline __m512bh look_up(__m512 values, __m512i indices) {
     return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
 }
 
-// Add up 16 vectors, each in itself: first two of them, whose lanes then take turns, then eight such pairs, in order.
+// The first half of adding up two vectors, each in itself: what is left of them takes turns in the lanes.
 static inline __m512 sums_of_two(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
 
+// The second half, of eight such pairs: 16 sums in order.
 static inline __m512 sums_of_pairs(const __m512* pairs) {
     __m512 fours[4], halves[2];
     for (int i = 0; i < 4; i++) {
@@ -134,8 +135,9 @@ static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
         int rows = int(std::min<int64_t>(MAX_M, M - m));
 #pragma omp parallel
         {
-            int64_t blocks = N / BLOCK, t = omp_get_thread_num(), T = omp_get_num_threads();
-            run(rows, m, pack(x + m * K, rows, K), blocks * t / T, blocks * (t + 1) / T);
+            const int64_t blocks = N / BLOCK, t = omp_get_thread_num(), T = omp_get_num_threads();
+            const int64_t first = blocks * t / T, last = blocks * (t + 1) / T;
+            if (first < last) run(rows, m, pack(x + m * K, rows, K), first, last);
         }
     }
 }

@@ -248,8 +248,8 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
         differ = sorted(i for i in {*theirs, *ours} if theirs.get(i) != ours.get(i))
         if differ:
             raise ValueError(
-                f"the draft {path} has another vocabulary than the model: {len(differ)} ids differ, the first is "
-                f"{differ[0]}: {theirs.get(differ[0])!r} and {ours.get(differ[0])!r}; they must be one"
+                f"the draft {path} has another vocabulary than the model, and must have the same; ids that differ: "
+                f"{len(differ)}, the first is {differ[0]}, {theirs.get(differ[0])!r} and {ours.get(differ[0])!r}"
             )
     return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
 

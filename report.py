@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from model import Transformer
+from speculate import Speculation
 from tokenizer import TextStream, Tokenizer
 
 
@@ -99,6 +100,7 @@ class Row:
             "prefill_tokens_per_s": self.ttft_s and (len(self.prompt_ids) - self.num_cached) / self.ttft_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "accept_counts": self.accept_counts,
+            "num_drafted": self.num_drafted,
         }
 
 
@@ -185,7 +187,7 @@ def report_rows(rows: list[Row], context: int) -> None:
         print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
 
 
-def run_metrics(samples: list[list[Row]], model: Transformer, draft_model: Transformer | None) -> dict[str, Any]:
+def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Speculation | None) -> dict[str, Any]:
     """Collect what `--metrics_path` writes, but for the times and settings that only the caller knows.
 
     Bytes and bandwidth are those of this rank.
@@ -195,12 +197,15 @@ def run_metrics(samples: list[list[Row]], model: Transformer, draft_model: Trans
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
         name, peak = str(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    draft_model = speculation.draft_model if speculation else None
     step_bytes = [bytes_per_step(model, rows, draft_model) for rows in samples]
     # The row that ran longest saw every step of its batch.
     rates = [max(rows, key=lambda row: len(row.arrivals)).steps_per_s for rows in samples]
     bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
     return {
         "samples": [row.metrics() for rows in samples for row in rows],
+        "speculation": speculation
+        and {"drafts": "prompt lookup" if draft_model is None else "model", "speculate_k": speculation.max_k},
         "weight_bytes": model.weight_bytes,
         "bytes_per_step": int(statistics.median(step_bytes)),
         "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,

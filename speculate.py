@@ -194,7 +194,7 @@ class Pace:
         self.accepted = DECAY * self.accepted + sum(counts)
         self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
         self.k = self.best()
-        failed = was_plain and self.k == 0 and not any(counts)
+        failed = was_plain and not any(counts)
         self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
 
 
@@ -298,27 +298,13 @@ class Speculation:
         texts: the rows' ids, two at least; the caches of the target hold all but the last. rooms: how many more each
         row can take; a row with none runs along for nothing. running: the texts of the first rows of the caches.
         """
-        device, vocab_size = target.device, target.config.vocab_size
-        num_rows = len(texts)
+        num_rows, device = len(texts), self.slots.device
         texts, rooms = [texts[row] for row in running], [rooms[row] for row in running]
         ends = [len(text) for text in texts]
-        drafting = [room > 0 for room in rooms]
         slots = visible_slots(self.slots, max(ends) + k)
         # The last two ids and their places: all that the steps need of the text, in one copy to the device.
         latest = [text[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
         tokens, at = torch.tensor(latest, device=device).unbind()
-
-        def of_running(drawn: Tensor) -> Tensor:
-            """Pick from draws for all rows: what one of them draws does not depend on those that have ended."""
-            return drawn if len(running) == num_rows else drawn[running]
-
-        def clocks(*shape: int) -> Tensor:
-            return of_running(exponential(num_rows, *shape, vocab_size, generator=generator, device=device))
-
-        def accept_noise() -> tuple[Tensor, Tensor] | None:
-            if sampling.temperature == 0:
-                return None
-            return of_running(torch.rand(num_rows, k, generator=generator, device=device)), clocks()
 
         if self.draft_model is None:
             found = self.look_up(texts, rooms, running, k)
@@ -326,13 +312,19 @@ class Speculation:
             if not any(drafting) and 0 in self.pace.levels:
                 return None
             guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
-            drafted = torch.tensor(guesses, device=device)
-            made = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise(), None)
         else:
+            drafting = [room > 0 for room in rooms]
             self.catch_up(texts, ends, running)
-            draft_noise = None if sampling.temperature == 0 else clocks(k)
+        draft_noise = accept_noise = None
+        if sampling.temperature > 0:
+            vocab_size = target.config.vocab_size
+            draft_noise, accept_noise = self.noise(num_rows, running, k, vocab_size, generator)
+        if self.draft_model is None:
+            drafted = torch.tensor(guesses, device=device)
+            made = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, None)
+        else:
             made = self.draft_and_verify(
-                target, tokens, at, slots, self.draft_model, k, sampling, draft_noise, accept_noise()
+                target, tokens, at, slots, self.draft_model, k, sampling, draft_noise, accept_noise
             )
         read = made.tolist()  # the round's one
 
@@ -342,6 +334,18 @@ class Speculation:
         self.num_drafted += k
         self.pace.update([n for n, had in zip(counts, drafting, strict=True) if had], k)
         return [[*ids[:n], following] for n, following, *ids in read]
+
+    def noise(
+        self, num_rows: int, running: list[int], k: int, vocab_size: int, generator: torch.Generator | None
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """Return what `draft` and `accept` draw with: what one row draws does not depend on those that have ended."""
+        device = self.slots.device
+        rows = slice(None) if len(running) == num_rows else running
+        drafted = None
+        if self.draft_model is not None:
+            drafted = exponential(num_rows, k, vocab_size, generator=generator, device=device)[rows]
+        uniform = torch.rand(num_rows, k, generator=generator, device=device)[rows]
+        return drafted, (uniform, exponential(num_rows, vocab_size, generator=generator, device=device)[rows])
 
     def look_up(self, texts: list[list[int]], rooms: list[int], running: list[int], k: int) -> list[list[int]]:
         """Return k guesses for each row, [] for one that has ended or is at an end that it never had before."""

@@ -162,7 +162,7 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
     checked = weakref.WeakSet[Transformer]()
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
-        for each in (model, *rest):
+        for each in (model, *rest[:1]):  # draft_and_verify has its draft model there
             if isinstance(each, Transformer) and each not in checked:
                 check_layers(each)
                 checked.add(each)

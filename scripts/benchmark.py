@@ -64,6 +64,8 @@ class Results:
         name = "-".join("".join(c if c.isalnum() else " " for c in hardware(args.device).lower()).split())
         what = args.name or what + (f"-tp{ranks.count}" if ranks.count > 1 else "")
         self.path = args.output_dir / f"{datetime.date.today()}_{name}_{what}.json"
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists already; remove it, or choose another --name or --output_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.report: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
@@ -199,9 +201,13 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """Refuse what cannot work before it takes time; return the config and this rank's device. Raises ValueError."""
     device = local_device(args.device, ranks)
     check_device(device)
+    if not args.config.is_file():
+        raise ValueError(f"--config {args.config} is no file; expected a config.json")
     raw = read_json(args.config)
     run_dtype(args, raw)
     models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}
+    if args.speculate and (args.only is not None or args.compare):
+        raise ValueError("--speculate measures nothing else; leave out --only and --compare")
     if ranks.count > 1:
         alone = [name for name in ("speculate", "compare") if getattr(args, name)]
         alone += [f"only {group}" for group in ALONE if group in (args.only or [])]

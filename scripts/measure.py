@@ -226,5 +226,6 @@ def line(entry: dict[str, Any]) -> str:
     if "share_of_roof" in entry:
         text += f", {entry['share_of_roof']:.0%} of the roof"
     if "ratio" in entry:
-        text += f"  {entry['ratio']:.2f}x of «{entry['against']}»"
+        of = f"{entry['ratio']:.2f}x of" if entry["unit"] == "tok/s" else f"{entry['ratio']:.2f} times as long as"
+        text += f"  {of} «{entry['against']}»"
     return text

@@ -7,7 +7,6 @@ writes nonsense; that is here, and no command of the project can reach it.
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -39,7 +38,7 @@ from steps import compiled, decode, prefill, visible_slots
 from tokenizer import load_tokenizer
 
 ACCEPTANCE = 0.7
-SHORTEST = 128  # tokens of a sample, so that chance evens out
+SHORTEST = 128  # tokens of a sample: fewer are a matter of luck
 # Several beginnings for the demo, which after a while repeats itself: then a draft is always right, or always wrong.
 TEXTS = [
     "class Stack:\n    def __init__(self, items=None):\n",
@@ -128,7 +127,7 @@ class Duel:
 
     @torch.inference_mode()
     def costs(self, levels: tuple[int, ...], count: int) -> dict[str, float]:
-        """Time a plain step, after others of its kind, and the two parts of a round, in turns, half-way in a text."""
+        """Time a plain step and the two parts of a round, each in a run of its own, half-way in a text."""
         if len(levels) != 1:
             return {}
         [k] = levels
@@ -142,10 +141,10 @@ class Duel:
             "draft_ms": lambda: self.run_draft(*drafting),
             "verify_ms": lambda: self.run_verify(self.target, tokens, at, slots, drafted, GREEDY, None, None),
         }
-        times = defaultdict(list)
-        for name in ["decode_ms"] * count + ["draft_ms", "verify_ms"] * count:
-            times[name].append(seconds(parts[name], self.device) * 1e3)
-        return {name: statistics.median(taken) for name, taken in times.items()}
+        return {
+            name: statistics.median(seconds(part, self.device) * 1e3 for _ in range(count))
+            for name, part in parts.items()
+        }
 
     def run(self, num_samples: int) -> list[dict[str, Any]]:
         self.setup_caches()
@@ -168,16 +167,20 @@ class Duel:
         if len(levels) != 1:
             return entry
         [k] = levels
-        counts = [sum(column) for column in zip(*(sample["accept_counts"] for sample in samples), strict=True)]
-        accepted = sum(n * count for n, count in enumerate(counts))
-        a = accepted / (accepted + sum(counts[:k]))
-        drafts, checks = (
-            statistics.median(sample[name] / sample["decode_ms"] for sample in samples)
-            for name in ("draft_ms", "verify_ms")
-        )
-        promised = expected_tokens(a, k) / (drafts + 1)
-        entry |= {"k": k, "a": a, "c": drafts / k, "verify_steps": checks}
-        return entry | {"formula": promised, "share_of_formula": entry["speedup"] / promised}
+        figures = [formula(sample, k) for sample in samples]
+        entry |= {"k": k} | {name: statistics.median(each[name] for each in figures) for name in figures[0]}
+        shares = [speedup / each["formula"] for speedup, each in zip(speedups, figures, strict=True)]
+        return entry | {"share_of_formula": statistics.median(shares)}
+
+
+def formula(sample: dict[str, Any], k: int) -> dict[str, float]:
+    """Return what the paper's formula promises (section 3.3), and what it is made of."""
+    accepted = sum(n * count for n, count in enumerate(sample["accept_counts"]))
+    full, rounds = sample["accept_counts"][k], sample["num_drafted"] // k  # where a plain step ends a text it is none
+    a = accepted / (accepted + rounds - full)
+    c = sample["draft_ms"] / k / sample["decode_ms"]
+    verify_steps = sample["verify_ms"] / sample["decode_ms"]
+    return {"a": a, "c": c, "verify_steps": verify_steps, "formula": expected_tokens(a, k) / (c * k + 1)}
 
 
 def make_duels(

@@ -263,7 +263,8 @@ def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, ca
         (["--device", "tpu"], "--device tpu"),
         (["--samples", "0"], "--samples"),
         (["--compare", "--config", "llama3.json"], "rope_scaling"),
-        (["--config", "absent.json"], "absent.json"),
+        (["--config", "absent.json"], "--config absent.json is no file"),
+        (["--speculate", "--only", "decode"], "leave out --only"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(config, capsys, monkeypatch, options, words):
@@ -273,6 +274,16 @@ def test_a_mistake_is_one_line_and_nothing_is_written(config, capsys, monkeypatc
     found = mistake(capsys, "--config", config, "--output_dir", "out", "--device", "cpu", *options)
     assert_user_error(found, words)
     assert not Path("out").exists()
+
+
+def test_results_that_are_there_are_kept(tmp_path):
+    args = Namespace(device="cpu", name="decode", output_dir=tmp_path, config=Path("tiny.json"))
+    results = benchmark.Results(args, ONE_RANK, "decode")
+    results.write()
+    before = results.path.read_text()
+    with pytest.raises(ValueError, match="exists already; remove it, or choose another --name"):
+        benchmark.Results(args, ONE_RANK, "decode")
+    assert results.path.read_text() == before
 
 
 def test_a_processor_without_a_name_is_called_by_its_kind():

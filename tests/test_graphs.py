@@ -182,11 +182,16 @@ def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, secon
     assert counter.frame_count == 2
 
 
-def test_a_compiled_step_refuses_a_model_whose_layers_differ():
+def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
     """A graph of the same first layer would read the weights of the second as if they had other sizes."""
     odd = random_model(RAW, "cpu", torch.float32)
     odd.setup_caches(1, 64)
     for name, (N, columns) in {"gate_up_proj": (320, 64), "down_proj": (64, 160)}.items():
         getattr(odd.layers[1].mlp, name).weight = constant(torch.ones(N, columns))
-    with torch.inference_mode(), pytest.raises(ValueError, match="layer 1 has other tensors than layer 0"):
-        compiled(decode)(odd, *arguments(None, 4), torch.arange(64), GREEDY, None)
+    message = "layer 1 has other tensors than layer 0"
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=message):
+            compiled(decode)(odd, *arguments(None, 4), torch.arange(64), GREEDY, None)
+        _, columns, rest = STEPS["round"]
+        with pytest.raises(ValueError, match=message):
+            compiled(draft_and_verify)(model, *arguments(columns, 4), torch.arange(64), *with_draft(rest, odd))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import generate as generate_module
+import speculate as speculate_module
 from generate import generate, warm_up
 from quantize import HEAD_SCHEME, Scheme, linears, quantize_linear, repack_
 from speculate import (
@@ -434,9 +436,11 @@ def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, 
     plain_rounds = Speculation(make_draft(name), max_k=2)
     rounds = replace(plain_rounds, prefill=steps["prefill"])
     rounds.compile_()
+    counters.clear()
     list(generate(target, [[1, 2]], 3, sampling, **steps))
     for k in levels_below(2)[:-1]:
         list(generate(target, [[1, 2]], 3, sampling, **steps, speculation=replace(rounds, levels=(k,))))
+    assert counters["stats"]["unique_graphs"] >= len(levels_below(2)[:-1]), "one for each number of drafts"
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt, expected in zip(PROMPTS, plain, strict=True):
             texts = [
@@ -607,21 +611,35 @@ def write_config(path: Path, **changes):
     return path
 
 
-def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("drafts", ["a model's", "prompt lookup"])
+def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch, drafts):
     warmed_up = []
 
     def watched(*args, **options):
         warm_up(*args, **options)
         warmed_up.append(torch.compiler.set_stance("fail_on_recompile"))
 
+    def not_compiled(*args):
+        assert torch.compiler.is_compiling()
+        return round_of(*args)
+
+    name = "verify" if drafts == "prompt lookup" else "draft_and_verify"
+    round_of = getattr(speculate_module, name)
+    monkeypatch.setattr(speculate_module, name, not_compiled)
     monkeypatch.setattr(generate_module, "warm_up", watched)
     options = ("--random_weights", "--checkpoint_path", write_config(tmp_path / "a", num_hidden_layers=1))
-    options += ("--prompt_length", 3, "--temperature", 0, "--max_new_tokens", 40, "--speculate_k", 2, "--prompt_lookup")
+    options += ("--prompt_length", 3, "--temperature", 0, "--max_new_tokens", 40, "--speculate_k", 2)
+    draft_path = write_config(tmp_path / "b", num_hidden_layers=1)
+    options += ("--prompt_lookup",) if drafts == "prompt lookup" else ("--draft_checkpoint_path", draft_path)
+    options += ("--metrics_path", tmp_path / "metrics.json")
     try:
         generate_module.main(["--compile", "--device", "cpu", *map(str, options)])
     finally:
         torch.compiler.set_stance("default")
     assert warmed_up
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["speculation"] == {"drafts": "model" if drafts == "a model's" else drafts, "speculate_k": 2}
+    assert metrics["samples"][0]["num_drafted"] > 0
 
 
 def test_random_weights_need_only_the_configs(tmp_path):
