@@ -26,7 +26,7 @@ from speculate import (
     levels_below,
     verify,
 )
-from steps import Sampling, compiled, decode, prefill, probabilities
+from steps import Sampling, compiled, decode, likeliest, prefill, probabilities
 from tests.conftest import REPO, assert_user_error, run_command
 from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
 
@@ -619,13 +619,11 @@ def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch,
         warm_up(*args, **options)
         warmed_up.append(torch.compiler.set_stance("fail_on_recompile"))
 
-    def not_compiled(*args):
-        assert torch.compiler.is_compiling()
-        return round_of(*args)
+    def likeliest_compiled(logits):
+        assert torch.compiler.is_compiling(), "a round that was not compiled"
+        return likeliest(logits)
 
-    name = "verify" if drafts == "prompt lookup" else "draft_and_verify"
-    round_of = getattr(speculate_module, name)
-    monkeypatch.setattr(speculate_module, name, not_compiled)
+    monkeypatch.setattr(speculate_module, "likeliest", likeliest_compiled)
     monkeypatch.setattr(generate_module, "warm_up", watched)
     options = ("--random_weights", "--checkpoint_path", write_config(tmp_path / "a", num_hidden_layers=1))
     options += ("--prompt_length", 3, "--temperature", 0, "--max_new_tokens", 40, "--speculate_k", 2)
