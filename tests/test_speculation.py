@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 import generate as generate_module
 import speculate as speculate_module
@@ -436,11 +435,9 @@ def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, 
     plain_rounds = Speculation(make_draft(name), max_k=2)
     rounds = replace(plain_rounds, prefill=steps["prefill"])
     rounds.compile_()
-    counters.clear()
     list(generate(target, [[1, 2]], 3, sampling, **steps))
     for k in levels_below(2)[:-1]:
         list(generate(target, [[1, 2]], 3, sampling, **steps, speculation=replace(rounds, levels=(k,))))
-    assert counters["stats"]["unique_graphs"] >= len(levels_below(2)[:-1]), "one for each number of drafts"
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt, expected in zip(PROMPTS, plain, strict=True):
             texts = [
