@@ -18,7 +18,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import meta_model
-from kernels import AtenInt4Linear, AtenInt8Linear, constant, empty_weight, int4_layer, int8_layer, linear_layer
+from kernels import (
+    AtenInt4Linear,
+    AtenInt8Linear,
+    constant,
+    empty_weight,
+    for_cuda,
+    int4_layer,
+    int8_layer,
+    linear_layer,
+)
 from model import linear
 from quantize import (
     Scheme,
@@ -92,7 +101,7 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     The first form is a multiply and a sum, which torch.compile fuses into one loop for few rows; «ours» is the kernel
     that a model gets on this device, if there is one.
     """
-    on_cuda = weight.device.type == "cuda"
+    on_cuda = for_cuda(weight.device) is not None  # which also defines the operators of Triton's kernels
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
         return weight.float(), (weight,), plain | {"ours": partial(linear_layer, bias=None)}
