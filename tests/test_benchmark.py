@@ -175,6 +175,7 @@ def test_the_form_of_atens_kernel_for_cuda_has_the_shapes_that_it_takes():
     with FakeTensorMode():
         codes, zeros = (torch.empty(64, columns, dtype=torch.uint8) for columns in (256, 8))
         layer = products.tinygemm(codes, torch.empty(64, 8, dtype=torch.bfloat16), zeros)
+        assert [tensor.shape for tensor in layer.tensors] == [(64 // 8, 256 // 128, 32, 4), (8, 64, 2)]
         assert layer(torch.empty(5, 256, dtype=torch.bfloat16)).shape == (5, 64)
 
 
