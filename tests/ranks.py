@@ -160,9 +160,9 @@ def mistake():
 def patience():
     """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
     init = dist.init_process_group
-    dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=1))
+    dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=2))
     with process_group() as ranks, user_errors():
-        print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
+        print(from_rank_0(lambda: time.sleep(4) or "hello", ranks))
 
 
 def as_rank(rank, count, num_nodes, port, folder, job, arguments):

@@ -144,7 +144,7 @@ def test_what_a_template_does_wrong_is_one_line_within_seconds(source, word):
         template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, "here")
         template.render(said("a", "b") + said("c", "d")[1:], add_generation_prompt=True)
     assert word in str(raised.value)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
 
 
 def test_the_seconds_of_a_template_are_those_it_runs_and_not_those_between_messages():

@@ -249,7 +249,7 @@ def test_without_a_network_a_download_ends_in_one_line_within_seconds(tmp_path: 
     start = time.monotonic()
     result = run_download(tmp_path, "http://127.0.0.1:9", "--repo_id", "org/tiny")
     assert_user_error(result, "org/tiny could not be downloaded", "Connection refused", "check the network")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -8,9 +8,9 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,10 +377,12 @@ def test_a_short_soak_finds_that_the_same_turns_give_the_same_texts(monkeypatch:
 
 def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bytearray] = []
+    clock = 0.0
 
     def worse(*_: Any) -> Callable[[int], Iterator[list[int]]]:
         def turn(i: int) -> Iterator[list[int]]:
-            time.sleep(0.01 if i < 15 else 0.03)
+            nonlocal clock
+            clock += 1.0 if i < 15 else 1.2
             held.append(bytearray(b"x" * 2**23))
             yield [i if i == 17 else i % 5]
 
@@ -388,6 +390,8 @@ def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(soak, "NUM_DIFFERENT", 5)
     monkeypatch.setattr(soak, "turns", worse)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(perf_counter=lambda: clock))  # a busy machine's own is uneven
     found = soak.soak(20, "cpu", compile_steps=False)
     assert found["changed_texts"] == [17]
+    assert found["slowdown"] == pytest.approx(1 / 6)
     assert [fault.split()[0] for fault in found["faults"]] == ["memory", "the", "1"]

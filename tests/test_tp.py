@@ -337,7 +337,7 @@ def test_a_killed_rank_ends_the_job_within_seconds():
         os.kill(pids[1], signal.SIGKILL)
         began = time.perf_counter()
         _, stderr = agent.communicate(timeout=60)
-        assert time.perf_counter() - began < 10
+        assert time.perf_counter() - began < 30
         assert agent.returncode != 0
         assert "SIGKILL" in stderr
         assert_all_gone(pids)
@@ -352,7 +352,7 @@ def test_a_node_that_is_lost_ends_the_other_within_seconds(lost):
         os.kill(nodes[lost].pid, signal.SIGKILL)
         began = time.perf_counter()
         _, stderr = nodes[1 - lost].communicate(timeout=60)
-        assert time.perf_counter() - began < 10
+        assert time.perf_counter() - began < 30
         assert nodes[1 - lost].returncode == 1
         assert "lost the others" in stderr or "torchrun is gone" in stderr
         assert_all_gone(pids[1 - lost :][:1])
@@ -365,7 +365,7 @@ def test_a_node_whose_torchrun_alone_is_killed_ends_and_the_other_too():
         os.kill(nodes[1].pid, signal.SIGKILL)
         began = time.perf_counter()
         nodes[0].communicate(timeout=60)
-        assert time.perf_counter() - began < 15
+        assert time.perf_counter() - began < 30
         assert nodes[0].returncode == 1
         # Its parent is gone: it may stay a zombie.
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(rank)], capture_output=True, text=True).stdout
@@ -412,12 +412,12 @@ def test_ctrl_c_ends_all_ranks_and_one_too_that_waits_for_another():
         os.kill(first, signal.SIGSTOP)
         time.sleep(1)  # by now the second waits for it
         os.killpg(agent.pid, signal.SIGINT)
-        deadline = time.perf_counter() + 5
+        deadline = time.perf_counter() + 15
         while second in ranks_of(agent) and time.perf_counter() < deadline:
             time.sleep(0.1)
         assert second not in ranks_of(agent)
         os.kill(first, signal.SIGCONT)
-        _, stderr = agent.communicate(timeout=10)
+        _, stderr = agent.communicate(timeout=30)
         assert 'generate.py", line' not in stderr  # no traceback of ours
         assert_all_gone([first, second])
 
@@ -427,7 +427,7 @@ def test_a_reader_that_leaves_ends_the_job_quietly():
     with contextlib.ExitStack() as stack:
         agent = generating(stack)
         agent.stdout.close()
-        assert agent.wait(timeout=10) == 0
+        assert agent.wait(timeout=30) == 0
         lines = agent.stderr.read().splitlines()
     assert all("tok/s" in line for line in lines), lines
 
