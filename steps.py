@@ -222,7 +222,8 @@ class Batch:
     @property
     def needed(self) -> int:
         """How many rows have to run: a power of two, so that few sizes are compiled, or all there are."""
-        return next(size for size in batch_sizes(len(self.running)) if size >= len(self.texts) - self.rooms.count(0))
+        num_going_on = len(self.texts) - self.rooms.count(0)
+        return min(2 ** max(0, num_going_on - 1).bit_length(), len(self.running))
 
     def shrink_(self) -> None:
         """Let rows that have ended leave, if the others are few enough."""
