@@ -71,15 +71,15 @@ def draft(
 def accept(
     logits: Tensor, drafted: Tensor, q: Tensor | None, sampling: Sampling, noise: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Decide how many drafts each row accepts and which id follows them: [B] each (algorithm 1 of the paper).
+    """Decide how many drafts each row accepts, n [B], and which id follows them (algorithm 1 of the paper).
 
     logits [B, k + 1, V]: the target's. drafted [B, k], drawn from q [B, k, V]; None stands for drafts that were not
-    drawn at all. noise: uniform draws [B, k] and draws of Exp(1) [B, V], unused at temperature 0.
+    drawn at all. noise: uniform draws [B, k] and draws of Exp(1) [B, V], unused at temperature 0. Returns n and ids
+    [B, k + 1], of which the first n + 1 are the text's: the accepted drafts and the one that follows.
     """
     if sampling.temperature == 0:
-        choices = likeliest(logits)
-        num_accepted = count_leading(drafted == choices[:, :-1])
-        return num_accepted, choices.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+        ids = likeliest(logits)
+        return count_leading(drafted == ids[:, :-1]), ids
     assert noise is not None
     uniform, clocks = noise
     p = probabilities(logits, sampling)
@@ -95,7 +95,8 @@ def accept(
     rest = (p_after - F.pad(q, (0, 0, 0, 1)).gather(1, after).squeeze(1)).clamp(min=0)
     # Where p and q differ by rounding alone, nothing may be left.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_after)
-    return num_accepted, draw(rest, clocks)
+    following = draw(rest, clocks).unsqueeze(1)
+    return num_accepted, F.pad(drafted, (0, 1)).scatter(1, num_accepted.unsqueeze(1), following)
 
 
 def count_leading(accepted: Tensor) -> Tensor:
@@ -117,13 +118,13 @@ def verify(
     """Run the text's last token and its k drafts through the target.
 
     tokens, positions [B, 2]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns all that the host
-    needs to know: the number accepted, the id that follows, and the drafts, [B, k + 2].
+    needs to know, what `accept` returns, side by side: [B, k + 2].
     """
     k = drafted.shape[1]
     at = positions[:, -1:] + torch.arange(k + 1, device=positions.device)
     logits = model(torch.cat((tokens[:, -1:], drafted), dim=1), at, slots)
-    num_accepted, following = accept(logits, drafted, q, sampling, noise)
-    return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), following.unsqueeze(1), drafted), dim=1))
+    num_accepted, ids = accept(logits, drafted, q, sampling, noise)
+    return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), ids), dim=1))
 
 
 def draft_and_verify(
@@ -334,7 +335,7 @@ class Speculation:
             self.filled[row] = end - 1 + n
         self.num_drafted += k
         self.pace.update([n for n, had in zip(counts, drafting, strict=True) if had], k)
-        return [[*ids[:n], following] for n, following, *ids in read]
+        return [ids[: n + 1] for n, *ids in read]
 
     def noise(
         self, num_rows: int, running: list[int], k: int, vocab_size: int, generator: torch.Generator | None

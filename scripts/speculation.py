@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ from speculate import (
     levels_below,
     verify,
 )
-from steps import compiled, decode, prefill, visible_slots
+from steps import compiled, decode, likeliest, prefill, visible_slots
 from tokenizer import load_tokenizer
 
 ACCEPTANCE = 0.7
@@ -57,8 +58,7 @@ def accept_by_chance(
 ) -> tuple[Tensor, Tensor]:
     """Accept each draft with probability ACCEPTANCE, whatever it is; the id that follows is the target's choice."""
     accepted = torch.rand(drafted.shape, device=drafted.device) < ACCEPTANCE
-    num_accepted = count_leading(accepted)
-    return num_accepted, logits.argmax(dim=-1).gather(1, num_accepted.unsqueeze(1)).squeeze(1)
+    return count_leading(accepted), torch.where(F.pad(accepted, (0, 1)), F.pad(drafted, (0, 1)), likeliest(logits))
 
 
 compiled_once = cache(compiled)  # duels share their graphs

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import generate as generate_module
 import speculate as speculate_module
@@ -103,9 +104,8 @@ def by_the_rule(p, q, draws=40_000, rule=accept, seed=0):
     uniform = torch.rand(draws, 2, generator=generator)
     clocks = torch.empty(draws, len(p)).exponential_(generator=generator)
     logits = p.log().expand(draws, 3, -1)
-    counts, following = rule(logits, drafted, q.expand(draws, 2, -1), Sampling(1.0), (uniform, clocks))
-    ids = torch.cat((drafted, following.unsqueeze(1)), dim=1)
-    return torch.where(counts.unsqueeze(1) == torch.arange(3), following.unsqueeze(1), ids), counts
+    counts, ids = rule(logits, drafted, q.expand(draws, 2, -1), Sampling(1.0), (uniform, clocks))
+    return ids, counts
 
 
 def chi_square(ids, p):
@@ -128,7 +128,7 @@ def follow_p(logits, drafted, q, sampling, noise):
     """Draw the id after a rejection from p, and not from what q has left of it."""
     counts, _ = accept(logits, drafted, q, sampling, noise)
     _, following = accept(logits, drafted, torch.zeros_like(q), sampling, (torch.ones_like(noise[0]), noise[1]))
-    return counts, following
+    return counts, F.pad(drafted, (0, 1)).scatter(1, counts.unsqueeze(1), following[:, :1])
 
 
 # Chi-square with 4 degrees of freedom: 18.5 is passed by chance once in a thousand seeds.
@@ -158,10 +158,10 @@ def test_a_certain_draft_is_accepted_with_its_probability_and_leaves_the_rest_of
     draws, generator = 40_000, torch.Generator().manual_seed(0)
     noise = (torch.rand(draws, 1, generator=generator), torch.empty(draws, 5).exponential_(generator=generator))
     drafted = torch.full((draws, 1), 1)
-    counts, following = accept(P.log().expand(draws, 2, -1), drafted, None, Sampling(1.0), noise)
+    counts, ids = accept(P.log().expand(draws, 2, -1), drafted, None, Sampling(1.0), noise)
     assert counts.float().mean().item() == pytest.approx(0.3, abs=0.01)
-    ids = torch.where(counts > 0, drafted[:, 0], following)
-    assert chi_square(ids, P) < LIMIT
+    assert torch.equal(ids[:, 0] == 1, counts == 1)
+    assert chi_square(ids[:, 0], P) < LIMIT
 
 
 def test_equal_distributions_accept_everything_even_at_the_largest_draw():
@@ -170,17 +170,17 @@ def test_equal_distributions_accept_everything_even_at_the_largest_draw():
     largest = torch.full((1000, 1), 1 - 2**-24)
     logits = p.log().unsqueeze(1).expand(-1, 2, -1)
     q = probabilities(logits[:, :1], Sampling(1.0))
-    counts, following = accept(logits, drafted, q, Sampling(1.0), (largest, torch.ones(1000, 50)))
+    counts, ids = accept(logits, drafted, q, Sampling(1.0), (largest, torch.ones(1000, 50)))
     assert counts.min() == 1
     # Without a draw left over from rounding: p itself.
-    assert torch.equal(following, p.argmax(dim=-1))
+    assert torch.equal(ids, torch.cat((drafted, p.argmax(dim=-1, keepdim=True)), dim=1))
 
 
 def test_a_rejection_by_rounding_alone_still_draws_from_p():
     p = torch.tensor([0.0, 0.5, 0.5])
     noise = (torch.ones(1, 1), torch.ones(1, 3))  # the draw 1 does not occur: it stands for p a little below q
-    counts, following = accept(p.log().expand(1, 2, 3), torch.tensor([[1]]), p.expand(1, 1, 3), Sampling(1.0), noise)
-    assert (counts.item(), following.item()) == (0, 1)
+    counts, ids = accept(p.log().expand(1, 2, 3), torch.tensor([[1]]), p.expand(1, 1, 3), Sampling(1.0), noise)
+    assert (counts.item(), ids[0, 0].item()) == (0, 1)
 
 
 SMALL = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
