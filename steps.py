@@ -139,12 +139,15 @@ def check_layers(model: Transformer) -> None:
         raise ValueError(f"layer {odd[0]} has other tensors than layer 0; run it without compiling, or make them alike")
 
 
-def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+def compiled(
+    step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """Compile prefill, decode, verify or draft_and_verify: one graph for every position, and for every prompt length.
 
     Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
     which inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph, and then one graph is
     for every number of slots: it is given the whole cache, of which the kernel for a GPU reads what the mask shows.
+    settings: more of inductor's options, to be tried.
     """
     options = {
         "guard_filter_fn": of_the_first_layer,
@@ -157,6 +160,7 @@ def compiled(step: Callable[..., Any], mode: str | None = None) -> Callable[...,
         # Inductor would compile a test program for each kind of vectors; kernels.py has seen that they work here.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
+    options |= settings or {}
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
 
     checked = weakref.WeakSet[Transformer]()

@@ -50,9 +50,10 @@ from tp import from_rank_0, local_device, process_group, together
 
 
 FRESH_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
-WARM_GROUPS = ("products", "positions", "verify")  # whose rungs warm up themselves, each time
+WARM_GROUPS = ("products", "positions", "kernels", "options", "verify")  # whose rungs warm up themselves, each time
 ALONE = (*FRESH_GROUPS, "products")  # of one process
-GROUPS = (*ALONE, "decode", "batch", "prefill", "positions", "verify")
+IF_NAMED = ("kernels", "options")  # what they say is for who changes a step
+GROUPS = (*ALONE, "decode", "batch", "prefill", "positions", "verify", *IF_NAMED)
 
 
 class Results:
@@ -221,7 +222,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
 def chosen_groups(args: argparse.Namespace, ranks: Ranks) -> tuple[str, ...]:
     if args.only is not None:
         return tuple(args.only)
-    return tuple(g for g in GROUPS if ranks.count == 1 or g not in ALONE)
+    return tuple(g for g in GROUPS if g not in IF_NAMED and (ranks.count == 1 or g not in ALONE))
 
 
 def scheme(text: str) -> tuple[str, dict[str, Any]]:
@@ -243,7 +244,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the config's own")
-    parser.add_argument("--only", nargs="*", choices=GROUPS, metavar="GROUP", help=f"of {', '.join(GROUPS)} (all)")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=GROUPS,
+        metavar="GROUP",
+        help=f"of {', '.join(GROUPS)} (all but {', '.join(IF_NAMED)})",
+    )
     parser.add_argument(
         "--compare", action="store_true", help="add transformers and llama.cpp; with a bare --only nothing else"
     )

@@ -53,6 +53,7 @@ for config in $CONFIGS; do
     measure 150 "$config" positions
 done
 first=${CONFIGS%% *}
+measure 60 "$first" kernels   # where the time of such a step goes; its graphs are in inductor's cache now
 measure 100 "$first" products # which form a backend should repack to
 step 130 "tests" "$PYTHON" -m pytest -m gpu tests/test_gpu.py -rs --tb=short --junitxml="$folder/gpu-tests.xml"
 for config in $CONFIGS; do

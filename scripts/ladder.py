@@ -1,4 +1,4 @@
-"""The rungs that run in one process: products, decode, prefill, positions and verify, for every form of the weights.
+"""The rungs that run in one process, such as decode, prefill and positions, for every form of the weights.
 
 benchmark.py measures them.
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import meta_model, quantization_scheme, random_model
 from model import Ranks, Transformer
-from scripts import products, speculation
+from scripts import anatomy, products, speculation
 from scripts.measure import (
     Rung,
     Steps,
@@ -80,6 +80,12 @@ class Bench:
 
     def products(self) -> Iterator[Rung]:
         return products.rungs(self.args.quantize, self.raw, self.device, self.dtype)
+
+    def kernels(self) -> Iterator[Rung]:
+        return anatomy.kernels(self, max(POSITIONS) + 64)  # as the positions, whose graphs inductor has kept
+
+    def options(self) -> Iterator[Rung]:
+        return anatomy.options(self, max(POSITIONS) + 64)
 
     def decode(self) -> Iterator[Rung]:
         for name, steps, weights, model in self.each():

@@ -228,4 +228,7 @@ def line(entry: dict[str, Any]) -> str:
     if "ratio" in entry:
         of = f"{entry['ratio']:.2f}x of" if entry["unit"] == "tok/s" else f"{entry['ratio']:.2f} times as long as"
         text += f"  {of} «{entry['against']}»"
+    for kernel in entry.get("kernels", []):
+        share = kernel["us"] / 1e3 / entry["median"]
+        text += f"\n    {kernel['us']:9.1f} us, {share:4.0%}, in {kernel['calls']:6.1f} of {kernel['name'][:80]}"
     return text

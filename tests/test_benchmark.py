@@ -16,10 +16,11 @@ from checkpoint import random_model
 from generate import generate
 from kernels import AtenInt4Linear, library
 from model import ONE_RANK
-from scripts import benchmark, compare, products
+from scripts import anatomy, benchmark, compare, products
 from scripts.benchmark import main
 from scripts.fresh import Fresh
-from scripts.measure import GREEDY, PROMPT, Rung, processor
+from scripts.measure import GREEDY, PROMPT, Rung, line, processor, step_at
+from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
 
 RAW = {
@@ -177,6 +178,40 @@ def test_the_form_of_atens_kernel_for_cuda_has_the_shapes_that_it_takes():
         layer = products.tinygemm(codes, torch.empty(64, 8, dtype=torch.bfloat16), zeros)
         assert [tensor.shape for tensor in layer.tensors] == [(64 // 8, 256 // 128, 32, 4), (8, 64, 2)]
         assert layer(torch.empty(5, 256, dtype=torch.bfloat16)).shape == (5, 64)
+
+
+def test_a_step_is_taken_apart_and_its_settings_are_compared(config, capfd):
+    main(["--config", str(config), "--output_dir", str(config.parent), "--device", "cpu", "--samples", "2",
+          "--only", "kernels", "options", "--quantize", "int8"])  # fmt: skip
+    [path] = config.parent.glob("*_kernels-options.json")
+    rungs = {rung["name"]: rung for rung in json.loads(path.read_text())["rungs"]}
+    changed = [f", {name}" for name in anatomy.OPTIONS["cpu"]]
+    assert list(rungs) == ["plain weights", "int8", *(f"{n}{c}" for n in ("plain weights", "int8") for c in changed)]
+    output, errors = capfd.readouterr()
+    assert "size assertions" in output and "USDT" not in errors
+    assert all(rung["median"] > 0 and len(rung["samples"]) == 2 for rung in rungs.values())
+
+
+@pytest.mark.parametrize("device", anatomy.OPTIONS)
+def test_the_settings_that_are_tried_are_inductors(device):
+    known = torch._inductor.list_options()
+    assert [name for settings in anatomy.OPTIONS[device].values() for name in settings if name not in known] == []
+    with pytest.raises(RuntimeError, match="Unexpected optimization option no_such"):
+        compiled(decode, None, {"no_such": True})
+
+
+def test_what_a_step_is_made_of_is_counted_a_step(capsys):
+    """On this device as many products as the block has linears, and the head; the longest is named first."""
+    model = random_model(RAW, "cpu", torch.bfloat16)
+    model.setup_caches(1, 192)
+    kernels = anatomy.profiled(step_at(model, decode, 128), "cpu")
+    calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
+    product = "kernels::bf16_product" if library() else "aten::mm"
+    assert calls[product] == 2 * 4 + 1
+    assert [kernel["us"] for kernel in kernels] == sorted((kernel["us"] for kernel in kernels), reverse=True)
+    entry = anatomy.Anatomy("step", "ms", lambda: 0.0, samples=[2.0], kernels=kernels).entry({}, [])
+    entry["kernels"] = [{"name": "a_kernel", "calls": 32.0, "us": 500.0}]
+    assert line(entry).splitlines()[1] == "        500.0 us,  25%, in   32.0 of a_kernel"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):

@@ -1,0 +1,102 @@
+"""What a compiled decode step is made of, kernel by kernel, and what settings of torch.compile change in it.
+
+benchmark.py measures them, as the groups «kernels» and «options», where they are named.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import Transformer
+from scripts.measure import Rung, decode_mode, kv_bytes, median_ms, step_at
+from steps import compiled, decode
+
+if TYPE_CHECKING:
+    from scripts.ladder import Bench
+
+POSITION = 128
+PROFILED = 10  # steps
+# Settings of inductor, by the kind of device: each is tried alone, beside those of `steps.compiled`.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "cuda": {
+        "no coordinate descent": {"coordinate_descent_tuning": False},
+        "combo kernels": {"combo_kernels": True},
+        "programmatic launch": {"triton.enable_pdl": True},
+        "cooperative reductions": {"triton.cooperative_reductions": True},
+        "multi-kernel": {"triton.multi_kernel": 1},
+    },
+    "cpu": {"size assertions": {"size_asserts": True}, "chunks of 512": {"cpp.min_chunk_size": 512}},
+}
+
+
+@dataclass
+class Anatomy(Rung):
+    """A step, and the kernels that it launches: of each its name, calls a step and microseconds a step.
+
+    What is left of the step's time is between kernels, or on a CPU also what other threads are waited for.
+    """
+
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+    def entry(self, group: dict[str, Rung], roofs: list[dict[str, float]]) -> dict[str, Any]:
+        return super().entry(group, roofs) | {"kernels": self.kernels}
+
+
+def profiled(step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
+    """Return what `PROFILED` steps spend their time in, the longest first: a GPU's kernels, or a CPU's operators."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr when it begins and ends
+    on_gpu = device.startswith("cuda")
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    step()
+    with profile(activities=[activity]) as found:
+        for _ in range(PROFILED):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    spent = {each: each.self_device_time_total if on_gpu else each.self_cpu_time_total for each in found.key_averages()}
+    kernels = [
+        {"name": each.key, "calls": each.count / PROFILED, "us": us / PROFILED} for each, us in spent.items() if us
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel["us"])
+
+
+def kernels(bench: "Bench", length: int) -> Iterator[Rung]:
+    """Yield a step of every form of the weights, whose entry names its kernels. length: of the caches."""
+
+    def measure(rung: Anatomy, model: Transformer) -> float:
+        step = step_at(model, bench.steps["compile"].decode, POSITION)
+        rung.kernels = profiled(step, bench.device)
+        return median_ms(step, bench.device)  # without the profiler, which takes time itself
+
+    for weights, model in bench.models.items():
+        read = model.step_weight_bytes + kv_bytes(model, POSITION + 1)
+        rung = Anatomy(weights or "plain weights", "ms", lambda: 0.0, weights, read_bytes=read)
+        rung.measure = bench.on(weights, length, partial(measure, rung))
+        yield rung
+
+
+def options(bench: "Bench", length: int) -> Iterator[Rung]:
+    """Yield a step of every form of the weights, as it is and with each of `OPTIONS`."""
+
+    def measure(run_decode: Callable[..., Any], model: Transformer) -> float:
+        return median_ms(step_at(model, run_decode, POSITION), bench.device)
+
+    runs = {"": bench.steps["compile"].decode}
+    for name, settings in OPTIONS[torch.device(bench.device).type].items():
+        runs[name] = compiled(decode, decode_mode(bench.device), settings)
+    for weights, model in bench.models.items():
+        read = model.step_weight_bytes + kv_bytes(model, POSITION + 1)
+        first = weights or "plain weights"
+        for name, run_decode in runs.items():
+            run = bench.on(weights, length, partial(measure, run_decode))
+            title, against = (f"{first}, {name}", first) if name else (first, "")
+            yield Rung(title, "ms", run, weights, read_bytes=read, against=against)
