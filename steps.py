@@ -154,6 +154,8 @@ def compiled(
         "triton.cudagraphs": mode == "reduce-overhead",
         # For the tiles of the reductions that stream the weights; it compiles longer, and no GPU has measured it yet.
         "coordinate_descent_tuning": mode == "reduce-overhead",
+        # Of kernels that share so many bytes one is made: keys and values are stored together, a launch a layer less.
+        "score_fusion_memory_threshold": 1 if mode == "reduce-overhead" else 10,
         "size_asserts": False,  # it would ask the sizes of each tensor of each layer anew, 0.4 ms a token
         # A loop of fewer steps a thread is over before another thread has begun.
         "cpp.min_chunk_size": 4096,

@@ -24,17 +24,21 @@ if TYPE_CHECKING:
     from scripts.ladder import Bench
 
 POSITION = 128
-PROFILED = 10  # steps
+PROFILED, TIMED = 10, 50  # steps
 # Settings of inductor, by the kind of device: each is tried alone, beside those of `steps.compiled`.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "cuda": {
         "no coordinate descent": {"coordinate_descent_tuning": False},
         "combo kernels": {"combo_kernels": True},
+        "no fusion for a few bytes": {"score_fusion_memory_threshold": 10},
         "programmatic launch": {"triton.enable_pdl": True},
         "cooperative reductions": {"triton.cooperative_reductions": True},
-        "multi-kernel": {"triton.multi_kernel": 1},
     },
-    "cpu": {"size assertions": {"size_asserts": True}, "chunks of 512": {"cpp.min_chunk_size": 512}},
+    "cpu": {
+        "fusion for a few bytes": {"score_fusion_memory_threshold": 1},
+        "size assertions": {"size_asserts": True},
+        "chunks of 512": {"cpp.min_chunk_size": 512},
+    },
 }
 
 
@@ -75,7 +79,7 @@ def kernels(bench: "Bench", length: int) -> Iterator[Rung]:
     def measure(rung: Anatomy, model: Transformer) -> float:
         step = step_at(model, bench.steps["compile"].decode, POSITION)
         rung.kernels = profiled(step, bench.device)
-        return median_ms(step, bench.device)  # without the profiler, which takes time itself
+        return median_ms(step, bench.device, TIMED)  # without the profiler, which takes time itself
 
     for weights, model in bench.models.items():
         read = model.step_weight_bytes + kv_bytes(model, POSITION + 1)
@@ -88,7 +92,7 @@ def options(bench: "Bench", length: int) -> Iterator[Rung]:
     """Yield a step of every form of the weights, as it is and with each of `OPTIONS`."""
 
     def measure(run_decode: Callable[..., Any], model: Transformer) -> float:
-        return median_ms(step_at(model, run_decode, POSITION), bench.device)
+        return median_ms(step_at(model, run_decode, POSITION), bench.device, TIMED)
 
     runs = {"": bench.steps["compile"].decode}
     for name, settings in OPTIONS[torch.device(bench.device).type].items():

@@ -11,7 +11,7 @@ import interrupt
 from cli import user_errors
 from tests.conftest import REPO
 
-SCRIPTS = "ahead benchmark convert_hf_checkpoint download faults project_tp quality soak train_demo"
+SCRIPTS = "ahead benchmark convert_hf_checkpoint download faults launches project_tp quality soak train_demo"
 # What a command imports, sooner or later, or says at its end.
 GENERATE = ("argparse", "torch._C", "torch", "safetensors", "tp", "peak memory")
 MOMENTS = [("generate.py", moment) for moment in GENERATE]

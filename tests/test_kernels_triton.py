@@ -10,7 +10,8 @@ import torch
 
 import kernels
 import model
-from scripts.ahead import ARCHITECTURES, compile_ahead, variants
+from scripts.ahead import ARCHITECTURES, attentions, compile_ahead, launches, products, variants
+from scripts.launches import LAUNCHED
 from tests.conftest import REPO
 
 pytest.importorskip("triton", reason="triton is not installed; it has no build for this system")
@@ -72,8 +73,46 @@ def test_on_cuda_a_model_gets_these_kernels():
     assert kernels.attention_of(torch.float32, torch.device("cuda"), model.attention) is cuda.attention
 
 
-def test_a_row_by_an_int8_weight_is_one_reduction_that_reads_codes():
+NORM, PRODUCTS = "reduction 1 x 1024", ["2048 x 1024", "1024 x 1024", "22016 x 1024", "1024 x 11008"]
+ATTENTION = ["pointwise 512", "pointwise 1024", "attend_split", "combine_splits"]  # k and v stored, q rotated
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What a layer launches on a GPU, by the form of its weights and the step."""
+    folder = tmp_path_factory.mktemp("launches")
+    raw = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256, "max_position_embeddings": 2048,
+           "rms_norm_eps": 1e-5, "rope_theta": 1e4, "torch_dtype": "bfloat16"}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(raw))
+    command = [sys.executable, str(REPO / "scripts/launches.py"), "--config", str(folder / "config.json")]
+    result = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    [path] = folder.glob("*-launches.json")
+    steps = json.loads(path.read_text())["steps"]
+    assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
+    return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
+
+
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+def test_a_row_by_a_weight_is_one_reduction(launched, weights):
     """What inductor writes for it: no weight in another dtype in memory, no second kernel, no GEMM."""
-    code = said_by("inductor_code", 1, 4096, 11008)
-    assert code.count("async_compile.triton(") == 1 and "@triton_heuristics.reduction" in code
-    assert "'in_ptr1': '*i8'" in code and "extern_kernels." not in code
+    qkv, o, gate_up, down = (f"reduction {shape}" for shape in PRODUCTS)
+    silu = "pointwise 11008"
+    assert launched[weights, "decode"] == [NORM, qkv, *ATTENTION, o, NORM, gate_up, silu, down]
+
+
+def test_a_layer_launches_no_more_than_it_needs(launched):
+    assert {key: len(kernels) for key, kernels in launched.items()} == {
+        ("plain", "decode"): 11, ("plain", "verify of 5"): 12, ("int8", "decode"): 11, ("int8", "verify of 5"): 12,
+        ("int4-g32", "decode"): 12, ("int4-g32", "verify of 5"): 12,
+    }  # fmt: skip
+    assert launched["int4-g32", "decode"].count("int4_product") == launched["plain", "verify of 5"].count("mm") == 4
+
+
+def test_our_operators_launch_what_is_counted_for_them():
+    calls = {"cuda_attention": next(attentions("Llama-2-7B", 1))}
+    calls |= {f"cuda_{function}": (name, function, args) for name, function, args in products("Llama-2-7B", 6)}
+    assert {operator: len(launches(*call[1:2], *call[2])) for operator, call in calls.items()} == {
+        operator: len(kernels) for operator, kernels in LAUNCHED.items()
+    }
