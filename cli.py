@@ -193,9 +193,9 @@ def check_device(name: str) -> None:
     """Raise ValueError where --device `name` is not one that works here; a GPU becomes the current one, for Triton."""
     import torch  # here, since not every command needs it
 
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {name} is not supported; cpu and cuda are")
         device = torch.empty(0, device=name).device  # with its index, without which set_device refuses «cuda»
         if device.type == "cuda":
             torch.cuda.set_device(device)

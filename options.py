@@ -228,7 +228,10 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
         raise ValueError("--speculate_k needs a draft; give --draft_checkpoint_path or --prompt_lookup")
     if not path:
         return None
-    raw = read_config(path)
+    try:
+        raw = read_config(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--draft_checkpoint_path: {error}") from None
     try:
         config = parse_config(raw)
         quantization_scheme(raw)

@@ -669,7 +669,7 @@ def test_another_number_of_ids_is_refused_where_there_is_no_tokenizer(tmp_path):
         (["--speculate_k", 3], "--speculate_k needs a draft"),
         (["--speculate_k", 0, "--prompt_lookup"], "--speculate_k"),
         (["--prompt_lookup", "--draft_checkpoint_path", DEMO_DRAFT], "--draft_checkpoint_path"),
-        (["--draft_checkpoint_path", "no/such/folder"], "no/such/folder"),
+        (["--draft_checkpoint_path", "no/such/folder"], "--draft_checkpoint_path: no/such/folder is not a folder"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
