@@ -28,7 +28,7 @@ from kernels import (
     int8_layer,
     linear_layer,
 )
-from model import linear
+from model import MAX_REDUCTION_ROWS, linear
 from quantize import (
     Scheme,
     dequantize_int4,
@@ -48,6 +48,7 @@ ROWS = (1, 5)  # of x: a decode step, and what speculation verifies
 # launch it.
 BYTES = {"cpu": 2**28, "cuda": 2**31}
 MOST_COPIES = 16
+EPS = 1e-5
 TOLERANCE = 0.02  # of a form's outputs, as a share of the largest
 
 # From the tensors of a weight, in memory of their own, to a layer; None where it does not take their shape.
@@ -83,6 +84,21 @@ def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> T
     return linear(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
 
 
+def after_norm(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    wide = x.float()
+    return linear((wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)).type_as(x) * norm, weight)
+
+
+def norm_folded(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    """Divide by the root mean square behind the product, so that one loop sums both; for more rows as `after_norm`."""
+    if x.shape[0] > MAX_REDUCTION_ROWS:
+        return after_norm(x, weight, norm)
+    wide = x.float()
+    squares = wide.square().unsqueeze(-2).expand(-1, *weight.shape).mean(dim=-1)
+    y = ((wide * norm.float()).unsqueeze(-2) * weight.float()).sum(dim=-1)
+    return (y * torch.rsqrt(squares + EPS)).type_as(x)
+
+
 def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
     """Make the layer of ATen's int4 kernel for CUDA: even columns in a byte's high half, zeros as AtenInt4Linear."""
     weight = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
@@ -104,6 +120,10 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     on_cuda = for_cuda(weight.device) is not None  # which also defines the operators of Triton's kernels
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
+        # What a norm before it costs. The inputs are normalized, so that it leaves them as they are.
+        norm = constant(weight.new_ones(weight.shape[1]))
+        for name, function in (("norm, multiply and sum", after_norm), ("norm folded into the sum", norm_folded)):
+            plain[name] = lambda weight, function=function: Product(function, weight, norm)
         return weight.float(), (weight,), plain | {"ours": partial(linear_layer, bias=None)}
     if scheme.group_size is None:
         codes, scales = quantize_int8(weight)
@@ -134,7 +154,7 @@ def rungs(quantize: dict[str, dict[str, Any]], raw: dict[str, Any], device: str,
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     weights = [drawn(*shape) for shape in shapes]
-    inputs = [[drawn(rows, weight.shape[1]) for weight in weights] for rows in ROWS]
+    inputs = [[F.rms_norm(drawn(rows, weight.shape[1]), weight.shape[1:]) for weight in weights] for rows in ROWS]
     for name, scheme in {"": None, **{name: parse_scheme(each) for name, each in quantize.items()}}.items():
         meanings, tensors, forms = zip(*(forms_of(weight, scheme) for weight in weights), strict=True)
         for form in forms[0]:

@@ -151,11 +151,12 @@ def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(products, "MOST_COPIES", 2)
     rungs = list(products.rungs({"int8": {"mode": "int8"}, "int4-g32": INT4}, RAW, "cpu", torch.bfloat16))
     names = [rung.name for rung in rungs]
-    forms = ["multiply and sum", "GEMM", *(["ours"] if library() else [])]
+    norms = ["norm, multiply and sum", "norm folded into the sum"]
+    forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
     forms += [f"{name}, {form}" for name in ("int8", "int4-g32") for form in ("multiply and sum", "ATen", "ours")]
     assert sorted(names) == sorted(f"{form}, {rows}" for form in forms for rows in ("1 row", "5 rows"))
     assert all(rung.measure() > 0 for rung in rungs)
-    assert all(rung.against in names for rung in rungs if "multiply and sum" not in rung.name)
+    assert all(rung.against in names for rung in rungs if "multiply and sum, " not in rung.name)
     size = {rung.weights: rung.read_bytes for rung in rungs}
     assert size[""] == 2 * 128 * (128 + 2 * 64 + 128 + 3 * 256)
     assert size["int8"] < 0.52 * size[""] and size["int4-g32"] < 0.34 * size[""]
