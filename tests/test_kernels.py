@@ -1,7 +1,10 @@
 """The C++ kernels against their plain twins."""
 
 import mmap
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from quantize import (
     quantize_linear,
     unpack_nibbles,
 )
+from tests.conftest import REPO
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
@@ -66,6 +70,15 @@ def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tu
             quantized = quantize_int4(weight, group_size)
             twin = dequantize_int4(*quantized, group_size)
             assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
+    """With pages around each that may not be read; prefetches may go there."""
+    command = [sys.executable, "-m", "tests.guarded"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, f"{2 * (12 * MAX_ROWS + 4)}\n"), result.stderr
 
 
 def test_each_row_is_multiplied_alone() -> None:

@@ -1,0 +1,73 @@
+"""Run the C++ kernels on tensors that end where memory begins that may not be read, and on ones that begin behind such.
+
+test_kernels.py starts it as a process of its own: a read too far ends it.
+"""
+
+import ctypes
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from kernels import MAX_ROWS, TALL, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear, attention_of, library
+from model import attention
+from quantize import quantize_int4, quantize_int8
+
+PROT_NONE = 0
+mprotect = ctypes.CDLL(None).mprotect
+mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """Copy a tensor into memory of its own, with a page that may not be read right behind it, or before it."""
+    page = mmap.PAGESIZE
+    size = math.ceil(tensor.nbytes / page) * page
+    memory = mmap.mmap(-1, size + page)  # which the tensor keeps
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert mprotect(begin + size if at_end else begin, page, PROT_NONE) == 0
+    offset = size - tensor.nbytes if at_end else page
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def products(at_end: bool) -> int:
+    count = 0
+    for N, K in [(4, 64), (20, 128), (32, 64), (36, 704), (48, 2112)]:
+        weight = drawn(N, K)
+        layers = [StreamedLinear(weight, None), StreamedInt8Linear(*quantize_int8(weight), None)]
+        if N % TALL == 0:
+            layers.append(StreamedInt4Linear(*quantize_int4(weight, 64), None))
+        for layer in layers:
+            tensors = [guarded(getattr(layer, name).detach(), at_end) for name in layer.tensors]
+            for rows in range(1, MAX_ROWS + 1):
+                x = drawn(rows, K)
+                y = layer.product(guarded(x, at_end), *tensors)
+                assert torch.equal(y, layer.product(x, *(getattr(layer, name) for name in layer.tensors)))
+                count += 1
+    return count
+
+
+def attentions(at_end: bool) -> int:
+    attend = attention_of(torch.bfloat16, torch.device("cpu"), attention)
+    count = 0
+    for queries, heads, kv_heads, slots, head_dim in [
+        (1, 4, 2, 64, 64), (5, 4, 1, 70, 32), (3, 2, 2, 200, 80), (17, 8, 2, 129, 128),
+    ]:  # fmt: skip
+        q, k, v = drawn(1, queries, heads, head_dim), *(drawn(1, kv_heads, slots, head_dim) for _ in range(2))
+        mask = torch.arange(slots) <= torch.arange(slots - queries, slots)[:, None]
+        tensors = [guarded(each, at_end) for each in (q, k, v, mask[None])]
+        assert torch.equal(attend(*tensors), attend(q, k, v, mask[None]))
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    assert library() is not None
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        print(sum(products(at_end) + attentions(at_end) for at_end in (True, False)))
