@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import difflib
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +21,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
+        for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
+            if close := difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1):
+                message += f"; did you mean {close[0]}?"
         self.exit(2, f"error: {one_line(message)}\n")
 
 
@@ -187,6 +192,14 @@ def checkpoint_folder(text: str) -> Path:
             f"{text} is neither a folder nor a model in the Hub's cache; for one of the Hub run "
             f"`python scripts/download.py --repo_id {text}` first"
         ) from None
+
+
+def need_triton(command: str) -> None:
+    """Raise ValueError where a command's compiler for GPUs is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{command} needs Triton; pip install -r requirements-dev.txt (there is none for every system)"
+        )
 
 
 def check_device(name: str) -> None:

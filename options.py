@@ -42,11 +42,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--chat", action="store_true", help="ask each prompt through the model's chat template")
     what.add_argument("--system", metavar="TEXT", help="the system message of --interactive and --chat")
     what.add_argument("--max_seq_length", type=number(int, 2), metavar="N",
-                      help="tokens of --interactive at a time (the model's context, at most 8192)")  # fmt: skip
+                      help="context of --interactive, in tokens (the model's, at most 8192)")  # fmt: skip
     what.add_argument("--max_new_tokens", type=number(int, 0), metavar="N", help="per row (200; --interactive: 1000)")
     what.add_argument("--num_samples", type=number(int, 1), default=1, metavar="N", help="one after the other (1)")
     what.add_argument("--batch_size", type=number(int, 1), metavar="N",
-                      help="rows at a time: copies of one prompt, or so many of several (all)")  # fmt: skip
+                      help="copies of a single prompt, or how many of several at a time (all)")  # fmt: skip
     what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
     what.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-text token")
     how = parser.add_argument_group("sampling")

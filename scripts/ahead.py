@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cli import ArgumentParser, user_errors, write_whole
+from cli import ArgumentParser, need_triton, user_errors, write_whole
 from model import visible
 
 ARCHITECTURES = (80, 90)
@@ -174,6 +174,7 @@ def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[tu
 
 
 def run(args: argparse.Namespace) -> None:
+    need_triton("ahead.py")
     import triton
 
     entries = []

@@ -4,6 +4,7 @@ benchmark.py measures them, as the groups «kernels» and «options», where the
 """
 
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from scripts.ladder import Bench
 
 POSITION = 128
-PROFILED, TIMED = 10, 50  # steps
+PROFILED, TIMED = 11, 50  # steps
 # Settings of inductor, by the kind of device: each is tried alone, beside those of `steps.compiled`.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "cuda": {
@@ -44,7 +45,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass
 class Anatomy(Rung):
-    """A step, and the kernels that it launches: of each its name, calls a step and microseconds a step.
+    """A step, and the kernels that it launches, of the last turn: of each its name, calls and microseconds a step.
 
     What is left of the step's time is between kernels, or on a CPU also what other threads are waited for.
     """
@@ -56,36 +57,43 @@ class Anatomy(Rung):
 
 
 def profiled(step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
-    """Return what `PROFILED` steps spend their time in, the longest first: a GPU's kernels, or a CPU's operators."""
+    """Return what a step spends its time in, the longest first: a GPU's kernels, or a CPU's operators.
+
+    Each is the median of `PROFILED` steps, of which other work may disturb some.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr when it begins and ends
     on_gpu = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     step()
-    with profile(activities=[activity]) as found:
-        for _ in range(PROFILED):
+    spent: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
+    for _ in range(PROFILED):
+        with profile(activities=[activity]) as found:
             step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    spent = {each: each.self_device_time_total if on_gpu else each.self_cpu_time_total for each in found.key_averages()}
-    kernels = [
-        {"name": each.key, "calls": each.count / PROFILED, "us": us / PROFILED} for each, us in spent.items() if us
-    ]
+            if on_gpu:
+                torch.cuda.synchronize()
+        for each in found.key_averages():
+            us = each.self_device_time_total if on_gpu else each.self_cpu_time_total
+            if us:
+                spent.setdefault(each.key, []).append(us)
+                calls[each.key] = each.count
+    kernels = [{"name": name, "calls": calls[name], "us": statistics.median(times)} for name, times in spent.items()]
     return sorted(kernels, key=lambda kernel: -kernel["us"])
 
 
 def kernels(bench: "Bench", length: int) -> Iterator[Rung]:
     """Yield a step of every form of the weights, whose entry names its kernels. length: of the caches."""
 
-    def measure(rung: Anatomy, model: Transformer) -> float:
+    def measure(found: list[dict[str, Any]], model: Transformer) -> float:
         step = step_at(model, bench.steps["compile"].decode, POSITION)
-        rung.kernels = profiled(step, bench.device)
+        found[:] = profiled(step, bench.device)
         return median_ms(step, bench.device, TIMED)  # without the profiler, which takes time itself
 
     for weights, model in bench.models.items():
         read = model.step_weight_bytes + kv_bytes(model, POSITION + 1)
-        rung = Anatomy(weights or "plain weights", "ms", lambda: 0.0, weights, read_bytes=read)
-        rung.measure = bench.on(weights, length, partial(measure, rung))
-        yield rung
+        found: list[dict[str, Any]] = []
+        run = bench.on(weights, length, partial(measure, found))
+        yield Anatomy(weights or "plain weights", "ms", run, weights, read_bytes=read, kernels=found)
 
 
 def options(bench: "Bench", length: int) -> Iterator[Rung]:

@@ -36,13 +36,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import DTYPES, meta_model
-from cli import ArgumentParser, check_device, number, read_json, user_errors, write_whole
+from cli import ArgumentParser, check_device, number, user_errors, write_whole
 from model import Ranks
 from quantize import parse_scheme
 from scripts import compare, speculation
 from scripts.fresh import Fresh
 from scripts.ladder import Bench
-from scripts.measure import Rung, hardware, line, measure_roof, run_dtype, weight_forms
+from scripts.measure import Rung, hardware, line, measure_roof, read_config_file, run_dtype, weight_forms
 from tp import from_rank_0, local_device, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,8 +174,11 @@ def run_speculation(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the decode rungs as bars, each under the roof of the bytes that it reads."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("the ladder is not drawn: pip install matplotlib", file=sys.stderr)
+        return
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same figures give the same file
     from matplotlib import pyplot
@@ -202,9 +205,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """Refuse what cannot work before it takes time; return the config and this rank's device. Raises ValueError."""
     device = local_device(args.device, ranks)
     check_device(device)
-    if not args.config.is_file():
-        raise ValueError(f"--config {args.config} is no file; expected a config.json")
-    raw = read_json(args.config)
+    raw = read_config_file(args.config)
     run_dtype(args, raw)
     models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}
     if args.speculate and (args.only is not None or args.compare):

@@ -46,6 +46,10 @@ measure() {
 needed="import torch, safetensors, sentencepiece, tokenizers, huggingface_hub, jinja2, tqdm, numpy, matplotlib, pytest"
 step 60 "packages" "$PYTHON" -c "$needed; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
 if [[ $DEVICE == cuda* ]]; then
+    "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+        echo "error: torch finds no GPU here; nothing was measured" >&2
+        exit 2
+    }
     step 60 "Triton" "$PYTHON" -c "import triton; print('triton', triton.__version__)"
 fi
 # First what there is no other way to know: a step at several positions against the roof, for every form of the weights.

@@ -5,7 +5,7 @@
 inductor is told that the CPU is an H100, and the model that it is on CUDA: nothing is run, and of a model two layers
 are made. For every form of the weights, of a decode step and of the forward that verifies drafts: which kernels a layer
 launches, and how many there are besides. Few of them read weights, and each takes its microseconds. The table goes to
-results/<date>_<config>-launches.json.
+results/<date>_<config>-<options>-launches.json.
 """
 
 import sys
@@ -21,10 +21,13 @@ if __name__ == "__main__":
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import shlex
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +38,12 @@ from torch._inductor.utils import fresh_cache
 
 import kernels
 import model as plain_model
-from checkpoint import DTYPES, random_model
-from cli import ArgumentParser, read_json, user_errors, write_whole
+from checkpoint import DTYPES, meta_model, random_model
+from cli import ArgumentParser, need_triton, user_errors, write_whole
+from model import Transformer
 from scripts.anatomy import OPTIONS
 from scripts.benchmark import scheme
-from scripts.measure import GREEDY, run_dtype, weight_forms
+from scripts.measure import GREEDY, read_config_file, run_dtype, weight_forms
 from speculate import verify
 from steps import compiled, decode
 
@@ -48,6 +52,7 @@ H100 = DeviceProperties(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
 )  # fmt: skip
 NUM_LAYERS, NUM_SLOTS, NUM_DRAFTS = 2, 2048, 4
+KINDS = {"poi": "pointwise", "red": "reduction", "per": "reduction"}  # others by inductor's word for them
 # What our operators launch.
 LAUNCHED = {
     "cuda_attention": ["attend_split", "combine_splits"],
@@ -71,6 +76,9 @@ def pretend() -> list[str]:
 
     import kernels_triton
 
+    # That nothing can be run, here and in the processes that inductor starts.
+    os.environ["PYTHONWARNINGS"] = "ignore:Could not find an active CPU backend"
+    warnings.filterwarnings("ignore", "Could not find an active CPU backend")
     written: list[str] = []
     GraphLowering.save_output_code = staticmethod(written.append)
     DeviceProperties.create = classmethod(lambda cls, device: H100)  # type: ignore[assignment]
@@ -99,58 +107,63 @@ def launches(code: str) -> tuple[list[list[str]], list[str]]:
     bodies = dict(re.findall(r"^(?:    )?def (\w*subgraph\w*|call)\(.*?\n(.*?)(?=^\S|^    def |\Z)", code, re.M | re.S))
     found: dict[str, list[str]] = {name: [] for name in bodies}
     for name, body in bodies.items():
-        for line in re.sub("#.*", "", body).splitlines():
-            if match := re.search(r"triton_(poi|red|per)_\w+\.run\(.*?((?:, \d+)+), stream", line):
-                kind = "pointwise" if match[1] == "poi" else "reduction"
-                found[name].append(f"{kind} {' x '.join(match[2].split(', ')[1:])}")
-            elif match := re.search(r"torch\.ops\.kernels\.(\w+)", line):
-                found[name] += LAUNCHED[match[1]]
-            elif match := re.search(r"(?:extern_kernels|aten)\.(\w+)", line):
-                found[name].append(match[1])
+        for line in body.splitlines():
+            if match := re.match(r"\s*(?:triton_)?([a-z]+)_\w+\.run\(.*?((?:, \d+)*), stream", line):
+                sizes = " x ".join(match[2].split(", ")[1:])
+                found[name].append(f"{KINDS.get(match[1], match[1])} {sizes}".strip())
+            elif match := re.match(r"\s*(?:\w+ = )?(?:torch\.ops\.\w+|aten|extern_kernels)\.(\w+)[\w.]*\(", line):
+                found[name] += LAUNCHED.get(match[1], [match[1]])
     besides = found.pop("call")
     layers = [found[name] for name in re.findall(r"(\w*subgraph\w*)\(\w*args\w*\)", bodies["call"])]
     return layers, besides
 
 
 @torch.inference_mode()
-def steps_of(form: dict[str, Any], dtype: torch.dtype, written: list[str], settings: dict[str, Any]) -> dict[str, str]:
-    """Return the code of each step for a model of this form; settings: of inductor, to be tried."""
-    model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", dtype)
+def steps_of(model: Transformer, written: list[str], settings: dict[str, Any]) -> dict[str, str]:
+    """Return the code of each step; settings: of inductor, to be tried."""
     model.setup_caches(1, NUM_SLOTS)
     one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
     drafted = torch.zeros(1, NUM_DRAFTS, dtype=torch.long)
     slots = torch.arange(NUM_SLOTS)
-    calls = {
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "decode": (decode, (one, one, slots, GREEDY, None)),
         f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
     }
-    return {
-        name: code_of(lambda step=step, args=args: compiled(step, "reduce-overhead", settings)(model, *args), written)  # type: ignore[misc]
-        for name, (step, args) in calls.items()
-    }
+    codes = {}
+    with fresh_cache():  # in which no code is found
+        for name, (step, args) in calls.items():
+            call = partial(compiled(step, "reduce-overhead", settings), model, *args)
+            codes[name] = code_of(call, written)
+    return codes
 
 
 def run(args: argparse.Namespace) -> None:
-    raw = read_json(args.config)
-    dtype, forms, written = run_dtype(args, raw), weight_forms(args, raw), pretend()
+    need_triton("launches.py")
+    raw = read_config_file(args.config)
+    dtype, forms = run_dtype(args, raw), weight_forms(args, raw)
+    configs = [meta_model(form).config for form in forms.values()]  # which refuses what cannot be a model
+    num_layers = configs[0].num_hidden_layers
+    name = args.config.stem if args.config.stem != "config" else args.config.parent.name
+    what = "-".join([name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
+    path = args.output_dir / f"{datetime.date.today()}_{what}.json"
+    if path.exists():
+        raise ValueError(f"{path} exists already; remove it, or choose another --output_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = pretend()
     settings = {name: value for option in args.options for name, value in OPTIONS["cuda"][option].items()}
-    num_layers, entries = raw["num_hidden_layers"], []
+    entries = []
     for weights, form in forms.items():
-        with fresh_cache():  # in which no code is found
-            codes = steps_of(form, dtype, written, settings)
-        for step, code in codes.items():
+        model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", dtype)
+        for step, code in steps_of(model, written, settings).items():
             layers, besides = launches(code)
             if layers != layers[:1] * NUM_LAYERS:
                 raise RuntimeError(f"the layers of a {step} step launch different kernels")
             total = num_layers * len(layers[0]) + len(besides)
-            name = f"{weights or 'plain weights'}, {step}"
-            print(f"{name}: {len(layers[0])} a layer, {len(besides)} besides, {total} a step")
+            title = f"{weights or 'plain weights'}, {step}"
+            print(f"{title}: {len(layers[0])} a layer, {len(besides)} besides, {total} a step")
             print("".join(f"    {kernel}\n" for kernel in layers[0]), end="", flush=True)
             entry = {"weights": weights or "plain", "step": step, "launches": total}
             entries.append(entry | {"a_layer": layers[0], "besides": besides})
-    name = args.config.stem if args.config.stem != "config" else args.config.parent.name
-    path = args.output_dir / f"{datetime.date.today()}_{name}-launches.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "command": shlex.join(["python", "scripts/launches.py", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -172,7 +185,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantize", type=scheme, nargs="*", default=[scheme("int8"), scheme("int4-g32")],
                         metavar="SCHEME", help="forms of the weights besides --dtype (int8 int4-g32)")  # fmt: skip
     parser.add_argument("--options", nargs="+", choices=OPTIONS["cuda"], default=[], metavar="OPTION",
-                        help=f"settings of inductor, of {', '.join(OPTIONS['cuda'])} (none)")  # fmt: skip
+                        help=f"settings of inductor: any of «{'», «'.join(OPTIONS['cuda'])}» (none)")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
     args = parser.parse_args(argv)
     args.quantize = dict(args.quantize)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import DTYPES, parse_dtype
+from cli import read_json
 from generate import generate
 from kernels import empty_weight
 from model import Transformer
@@ -84,6 +85,12 @@ def weight_forms(args: argparse.Namespace, raw: dict[str, Any]) -> dict[str, dic
     """Return the config of each form of the weights; the plain one is called «»."""
     quantized = {name: raw | {"layout": "fused", "quantization": scheme} for name, scheme in args.quantize.items()}
     return {"": raw, **quantized}
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path} is no file; expected a config.json")
+    return read_json(path)
 
 
 def run_dtype(args: argparse.Namespace, raw: dict[str, Any]) -> torch.dtype:
@@ -230,5 +237,5 @@ def line(entry: dict[str, Any]) -> str:
         text += f"  {of} «{entry['against']}»"
     for kernel in entry.get("kernels", []):
         share = kernel["us"] / 1e3 / entry["median"]
-        text += f"\n    {kernel['us']:9.1f} us, {share:4.0%}, in {kernel['calls']:6.1f} of {kernel['name'][:80]}"
+        text += f"\n    {kernel['us']:9.1f} us, {share:4.0%}, in {kernel['calls']:4} of {kernel['name'][:80]}"
     return text

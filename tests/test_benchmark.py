@@ -19,7 +19,7 @@ from model import ONE_RANK
 from scripts import anatomy, benchmark, compare, products
 from scripts.benchmark import main
 from scripts.fresh import Fresh
-from scripts.measure import GREEDY, PROMPT, Rung, line, processor, step_at
+from scripts.measure import GREEDY, PROMPT, Rung, line, median_ms, processor, step_at
 from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
 
@@ -181,12 +181,23 @@ def test_the_form_of_atens_kernel_for_cuda_has_the_shapes_that_it_takes():
         assert layer(torch.empty(5, 256, dtype=torch.bfloat16)).shape == (5, 64)
 
 
-def test_a_step_is_taken_apart_and_its_settings_are_compared(config, capfd):
+def test_a_step_is_taken_apart_and_its_settings_are_compared(config, capfd, monkeypatch):
+    made = []
+
+    def compiled_with(step, mode=None, settings=None):
+        made.append(settings)
+        return compiled(step, mode, settings)
+
+    monkeypatch.setattr(anatomy, "compiled", compiled_with)
     main(["--config", str(config), "--output_dir", str(config.parent), "--device", "cpu", "--samples", "2",
           "--only", "kernels", "options", "--quantize", "int8"])  # fmt: skip
     [path] = config.parent.glob("*_kernels-options.json")
     rungs = {rung["name"]: rung for rung in json.loads(path.read_text())["rungs"]}
     changed = [f", {name}" for name in anatomy.OPTIONS["cpu"]]
+    assert made == list(anatomy.OPTIONS["cpu"].values())
+    report = json.loads(path.read_text())["rungs"]
+    assert all(rung["kernels"] for rung in report if rung["group"] == "kernels")
+    assert all(rung["ratio"] > 0 for rung in report if rung["group"] == "options" and ", " in rung["name"])
     assert list(rungs) == ["plain weights", "int8", *(f"{n}{c}" for n in ("plain weights", "int8") for c in changed)]
     output, errors = capfd.readouterr()
     assert "size assertions" in output and "USDT" not in errors
@@ -201,6 +212,13 @@ def test_the_settings_that_are_tried_are_inductors(device):
         compiled(decode, None, {"no_such": True})
 
 
+def test_without_matplotlib_the_ladder_is_measured_and_not_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    benchmark.draw({"rungs": []}, tmp_path / "ladder.svg")
+    assert capsys.readouterr().err == "the ladder is not drawn: pip install matplotlib\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_step_is_made_of_is_counted_a_step(capsys):
     """On this device as many products as the block has linears, and the head; the longest is named first."""
     model = random_model(RAW, "cpu", torch.bfloat16)
@@ -209,10 +227,12 @@ def test_what_a_step_is_made_of_is_counted_a_step(capsys):
     calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
     product = "kernels::bf16_product" if library() else "aten::mm"
     assert calls[product] == 2 * 4 + 1
+    whole = median_ms(step_at(model, decode, 128), "cpu") * 1e3
+    assert whole / 10 < sum(kernel["us"] for kernel in kernels) < whole * 10  # the profiler takes time too
     assert [kernel["us"] for kernel in kernels] == sorted((kernel["us"] for kernel in kernels), reverse=True)
     entry = anatomy.Anatomy("step", "ms", lambda: 0.0, samples=[2.0], kernels=kernels).entry({}, [])
-    entry["kernels"] = [{"name": "a_kernel", "calls": 32.0, "us": 500.0}]
-    assert line(entry).splitlines()[1] == "        500.0 us,  25%, in   32.0 of a_kernel"
+    entry["kernels"] = [{"name": "a_kernel", "calls": 32, "us": 500.0}]
+    assert line(entry).splitlines()[1] == "        500.0 us,  25%, in   32 of a_kernel"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):

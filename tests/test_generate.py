@@ -506,6 +506,7 @@ def test_an_empty_prompt_is_the_bos_alone(tmp_path):
         (["--max_new_tokens", "many"], "--max_new_tokens"),
         (["--batch_size", "0"], "--batch_size"),
         (["--dtype", "int3"], "--dtype"),
+        (["--promt", "hi"], "unrecognized arguments: --promt hi; did you mean --prompt?"),
         (["--device", "abacus"], "--device abacus is not supported; cpu and cuda are"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--checkpoint_path", "no/such/folder"], "no/such/folder"),

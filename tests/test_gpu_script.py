@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from tests.conftest import REPO
 
 
-def start(tmp_path, limit):
-    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "LIMIT": str(limit), "OMP_NUM_THREADS": "1",
+def start(tmp_path, limit, device="cpu"):
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": device, "LIMIT": str(limit), "OMP_NUM_THREADS": "1",
                    "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
     command = ["bash", str(REPO / "scripts" / "gpu.sh"), "out"]
     return subprocess.Popen(
@@ -37,6 +40,14 @@ def test_what_the_time_does_not_allow_is_named(tmp_path):
     result = script(tmp_path, 10)
     assert result.stderr.count("skipped: ") == 8 == result.returncode, result.stderr
     assert "skipped: tests; 10 seconds are over" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_without_a_gpu_it_ends_before_it_measures(tmp_path):
+    process = start(tmp_path, 120, "cuda")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[1:] == ["error: torch finds no GPU here; nothing was measured"]
 
 
 def test_ctrl_c_ends_the_step_and_those_that_would_follow(tmp_path):

@@ -11,8 +11,12 @@ import torch
 import kernels
 import model
 from scripts.ahead import ARCHITECTURES, attentions, compile_ahead, launches, products, variants
+from scripts.ahead import main as compile_all_ahead
 from scripts.launches import LAUNCHED
+from scripts.launches import launches as counted
+from scripts.launches import main as count_launches
 from tests.conftest import REPO
+from tests.test_benchmark import RAW
 
 pytest.importorskip("triton", reason="triton is not installed; it has no build for this system")
 
@@ -88,8 +92,11 @@ def launched(tmp_path_factory):
     command = [sys.executable, str(REPO / "scripts/launches.py"), "--config", str(folder / "config.json")]
     result = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
+    head = "reduction 256 x 1024"
+    assert all(len(step["besides"]) == 8 and head in step["besides"] for step in steps if step["step"] == "decode")
     assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
     return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
 
@@ -108,6 +115,56 @@ def test_a_layer_launches_no_more_than_it_needs(launched):
         ("int4-g32", "decode"): 12, ("int4-g32", "verify of 5"): 12,
     }  # fmt: skip
     assert launched["int4-g32", "decode"].count("int4_product") == launched["plain", "verify of 5"].count("mm") == 4
+
+
+def test_what_is_launched_is_counted_and_nothing_else():
+    code = """
+def repeated_subgraph0(args):
+    buf0 = torch.ops.aten.topk.default(arg0_1, 2)
+    assert_alignment(buf0, 16, 'torch.ops.aten.topk.default')
+    # buffer buf1 (op: torch.ops.kernels.cuda_attention.default) is assumed to be not aligned
+    buf1 = torch.ops.kernels.cuda_attention.default(buf0, arg1_1)
+    extern_kernels.mm(buf1, arg2_1, out=buf2)
+    triton_for_fused_0.run(buf2, buf3, stream=raw_stream0)
+    triton_per_fused_add_1.run(buf3, buf4, 5, 128, stream=raw_stream0)
+    return (buf4, )
+
+class Runner:
+    def call(self, args):
+        triton_poi_fused_neg_0.run(arg0_1, buf0, 64, stream=raw_stream0)
+        (buf1,) = repeated_subgraph0(repeated_subgraph0_args)
+        return (buf1, )
+"""
+    layer = ["topk", "attend_split", "combine_splits", "mm", "for", "reduction 5 x 128"]
+    assert counted(code) == ([layer], ["pointwise 64"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"num_hidden_layers": None}, [], "num_hidden_layers"),
+        ({"num_hidden_layers": "2"}, [], "num_hidden_layers"),
+        ({"num_attention_heads": 3}, [], "num_attention_heads"),
+        ({}, ["--options", "no such"], "invalid choice: 'no such'"),
+        ({}, ["--config", "absent.json"], "--config absent.json is no file; expected a config.json"),
+    ],
+)
+def test_a_mistake_of_who_counts_launches_is_one_line(tmp_path, capsys, changes, options, message):
+    raw = {name: value for name, value in (RAW | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(SystemExit) as end:
+        count_launches(["--config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out"), *options])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("main", "options"), [(count_launches, ["--config", "absent.json"]), (compile_all_ahead, [])])
+def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, monkeypatch):
+    monkeypatch.setattr("cli.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        main(options)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "needs Triton, which is in requirements-dev.txt" in error and error.count("\n") == 1
 
 
 def test_our_operators_launch_what_is_counted_for_them():
