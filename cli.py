@@ -197,9 +197,7 @@ def checkpoint_folder(text: str) -> Path:
 def need_triton(command: str) -> None:
     """Raise ValueError where a command's compiler for GPUs is not installed."""
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            f"{command} needs Triton; pip install -r requirements-dev.txt (there is none for every system)"
-        )
+        raise ValueError(f"{command} needs Triton, which is in requirements-dev.txt")
 
 
 def check_device(name: str) -> None:

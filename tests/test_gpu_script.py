@@ -12,8 +12,8 @@ from tests.conftest import REPO
 
 
 def start(tmp_path, limit, device="cpu"):
-    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": device, "LIMIT": str(limit), "OMP_NUM_THREADS": "1",
-                   "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": device, "LIMIT": str(limit),
+                   "OMP_NUM_THREADS": "1", "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
     command = ["bash", str(REPO / "scripts" / "gpu.sh"), "out"]
     return subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
