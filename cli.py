@@ -22,7 +22,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
-            if close := difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1):
+            if close := difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1, 0.8):
                 message += f"; did you mean {close[0]}?"
         self.exit(2, f"error: {one_line(message)}\n")
 
