@@ -42,7 +42,16 @@ from quantize import parse_scheme
 from scripts import compare, speculation
 from scripts.fresh import Fresh
 from scripts.ladder import Bench
-from scripts.measure import Rung, hardware, line, measure_roof, read_config_file, run_dtype, weight_forms
+from scripts.measure import (
+    Rung,
+    config_name,
+    hardware,
+    line,
+    measure_roof,
+    read_config_file,
+    run_dtype,
+    weight_forms,
+)
 from tp import from_rank_0, local_device, process_group, together
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.report: dict[str, Any] = {
             "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-            "config": args.config.stem if args.config.stem != "config" else args.config.parent.name,
+            "config": config_name(args.config),
             "hardware": hardware(args.device),
             "tp": ranks.count,
             "versions": {

@@ -43,7 +43,7 @@ from cli import ArgumentParser, need_triton, user_errors, write_whole
 from model import Transformer
 from scripts.anatomy import OPTIONS
 from scripts.benchmark import scheme
-from scripts.measure import GREEDY, read_config_file, run_dtype, weight_forms
+from scripts.measure import GREEDY, config_name, read_config_file, run_dtype, weight_forms
 from speculate import verify
 from steps import compiled, decode
 
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     dtype, forms = run_dtype(args, raw), weight_forms(args, raw)
     configs = [meta_model(form).config for form in forms.values()]  # which refuses what cannot be a model
     num_layers = configs[0].num_hidden_layers
-    name = args.config.stem if args.config.stem != "config" else args.config.parent.name
+    name = config_name(args.config)
     what = "-".join([name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
     path = args.output_dir / f"{datetime.date.today()}_{what}.json"
     if path.exists():

@@ -87,7 +87,12 @@ def weight_forms(args: argparse.Namespace, raw: dict[str, Any]) -> dict[str, dic
     return {"": raw, **quantized}
 
 
+def config_name(path: Path) -> str:
+    return path.stem if path.stem != "config" else path.parent.name
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
+    """Return --config's content. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; expected a config.json")
     return read_json(path)

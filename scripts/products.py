@@ -85,8 +85,7 @@ def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> T
 
 
 def after_norm(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    wide = x.float()
-    return linear((wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)).type_as(x) * norm, weight)
+    return linear(F.rms_norm(x, x.shape[-1:], norm, EPS), weight)
 
 
 def norm_folded(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
