@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, constant
-from model import MAX_REDUCTION_ROWS, linear
+from model import MAX_REDUCTION_ROWS, streamed_product
 
 # Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
@@ -36,6 +36,10 @@ MAX_TILE = 32
 # A word of 32 bits holds eight codes of a group, a group's words stand beside each other: code p of word t is column
 # p * group_size / 8 + t of the group. So a thread loads 16 bytes that share a scale, and its columns of x are runs.
 # The scale and the zero point of a group are one word too: bf16 each, the scale in the low half.
+#
+# A large GPU reads so many weights that four instructions for each would take as long. So no code is converted: it is
+# cut out where it stands, as bits of the fraction of 1 + code / 256 or 1 + code / 16. Code 0 begins at bit 15 of its
+# word, code 1 at bit 19, and so on around; turning the word by 8 bits brings the next two there.
 
 
 @triton.jit
@@ -45,9 +49,28 @@ def scale_and_zero(pair):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def two_codes(packed, turn: tl.constexpr, LOW, HIGH):  # type: ignore[no-untyped-def]
+    """Return 1 + code / 256 of code 2 * turn and 1 + code / 16 of the next one, of each of the words, uint32."""
+    if turn == 1:
+        packed >>= 8
+    elif turn == 2:
+        packed = packed >> 16 | packed << 16
+    elif turn == 3:
+        packed <<= 8
+    low, high = packed & LOW | 0x3F800000, packed & HIGH | 0x3F800000
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+# The bits that `two_codes` cuts out, LOW and HIGH: arguments, since an instruction takes one constant only, and with a
+# second one `packed & LOW | 0x3F800000` would be two.
+CODES = (0x00078000, 0x00780000)
+
+
+@triton.jit
 def int4_row(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, N, num_groups, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, weight, parameters, y, N, num_groups, LOW, HIGH,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time."""
     WORDS: tl.constexpr = GROUP // 8
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -59,29 +82,34 @@ def int4_row(  # type: ignore[no-untyped-def]
         both = (n < N)[:, None] & there[None, :]
         at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
         packed = tl.load(weight + at[:, :, None] * WORDS + words[None, None, :], mask=both[:, :, None], other=0)
+        packed = packed.to(tl.uint32, bitcast=True)
         # One a thread, in whose hands are the group's words: the layouts agree and nothing goes by shared memory.
         pairs = tl.load(parameters + tl.max_contiguous(at, (1, 1)), mask=both, other=0)
         scale, zero = scale_and_zero(pairs)
         columns = x + groups[:, None] * GROUP + words[None, :]
-        products = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
-        sums = tl.zeros((BLOCK, WORDS), tl.float32)
-        for p in tl.static_range(8):
-            # The code becomes the first bits of a fraction, 1 + code / 16: a shift and one logical instruction, where
-            # a conversion has a quarter of their rate. The 1 is taken off again with the zero point.
-            shifted = packed << (19 - 4 * p) if p < 5 else packed >> (4 * p - 19)
-            code = ((shifted & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
-            values = tl.load(columns + p * WORDS, mask=there[:, None], other=0).to(tl.float32)
-            products += code * values[None, :, :]
-            sums += values
-        acc += products * (16 * scale)[:, :, None] - ((16 + zero) * scale)[:, :, None] * sums[None, :, :]
+        low_sum, high_sum = tl.zeros((BLOCK, WORDS), tl.float32), tl.zeros((BLOCK, WORDS), tl.float32)
+        for turn in tl.static_range(4):
+            low_sum += tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            high_sum += tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
+        # The sum of code * x / 16: the ones are taken off first.
+        products = tl.broadcast_to((-16 * low_sum - high_sum)[None, :, :], (ROWS, BLOCK, WORDS))
+        for turn in tl.static_range(4):
+            low, high = two_codes(packed, turn, LOW, HIGH)
+            low_x = tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            products += low * (16 * low_x)[None, :, :]
+            products += high * high_x[None, :, :]
+        acc += products * (16 * scale)[:, :, None]
+        acc -= (zero * scale)[:, :, None] * (low_sum + high_sum)[None, :, :]
     total = tl.sum(tl.sum(acc, axis=2), axis=1)
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def int4_rows(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, M, N, num_groups, GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, weight, parameters, y, M, N, num_groups, LOW, HIGH,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
     WORDS: tl.constexpr = GROUP // 8
     m = tl.arange(0, 16)
@@ -95,22 +123,27 @@ def int4_rows(  # type: ignore[no-untyped-def]
         groups = words // WORDS
         row = n[:, None].to(tl.int64)
         packed = tl.load(weight + row * num_words + words[None, :], mask=n_there & there[None, :], other=0)
+        packed = packed.to(tl.uint32, bitcast=True)
         pairs = tl.load(parameters + row * num_groups + groups[None, :], mask=n_there & there[None, :], other=0)
         scale, zero = scale_and_zero(pairs)
         columns = x + m[:, None] * (num_groups * GROUP) + (groups * GROUP + words % WORDS)[None, :]
-        for p in tl.static_range(8):
-            values = tl.load(columns + p * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
-            codes = ((packed >> (4 * p)) & 15).to(tl.float32)
-            block = ((codes - zero) * scale).to(values.dtype)
-            acc = tl.dot(values, tl.trans(block), acc, input_precision="ieee")
+        for turn in tl.static_range(4):
+            low, high = two_codes(packed, turn, LOW, HIGH)
+            # Exact: fp32 has all bits of each product.
+            low, high = low * (256 * scale) - (256 + zero) * scale, high * (16 * scale) - (16 + zero) * scale
+            low_x = tl.load(columns + 2 * turn * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
+            high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
+            acc = tl.dot(low_x, tl.trans(low.to(low_x.dtype)), acc, input_precision="ieee")
+            acc = tl.dot(high_x, tl.trans(high.to(high_x.dtype)), acc, input_precision="ieee")
     to = y + m[:, None] * N + n[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def int4_tile(K: int, group_size: int) -> dict[str, int]:
+def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
     """Return the tile of `int4_row`: 16 bytes of each row a thread, and threads for all of K, up to 128."""
     words = min(512, triton.next_power_of_2(K // 8))
-    return {"ROWS": 4, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
+    rows = 8 if N >= 8 * PROGRAMS else 4  # that share an x: each more is fewer instructions a weight
+    return {"ROWS": rows, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
 
 
 INT4_ROWS_TILE = {"COLUMNS": 32, "BLOCK": 32, "num_warps": 4}
@@ -122,25 +155,26 @@ def int4_product(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
     group_size = K // num_groups
     x, y = x.contiguous(), x.new_empty(M, N)
     if M == 1:
-        tile = int4_tile(K, group_size)
+        tile = int4_tile(N, K, group_size)
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        int4_row[grid](x, weight, parameters, y, N, num_groups, GROUP=group_size, **tile)
+        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODES, GROUP=group_size, **tile)
     else:
         grid = (triton.cdiv(N, INT4_ROWS_TILE["COLUMNS"]),)
-        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, GROUP=group_size, **INT4_ROWS_TILE)
+        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODES, GROUP=group_size, **INT4_ROWS_TILE)
     return y
 
 
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:
     """Pack codes uint8 0 to 15 [N, K] as said above: int32 [N, K / 8]."""
     eighths = codes.unflatten(-1, (-1, 8, group_size // 8)).transpose(-2, -1).contiguous()
-    return (eighths[..., ::2] | eighths[..., 1::2] << 4).contiguous().view(torch.int32).flatten(-3)
+    words = (eighths[..., ::2] | eighths[..., 1::2] << 4).contiguous().view(torch.int32).flatten(-3)
+    return words << 15 | words >> 17 & 0x7FFF
 
 
 def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
     """Undo `pack_int4`: int32 [N, K]."""
     shifts = torch.arange(0, 32, 4, device=weight.device, dtype=torch.int32)
-    words = weight.unflatten(-1, (-1, 1, group_size // 8))
+    words = (weight << 17 | weight >> 15 & 0x1FFFF).unflatten(-1, (-1, 1, group_size // 8))
     return (words >> shifts.view(8, 1) & 15).flatten(-3)
 
 
@@ -206,7 +240,7 @@ class Int8Linear(AtenInt8Linear):
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
         if torch.compiler.is_compiling() and rows.shape[0] <= MAX_REDUCTION_ROWS:
-            return linear(rows, (weight.float() * scales.float().unsqueeze(-1)).to(rows.dtype))
+            return (streamed_product(rows, weight) * scales.float()).to(rows.dtype)
         return torch.ops.kernels.cuda_int8_product(rows, weight, scales)
 
 

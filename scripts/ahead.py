@@ -3,8 +3,9 @@
     python scripts/ahead.py
 
 Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B, Llama-3.1-70B, and of a rank of eight that share
-the last, for sm_80 and sm_90: registers and spilled bytes as `ptxas` says, shared memory, and how wide the loads are.
-Nothing runs. The table goes to results/<date>_<what compiled it>.json.
+the last, for sm_80 and sm_90: registers and spilled bytes as `ptxas` says, shared memory, how wide the loads are, and
+of a product how many instructions its loop has for each weight. Nothing runs. The table goes to results/<date>_<what
+compiled it>.json.
 """
 
 import sys
@@ -25,7 +26,7 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ MODELS = {
     "Llama-3.2-1B": (2048, 3072, 16384, 8192, 32, 8, 64),
     "Llama-3.1-70B": (8192, 10240, 57344, 28672, 64, 8, 128),
     "Llama-3.1-70B/8": (8192, 1280, 7168, 3584, 8, 1, 128),  # of 8 ranks each: one kv head is a variant of its own
+}
+# How many weights a program of each product takes in a turn of its loop.
+WEIGHTS_A_TURN: dict[str, Callable[[dict[str, int]], int]] = {
+    "int4_row": lambda tile: tile["ROWS"] * tile["BLOCK"] * tile["GROUP"],
+    "int4_rows": lambda tile: tile["COLUMNS"] * tile["BLOCK"] * 8,
+    "int8_rows": lambda tile: tile["COLUMNS"] * tile["BLOCK"],
 }
 TRITON_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
@@ -106,29 +113,53 @@ def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int) -> dict[st
     source = ASTSource(fn=kernel, signature=of["signature"], constexprs=of["constants"], attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=of["options"])
     ptx = built.asm["ptx"]
-    said = assembled(ptx)
+    said, code = assembled(ptx)
     loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
     wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
-    return {
+    threads = 32 * built.metadata.num_warps
+    took = {
         "registers": int(found(r"Used (\d+) registers", said)),
         "spilled_bytes": int(found(r"(\d+) bytes spill stores", said)) + int(found(r"(\d+) bytes spill loads", said)),
         "shared_bytes": built.metadata.shared,
-        "threads": 32 * built.metadata.num_warps,
+        "threads": threads,
         "loads_of_16_bytes": len(wide),
         "narrower_loads": len(loads) - len(wide),
     }
+    if weights := WEIGHTS_A_TURN.get(kernel.__name__):
+        took["instructions_a_weight"] = round(longest_loop(code) * threads / weights(of["constants"]), 2)
+    return took
 
 
-def assembled(ptx: str) -> str:
-    """Return what ptxas says of a kernel."""
+def assembled(ptx: str) -> tuple[str, str]:
+    """Return what ptxas says of a kernel, and the instructions that it makes of it."""
     import triton
 
+    programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        command = [str(ptxas), "-v", "--gpu-name", found(r"\.target (\w+)", ptx), str(path), "-o", f"{folder}/kernel"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        source, built = Path(folder, "kernel.ptx"), Path(folder, "kernel")
+        source.write_text(ptx)
+        target = found(r"\.target (\w+)", ptx)
+        commands: list[list[str | Path]] = [
+            [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", built], [programs / "nvdisasm", "-c", built]
+        ]  # fmt: skip
+        said, code = (subprocess.run(each, check=True, capture_output=True, text=True) for each in commands)
+    return said.stderr, code.stdout
+
+
+def longest_loop(code: str) -> int:
+    """Return how many instructions the longest loop has that no other is in: from a jump back to where it leads."""
+    labels: dict[str, int] = {}
+    loops, count = [], 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*)", line):
+            count += 1
+            jump = re.search(r"BRA.*`\((\.L\w+)\)", instruction[1])
+            if jump and labels.get(jump[1], count) < count - 1:
+                loops.append((labels[jump[1]], count))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max(end - begin for begin, end in inner)
 
 
 def found(pattern: str, text: str) -> str:
@@ -181,7 +212,9 @@ def run(args: argparse.Namespace) -> None:
     for kernel, of, used_by in variants(args.models):
         for architecture in ARCHITECTURES:
             entry = {"kernel": kernel.__name__, "sm": architecture, **compile_ahead(kernel, of, architecture)}
-            print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry), used_by[0])
+            per_weight = entry.get("instructions_a_weight", "")
+            print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry),
+                  f"{per_weight:>5} {'instructions a weight' if per_weight else '':22}", used_by[0])  # fmt: skip
             entries.append(entry | {"constants": of["constants"], "options": of["options"], "used_by": used_by})
     path = args.output_dir / f"{datetime.date.today()}_triton-{triton.__version__}_ahead.json"
     path.parent.mkdir(parents=True, exist_ok=True)
