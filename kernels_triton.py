@@ -81,10 +81,10 @@ def int4_row(  # type: ignore[no-untyped-def]
         there = groups < num_groups
         both = (n < N)[:, None] & there[None, :]
         at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
-        packed = tl.load(weight + at[:, :, None] * WORDS + words[None, None, :], mask=both[:, :, None], other=0)
-        packed = packed.to(tl.uint32, bitcast=True)
+        offsets = tl.max_contiguous(at[:, :, None] * WORDS + words[None, None, :], (1, 2, WORDS))
+        packed = tl.load(weight + offsets, mask=both[:, :, None], other=0).to(tl.uint32, bitcast=True)
         # One a thread, in whose hands are the group's words: the layouts agree and nothing goes by shared memory.
-        pairs = tl.load(parameters + tl.max_contiguous(at, (1, 1)), mask=both, other=0)
+        pairs = tl.load(parameters + tl.multiple_of(at, (1, 1)), mask=both, other=0)
         scale, zero = scale_and_zero(pairs)
         columns = x + groups[:, None] * GROUP + words[None, :]
         low_sum, high_sum = tl.zeros((BLOCK, WORDS), tl.float32), tl.zeros((BLOCK, WORDS), tl.float32)

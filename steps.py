@@ -149,7 +149,7 @@ def compiled(
     for every number of slots: it is given the whole cache, of which the kernel for a GPU reads what the mask shows.
     settings: more of inductor's options, to be tried.
     """
-    options = {
+    options: dict[str, Any] = {
         "guard_filter_fn": of_the_first_layer,
         "triton.cudagraphs": mode == "reduce-overhead",
         # For the tiles of the reductions that stream the weights; it compiles longer, and no GPU has measured it yet.
@@ -163,7 +163,8 @@ def compiled(
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
     options |= settings or {}
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # of the process: torch 2.11 has no such option of compile's
+    graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
     checked = weakref.WeakSet[Transformer]()
 

@@ -199,7 +199,8 @@ def chain(layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor,
     mode = decode_mode(device)
     options: dict[str, Any] = {"triton.cudagraphs": mode is not None, "coordinate_descent_tuning": mode is not None}
     blocks = Chain(layers, inputs * (len(layers) // len(inputs)))
-    run = torch.compile(blocks, fullgraph=True, dynamic=False, options=options, recompile_limit=RECOMPILE_LIMIT)  # type: ignore[call-overload]
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    run = torch.compile(blocks, fullgraph=True, dynamic=False, options=options)
     for y, x, meaning in zip(run(), inputs, meanings, strict=False):
         expected = x.float() @ meaning.T
         wrong = ((y.float() - expected).abs().max() / expected.abs().max()).item()
