@@ -244,8 +244,9 @@ class KVCache(nn.Module):
         """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] each."""
         B = k.shape[0]
         rows = torch.arange(B, device=k.device).unsqueeze(-1)
-        self.k.transpose(1, 2)[rows, positions] = k
-        self.v.transpose(1, 2)[rows, positions] = v
+        # Of the caches and not of a view of them, of which torch 2.11 would compile a copy of all slots.
+        self.k[rows, :, positions] = k
+        self.v[rows, :, positions] = v
         return self.k[:B, :, :length], self.v[:B, :, :length]
 
 

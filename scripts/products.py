@@ -63,7 +63,7 @@ class Product(nn.Module):
         self.function, self.tensors = function, nn.ParameterList(tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.tensors)
+        return self.function(x, *self.parameters())
 
 
 class Chain(nn.Module):
