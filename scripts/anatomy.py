@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "no fusion for a few bytes": {"score_fusion_memory_threshold": 10},
         "programmatic launch": {"triton.enable_pdl": True},
         "cooperative reductions": {"triton.cooperative_reductions": True},
+        "persistent or looped reductions": {"triton.multi_kernel": 1},
     },
     "cpu": {
         "fusion for a few bytes": {"score_fusion_memory_threshold": 1},
@@ -97,7 +98,7 @@ def kernels(bench: "Bench", length: int) -> Iterator[Rung]:
 
 
 def options(bench: "Bench", length: int) -> Iterator[Rung]:
-    """Yield a step of every form of the weights, as it is and with each of `OPTIONS`."""
+    """Yield a step of every form of the weights, as it is and with each of `OPTIONS`; what fails is named."""
 
     def measure(run_decode: Callable[..., Any], model: Transformer) -> float:
         return median_ms(step_at(model, run_decode, POSITION), bench.device, TIMED)
@@ -111,4 +112,12 @@ def options(bench: "Bench", length: int) -> Iterator[Rung]:
         for name, run_decode in runs.items():
             run = bench.on(weights, length, partial(measure, run_decode))
             title, against = (f"{first}, {name}", first) if name else (first, "")
+            try:
+                run()  # which compiles it
+            except Exception as error:  # whatever torch says of a setting that it cannot do here
+                if not name:
+                    raise
+                said = str(error).partition("\n")[0]
+                print(f"left out: {title}: {said}", file=sys.stderr)
+                continue
             yield Rung(title, "ms", run, weights, read_bytes=read, against=against)

@@ -204,6 +204,21 @@ def test_a_step_is_taken_apart_and_its_settings_are_compared(config, capfd, monk
     assert all(rung["median"] > 0 and len(rung["samples"]) == 2 for rung in rungs.values())
 
 
+def test_a_setting_that_torch_cannot_do_is_named_and_left_out(config, monkeypatch, capfd):
+    def fail(graph):
+        raise ValueError("no such luck")
+
+    odd = {"odd": {"post_grad_custom_pre_pass": fail}, "size assertions": {"size_asserts": True}}
+    monkeypatch.setitem(anatomy.OPTIONS, "cpu", odd)
+    main(["--config", str(config), "--output_dir", str(config.parent), "--device", "cpu", "--samples", "1",
+          "--only", "options", "--quantize"])  # fmt: skip
+    [path] = config.parent.glob("*_options.json")
+    names = [rung["name"] for rung in json.loads(path.read_text())["rungs"]]
+    assert names == ["plain weights", "plain weights, size assertions"]
+    [said] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: plain weights, odd: ")]
+    assert "no such luck" in said
+
+
 @pytest.mark.parametrize("device", anatomy.OPTIONS)
 def test_the_settings_that_are_tried_are_inductors(device):
     known = torch._inductor.list_options()
