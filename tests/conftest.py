@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,17 @@ from torch import Tensor
 
 # A shell's background job, such as a test run may be, has Ctrl-C ignored, and hands that on to the commands it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# torchrun's own is the same for all that run on a machine, and two processes of pytest may each run one.
+with contextlib.suppress(OSError):
+    os.environ["PET_MASTER_PORT"] = str(free_port())
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"

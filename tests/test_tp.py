@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from quantize import Scheme
 from scripts import project_tp
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
+from tests.conftest import free_port
 from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device, num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,9 +285,7 @@ def test_the_cores_of_a_node_are_divided_among_its_ranks(tmp_path, num_nodes):
 def two_nodes(*options):
     """Start two torchrun agents, as two machines would run them: both have a local rank 0."""
     try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
     except OSError as error:
         pytest.skip(f"this machine forbids sockets on loopback: {error}")
     environment = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
