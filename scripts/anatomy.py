@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Transformer
-from scripts.measure import Rung, decode_mode, kv_bytes, median_ms, step_at
+from scripts.measure import Rung, decode_mode, kv_bytes, median_ms, runs, step_at
 from steps import compiled, decode
 
 if TYPE_CHECKING:
@@ -103,21 +103,15 @@ def options(bench: "Bench", length: int) -> Iterator[Rung]:
     def measure(run_decode: Callable[..., Any], model: Transformer) -> float:
         return median_ms(step_at(model, run_decode, POSITION), bench.device, TIMED)
 
-    runs = {"": bench.steps["compile"].decode}
+    steps = {"": bench.steps["compile"].decode}
     for name, settings in OPTIONS[torch.device(bench.device).type].items():
-        runs[name] = compiled(decode, decode_mode(bench.device), settings)
+        steps[name] = compiled(decode, decode_mode(bench.device), settings)
     for weights, model in bench.models.items():
         read = model.step_weight_bytes + kv_bytes(model, POSITION + 1)
         first = weights or "plain weights"
-        for name, run_decode in runs.items():
+        for name, run_decode in steps.items():
             run = bench.on(weights, length, partial(measure, run_decode))
             title, against = (f"{first}, {name}", first) if name else (first, "")
-            try:
-                run()  # which compiles it
-            except Exception as error:  # whatever torch says of a setting that it cannot do here
-                if not name:
-                    raise
-                said = str(error).partition("\n")[0]
-                print(f"left out: {title}: {said}", file=sys.stderr)
+            if name and not runs(title, run):
                 continue
             yield Rung(title, "ms", run, weights, read_bytes=read, against=against)

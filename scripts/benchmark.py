@@ -216,7 +216,12 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
     check_device(device)
     raw = read_config_file(args.config)
     run_dtype(args, raw)
-    models = {name: meta_model(form, ranks) for name, form in weight_forms(args, raw).items()}
+    for form in weight_forms(args, raw).values():
+        meta_model(form, ranks)
+    if args.gpt_fast and not args.compare:
+        raise ValueError("--gpt_fast is for --compare; add it")
+    if args.gpt_fast and not (args.gpt_fast / "quantize.py").is_file():
+        raise ValueError(f"--gpt_fast {args.gpt_fast} is no checkout of gpt-fast: it has no quantize.py")
     if args.speculate and (args.only is not None or args.compare):
         raise ValueError("--speculate measures nothing else; leave out --only and --compare")
     if ranks.count > 1:
@@ -224,8 +229,6 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[dict[str, Any], str]:
         alone += [f"only {group}" for group in ALONE if group in (args.only or [])]
         if alone:
             raise ValueError(f"--{alone[0]} measures one process and there are {ranks.count} ranks; leave out torchrun")
-    if args.compare:
-        compare.check(models[""].config)
     return raw, device
 
 
@@ -264,6 +267,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", action="store_true", help="add transformers and llama.cpp; with a bare --only nothing else"
     )
+    parser.add_argument("--gpt_fast", type=Path, metavar="DIR", help="with --compare, a checkout of gpt-fast to add")
     parser.add_argument("--samples", type=number(int, 1), default=5, help="of each rung (5)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=64, help="in a decode sample (64)")
     parser.add_argument("--quantize", type=scheme, nargs="*", default=[scheme("int8"), scheme("int4-g32")],

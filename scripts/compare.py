@@ -1,8 +1,8 @@
-"""What stands beside us in a comparison: transformers and llama.cpp, on the same shapes, threads and device.
+"""What stands beside us in a comparison: transformers, llama.cpp and gpt-fast, on the same shapes, threads and device.
 
-benchmark.py --compare drives it. Neither package is required. Each runs in its fastest plain form: transformers eager,
-a forward a token with its default cache, llama.cpp its `llama_decode`, so that no sampler or text is timed; the argmax
-over the logits is, everywhere.
+benchmark.py --compare drives it. None of them is required. Each is called a forward a token, so that no sampler or text
+is timed; the argmax over the logits is, everywhere. transformers runs eager with its default cache, and compiled with a
+static one, llama.cpp its `llama_decode`, gpt-fast, of which a checkout has to be given, its compiled model.
 """
 
 import ctypes
@@ -20,15 +20,29 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoint import quantization_scheme
 from model import ModelConfig, Transformer
+from scripts.gpt_fast import GptFast, why_no_gpt_fast
 from scripts.ladder import Bench
-from scripts.measure import PROMPT, Rung, Steps, decode_rate, median_ms, prefill_rate, seconds, step_at
+from scripts.measure import (
+    NUM_STEPS,
+    PROMPT,
+    Forwards,
+    Rung,
+    Steps,
+    decode_mode,
+    decode_rate,
+    median_ms,
+    prefill_rate,
+    runs,
+    seconds,
+    step_at,
+)
 
 # Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
 FILE_TYPES = {"int8": ("Q8_0", 7), "int4-g32": ("Q4_0", 2)}
 POSITION, PREFILL = 1900, 512
 GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-NUM_STEPS = 10  # of a sample at a position
 
 
 def missing(packages: dict[str, str]) -> list[str]:
@@ -36,7 +50,7 @@ def missing(packages: dict[str, str]) -> list[str]:
     return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
 
 
-def why_no_llama_cpp(device: str) -> str:
+def why_no_llama_cpp(device: str, config: ModelConfig) -> str:
     """Return what llama.cpp lacks to be compared, "" where it is there."""
     if lacking := missing({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}):
         return f"pip install {' '.join(lacking)}"
@@ -44,14 +58,9 @@ def why_no_llama_cpp(device: str) -> str:
 
     if device.startswith("cuda") and not llama_cpp.llama_supports_gpu_offload():
         return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
-    return ""
-
-
-def check(config: ModelConfig) -> None:
-    """Raise ValueError where llama.cpp would have to be told more than `write_gguf` does."""
-    special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")
-    if found := [name for name in special if getattr(config, name)]:
-        raise ValueError(f"--compare does not support {found[0]} {getattr(config, found[0])}; give another --config")
+    special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
+    found = [name for name in special if getattr(config, name)]
+    return f"its file would need {found[0]} {getattr(config, found[0])}" if found else ""
 
 
 class Ours:
@@ -71,7 +80,7 @@ class Ours:
         return prefill_rate(self.model, self.steps, length)
 
 
-class Transformers:
+class Transformers(Forwards):
     """transformers' eager model with random weights of the shapes that config.json `raw` describes."""
 
     def __init__(self, raw: dict[str, Any], device: str, dtype: torch.dtype):
@@ -80,39 +89,53 @@ class Transformers:
         config = AutoConfig.for_model(**raw)
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self.device = device
-        self.prefix: Any = None
+        self.device, self.num_filled = device, 0
+        self.cache: Any = None
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(dim=-1, keepdim=True), out.past_key_values
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        self.num_filled += ids.shape[1]
+        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
 
-    def steps(self, ids: Tensor, cache: Any, count: int) -> float:
-        """Decode `count` tokens after ids [1, 1]; return how many a second."""
+    def keep(self, length: int) -> None:
+        if length == 0:
+            self.cache = None
+        elif too_many := self.num_filled - length:
+            self.cache.crop(-too_many)
+        self.num_filled = length
 
-        def run() -> None:
-            nonlocal ids, cache
-            for _ in range(count):
-                ids, cache = self.forward(ids, cache)
 
-        return count / seconds(run, self.device)
+class CompiledTransformers(Forwards):
+    """The same with a static cache, a step of one token compiled."""
 
-    def decode(self, num_tokens: int) -> float:
-        ids, cache = self.forward(torch.tensor([PROMPT], device=self.device), None)
-        return self.steps(ids, cache, num_tokens - 1)
+    def __init__(self, eager: Transformers, length: int):
+        from transformers import StaticCache
 
-    def at(self, position: int) -> float:
-        if self.prefix is None:
-            prompt = torch.ones(1, position, dtype=torch.long, device=self.device)
-            _, self.prefix = self.forward(prompt, None)
-        if too_many := self.prefix.get_seq_length() - position:
-            self.prefix.crop(-too_many)
-        return self.steps(torch.tensor([[1]], device=self.device), self.prefix, NUM_STEPS)
+        self.model, self.device, self.num_filled = eager.model, eager.device, 0
+        self.cache: Any = StaticCache(config=self.model.config, max_cache_len=length)
+        self.compiled = torch.compile(self.likeliest, mode=decode_mode(self.device), dynamic=False)
 
-    def prefill(self, length: int) -> float:
-        prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
-        return length / seconds(lambda: self.forward(prompt, None), self.device)
+    def likeliest(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        self.num_filled += ids.shape[1]
+        return self.likeliest(ids)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        self.num_filled += 1
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(ids).clone()
+
+    def keep(self, length: int) -> None:
+        self.num_filled = length
+        for layer in self.cache.layers:  # what is behind it is masked, and written before it is seen
+            layer.cumulative_length.fill_(length)
 
 
 class LlamaCpp:
@@ -226,7 +249,7 @@ def gguf_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def write_gguf(model: Transformer, path: Path) -> None:
-    """Write a model that is not quantized, of a config that `check` takes; it gets no vocabulary."""
+    """Write a model that is not quantized, of a config that `why_no_llama_cpp` takes; it gets no vocabulary."""
     import gguf
 
     config = model.config
@@ -288,8 +311,19 @@ def contenders(bench: Bench, raw: dict[str, Any], folder: Path) -> Iterator[tupl
     if lacking := missing({"transformers": "transformers"}):
         print(f"transformers is not compared: pip install {' '.join(lacking)}", file=sys.stderr)
     else:
-        yield f"transformers, {dtype}", "", Transformers(raw, bench.device, bench.dtype)
-    if reason := why_no_llama_cpp(bench.device):
+        eager = Transformers(raw, bench.device, bench.dtype)
+        yield f"transformers, {dtype}", "", eager
+        yield f"transformers compiled, {dtype}", "", CompiledTransformers(eager, length)
+    if folder_of_theirs := bench.args.gpt_fast:
+        config = bench.models[""].config
+        for weights, form in bench.forms.items():
+            scheme = quantization_scheme(form)
+            if reason := why_no_gpt_fast(config, scheme, bench.device):
+                print(f"gpt-fast, {weights or dtype} is not compared: {reason}", file=sys.stderr)
+                continue
+            runner = GptFast(folder_of_theirs, config, scheme, bench.device, bench.dtype, length)
+            yield f"gpt-fast, {weights or dtype}", weights, runner
+    if reason := why_no_llama_cpp(bench.device, bench.models[""].config):
         print(f"llama.cpp is not compared: {reason}", file=sys.stderr)
         return
     plain = folder / "plain.gguf"
@@ -302,7 +336,11 @@ def contenders(bench: Bench, raw: dict[str, Any], folder: Path) -> Iterator[tupl
 
 
 def rungs(bench: Bench, raw: dict[str, Any], folder: Path) -> Iterator[Rung]:
-    everyone = list(contenders(bench, raw, folder))
+    everyone = [
+        (name, weights, runner)
+        for name, weights, runner in contenders(bench, raw, folder)
+        if isinstance(runner, Ours) or runs(name, partial(runner.decode, 2))
+    ]
     for what, size in (("decode", bench.args.new_tokens), ("at", POSITION), ("prefill", PREFILL)):
         label = {"decode": "decode", "at": f"decode at {size}", "prefill": f"prefill of {size}"}[what]
         ours: dict[str, str] = {}

@@ -5,7 +5,8 @@
 #
 # The tests' report and the results go to FOLDER (results), each as soon as it is there. A step that fails or takes too
 # long is named, and the next one begins; what the time no longer allows is named too. Exit status: how many were not done.
-# No network is needed. Settings: PYTHON, DEVICE, CONFIGS, SAMPLES, LIMIT (seconds for everything).
+# No network is needed. Settings: PYTHON, DEVICE, CONFIGS, SAMPLES, LIMIT (seconds for everything), GPT_FAST (a checkout
+# of gpt-fast, to be compared).
 set -u
 folder=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.." || exit 1
@@ -40,7 +41,7 @@ measure() {
     shift 2
     name=$(basename "$config" .json)
     step "$most" "$name: $*" "$PYTHON" scripts/benchmark.py --config "$config" --device "$DEVICE" --samples "$SAMPLES" \
-        --output_dir "$folder" --name "$name-$1" --only "$@"
+        --output_dir "$folder" --name "$name-${1#--}" --only "$@"
 }
 
 needed="import torch, safetensors, sentencepiece, tokenizers, huggingface_hub, jinja2, tqdm, numpy, matplotlib, pytest"
@@ -60,6 +61,7 @@ first=${CONFIGS%% *}
 measure 60 "$first" kernels   # where the time of such a step goes; its graphs are in inductor's cache now
 measure 100 "$first" products # which form a backend should repack to
 step 130 "tests" "$PYTHON" -m pytest -m gpu tests/test_gpu.py -rs --tb=short --junitxml="$folder/gpu-tests.xml"
+measure 150 "$first" --compare ${GPT_FAST:+--gpt_fast "$GPT_FAST"}
 for config in $CONFIGS; do
     measure 60 "$config" prefill
     measure 60 "$config" verify

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +39,17 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     run()
     wait()
     return time.perf_counter() - began
+
+
+def runs(title: str, call: Callable[[], Any]) -> bool:
+    """Call it once, which compiles it; where that fails, in whatever way code of others does, say so on stderr."""
+    try:
+        call()
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        print(f"left out: {title}: {said}", file=sys.stderr)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +131,9 @@ def make_steps(device: str) -> dict[str, Steps]:
     }
 
 
+NUM_STEPS = 10  # of a sample at a position, of those who are called a forward a token
+
+
 def decode_mode(device: str) -> str | None:
     return "reduce-overhead" if device.startswith("cuda") else None
 
@@ -134,6 +149,51 @@ def prefill_rate(model: Transformer, steps: Steps, length: int) -> float:
     """Return prompt tokens a second until the first new token is known."""
     prompt = [i % model.config.vocab_size for i in range(length)]
     return length / seconds(lambda: list(generate(model, [prompt], 1, GREEDY, prefill=steps.prefill)), "cpu")
+
+
+class Forwards:
+    """One that is called a forward a token: ids [1, S] in, the likeliest next one out, [1, 1]."""
+
+    device: str
+    num_filled: int  # of its cache
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Run ids after those that the cache holds."""
+        raise NotImplementedError
+
+    def step(self, ids: Tensor) -> Tensor:
+        """As `forward`, of one id."""
+        return self.forward(ids)
+
+    def keep(self, length: int) -> None:
+        """Forget what the cache holds from position `length` on."""
+        raise NotImplementedError
+
+    def steps(self, ids: Tensor, count: int) -> float:
+        """Decode `count` tokens after ids [1, 1]; return how many a second."""
+
+        def run() -> None:
+            nonlocal ids
+            for _ in range(count):
+                ids = self.step(ids)
+
+        return count / seconds(run, self.device)
+
+    def decode(self, num_tokens: int) -> float:
+        self.keep(0)
+        return self.steps(self.forward(torch.tensor([PROMPT], device=self.device)), num_tokens - 1)
+
+    def at(self, position: int) -> float:
+        if self.num_filled < position:
+            self.keep(0)
+            self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
+        self.keep(position)
+        return self.steps(torch.tensor([[1]], device=self.device), NUM_STEPS)
+
+    def prefill(self, length: int) -> float:
+        prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
+        self.keep(0)
+        return length / seconds(lambda: self.forward(prompt), self.device)
 
 
 @torch.inference_mode()

@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoint import random_model
+from checkpoint import meta_model, random_model
 from generate import generate
 from kernels import AtenInt4Linear, library
-from model import ONE_RANK
+from model import ONE_RANK, RopeScaling
+from quantize import Scheme
 from scripts import anatomy, benchmark, compare, products
 from scripts.benchmark import main
 from scripts.fresh import Fresh
-from scripts.measure import GREEDY, PROMPT, Rung, line, median_ms, processor, step_at
+from scripts.gpt_fast import GptFast, why_no_gpt_fast
+from scripts.measure import GREEDY, NUM_STEPS, PROMPT, Rung, line, median_ms, processor, step_at
 from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
 
@@ -303,16 +307,69 @@ def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_
     assert (tmp_path / kind).stat().st_size < 0.5 * gguf_file.stat().st_size
     theirs = compare.LlamaCpp(tmp_path / kind, "cpu", 256)
     assert all(rate > 0 for rate in (theirs.decode(8), theirs.at(100), theirs.prefill(64), theirs.at(100)))
-    assert theirs.num_filled == 100 + compare.NUM_STEPS
+    assert theirs.num_filled == 100 + NUM_STEPS
     theirs.close()
 
 
 def test_transformers_runs_every_measurement_from_the_same_position(model):
-    theirs = compare.Transformers(RAW, "cpu", torch.bfloat16)
-    assert {p.dtype for p in theirs.model.parameters()} == {torch.bfloat16}
-    assert sum(p.numel() for p in theirs.model.parameters()) == sum(p.numel() for p in model.parameters())
+    eager = compare.Transformers(RAW, "cpu", torch.float32)
+    randomize_(eager.model, seed=1)
+    assert {p.dtype for p in eager.model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in eager.model.parameters()) == sum(p.numel() for p in model.parameters())
+    compiled = compare.CompiledTransformers(eager, 256)
+    for theirs in (eager, compiled):
+        assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+        assert theirs.num_filled == theirs.cache.get_seq_length() == 100 + NUM_STEPS
+    texts = []
+    for theirs in (eager, compiled):
+        theirs.keep(50)
+        ids = [torch.tensor([[7]])]
+        while len(ids) < 20:
+            ids.append(theirs.step(ids[-1]))
+        texts.append([each.item() for each in ids])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 5, "a text in which positions matter"
+
+
+def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
+    monkeypatch.setattr(compare, "missing", lambda packages: [])
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace())
+    scaled = replace(meta_model(RAW).config, rope_scaling=RopeScaling("linear", 2.0))
+    assert compare.why_no_llama_cpp("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
+
+
+@pytest.mark.skipif("GPT_FAST" not in os.environ, reason="set GPT_FAST to a checkout of gpt-fast")
+@pytest.mark.parametrize("scheme", [None, Scheme("int8")])
+def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(scheme):
+    ours = sys.modules["model"]
+    config = meta_model(RAW).config
+    theirs = GptFast(Path(os.environ["GPT_FAST"]), config, scheme, "cpu", torch.float32, 256)
+    assert sys.modules["model"] is ours and sys.modules.get("GPTQ", ours) is ours
     assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
-    assert theirs.prefix.get_seq_length() == 100 + compare.NUM_STEPS
+    assert theirs.num_filled == theirs.at_next.item() == 100 + NUM_STEPS
+    if scheme is None:
+        randomize_(theirs.model, seed=1)
+    texts = []
+    for step in (theirs.forward, theirs.step):
+        theirs.keep(50)
+        ids = [torch.tensor([[7]])]
+        while len(ids) < 20:
+            ids.append(step(ids[-1]))
+        texts.append([each.item() for each in ids])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheme", "device", "words"),
+    [
+        ({}, None, "cpu", ""), ({}, Scheme("int4", 32), "cuda", ""), ({}, Scheme("int4", 32), "cpu", "int4"),
+        ({"qk_norm": True}, None, "cpu", "no qk_norm"), ({"head_dim": 64}, None, "cpu", "heads of 32 channels, not 64"),
+        ({"rope_scaling": RopeScaling("linear", 2.0)}, None, "cpu", "rope type linear"),
+    ],
+)  # fmt: skip
+def test_what_gpt_fast_cannot_run_is_said(changes, scheme, device, words):
+    reason = why_no_gpt_fast(replace(meta_model(RAW).config, **changes), scheme, device)
+    assert words in reason and bool(words) == bool(reason)
 
 
 def test_what_is_not_installed_is_named_by_its_package():
@@ -334,15 +391,14 @@ def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, ca
         (["--only", "speed"], "--only"),
         (["--device", "tpu"], "--device tpu"),
         (["--samples", "0"], "--samples"),
-        (["--compare", "--config", "llama3.json"], "rope_scaling"),
         (["--config", "absent.json"], "--config absent.json is no file"),
         (["--speculate", "--only", "decode"], "leave out --only"),
+        (["--gpt_fast", "."], "--gpt_fast is for --compare"),
+        (["--compare", "--gpt_fast", "."], "--gpt_fast . is no checkout of gpt-fast"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(config, capsys, monkeypatch, options, words):
     monkeypatch.chdir(config.parent)
-    scaled = RAW | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    Path("llama3.json").write_text(json.dumps(scaled))
     found = mistake(capsys, "--config", config, "--output_dir", "out", "--device", "cpu", *options)
     assert_user_error(found, words)
     assert not Path("out").exists()

@@ -29,16 +29,16 @@ def script(tmp_path, limit):
 
 def test_a_failed_step_is_named_and_the_next_one_begins(tmp_path):
     result = script(tmp_path, 120)
-    for group in ("positions", "kernels", "products", "prefill", "verify", "decode --speculate_k 1"):
+    for group in ("positions", "kernels", "products", "--compare", "prefill", "verify", "decode --speculate_k 1"):
         assert f"failed: no-such: {group}, exit status 2" in result.stderr, result.stderr
         assert f"not done: no-such: {group}" in result.stderr
-    assert result.returncode == 6
+    assert result.returncode == 7
     assert "skipped" in (tmp_path / "out" / "gpu-tests.xml").read_text()
 
 
 def test_what_the_time_does_not_allow_is_named(tmp_path):
     result = script(tmp_path, 10)
-    assert result.stderr.count("skipped: ") == 8 == result.returncode, result.stderr
+    assert result.stderr.count("skipped: ") == 9 == result.returncode, result.stderr
     assert "skipped: tests; 10 seconds are over" in result.stderr
 
 

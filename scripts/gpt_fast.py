@@ -1,0 +1,118 @@
+"""gpt-fast beside us, for benchmark.py --compare: the model and the quantized linears of a checkout, random weights.
+
+A step of decoding is compiled as its generate.py does it, and its token is the likeliest, as everyone's is.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import ModelConfig
+from quantize import Scheme
+from scripts.measure import Forwards, decode_mode
+
+FILES = ("tokenizer", "model", "quantize")  # of the checkout, which are called as ours are
+
+
+def load(folder: Path, name: str) -> ModuleType:
+    """Import a file of the checkout under a name of its own, which torch.compile looks its functions up by."""
+    spec = importlib.util.spec_from_file_location(f"gpt_fast_{name}", folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Give its model.py and quantize.py, which meanwhile find each other where ours are."""
+    ours = {name: sys.modules.pop(name) for name in FILES if name in sys.modules}
+    # Its quantize.py goes on without this one, which would bring in its generate.py, and settings of inductor with it.
+    sys.modules["GPTQ"] = None  # type: ignore[assignment]
+    try:
+        for name in FILES:
+            sys.modules[name] = load(folder, name)
+        yield sys.modules["model"], sys.modules["quantize"]
+    finally:
+        for name in (*FILES, "GPTQ"):
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
+
+
+def why_no_gpt_fast(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
+    """Return what gpt-fast lacks for a model, "" where it runs it."""
+    unknown = ("attention_bias", "qkv_bias", "qk_norm", "mlp_bias", "sliding_window", "num_local_experts")
+    if found := [name for name in unknown if getattr(config, name)]:
+        return f"it has no {found[0]}"
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        return f"it takes heads of {config.hidden_size // config.num_attention_heads} channels, not {config.head_dim}"
+    if config.rope_scaling is not None and config.rope_scaling.rope_type != "llama3":
+        return f"it has no rope type {config.rope_scaling.rope_type}"
+    on_cpu = scheme is not None and scheme.group_size is not None and not device.startswith("cuda")
+    return "its int4 is for GPUs alone" if on_cpu else ""
+
+
+class GptFast(Forwards):
+    """scheme: int8 or int4, None for none; length: of the caches."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, scheme: Scheme | None, device: str, dtype: torch.dtype, length: int
+    ):
+        self.device, self.num_filled = device, 0
+        scaling = config.rope_scaling
+        with checkout(folder) as (theirs, linears), torch.device("meta"):
+            self.model: Any = theirs.Transformer(theirs.ModelArgs(
+                block_size=length, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
+                n_head=config.num_attention_heads, n_local_heads=config.num_key_value_heads, dim=config.hidden_size,
+                intermediate_size=config.intermediate_size, rope_base=config.rope_theta, norm_eps=config.rms_norm_eps,
+                rope_scaling=None if scaling is None else vars(scaling),
+            ))  # fmt: skip
+            if scheme is not None and scheme.group_size is None:
+                linears.WeightOnlyInt8QuantHandler(self.model).convert_for_runtime()
+            elif scheme is not None:
+                linears.WeightOnlyInt4QuantHandler(self.model, scheme.group_size).convert_for_runtime()
+        self.model.to(dtype).to_empty(device=device).eval()
+        for tensor in chain(self.model.parameters(), self.model.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.normal_(0, 0.02)
+            else:
+                tensor.random_(torch.iinfo(tensor.dtype).min, torch.iinfo(tensor.dtype).max)
+        with torch.device(device):
+            self.model.setup_caches(1, length)
+            self.at_next = torch.zeros(1, dtype=torch.long)
+        on_cuda = decode_mode(device) is not None
+        options: dict[str, Any] = {"triton.cudagraphs": on_cuda, "coordinate_descent_tuning": on_cuda}
+        self.compiled = torch.compile(self.likeliest, fullgraph=True, options=options)
+
+    def likeliest(self, ids: Tensor, at: Tensor) -> Tensor:
+        return self.model(ids, at)[:, -1].argmax(dim=-1, keepdim=True)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        first, self.num_filled = self.num_filled, self.num_filled + ids.shape[1]
+        self.at_next.fill_(self.num_filled)
+        return self.likeliest(ids, torch.arange(first, self.num_filled, device=self.device))
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with sdpa_kernel(SDPBackend.MATH):  # which inductor fuses
+            chosen = self.compiled(ids, self.at_next).clone()
+        self.num_filled += 1
+        self.at_next += 1
+        return chosen
+
+    def keep(self, length: int) -> None:
+        self.num_filled = length
+        self.at_next.fill_(length)
