@@ -26,6 +26,8 @@ SLOTS, LOOK_AHEAD = 64, 32
 # Programs of the attention kernel: about two for each multiprocessor of the largest GPUs. Of the shapes alone, so that
 # the same text comes out of every GPU.
 PROGRAMS = 256
+# Rows of a weight that int4 needs for eight of them to share an x: with fewer rows the GPU would not be filled.
+MANY_ROWS = 2048
 # Queries of a kv head that one of them takes, over all heads that share it: more would spill registers.
 MAX_TILE = 32
 
@@ -37,9 +39,10 @@ MAX_TILE = 32
 # p * group_size / 8 + t of the group. So a thread loads 16 bytes that share a scale, and its columns of x are runs.
 # The scale and the zero point of a group are one word too: bf16 each, the scale in the low half.
 #
-# A large GPU reads so many weights that four instructions for each would take as long. So no code is converted: it is
-# cut out where it stands, as bits of the fraction of 1 + code / 256 or 1 + code / 16. Code 0 begins at bit 15 of its
-# word, code 1 at bit 19, and so on around; turning the word by 8 bits brings the next two there.
+# On a large GPU four instructions for each weight take as long as reading it. So no code is converted: it is cut out
+# where it stands, as bits of the fraction of 1 + code / 256 or 1 + code / 16. Code 0 begins at bit 15 of its word, code
+# 1 at bit 19, and so on around; turning the word by 8 bits brings the next two there. What the ones add to a sum is
+# taken off again, which leaves it right to 2^-17 of the largest that it could be.
 
 
 @triton.jit
@@ -49,7 +52,7 @@ def scale_and_zero(pair):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def two_codes(packed, turn: tl.constexpr, LOW, HIGH):  # type: ignore[no-untyped-def]
+def two_codes(packed, turn: tl.constexpr, low_bits, high_bits):  # type: ignore[no-untyped-def]
     """Return 1 + code / 256 of code 2 * turn and 1 + code / 16 of the next one, of each of the words, uint32."""
     if turn == 1:
         packed >>= 8
@@ -57,18 +60,18 @@ def two_codes(packed, turn: tl.constexpr, LOW, HIGH):  # type: ignore[no-untyped
         packed = packed >> 16 | packed << 16
     elif turn == 3:
         packed <<= 8
-    low, high = packed & LOW | 0x3F800000, packed & HIGH | 0x3F800000
+    low, high = packed & low_bits | 0x3F800000, packed & high_bits | 0x3F800000
     return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
 
-# The bits that `two_codes` cuts out, LOW and HIGH: arguments, since an instruction takes one constant only, and with a
-# second one `packed & LOW | 0x3F800000` would be two.
-CODES = (0x00078000, 0x00780000)
+# The bits that `two_codes` cuts out: arguments, since an instruction takes one constant only, and with a second one
+# `packed & low_bits | 0x3F800000` would be two.
+CODE_BITS = (0x00078000, 0x00780000)
 
 
 @triton.jit
 def int4_row(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, N, num_groups, LOW, HIGH,
+    x, weight, parameters, y, N, num_groups, low_bits, high_bits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time."""
@@ -81,20 +84,24 @@ def int4_row(  # type: ignore[no-untyped-def]
         there = groups < num_groups
         both = (n < N)[:, None] & there[None, :]
         at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
+        # So that a row's words are dealt to the threads before the next row's, two groups are said to be contiguous,
+        # which is not so: Triton 3.6 would take the rows first.
         offsets = tl.max_contiguous(at[:, :, None] * WORDS + words[None, None, :], (1, 2, WORDS))
         packed = tl.load(weight + offsets, mask=both[:, :, None], other=0).to(tl.uint32, bitcast=True)
-        # One a thread, in whose hands are the group's words: the layouts agree and nothing goes by shared memory.
+        # One at a time, as if they were not aligned: with groups of 32 a thread loads its own group's, and nothing goes
+        # by shared memory.
         pairs = tl.load(parameters + tl.multiple_of(at, (1, 1)), mask=both, other=0)
         scale, zero = scale_and_zero(pairs)
         columns = x + groups[:, None] * GROUP + words[None, :]
         low_sum, high_sum = tl.zeros((BLOCK, WORDS), tl.float32), tl.zeros((BLOCK, WORDS), tl.float32)
+        # x is here and below, but the compiler loads it once.
         for turn in tl.static_range(4):
             low_sum += tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
             high_sum += tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
         # The sum of code * x / 16: the ones are taken off first.
         products = tl.broadcast_to((-16 * low_sum - high_sum)[None, :, :], (ROWS, BLOCK, WORDS))
         for turn in tl.static_range(4):
-            low, high = two_codes(packed, turn, LOW, HIGH)
+            low, high = two_codes(packed, turn, low_bits, high_bits)
             low_x = tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
             high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
             products += low * (16 * low_x)[None, :, :]
@@ -107,7 +114,7 @@ def int4_row(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["M"])
 def int4_rows(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, M, N, num_groups, LOW, HIGH,
+    x, weight, parameters, y, M, N, num_groups, low_bits, high_bits,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
@@ -128,7 +135,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
         scale, zero = scale_and_zero(pairs)
         columns = x + m[:, None] * (num_groups * GROUP) + (groups * GROUP + words % WORDS)[None, :]
         for turn in tl.static_range(4):
-            low, high = two_codes(packed, turn, LOW, HIGH)
+            low, high = two_codes(packed, turn, low_bits, high_bits)
             # Exact: fp32 has all bits of each product.
             low, high = low * (256 * scale) - (256 + zero) * scale, high * (16 * scale) - (16 + zero) * scale
             low_x = tl.load(columns + 2 * turn * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
@@ -142,7 +149,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
     """Return the tile of `int4_row`: 16 bytes of each row a thread, and threads for all of K, up to 128."""
     words = min(512, triton.next_power_of_2(K // 8))
-    rows = 8 if N >= 8 * PROGRAMS else 4  # that share an x: each more is fewer instructions a weight
+    rows = 8 if N >= MANY_ROWS else 4
     return {"ROWS": rows, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
 
 
@@ -157,10 +164,10 @@ def int4_product(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
     if M == 1:
         tile = int4_tile(N, K, group_size)
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODES, GROUP=group_size, **tile)
+        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODE_BITS, GROUP=group_size, **tile)
     else:
         grid = (triton.cdiv(N, INT4_ROWS_TILE["COLUMNS"]),)
-        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODES, GROUP=group_size, **INT4_ROWS_TILE)
+        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODE_BITS, GROUP=group_size, **INT4_ROWS_TILE)
     return y
 
 

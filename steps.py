@@ -139,6 +139,11 @@ def check_layers(model: Transformer) -> None:
         raise ValueError(f"layer {odd[0]} has other tensors than layer 0; run it without compiling, or make them alike")
 
 
+def allow_many_graphs() -> None:
+    """Raise torch's limit of graphs a function to RECOMPILE_LIMIT, for the process: compile has no option in 2.11."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+
+
 def compiled(
     step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -163,7 +168,7 @@ def compiled(
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
     options |= settings or {}
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # of the process: torch 2.11 has no such option of compile's
+    allow_many_graphs()
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
     checked = weakref.WeakSet[Transformer]()

@@ -4,8 +4,8 @@
 
 Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B, Llama-3.1-70B, and of a rank of eight that share
 the last, for sm_80 and sm_90: registers and spilled bytes as `ptxas` says, shared memory, how wide the loads are, and
-of a product how many instructions its loop has for each weight. Nothing runs. The table goes to results/<date>_<what
-compiled it>.json.
+of a product how many instructions a weight takes, by the number of columns. Nothing runs. The table goes to
+results/<date>_<what compiled it>.json.
 """
 
 import sys
@@ -21,12 +21,14 @@ if __name__ == "__main__":
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,15 +46,28 @@ MODELS = {
     "Llama-3.1-70B": (8192, 10240, 57344, 28672, 64, 8, 128),
     "Llama-3.1-70B/8": (8192, 1280, 7168, 3584, 8, 1, 128),  # of 8 ranks each: one kv head is a variant of its own
 }
-# How many weights a program of each product takes in a turn of its loop.
-WEIGHTS_A_TURN: dict[str, Callable[[dict[str, int]], int]] = {
-    "int4_row": lambda tile: tile["ROWS"] * tile["BLOCK"] * tile["GROUP"],
-    "int4_rows": lambda tile: tile["COLUMNS"] * tile["BLOCK"] * 8,
-    "int8_rows": lambda tile: tile["COLUMNS"] * tile["BLOCK"],
+# How many rows of a weight a program of each product takes, and how many columns in a turn of its loop.
+TILES: dict[str, Callable[[dict[str, int]], tuple[int, int]]] = {
+    "int4_row": lambda tile: (tile["ROWS"], tile["BLOCK"] * tile["GROUP"]),
+    "int4_rows": lambda tile: (tile["COLUMNS"], tile["BLOCK"] * 8),
+    "int8_rows": lambda tile: (tile["COLUMNS"], tile["BLOCK"]),
 }
 TRITON_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
 }  # fmt: skip
+
+
+@dataclass
+class Variant:
+    """Of a kernel, as `variant` says, that some step needs."""
+
+    kernel: Any
+    of: dict[str, Any]
+    used_by: list[str] = field(default_factory=list)
+    columns: set[int] = field(default_factory=set)
+
+    def compile_ahead(self, architecture: int) -> dict[str, Any]:
+        return compile_ahead(self.kernel, self.of, architecture, sorted(self.columns))
 
 
 class Recorder:
@@ -103,8 +118,8 @@ def variant(kernel: Any, args: tuple[Any, ...], tile: dict[str, int]) -> dict[st
     return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
 
 
-def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int) -> dict[str, Any]:
-    """Compile a variant of a kernel; return what it takes."""
+def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int, columns: Iterable[int] = ()) -> dict[str, Any]:
+    """Compile a variant of a kernel; return what it takes. columns: of the weights that a product is used for."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,8 +140,12 @@ def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int) -> dict[st
         "loads_of_16_bytes": len(wide),
         "narrower_loads": len(loads) - len(wide),
     }
-    if weights := WEIGHTS_A_TURN.get(kernel.__name__):
-        took["instructions_a_weight"] = round(longest_loop(code) * threads / weights(of["constants"]), 2)
+    if kernel.__name__ in TILES:
+        rows, width = TILES[kernel.__name__](of["constants"])
+        once, in_turn = instructions(code)
+        took["instructions_a_weight"] = {
+            K: round((once + math.ceil(K / width) * in_turn) * threads / (rows * K), 2) for K in columns
+        }
     return took
 
 
@@ -146,10 +165,15 @@ def assembled(ptx: str) -> tuple[str, str]:
     return said.stderr, code.stdout
 
 
-def longest_loop(code: str) -> int:
-    """Return how many instructions the longest loop has that no other is in: from a jump back to where it leads."""
+def instructions(code: str) -> tuple[int, int]:
+    """Return how many instructions a kernel has outside of its longest innermost loop, and how many in it.
+
+    A loop is from where jumps lead back to, to the last of these. What follows the last EXIT is never reached.
+    Raises ValueError where there is no loop.
+    """
     labels: dict[str, int] = {}
-    loops, count = [], 0
+    loops: dict[int, int] = {}
+    count = end = 0
     for line in code.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = count
@@ -157,9 +181,14 @@ def longest_loop(code: str) -> int:
             count += 1
             jump = re.search(r"BRA.*`\((\.L\w+)\)", instruction[1])
             if jump and labels.get(jump[1], count) < count - 1:
-                loops.append((labels[jump[1]], count))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max(end - begin for begin, end in inner)
+                loops[labels[jump[1]]] = count
+            elif "EXIT" in instruction[1]:
+                end = count
+    spans = loops.items()
+    inner = [last - first for first, last in spans if not any(first < a and b <= last for a, b in spans)]
+    if not inner:
+        raise ValueError("a kernel has no loop to count the instructions of")
+    return end - max(inner), max(inner)
 
 
 def found(pattern: str, text: str) -> str:
@@ -192,15 +221,16 @@ def attentions(model: str, queries: int, slots: int = 8192) -> Iterator[tuple[st
     yield name, "split_attention", (meta(1, queries, H, D), *cache, mask)
 
 
-def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[tuple[Any, dict[str, Any], list[str]]]:
-    """Return every variant that steps of so many rows need: the kernel, the variant, and where it is used."""
-    kinds: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
+def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
+    kinds: dict[str, Variant] = {}
     for model in models:
         calls = [call for num_rows in rows for call in [*products(model, num_rows), *attentions(model, num_rows)]]
         for name, function, args in calls:
             for kernel, arguments, tile in launches(function, *args):
                 of = variant(kernel, arguments, tile)
-                kinds.setdefault(f"{kernel.__name__} {of}", (kernel, of, []))[2].append(name)
+                kind = kinds.setdefault(f"{kernel.__name__} {of}", Variant(kernel, of))
+                kind.used_by.append(name)
+                kind.columns.add(args[0].shape[-1])
     return list(kinds.values())
 
 
@@ -209,13 +239,13 @@ def run(args: argparse.Namespace) -> None:
     import triton
 
     entries = []
-    for kernel, of, used_by in variants(args.models):
+    for each in variants(args.models):
         for architecture in ARCHITECTURES:
-            entry = {"kernel": kernel.__name__, "sm": architecture, **compile_ahead(kernel, of, architecture)}
-            per_weight = entry.get("instructions_a_weight", "")
+            entry = {"kernel": each.kernel.__name__, "sm": architecture, **each.compile_ahead(architecture)}
+            counts = [f"{count} at {K}" for K, count in entry.get("instructions_a_weight", {}).items()]
             print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry),
-                  f"{per_weight:>5} {'instructions a weight' if per_weight else '':22}", used_by[0])  # fmt: skip
-            entries.append(entry | {"constants": of["constants"], "options": of["options"], "used_by": used_by})
+                  f"{', '.join(counts)}{' instructions a weight' * bool(counts):22}", each.used_by[0])  # fmt: skip
+            entries.append(entry | {**{n: each.of[n] for n in ("constants", "options")}, "used_by": each.used_by})
     path = args.output_dir / f"{datetime.date.today()}_triton-{triton.__version__}_ahead.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {

@@ -46,6 +46,7 @@ from scripts.measure import (
     Rung,
     config_name,
     hardware,
+    left_out,
     line,
     measure_roof,
     read_config_file,
@@ -70,6 +71,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks, what: str):
         self.writes = ranks.rank == 0
+        left_out.clear()
         self.groups: list[str] = []
         name = "-".join("".join(c if c.isalnum() else " " for c in hardware(args.device).lower()).split())
         what = args.name or what + (f"-tp{ranks.count}" if ranks.count > 1 else "")
@@ -103,6 +105,8 @@ class Results:
         self.report["rungs"] += [{"group": group, **entry} for entry in entries]
         if roofs:
             self.report["roofs"][group] = roofs
+        if left_out:
+            self.report["left_out"] = left_out
         self.write()
         if self.writes and group == "decode":
             draw(self.report, self.path.with_suffix(".svg"))

@@ -41,13 +41,23 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
+left_out: list[str] = []  # of this process, and why
+
+
+def leave_out(title: str, error: Exception) -> None:
+    """Say on stderr, and in the results, that something is not measured."""
+    left_out.append(f"{title}: {type(error).__name__}: {error}".partition("\n")[0])
+    print(f"left out: {left_out[-1]}", file=sys.stderr)
+
+
 def runs(title: str, call: Callable[[], Any]) -> bool:
-    """Call it once, which compiles it; where that fails, in whatever way code of others does, say so on stderr."""
+    """Call it once, which compiles it; leave it out where that fails, in whatever way code of others does."""
     try:
         call()
     except Exception as error:
-        said = str(error).partition("\n")[0]
-        print(f"left out: {title}: {said}", file=sys.stderr)
+        leave_out(title, error)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # which raises if the GPU is of no more use to what would come next
         return False
     return True
 

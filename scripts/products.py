@@ -40,8 +40,8 @@ from quantize import (
     quantize_int8,
     unpack_nibbles,
 )
-from scripts.measure import Rung, decode_mode, median_ms
-from steps import RECOMPILE_LIMIT
+from scripts.measure import Rung, decode_mode, leave_out, median_ms
+from steps import allow_many_graphs
 
 ROWS = (1, 5)  # of x: a decode step, and what speculation verifies
 # That a measurement reads, of small blocks less: far more than a cache has, and on a GPU for longer than it takes to
@@ -63,7 +63,7 @@ class Product(nn.Module):
         self.function, self.tensors = function, nn.ParameterList(tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.parameters())
+        return self.function(x, *self.parameters())  # torch 2.11 does not compile `*self.tensors`
 
 
 class Chain(nn.Module):
@@ -166,7 +166,7 @@ def rungs(quantize: dict[str, dict[str, Any]], raw: dict[str, Any], device: str,
                     layers += block(form, forms, tensors)
                 runs = [chain(layers, of_rows, meanings, device) for of_rows in inputs]
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                print(f"left out: {title}: {str(error).splitlines()[0]}", file=sys.stderr)
+                leave_out(title, error)
                 continue
             for rows, run in zip(ROWS, runs, strict=True):
                 of_rows = f"{rows} row{'s' * (rows > 1)}"
@@ -199,7 +199,7 @@ def chain(layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor,
     mode = decode_mode(device)
     options: dict[str, Any] = {"triton.cudagraphs": mode is not None, "coordinate_descent_tuning": mode is not None}
     blocks = Chain(layers, inputs * (len(layers) // len(inputs)))
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    allow_many_graphs()
     run = torch.compile(blocks, fullgraph=True, dynamic=False, options=options)
     for y, x, meaning in zip(run(), inputs, meanings, strict=False):
         expected = x.float() @ meaning.T

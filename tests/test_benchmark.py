@@ -174,7 +174,7 @@ def test_a_form_with_other_outputs_is_named_and_left_out(capsys, monkeypatch):
     )
     names = [rung.name for rung in products.rungs({"int4-g32": INT4}, RAW, "cpu", torch.bfloat16)]
     assert not [name for name in names if "ATen" in name] and "int4-g32, multiply and sum, 1 row" in names
-    assert "left out: int4-g32, ATen: its outputs are wrong by" in capsys.readouterr().err
+    assert "left out: int4-g32, ATen: ValueError: its outputs are wrong by" in capsys.readouterr().err
 
 
 def test_the_form_of_atens_kernel_for_cuda_has_the_shapes_that_it_takes():
@@ -219,8 +219,19 @@ def test_a_setting_that_torch_cannot_do_is_named_and_left_out(config, monkeypatc
     [path] = config.parent.glob("*_options.json")
     names = [rung["name"] for rung in json.loads(path.read_text())["rungs"]]
     assert names == ["plain weights", "plain weights, size assertions"]
-    [said] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: plain weights, odd: ")]
-    assert "no such luck" in said
+    [said] = json.loads(path.read_text())["left_out"]
+    assert said.startswith("plain weights, odd: ") and said.endswith("ValueError: no such luck")
+    assert f"left out: {said}\n" in capfd.readouterr().err
+
+
+def test_a_step_that_fails_without_a_setting_ends_the_run(config, monkeypatch, capfd):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no step")
+
+    monkeypatch.setattr(anatomy, "step_at", broken)
+    with pytest.raises(RuntimeError, match="no step"):
+        main(["--config", str(config), "--output_dir", str(config.parent), "--device", "cpu", "--samples", "1",
+              "--only", "options", "--quantize"])  # fmt: skip
 
 
 @pytest.mark.parametrize("device", anatomy.OPTIONS)

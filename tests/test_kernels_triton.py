@@ -10,7 +10,7 @@ import torch
 
 import kernels
 import model
-from scripts.ahead import ARCHITECTURES, attentions, compile_ahead, launches, products, variants
+from scripts.ahead import ARCHITECTURES, attentions, instructions, launches, products, variants
 from scripts.ahead import main as compile_all_ahead
 from scripts.launches import LAUNCHED
 from scripts.launches import launches as counted
@@ -49,7 +49,8 @@ def test_kernels_match_their_twins(distances, kind, count):
 @pytest.fixture(scope="module")
 def compiled_kernels():
     made = variants(["Llama-2-7B", "Llama-3.1-8B"], rows=(1, 6))
-    return [(k.__name__, sm, compile_ahead(k, of, sm), used_by) for k, of, used_by in made for sm in ARCHITECTURES]
+    made += [kind for kind in variants(["Llama-3.1-70B/8"], rows=(1,)) if kind.kernel.__name__ == "int4_row"]
+    return [(kind.kernel.__name__, sm, kind.compile_ahead(sm), kind.used_by) for kind in made for sm in ARCHITECTURES]
 
 
 def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
@@ -64,17 +65,62 @@ def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
 
 
 def test_a_weight_takes_few_instructions(compiled_kernels):
-    """An H200 would read 30 int4 weights a clock and multiprocessor (4.3 TB/s, 1.75 GHz), which begins 128."""
-    most = {"int4_row": 3.7, "int4_rows": 6.5, "int8_rows": 5}
-    took = {(name, t["instructions_a_weight"]) for name, sm, t, _ in compiled_kernels if sm == 90 and name in most}
-    assert {name for name, _ in took} == set(most)
-    assert not [(name, count) for name, count in took if not 1 < count <= most[name]]
+    """On sm_90. An H200 reads an int4 weight in the time of 4.3 instructions, with groups of 128 in that of 3.65."""
+    most = {"int4_row": 4.6, "int4_rows": 6.6, "int8_rows": 5.2}
+    counts = [(name, took["instructions_a_weight"], used_by) for name, sm, took, used_by in compiled_kernels
+              if sm == 90 and name in most]  # fmt: skip
+    assert {name for name, *_ in counts} == set(most)
+    assert {K for _, of, _ in counts for K in of} >= {4096, 11008, 14336, 8192, 3584}
+    for name, of, used_by in counts:
+        bound = 5.2 if "/8" in used_by[0] else most[name]  # few rows of the weight share an x there
+        assert all(3 < count <= bound for count in of.values()), (name, of, used_by)
+
+
+def test_int4_takes_more_rows_of_a_weight_that_has_many():
+    cuda = kernels.for_cuda(torch.device("cuda"))
+    assert [cuda.int4_tile(N, 4096, 32)["ROWS"] for N in (1280, 2047, 2048, 4096)] == [4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("I I .L_1: I I J1 I E", (4, 3)),
+        ("I .L_1: I .L_2: I I J2 I J1 E", (5, 3)),  # the innermost
+        ("I .L_1: I J1 I I J1 E", (2, 5)),  # one loop, which jumps back in two places
+        ("I .L_1: I J1 .L_2: I I I J2 E .L_3: J3", (4, 4)),  # the longer one; what is behind the end stands still
+    ],
+)
+def test_instructions_are_counted_in_the_longest_innermost_loop(body, expected):
+    lines = []
+    for word in body.split():
+        jump = f"@P0 BRA `(.L_{word[1:]}) ;" if word[0] == "J" else {"I": "FFMA R0 ;", "E": "EXIT ;"}.get(word)
+        lines.append(word if jump is None else f"        /*{16 * len(lines):04x}*/                   {jump}")
+    assert instructions("\n".join(lines)) == expected
+    with pytest.raises(ValueError, match="no loop"):
+        instructions(lines[0])
+
+
+def test_int8_of_a_row_is_scaled_after_the_sum():
+    """Compiled, for which a scale in the sum would be one instruction in five more."""
+    cuda = kernels.for_cuda(torch.device("cuda"))
+    seen = []
+
+    def keep(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op != "placeholder")
+        return graph
+
+    weight, scales = torch.randint(-127, 128, (8, 64), dtype=torch.int8), torch.rand(8)
+    x = torch.randn(1, 64)
+    y = torch.compile(cuda.Int8Linear.product, backend=keep)(x, weight, scales)
+    assert torch.allclose(y, x @ (weight * scales.unsqueeze(1)).T, rtol=1e-4, atol=1e-3)
+    products = [i for i, target in enumerate(seen) if "mul" in target]
+    assert len(products) == 2 and products[0] < seen.index("sum") < products[1]
 
 
 def test_weights_and_caches_are_loaded_16_bytes_a_thread(compiled_kernels):
     for name, _, took, used_by in compiled_kernels:
-        # Of each of a program's 8 rows; of K and V, 16 KiB a block by so many threads, at least.
-        least = {"int4_row": 8, "attend_split": 2 * 64 * 128 * 2 // 16 // took["threads"]}.get(name, 1)
+        # Of each of a program's rows; of K and V, 16 KiB a block by so many threads, at least.
+        least = {"int4_row": 4, "attend_split": 2 * 64 * 128 * 2 // 16 // took["threads"]}.get(name, 1)
         assert took["loads_of_16_bytes"] >= least, (name, used_by)
 
 
