@@ -6,8 +6,8 @@ pytest.importorskip("triton", reason="triton is not installed; it has no build f
 
 from tests.test_kernels_triton import said_by
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3}  # over the largest value, of models whose twins are in fp32
-NUM_CASES = 18
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # over the largest value, of models whose twins are in fp32
+NUM_CASES = 11
 
 
 @pytest.fixture(scope="module")
