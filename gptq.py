@@ -148,7 +148,7 @@ class Calibration:
             for name, child in children.items()
         ]
         for x in self.hidden:
-            block(x, *self.contexts[self.layer])
+            block(x, torch.zeros_like(x), *self.contexts[self.layer])
             self.tick()
         for hook in hooks:
             hook.remove()
@@ -165,7 +165,7 @@ class Calibration:
     def advance(self, block: Block) -> None:
         """Run the text through `block`, quantized by now."""
         for n, x in enumerate(self.hidden):
-            self.hidden[n] = block(x, *self.contexts[self.layer])
+            self.hidden[n] = torch.add(*block(x, torch.zeros_like(x), *self.contexts[self.layer]))
             self.tick()
         self.layer += 1
 

@@ -180,7 +180,19 @@ def constant(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-class KernelLinear(nn.Module):
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class LinearLayer(nn.Module):
+    """What every linear layer, or stack of them, does besides its product."""
+
+    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        """Return silu(gate) * up [..., N / 2] of the outputs [..., N], which are gate and up one after the other."""
+        return swiglu(*self(x, experts).chunk(2, dim=-1))
+
+
+class KernelLinear(LinearLayer):
     """A linear layer whose product of up to MAX_ROWS rows is a kernel's; above, GEMM with the weight unpacked.
 
     Its tensors may all be stacks, of X such layers: then `experts` says which of them each row of x goes through.

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, constant
-from model import MAX_REDUCTION_ROWS, streamed_product
+from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, constant, swiglu
+from model import as_reduction, streamed_product
 
 # Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
@@ -30,6 +30,50 @@ PROGRAMS = 256
 MANY_ROWS = 2048
 # Queries of a kv head that one of them takes, over all heads that share it: more would spill registers.
 MAX_TILE = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the products share
+#
+# GATED, a weight has the rows of gate [N / 2, K] and, after them, those of up; what a product gives is their swiglu, so
+# that a feed-forward launches one kernel less. A program takes as many rows of either: its loop stays what it is.
+
+
+@triton.jit
+def rows_of_program(N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return which ROWS rows of a weight [N, K] this program takes."""
+    if GATED:
+        row = tl.arange(0, ROWS)
+        n = tl.program_id(0) * (ROWS // 2) + row % (ROWS // 2) + row // (ROWS // 2) * (N // 2)
+    else:
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return n
+
+
+@triton.jit
+def store_sums(y, sums, M, N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store what this program's rows of the weight gave, sums [m, ROWS] of which M are of use, to its part of y."""
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, ROWS // 2)), (0, 2, 1)))
+        values, columns = gate * tl.sigmoid(gate) * up, N // 2
+    else:
+        values, columns = sums, N
+    m = tl.arange(0, values.shape[0])[:, None]
+    n = (tl.program_id(0) * values.shape[1] + tl.arange(0, values.shape[1]))[None, :]
+    tl.store(y + m * columns + n, values.to(y.dtype.element_ty), mask=(m < M) & (n < columns))
+
+
+def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
+    return x.new_empty(x.shape[0], N // 2 if gated else N)
+
+
+class CudaLinear(KernelLinear):
+    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        rows = x.flatten(0, -2)
+        if self.bias is not None or rows.shape[0] > MAX_ROWS:
+            return super().gated(x, experts)
+        tensors = [getattr(self, name) for name in self.tensors]
+        return self.product(rows, *tensors, gated=True).unflatten(0, x.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,11 +116,11 @@ CODE_BITS = (0x00078000, 0x00780000)
 @triton.jit
 def int4_row(  # type: ignore[no-untyped-def]
     x, weight, parameters, y, N, num_groups, low_bits, high_bits,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time."""
     WORDS: tl.constexpr = GROUP // 8
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = rows_of_program(N, ROWS, GATED)
     words = tl.arange(0, WORDS)
     acc = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
     for first in range(0, num_groups, BLOCK):
@@ -108,22 +152,22 @@ def int4_row(  # type: ignore[no-untyped-def]
             products += high * high_x[None, :, :]
         acc += products * (16 * scale)[:, :, None]
         acc -= (zero * scale)[:, :, None] * (low_sum + high_sum)[None, :, :]
-    total = tl.sum(tl.sum(acc, axis=2), axis=1)
-    tl.store(y + n, total.to(y.dtype.element_ty), mask=n < N)
+    total = tl.sum(tl.sum(acc, axis=2), axis=1)[None, :]
+    store_sums(y, total, 1, N, ROWS, GATED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def int4_rows(  # type: ignore[no-untyped-def]
     x, weight, parameters, y, M, N, num_groups, low_bits, high_bits,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
+    """Multiply up to 16 rows x [M, K] with ROWS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
     WORDS: tl.constexpr = GROUP // 8
     m = tl.arange(0, 16)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n = rows_of_program(N, ROWS, GATED)
     n_there = (n < N)[:, None]
     num_words = num_groups * WORDS
-    acc = tl.zeros((16, COLUMNS), tl.float32)
+    acc = tl.zeros((16, ROWS), tl.float32)
     for first in range(0, num_words, BLOCK):
         words = first + tl.arange(0, BLOCK)
         there = words < num_words
@@ -142,8 +186,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
             high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
             acc = tl.dot(low_x, tl.trans(low.to(low_x.dtype)), acc, input_precision="ieee")
             acc = tl.dot(high_x, tl.trans(high.to(high_x.dtype)), acc, input_precision="ieee")
-    to = y + m[:, None] * N + n[None, :]
-    tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    store_sums(y, acc, M, N, ROWS, GATED)
 
 
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
@@ -153,21 +196,19 @@ def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
 
 
-INT4_ROWS_TILE = {"COLUMNS": 32, "BLOCK": 32, "num_warps": 4}
+INT4_ROWS_TILE = {"ROWS": 32, "BLOCK": 32, "num_warps": 4}
 
 
-def int4_product(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
-    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N]."""
+def int4_product(x: Tensor, weight: Tensor, parameters: Tensor, gated: bool = False) -> Tensor:
+    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N], gated [M, N / 2]."""
     (M, K), (N, num_groups) = x.shape, parameters.shape
-    group_size = K // num_groups
-    x, y = x.contiguous(), x.new_empty(M, N)
+    tile = int4_tile(N, K, K // num_groups) if M == 1 else INT4_ROWS_TILE
+    sizes = {"GROUP": K // num_groups, "GATED": gated} | tile
+    x, y, grid = x.contiguous(), empty_product(x, N, gated), (triton.cdiv(N, tile["ROWS"]),)
     if M == 1:
-        tile = int4_tile(N, K, group_size)
-        grid = (triton.cdiv(N, tile["ROWS"]),)
-        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODE_BITS, GROUP=group_size, **tile)
+        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODE_BITS, **sizes)
     else:
-        grid = (triton.cdiv(N, INT4_ROWS_TILE["COLUMNS"]),)
-        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODE_BITS, GROUP=group_size, **INT4_ROWS_TILE)
+        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODE_BITS, **sizes)
     return y
 
 
@@ -185,7 +226,7 @@ def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
     return (words >> shifts.view(8, 1) & 15).flatten(-3)
 
 
-class Int4Linear(KernelLinear):
+class Int4Linear(CudaLinear):
     """codes and zeros uint8 0 to 15, [N, K] and [N, K / group]; scales as zeros, whose values are bf16's."""
 
     tensors = ("weight", "parameters_of_groups")
@@ -197,8 +238,8 @@ class Int4Linear(KernelLinear):
         self.parameters_of_groups = constant(pairs.view(torch.int32).squeeze(-1))
 
     @staticmethod
-    def product(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
-        return torch.ops.kernels.cuda_int4_product(rows, weight, parameters)
+    def product(rows: Tensor, weight: Tensor, parameters: Tensor, gated: bool = False) -> Tensor:
+        return torch.ops.kernels.cuda_int4_product(rows, weight, parameters, gated)
 
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
@@ -213,11 +254,13 @@ class Int4Linear(KernelLinear):
 
 
 @triton.jit(do_not_specialize=["M"])
-def int8_rows(x, weight, scales, y, M, N, K, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Multiply up to 16 rows x [M, K] with COLUMNS rows of a weight [N, K], BLOCK columns at a time."""
+def int8_rows(  # type: ignore[no-untyped-def]
+    x, weight, scales, y, M, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
+):
+    """Multiply up to 16 rows x [M, K] with ROWS rows of a weight [N, K], BLOCK columns at a time."""
     m = tl.arange(0, 16)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((16, COLUMNS), tl.float32)
+    n = rows_of_program(N, ROWS, GATED)
+    acc = tl.zeros((16, ROWS), tl.float32)
     for first in range(0, K, BLOCK):
         k = first + tl.arange(0, BLOCK)
         there = (k < K)[None, :]
@@ -225,30 +268,31 @@ def int8_rows(x, weight, scales, y, M, N, K, COLUMNS: tl.constexpr, BLOCK: tl.co
         values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & there, other=0)
         acc = tl.dot(values, tl.trans(codes.to(values.dtype)), acc, input_precision="ieee")
     acc *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    to = y + m[:, None] * N + n[None, :]
-    tl.store(to, acc.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    store_sums(y, acc, M, N, ROWS, GATED)
 
 
-INT8_TILE = {"COLUMNS": 32, "BLOCK": 256, "num_warps": 4}
+INT8_TILE = {"ROWS": 32, "BLOCK": 256, "num_warps": 4}
 
 
-def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Multiply x [M, K], M at most 16, with codes [N, K] and scales [N]; returns [M, N]."""
+def int8_product(x: Tensor, weight: Tensor, scales: Tensor, gated: bool = False) -> Tensor:
+    """Multiply x [M, K], M at most 16, with codes [N, K] and scales [N]; returns [M, N], gated [M, N / 2]."""
     (M, K), N = x.shape, weight.shape[0]
-    x, y = x.contiguous(), x.new_empty(M, N)
-    int8_rows[(triton.cdiv(N, INT8_TILE["COLUMNS"]),)](x, weight, scales, y, M, N, K, **INT8_TILE)
+    x, y, grid = x.contiguous(), empty_product(x, N, gated), (triton.cdiv(N, INT8_TILE["ROWS"]),)
+    int8_rows[grid](x, weight, scales, y, M, N, K, GATED=gated, **INT8_TILE)
     return y
 
 
-class Int8Linear(AtenInt8Linear):
+class Int8Linear(CudaLinear, AtenInt8Linear):
     """Its tensors are those of the CPU's; what differs is the product of up to 16 rows."""
 
-    @staticmethod
-    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    @classmethod
+    def product(cls, rows: Tensor, weight: Tensor, scales: Tensor, gated: bool = False) -> Tensor:
         # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
-        if torch.compiler.is_compiling() and rows.shape[0] <= MAX_REDUCTION_ROWS:
-            return (streamed_product(rows, weight) * scales.float()).to(rows.dtype)
-        return torch.ops.kernels.cuda_int8_product(rows, weight, scales)
+        if not as_reduction(rows):
+            return torch.ops.kernels.cuda_int8_product(rows, weight, scales, gated)
+        if gated:
+            return swiglu(*(cls.product(rows, *half) for half in zip(weight.chunk(2), scales.chunk(2), strict=True)))
+        return (streamed_product(rows, weight) * scales.float()).to(rows.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,12 +441,12 @@ def define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[..
 
 
 define(
-    "cuda_int4_product", "(Tensor x, Tensor weight, Tensor parameters) -> Tensor",
-    int4_product, lambda x, weight, parameters: x.new_empty(x.shape[0], parameters.shape[0]),
+    "cuda_int4_product", "(Tensor x, Tensor weight, Tensor parameters, bool gated=False) -> Tensor",
+    int4_product, lambda x, weight, parameters, gated=False: empty_product(x, parameters.shape[0], gated),
 )  # fmt: skip
 define(
-    "cuda_int8_product", "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
-    int8_product, lambda x, weight, scales: x.new_empty(x.shape[0], weight.shape[0]),
+    "cuda_int8_product", "(Tensor x, Tensor weight, Tensor scales, bool gated=False) -> Tensor",
+    int8_product, lambda x, weight, scales, gated=False: empty_product(x, weight.shape[0], gated),
 )  # fmt: skip
 define(
     "cuda_attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",

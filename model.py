@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import MAX_ROWS, by_expert
+from kernels import MAX_ROWS, LinearLayer, by_expert, swiglu
 
 # Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
 # weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
@@ -118,15 +118,16 @@ def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (slots > positions - window)
 
 
+def as_reduction(x: Tensor) -> bool:
+    """Say whether a product with x [..., K] is written as a multiply and a sum."""
+    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= MAX_REDUCTION_ROWS
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = x.shape[:-1].numel()
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if rows > MAX_REDUCTION_ROWS:
-        # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
-        y = F.linear(x, weight)
-        return y if bias is None else y + bias
-    y = streamed_product(x, weight)
+    # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
+    y = streamed_product(x, weight) if as_reduction(x) else F.linear(x, weight)
     return (y if bias is None else y + bias).type_as(x)
 
 
@@ -179,7 +180,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return y.view(B, H, S, D).transpose(1, 2)
 
 
-class Linear(nn.Module):
+class Linear(LinearLayer):
     """A linear layer; with `num_experts` a stack of so many, and each row of x says which it goes through."""
 
     weight: Tensor
@@ -194,6 +195,11 @@ class Linear(nn.Module):
         if experts is None:
             return linear(x, self.weight, self.bias)
         return expert_linear(x, experts, lambda i: self.weight[i])
+
+    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        if experts is not None or self.bias is not None or not as_reduction(x):
+            return super().gated(x, experts)
+        return swiglu(*(linear(x, half) for half in self.weight.chunk(2)))
 
 
 class Embedding(nn.Module):
@@ -288,8 +294,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.ranks.all_reduce(self.down_proj(F.silu(gate) * up))
+        return self.ranks.all_reduce(self.down_proj(self.gate_up_proj.gated(x)))
 
 
 class Router(nn.Module):
@@ -322,8 +327,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         shares, experts = self.gate(rows)  # [B * S, A]
-        gate, up = self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts).chunk(2, dim=-1)
-        y = self.down_proj(F.silu(gate) * up, experts)  # [B * S, A, E]
+        rows = self.gate_up_proj.gated(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts)
+        y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
 
 
@@ -337,9 +342,15 @@ class Block(nn.Module):
 
     # Compiled, all layers share the code of one: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, found: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Take and return the residual stream [B, S, E] and what is still to be added to it, by the last feed-forward.
+
+        They are added where the next norm reads them: at the end of a layer that would often be a kernel of its own.
+        context: what `Transformer.block_contexts` has for the layer.
+        """
+        x = x + found
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x, self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -426,9 +437,10 @@ class Transformer(nn.Module):
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""
         contexts = self.block_contexts(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
+        found = torch.zeros_like(x)
         for block, context in zip(self.layers, contexts, strict=True):
-            x = block(x, *context)
-        return self.norm(x)
+            x, found = block(x, found, *context)
+        return self.norm(x + found)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.ranks.all_gather(self.lm_head(hidden))

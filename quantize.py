@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import kernels
 from cli import ArgumentParser, check_device, checkpoint_folder, number, user_errors
-from kernels import constant
+from kernels import LinearLayer, constant
 from model import Linear, Transformer, attention, expert_linear, linear
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
 # The linears
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LinearLayer):
     """A linear layer, or a stack of them, as it is stored, and the plain path where no kernel takes the shape."""
 
     def __init__(self, shape: torch.Size, bias: bool):

@@ -66,13 +66,8 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
 def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
     """Raise ValueError, with both numbers, where a model cannot be cut for `count` ranks."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    divided = {
-        "num_attention_heads": heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in divided.items():
-        if size % count:
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        if (size := getattr(config, name)) % count:
             raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
     if kv_heads % count and count % kv_heads:
         raise ValueError(

@@ -49,8 +49,8 @@ MODELS = {
 # How many rows of a weight a program of each product takes, and how many columns in a turn of its loop.
 TILES: dict[str, Callable[[dict[str, int]], tuple[int, int]]] = {
     "int4_row": lambda tile: (tile["ROWS"], tile["BLOCK"] * tile["GROUP"]),
-    "int4_rows": lambda tile: (tile["COLUMNS"], tile["BLOCK"] * 8),
-    "int8_rows": lambda tile: (tile["COLUMNS"], tile["BLOCK"]),
+    "int4_rows": lambda tile: (tile["ROWS"], tile["BLOCK"] * 8),
+    "int8_rows": lambda tile: (tile["ROWS"], tile["BLOCK"]),
 }
 TRITON_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
@@ -80,7 +80,7 @@ class Recorder:
         return lambda *args, **tile: self.launches.append((self.kernel, args, tile))
 
 
-def launches(function: str, *args: Tensor) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
+def launches(function: str, *args: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
     """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
     from triton.runtime.jit import JITFunction
 
@@ -201,16 +201,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Tensor, ...]]]:
+def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     hidden, qkv, gate_up, down, *_ = MODELS[model]
     shapes = {"qkv": (qkv, hidden), "gate_up": (gate_up, hidden), "down": (hidden, down)}
     for layer, (N, K) in shapes.items():
-        x = meta(rows, K)
+        x, gated = meta(rows, K), layer == "gate_up"
         for group_size in (32, 128):
             tensors = meta(N, K // 8, dtype=torch.int32), meta(N, K // group_size, dtype=torch.int32)
-            yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors)
+            yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors, gated)
         if rows > 2:
-            yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, meta(N, K, dtype=torch.int8), meta(N))
+            tensors = meta(N, K, dtype=torch.int8), meta(N)
+            yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, *tensors, gated)
 
 
 def attentions(model: str, queries: int, slots: int = 8192) -> Iterator[tuple[str, str, tuple[Tensor, ...]]]:

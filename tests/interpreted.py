@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 import kernels_triton
 import model
 from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
@@ -25,22 +26,27 @@ def distance(ours: Tensor, twin: Tensor) -> float:
     return ((ours.float() - twin.float()).abs().amax() / twin.float().abs().amax()).item()
 
 
+def twin(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
+    y = F.linear(x.float(), weight.float())
+    return (kernels.swiglu(*y.chunk(2, dim=-1)) if gated else y).to(x.dtype)
+
+
 def products() -> Iterator[tuple[str, Callable[[], float]]]:
-    def int4(M: int, N: int, K: int, group_size: int, dtype: str) -> float:
+    def int4(M: int, N: int, K: int, group_size: int, dtype: str, gated: bool = False) -> float:
         codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
         layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros, None)
         x = torch.randn(M, K).to(DTYPES[dtype])
         assert torch.equal(kernels_triton.unpack_int4(layer.weight, group_size), codes.int())
         weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)
         assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
-        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups)
-        return distance(ours, F.linear(x.float(), weight.float()).to(x.dtype))
+        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups, gated)
+        return distance(ours, twin(x, weight, gated))
 
-    def int8(M: int, N: int, K: int, dtype: str) -> float:
+    def int8(M: int, N: int, K: int, dtype: str, gated: bool = False) -> float:
         codes, scales = quantize_int8(torch.randn(N, K))
         x = torch.randn(M, K).to(DTYPES[dtype])
-        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype))
-        return distance(ours, F.linear(x.float(), dequantize_int8(codes, scales)).to(x.dtype))
+        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype), gated)
+        return distance(ours, twin(x, dequantize_int8(codes, scales), gated))
 
     for M, N, K, group_size, dtype in [
         (1, 7, 64, 32, "bf16"), (1, 5, 4128, 32, "bf16"), (1, 9, 96, 32, "fp32"), (1, 3, 1152, 128, "fp16"),
@@ -50,6 +56,13 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"int4 M={M} N={N} K={K} g{group_size} {dtype}", partial(int4, M, N, K, group_size, dtype)
     for M, N, K, dtype in [(1, 33, 100, "fp16"), (3, 7, 300, "fp32"), (16, 32, 256, "fp16")]:
         yield f"int8 M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype)
+    # Halves that do and do not fill the last program.
+    for M, N, K, dtype in [
+        (1, 14, 96, "fp32"), (1, 4098, 96, "fp32"), (1, 8, 4128, "bf16"), (3, 34, 96, "fp32"), (16, 64, 64, "fp16"),
+    ]:  # fmt: skip
+        yield f"int4 gated M={M} N={N} K={K} {dtype}", partial(int4, M, N, K, 32, dtype, gated=True)
+    for M, N, K, dtype in [(3, 14, 300, "fp32"), (16, 64, 256, "fp16")]:
+        yield f"int8 gated M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype, gated=True)
 
 
 def attention(

@@ -38,7 +38,7 @@ def distances():
     return {name: float(distance) for name, distance in said_by("interpreted", TRITON_INTERPRET="1").items()}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("int4", 11), ("int8", 3), ("attention", 14)])
+@pytest.mark.parametrize(("kind", "count"), [("int4", 16), ("int8", 5), ("attention", 14)])
 def test_kernels_match_their_twins(distances, kind, count):
     ours = {name: distance for name, distance in distances.items() if name.startswith(kind)}
     assert len(ours) == count
@@ -66,7 +66,7 @@ def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
 
 def test_a_weight_takes_few_instructions(compiled_kernels):
     """On sm_90. An H200 reads an int4 weight in the time of 4.3 instructions, with groups of 128 in that of 3.65."""
-    most = {"int4_row": 4.6, "int4_rows": 6.6, "int8_rows": 5.2}
+    most = {"int4_row": 4.6, "int4_rows": 6.6, "int8_rows": 5.5}
     counts = [(name, took["instructions_a_weight"], used_by) for name, sm, took, used_by in compiled_kernels
               if sm == 90 and name in most]  # fmt: skip
     assert {name for name, *_ in counts} == set(most)
@@ -131,7 +131,7 @@ def test_on_cuda_a_model_gets_these_kernels():
     assert kernels.attention_of(torch.float32, torch.device("cuda"), model.attention) is cuda.attention
 
 
-NORM, PRODUCTS = "reduction 1 x 1024", ["2048 x 1024", "1024 x 1024", "22016 x 1024", "1024 x 11008"]
+NORM, PRODUCTS = "reduction 1 x 1024", ["2048 x 1024", "1024 x 1024", "11008 x 1024", "1024 x 11008"]
 ATTENTION = ["pointwise 512", "pointwise 1024", "attend_split", "combine_splits"]  # k and v stored, q rotated
 
 
@@ -150,7 +150,7 @@ def launched(tmp_path_factory):
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
     head = "reduction 256 x 1024"
-    assert all(len(step["besides"]) == 8 and head in step["besides"] for step in steps if step["step"] == "decode")
+    assert all(len(step["besides"]) == 9 and head in step["besides"] for step in steps if step["step"] == "decode")
     assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
     return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
 
@@ -159,14 +159,13 @@ def launched(tmp_path_factory):
 def test_a_row_by_a_weight_is_one_reduction(launched, weights):
     """What inductor writes for it: no weight in another dtype in memory, no second kernel, no GEMM."""
     qkv, o, gate_up, down = (f"reduction {shape}" for shape in PRODUCTS)
-    silu = "pointwise 11008"
-    assert launched[weights, "decode"] == [NORM, qkv, *ATTENTION, o, NORM, gate_up, silu, down]
+    assert launched[weights, "decode"] == [NORM, qkv, *ATTENTION, o, NORM, gate_up, down]
 
 
 def test_a_layer_launches_no_more_than_it_needs(launched):
     assert {key: len(kernels) for key, kernels in launched.items()} == {
-        ("plain", "decode"): 11, ("plain", "verify of 5"): 12, ("int8", "decode"): 11, ("int8", "verify of 5"): 12,
-        ("int4-g32", "decode"): 12, ("int4-g32", "verify of 5"): 12,
+        ("plain", "decode"): 10, ("plain", "verify of 5"): 11, ("int8", "decode"): 10, ("int8", "verify of 5"): 10,
+        ("int4-g32", "decode"): 10, ("int4-g32", "verify of 5"): 10,
     }  # fmt: skip
     assert launched["int4-g32", "decode"].count("int4_product") == launched["plain", "verify of 5"].count("mm") == 4
 
