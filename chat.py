@@ -23,7 +23,7 @@ from tp import from_rank_0
 # Stands in what people and models write, behind the first character of a special token's name, so that the name is
 # text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
 MARK = "\ufdd0"
-HELP = "Ctrl-C stops an answer, /reset begins anew, /quit or Ctrl-D ends"
+HELP = "/reset begins anew, /help shows this, /quit or Ctrl-D ends"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,9 @@ def next_turn(conversation: Conversation) -> Turn | None:
         command = line.strip()
         if command == "/quit":
             return None
-        if command == "/reset":
+        if command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/reset":
             conversation.reset()
             print("the conversation begins anew", file=sys.stderr)
         elif command:
@@ -246,10 +248,13 @@ def next_turn(conversation: Conversation) -> Turn | None:
                 with ctrl_c():  # a first one has nothing to stop
                     turn = conversation.ask(line)
             except Refused as error:
+                if not sys.stdin.isatty():  # nobody is there to shorten it
+                    raise
                 print(f"error: {error}", file=sys.stderr)
                 continue
             if turn.num_dropped:
-                print(f"the context is full: the oldest {turn.num_dropped} turns are forgotten", file=sys.stderr)
+                oldest = "oldest turn is" if turn.num_dropped == 1 else f"oldest {turn.num_dropped} turns are"
+                print(f"the context is full: the {oldest} forgotten", file=sys.stderr)
             return turn
     return None
 
@@ -274,7 +279,9 @@ def chat(
 
     samples = []
     if sys.stdin.isatty() and ranks.rank == 0:
-        print(HELP, file=sys.stderr)
+        if conversation.template is None:
+            print("the model has no chat template: it continues the text, each line after the last", file=sys.stderr)
+        print(f"Ctrl-C stops an answer, {HELP}" if ranks.count == 1 else HELP, file=sys.stderr)
     while (turn := from_rank_0(lambda: next_turn(conversation), ranks)) is not None:
         row = Row(turn.ids, TextStream(conversation.tokenizer, turn.ids), stops, num_cached=turn.cached)
         # Of several ranks a Ctrl-C ends all.

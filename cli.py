@@ -18,7 +18,22 @@ import interrupt
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and not the whole usage."""
+    """argparse, but a mistake is one line and not the whole usage.
+
+    ranks: whether several processes, as torchrun starts them, share the command's work.
+    """
+
+    def __init__(self, *args: Any, ranks: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ranks = ranks
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
+        count = int(os.environ.get("WORLD_SIZE", 1))
+        if count > 1 and not self.ranks:
+            if os.environ.get("RANK", "0") != "0":  # the first one says so
+                sys.exit(2)
+            self.error(f"{self.prog} is for one process, and torchrun has started {count}; run it without torchrun")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
@@ -189,7 +204,7 @@ def checkpoint_folder(text: str) -> Path:
         return Path(snapshot_download(text, local_files_only=True))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         raise argparse.ArgumentTypeError(
-            f"{text} is neither a folder nor a model in the Hub's cache; for one of the Hub run "
+            f"{text} is neither a folder in {Path.cwd()} nor a model in the Hub's cache; for one of the Hub run "
             f"`python scripts/download.py --repo_id {text}` first"
         ) from None
 

@@ -196,9 +196,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
         if job.draft_dtype:
             raw = read_config(args.draft_checkpoint_path)
             whole, scheme = meta_model(raw), quantization_scheme(raw)
-            num_bytes = sum(
-                kind.itemsize * shape.numel() for kind, shape in tensor_specs(whole, job.draft_dtype).values()
-            )
+            specs = tensor_specs(whole, job.draft_dtype).values()
+            num_bytes = sum(kind.itemsize * shape.numel() for kind, shape in specs)
             shared_by = draft_ranks(whole.config, scheme, num_bytes, ranks)
             draft_model = one(args.draft_checkpoint_path, job.draft_dtype, shared_by)
         speculation = Speculation(draft_model, *([args.speculate_k] if args.speculate_k else []))
@@ -231,12 +230,13 @@ def sample_batches(
     args: argparse.Namespace, job: Job, launch: Callable[..., Any], speculation: Speculation | None, ranks: Ranks
 ) -> Iterator[list[Row]]:
     """Run one batch of prompts after the other; yield each one's rows."""
+    sizes = [len(prompts) for prompts in job.batches]
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches) and ranks.rank == 0
         with torch.profiler.profile() if trace else contextlib.nullcontext() as profiler:
             rows = run_sample(
                 prompts, launch, args.max_new_tokens, job.tokenizer, job.eos_ids, args.stop, ranks.rank > 0,
-                echo=job.template is None,
+                echo=job.template is None, first=sum(sizes[: i - 1]) + 1, total=sum(sizes),
             )  # fmt: skip
         if profiler:
             profiler.export_chrome_trace(str(args.profile))

@@ -35,11 +35,17 @@ ROWS, TALL = 4, 16  # of the weight, that the kernels of int8 and of int4 take t
 
 @functools.cache
 def library() -> Path | None:
-    """Compile and load kernels.cpp, and return its file; None, and a line on stderr, where that cannot be done."""
+    """Compile and load kernels.cpp, and return its file.
+
+    None for a CPU of another kind, and, with a line on stderr, where it cannot be done.
+    """
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
     program = shutil.which(compiler[0])
-    if "avx512_bf16" not in cpu or program is None:
+    if "avx512_bf16" not in cpu:
+        return None
+    if program is None:
+        print(f"kernels.cpp is not used, products will be slower: there is no {compiler[0]}", file=sys.stderr)
         return None
     version = Path(program).stat()  # of the file that a link leads to: asking it would take a process
     home = Path(torch.__file__).parent

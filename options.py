@@ -25,6 +25,7 @@ from tp import check_sizes, local_device
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
+        ranks=True,
         prog="generate.py",
         usage="python generate.py [options]: generate text with a Llama-family model",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=31),
@@ -76,7 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
                      help="cpu, cuda, cuda:1, ... (cuda where there is one)")  # fmt: skip
     run.add_argument("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (the checkpoint's own)")
-    run.add_argument("--random_weights", action="store_true", help="for speed work; the folder needs only config.json")
+    run.add_argument("--random_weights", action="store_true",
+                     help="for speed work: with --prompt_length the folder needs only config.json")  # fmt: skip
     run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")
     args = parser.parse_args(argv)

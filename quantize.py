@@ -352,9 +352,8 @@ def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) 
     """Say, a line for each kind of tensor, what becomes of it. before, after: their specs; target: on meta."""
 
     def megabytes(specs: dict[str, Any], kind: str) -> float:
-        return (
-            sum(shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind_of(name) == kind) / 1e6
-        )
+        sizes = (shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind_of(name) == kind)
+        return sum(sizes) / 1e6
 
     def kind_of(name: str) -> str:
         return name.split(".")[-2]

@@ -140,11 +140,19 @@ def run_sample(
     stops: list[str],
     quiet: bool = False,
     echo: bool = True,
+    first: int = 1,
+    total: int = 1,
 ) -> list[Row]:
     """Print a batch's text unless quiet, as it comes for one row and row by row for several; return the rows.
 
-    launch: `generate`, but for prompts, max_new_tokens and ended. echo: the prompt too.
+    launch: `generate`, but for prompts, max_new_tokens and ended. echo: the prompt too. Texts are numbered from `first`
+    on, unless the `total` of all batches is 1.
     """
+
+    def begin(i: int) -> None:
+        if tokenizer and not quiet and total > 1:
+            print(f"--- {first + i} of {total}", file=sys.stderr, flush=True)
+
     ended: set[int] = set()
     rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
 
@@ -152,6 +160,8 @@ def run_sample(
         if len(rows) == 1 and not quiet:
             print(text, end="", flush=True)
 
+    if len(rows) == 1:
+        begin(0)
     if tokenizer and echo:
         show(tokenizer.decode(prompts[0]))
     for step in launch(prompts, max_new_tokens, ended=ended):
@@ -162,8 +172,8 @@ def run_sample(
         show(row.finish("length" if len(row.tokens) >= max_new_tokens else "context"))
     if tokenizer and not quiet:
         show("\n")
-        for i, row in enumerate(rows if len(rows) > 1 else [], start=1):
-            print(f"--- {i} of {len(rows)}", file=sys.stderr, flush=True)
+        for i, row in enumerate(rows if len(rows) > 1 else []):
+            begin(i)
             print((tokenizer.decode(row.prompt_ids) if echo else "") + row.text, flush=True)
     return rows
 

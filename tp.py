@@ -257,7 +257,7 @@ def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
     except RuntimeError:
         # Its host may be a rank that has met this one for the last time, which then is done in a moment too.
         if not done.wait(MOMENT):
-            print(GONE, file=sys.stderr)
+            say_gone()
     if not done.is_set():
         os._exit(status)
 
@@ -267,8 +267,13 @@ def end_with_the_launcher(launcher: int, done: threading.Event) -> None:
     while os.getppid() == launcher:
         if done.wait(MOMENT):
             return
-    print(GONE, file=sys.stderr)
+    say_gone()
     os._exit(1)
+
+
+def say_gone() -> None:
+    with contextlib.suppress(OSError):  # so may be the terminal
+        print(GONE, file=sys.stderr, flush=True)
 
 
 def num_cores() -> int:

@@ -255,7 +255,7 @@ def scheme(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(ranks=True, description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a config.json; the weights are random")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."

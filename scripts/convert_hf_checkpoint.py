@@ -45,6 +45,8 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
             write_safetensors(folder / "model.safetensors", specs, lambda name: (bar.update(), read(name))[1])
         write_fused_config(checkpoint_dir, raw, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
+    if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        print(f"but no tokenizer, since {checkpoint_dir} has none: neither .json nor .model", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from checkpoint import DTYPES, random_model
+from cli import fail
 from scripts.measure import (
     PROMPT,
     Rung,
@@ -180,4 +181,6 @@ def seconds_to_output(arguments: list[str], num_bytes: int) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        fail("fresh.py takes a JSON object; benchmark.py starts it")
     print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -41,6 +41,7 @@ INT8: dict[str, Any] = {"quantization": {"mode": "int8"}}
 INT4: dict[str, Any] = {"quantization": {"mode": "int4", "groupsize": 32}}
 QWEN3 = {"model_type": "qwen3", "head_dim": 24, "attention_bias": True}
 WINDOW = {"model_type": "mistral", "sliding_window": 8}
+BIASES = {"mlp_bias": True}
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 WIDE = {"intermediate_size": 1200, "vocab_size": 1100}  # reductions in more than one block, of no power of 2
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.8, top_k=20, top_p=0.95, min_p=0.01)
@@ -246,7 +247,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     for length in (1, 4):
         yield f"{length} token{'s' * (length > 1)}, int4, fp32", forward(length, INT4)
     yield "1 token, qwen3, plain, fp32", forward(1, QWEN3)  # biases, and norms of q and k
-    yield "4 tokens, int4, bf16", forward(4, INT4, torch.bfloat16)
+    yield "4 tokens, biases, int4, bf16", forward(4, INT4 | BIASES, torch.bfloat16)
     yield "1 token, experts, int8, fp32", forward(1, MIXTRAL | INT8)
     lengths = [(*columns(1, length, FILLED), GREEDY, None) for length in (20, 33)]
     yield "prefill, int8, fp32", {"step": prefill, "calls": lengths, "changes": INT8}
@@ -254,7 +255,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     starts = [FILLED, NEVER_FILLED.start, NUM_SLOTS + 4]
     yield "decode, window, int8, fp32", decoding(WINDOW | INT8, starts)
     yield "decode, wide, int8, fp32", decoding(WIDE | INT8, [FILLED, FILLED + 1])
-    yield "verify of 2, drawn, plain, fp32", speculating(DRAWN, {}, batch_size=2)
+    yield "verify of 2, drawn, biases, plain, fp32", speculating(DRAWN, BIASES, batch_size=2)
     yield "round of 2, drawn, int8, fp32", speculating(DRAWN, INT8, batch_size=2, draft={"vocab_size": 80})
 
 

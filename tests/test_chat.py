@@ -697,14 +697,29 @@ def test_ctrl_c_stops_the_answer_only_and_the_terminal_has_a_history(chat_folder
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"] + len(turn)
 
 
-def test_ctrl_d_ends_the_conversation(terminal):
-    screen = terminal("--interactive", "--max_new_tokens", 2)
+def test_the_terminal_says_what_goes_on_and_ctrl_d_ends(terminal):
+    screen = terminal("--interactive", "--max_new_tokens", 2, "--max_seq_length", 64)
+    screen.until("no chat template")
+    screen.until("Ctrl-C stops")
+    screen.until("> ")
+    screen.type("/help\r")
+    screen.until("/reset begins anew")
+    screen.until("> ")
+    screen.type("x " * 100 + "\r")
+    screen.until("shorten it")
     screen.until("> ")
     screen.type("def\r")
     screen.until("prefilled")
     screen.until("> ")
     screen.type("\x04")
     assert screen.end() == 0
+
+
+def test_a_piped_message_that_does_not_fit_ends_the_run(run_here):
+    result = run_here("a\n" + "long " * 2000 + "\nb\n", "--interactive", *SHORT)
+    assert result.returncode == 2
+    assert result.stderr.count("tokens, ended by") == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the message makes a prompt of ")
 
 
 def test_a_prompt_may_come_from_a_pipe(run_here):

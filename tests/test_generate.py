@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -451,6 +452,15 @@ def test_a_batch_prints_each_row_as_its_own_run_would(tmp_path):
     batch = run_command("--prompt_file", tmp_path / "prompts.txt", *options)
     single = [run_command("--prompt", p, *options).stdout for p in ("def ", "import ", "class A")]
     assert batch.stdout == "".join(single)
+
+
+def test_texts_are_numbered_over_all_batches():
+    prompts = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--max_new_tokens", 2)
+    for batch_size in (3, 2, 1):
+        said = run_command(*prompts, "--batch_size", batch_size).stderr
+        assert re.findall(r"^--- (.*)", said, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
+    assert said.index("ended by") < said.index("--- 2 of 3")  # each before its text
+    assert "---" not in run_command("--prompt", "a", "--max_new_tokens", 2).stderr
 
 
 def test_batches_of_every_size_are_compiled_before_the_clock_starts(tmp_path):

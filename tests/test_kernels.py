@@ -276,7 +276,7 @@ def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
         assert attention_of(dtype, device, attention) is attention
 
 
-@pytest.mark.parametrize(("compiler", "said"), [("no-compiler", ""), ("false", "slower")])
+@pytest.mark.parametrize(("compiler", "said"), [("no-compiler", "there is no no-compiler"), ("false", "slower")])
 def test_without_a_compiler_that_works_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiler: str, said: str
 ) -> None:

@@ -182,6 +182,15 @@ def test_an_output_that_exists_is_refused_and_kept(
     assert tree(tmp_path) == ["out", "out/mine"]
 
 
+def test_a_conversion_says_when_there_is_no_tokenizer(
+    tmp_path: Path, hub_checkpoint: GetCheckpoint, run_here: RunCommand
+) -> None:
+    source = shutil.copytree(hub_checkpoint("gqa").path, tmp_path / "in")
+    assert "no tokenizer" in run_here("--checkpoint_dir", "in", "--output_dir", "out").stderr
+    (source / "tokenizer.model").write_bytes(b"")
+    assert "no tokenizer" not in run_here("--checkpoint_dir", "in", "--output_dir", "out2").stderr
+
+
 def test_a_converted_folder_is_not_converted_again(
     tmp_path: Path, hub_checkpoint: GetCheckpoint, run_here: RunCommand
 ) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+import eval as evaluate
 import generate
 import quantize
 import tp
@@ -395,6 +396,19 @@ def test_the_stores_end_ends_a_rank_unless_it_is_about_to_finish(monkeypatch, ca
     assert (ended, capsys.readouterr().err) == (([], "") if finishes else ([1], f"{tp.GONE}\n"))
 
 
+def test_a_rank_ends_with_its_launcher_though_its_terminal_is_gone(monkeypatch):
+    """Both at once, as when a window is closed: what cannot be said must not keep the rank."""
+    ended = []
+    monkeypatch.setattr(tp.os, "_exit", ended.append)
+    with Path("/dev/full").open("w") as nowhere:
+        monkeypatch.setattr(tp.sys, "stderr", nowhere)
+        tp.end_with_the_launcher(os.getppid() + 1, threading.Event())
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            nowhere.close()
+    assert ended == [1]
+
+
 def test_a_rank_that_fails_says_why_and_ends_the_others(tmp_path):
     first, second = on_all(tmp_path, 2, on_ranks.failure, timeout=60)
     assert (first.status, second.status) == (1, 1)
@@ -550,6 +564,18 @@ def test_a_wrong_option_is_one_line(tmp_path):
     assert (first.status, second.status) == (2, 2)
     assert first.stderr == "error: unrecognized arguments: --nonsense\n"
     assert first.stdout + second.stdout + second.stderr == ""
+
+
+@pytest.mark.parametrize("command", [quantize.parse_args, evaluate.parse_args])
+def test_a_command_for_one_process_refuses_several_and_one_of_them_says_so(monkeypatch, capsys, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            command(["--mode", "int8"])
+        assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is for one process, and torchrun has started 2" in said
 
 
 @pytest.fixture
