@@ -44,8 +44,14 @@ measure() {
         --output_dir "$folder" --name "$name-${1#--}" --only "$@"
 }
 
-needed="import torch, safetensors, sentencepiece, tokenizers, huggingface_hub, jinja2, tqdm, numpy, matplotlib, pytest"
-step 60 "packages" "$PYTHON" -c "$needed; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
+needed="torch safetensors sentencepiece tokenizers huggingface_hub jinja2 tqdm numpy matplotlib pytest"
+step 60 "packages" "$PYTHON" -c '
+import importlib, sys
+try:
+    torch, *_ = map(importlib.import_module, sys.argv[1:])
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install -r requirements-dev.txt")
+print("torch", torch.__version__, "CUDA", torch.version.cuda)' $needed
 if [[ $DEVICE == cuda* ]]; then
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
         echo "error: torch finds no GPU here; nothing was measured" >&2

@@ -28,7 +28,7 @@ from kernels import (
     int8_layer,
     linear_layer,
 )
-from model import MAX_REDUCTION_ROWS, linear
+from model import MAX_REDUCTION_ROWS, linear, streamed_product
 from quantize import (
     Scheme,
     dequantize_int4,
@@ -84,18 +84,28 @@ def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> T
     return linear(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
 
 
-def after_norm(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    return linear(F.rms_norm(x, x.shape[-1:], norm, EPS), weight)
+def after_norm(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    """Multiply the normalized x; rest: the scales, if it is a weight in int8, and the norm's weight."""
+    *scales, norm = rest
+    x = F.rms_norm(x, x.shape[-1:], norm, EPS)
+    if x.shape[0] > MAX_REDUCTION_ROWS:
+        return multiply_int8(x, weight, *scales) if scales else linear(x, weight)
+    return scaled(streamed_product(x, weight), scales).type_as(x)
 
 
-def norm_folded(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+def norm_folded(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
     """Divide by the root mean square behind the product, so that one loop sums both; for more rows as `after_norm`."""
     if x.shape[0] > MAX_REDUCTION_ROWS:
-        return after_norm(x, weight, norm)
+        return after_norm(x, weight, *rest)
+    *scales, norm = rest
     wide = x.float()
     squares = wide.square().unsqueeze(-2).expand(-1, *weight.shape).mean(dim=-1)
     y = ((wide * norm.float()).unsqueeze(-2) * weight.float()).sum(dim=-1)
-    return (y * torch.rsqrt(squares + EPS)).type_as(x)
+    return scaled(y * torch.rsqrt(squares + EPS), scales).type_as(x)
+
+
+def scaled(y: Tensor, scales: list[Tensor]) -> Tensor:
+    return y * scales[0].float() if scales else y
 
 
 def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
@@ -117,19 +127,20 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     that a model gets on this device, if there is one.
     """
     on_cuda = for_cuda(weight.device) is not None  # which also defines the operators of Triton's kernels
+    # What a norm before a product costs. The inputs are normalized, so that it leaves them as they are.
+    norm, norms = constant(weight.new_ones(weight.shape[1])), dict[str, Form]()
+    for name, function in (("norm, multiply and sum", after_norm), ("norm folded into the sum", norm_folded)):
+        norms[name] = lambda *tensors, function=function: Product(function, *tensors, norm)
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
-        # What a norm before it costs. The inputs are normalized, so that it leaves them as they are.
-        norm = constant(weight.new_ones(weight.shape[1]))
-        for name, function in (("norm, multiply and sum", after_norm), ("norm folded into the sum", norm_folded)):
-            plain[name] = lambda weight, function=function: Product(function, weight, norm)
-        return weight.float(), (weight,), plain | {"ours": partial(linear_layer, bias=None)}
+        return weight.float(), (weight,), plain | norms | {"ours": partial(linear_layer, bias=None)}
     if scheme.group_size is None:
         codes, scales = quantize_int8(weight)
         forms: dict[str, Form] = {
             "multiply and sum": partial(Product, multiply_int8),
             "ATen": partial(AtenInt8Linear, bias=None),
             "ours": partial(int8_layer, bias=None),
+            **norms,
         }
         if on_cuda:
             forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)

@@ -158,6 +158,7 @@ def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
     norms = ["norm, multiply and sum", "norm folded into the sum"]
     forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
     forms += [f"{name}, {form}" for name in ("int8", "int4-g32") for form in ("multiply and sum", "ATen", "ours")]
+    forms += [f"int8, {form}" for form in norms]
     assert sorted(names) == sorted(f"{form}, {rows}" for form in forms for rows in ("1 row", "5 rows"))
     assert all(rung.measure() > 0 for rung in rungs)
     assert all(rung.against in names for rung in rungs if "multiply and sum, " not in rung.name)
