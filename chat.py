@@ -23,7 +23,7 @@ from tp import from_rank_0
 # Stands in what people and models write, behind the first character of a special token's name, so that the name is
 # text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
 MARK = "\ufdd0"
-HELP = "/reset begins anew, /help shows this, /quit or Ctrl-D ends"
+HELP = "/reset begins anew, /help says so, /quit or Ctrl-D ends"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def next_turn(conversation: Conversation) -> Turn | None:
+def next_turn(conversation: Conversation, help_line: str) -> Turn | None:
     """Read lines until one is a message; None where the user ends the conversation."""
     while (line := read_line()) is not None:
         command = line.strip()
         if command == "/quit":
             return None
         if command == "/help":
-            print(HELP, file=sys.stderr)
+            print(help_line, file=sys.stderr)
         elif command == "/reset":
             conversation.reset()
             print("the conversation begins anew", file=sys.stderr)
@@ -253,8 +253,7 @@ def next_turn(conversation: Conversation) -> Turn | None:
                 print(f"error: {error}", file=sys.stderr)
                 continue
             if turn.num_dropped:
-                oldest = "oldest turn is" if turn.num_dropped == 1 else f"oldest {turn.num_dropped} turns are"
-                print(f"the context is full: the {oldest} forgotten", file=sys.stderr)
+                print(f"the context is full; oldest turns that are forgotten: {turn.num_dropped}", file=sys.stderr)
             return turn
     return None
 
@@ -278,11 +277,12 @@ def chat(
             print(text, end="", flush=True)
 
     samples = []
+    help_line = f"Ctrl-C stops an answer, {HELP}" if ranks.count == 1 else HELP
     if sys.stdin.isatty() and ranks.rank == 0:
         if conversation.template is None:
             print("the model has no chat template: it continues the text, each line after the last", file=sys.stderr)
-        print(f"Ctrl-C stops an answer, {HELP}" if ranks.count == 1 else HELP, file=sys.stderr)
-    while (turn := from_rank_0(lambda: next_turn(conversation), ranks)) is not None:
+        print(help_line, file=sys.stderr)
+    while (turn := from_rank_0(lambda: next_turn(conversation, help_line), ranks)) is not None:
         row = Row(turn.ids, TextStream(conversation.tokenizer, turn.ids), stops, num_cached=turn.cached)
         # Of several ranks a Ctrl-C ends all.
         with ctrl_c() if ranks.count == 1 else contextlib.nullcontext(lambda: False) as pressed:

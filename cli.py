@@ -28,9 +28,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.ranks = ranks
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        if count > 1 and not self.ranks:
-            if os.environ.get("RANK", "0") != "0":  # the first one says so
+        # Some schedulers set WORLD_SIZE too, around a process that is alone; LOCAL_WORLD_SIZE is torchrun's.
+        count = os.environ.get("WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else "1"
+        if count != "1" and not self.ranks:
+            if os.environ.get("RANK") != "0":  # the first one says so
                 sys.exit(2)
             self.error(f"{self.prog} is for one process, and torchrun has started {count}; run it without torchrun")
         return super().parse_args(*args, **kwargs)

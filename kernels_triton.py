@@ -51,10 +51,10 @@ def rows_of_program(N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def store_sums(y, sums, M, N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store what this program's rows of the weight gave, sums [m, ROWS] of which M are of use, to its part of y."""
+def store_sums(y, sums, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store what this program's rows of the weight gave, sums [m, rows] of which M are of use, to its part of y."""
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, ROWS // 2)), (0, 2, 1)))
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, sums.shape[1] // 2)), (0, 2, 1)))
         values, columns = gate * tl.sigmoid(gate) * up, N // 2
     else:
         values, columns = sums, N
@@ -70,7 +70,7 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
 class CudaLinear(KernelLinear):
     def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
         rows = x.flatten(0, -2)
-        if self.bias is not None or rows.shape[0] > MAX_ROWS:
+        if experts is not None or self.bias is not None or rows.shape[0] > MAX_ROWS:
             return super().gated(x, experts)
         tensors = [getattr(self, name) for name in self.tensors]
         return self.product(rows, *tensors, gated=True).unflatten(0, x.shape[:-1])
@@ -153,7 +153,7 @@ def int4_row(  # type: ignore[no-untyped-def]
         acc += products * (16 * scale)[:, :, None]
         acc -= (zero * scale)[:, :, None] * (low_sum + high_sum)[None, :, :]
     total = tl.sum(tl.sum(acc, axis=2), axis=1)[None, :]
-    store_sums(y, total, 1, N, ROWS, GATED)
+    store_sums(y, total, 1, N, GATED)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -186,7 +186,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
             high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
             acc = tl.dot(low_x, tl.trans(low.to(low_x.dtype)), acc, input_precision="ieee")
             acc = tl.dot(high_x, tl.trans(high.to(high_x.dtype)), acc, input_precision="ieee")
-    store_sums(y, acc, M, N, ROWS, GATED)
+    store_sums(y, acc, M, N, GATED)
 
 
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
@@ -268,7 +268,7 @@ def int8_rows(  # type: ignore[no-untyped-def]
         values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & there, other=0)
         acc = tl.dot(values, tl.trans(codes.to(values.dtype)), acc, input_precision="ieee")
     acc *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    store_sums(y, acc, M, N, ROWS, GATED)
+    store_sums(y, acc, M, N, GATED)
 
 
 INT8_TILE = {"ROWS": 32, "BLOCK": 256, "num_warps": 4}

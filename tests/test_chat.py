@@ -703,7 +703,7 @@ def test_the_terminal_says_what_goes_on_and_ctrl_d_ends(terminal):
     screen.until("Ctrl-C stops")
     screen.until("> ")
     screen.type("/help\r")
-    screen.until("/reset begins anew")
+    screen.until("Ctrl-C stops an answer, /reset begins anew")
     screen.until("> ")
     screen.type("x " * 100 + "\r")
     screen.until("shorten it")

@@ -187,8 +187,10 @@ def test_a_conversion_says_when_there_is_no_tokenizer(
 ) -> None:
     source = shutil.copytree(hub_checkpoint("gqa").path, tmp_path / "in")
     assert "no tokenizer" in run_here("--checkpoint_dir", "in", "--output_dir", "out").stderr
-    (source / "tokenizer.model").write_bytes(b"")
-    assert "no tokenizer" not in run_here("--checkpoint_dir", "in", "--output_dir", "out2").stderr
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (source / name).write_text("{}")
+        assert "no tokenizer" not in run_here("--checkpoint_dir", "in", "--output_dir", f"out-{name}").stderr
+        (source / name).unlink()
 
 
 def test_a_converted_folder_is_not_converted_again(

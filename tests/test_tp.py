@@ -569,6 +569,11 @@ def test_a_wrong_option_is_one_line(tmp_path):
 @pytest.mark.parametrize("command", [quantize.parse_args, evaluate.parse_args])
 def test_a_command_for_one_process_refuses_several_and_one_of_them_says_so(monkeypatch, capsys, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    parsed = []
+    with contextlib.suppress(SystemExit):  # a scheduler's, of which each process is alone
+        parsed.append(command(["--text_file", "x"] if command is evaluate.parse_args else ["--mode", "int8"]))
+    assert len(parsed) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(SystemExit) as ended:
