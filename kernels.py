@@ -152,6 +152,46 @@ def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What torch.compile makes kernels of
+
+GPU = "cuda"  # the kind of device that it writes Triton's language for
+# Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
+# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
+MAX_REDUCTION_ROWS = 2
+
+
+def as_reduction(x: Tensor) -> bool:
+    """Say whether a product with x [..., K] is written as a multiply and a sum."""
+    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= MAX_REDUCTION_ROWS
+
+
+def streamed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N]."""
+    # as_strided has x computed once, before the product: inductor would else compute it again for every output.
+    x = x.contiguous()
+    x = x.as_strided(x.shape, x.stride())
+    parts = 1 if weight.device.type == GPU else num_partial_sums(weight.shape[-1])
+    products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
+    return products.sum(dim=-1).sum(dim=-1)
+
+
+def num_partial_sums(size: int) -> int:
+    """Return into how many equal parts to cut a sum: beyond 4,096 terms inductor's C++ leaves its fast loop."""
+    fewest = -(-size // 4096)
+    return next((parts for parts in range(fewest, 16 * fewest) if size % parts == 0), 1)
+
+
+def num_copies(positions: Tensor, num_sharing: int) -> int:
+    """Return how often a step at positions [B, S] stores each key and value, which `num_sharing` query heads share.
+
+    Compiled for a GPU once for each of them, all the same to the bit: the loops that store are then as long as the one
+    that turns the queries, and inductor makes one kernel of all.
+    """
+    on_gpu = torch.compiler.is_compiling() and positions.device.type == GPU
+    return num_sharing if on_gpu and positions.shape[1] <= MAX_ROWS else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Experts
 
 

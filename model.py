@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import MAX_ROWS, LinearLayer, by_expert, swiglu
-
-# Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
-# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
-MAX_REDUCTION_ROWS = 2
+from kernels import (
+    MAX_REDUCTION_ROWS,
+    MAX_ROWS,
+    LinearLayer,
+    as_reduction,
+    by_expert,
+    num_copies,
+    streamed_product,
+    swiglu,
+)
 
 
 @dataclass(frozen=True)
@@ -118,33 +123,12 @@ def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (slots > positions - window)
 
 
-def as_reduction(x: Tensor) -> bool:
-    """Say whether a product with x [..., K] is written as a multiply and a sum."""
-    return torch.compiler.is_compiling() and x.shape[:-1].numel() <= MAX_REDUCTION_ROWS
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
     y = streamed_product(x, weight) if as_reduction(x) else F.linear(x, weight)
     return (y if bias is None else y + bias).type_as(x)
-
-
-def streamed_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N]."""
-    # as_strided has x computed once, before the product: inductor would else compute it again for every output.
-    x = x.contiguous()
-    x = x.as_strided(x.shape, x.stride())
-    parts = num_partial_sums(weight.shape[-1]) if weight.device.type == "cpu" else 1
-    products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
-    return products.sum(dim=-1).sum(dim=-1)
-
-
-def num_partial_sums(size: int) -> int:
-    """Return into how many equal parts to cut a sum: beyond 4,096 terms inductor's C++ leaves its fast loop."""
-    fewest = -(-size // 4096)
-    return next((parts for parts in range(fewest, 16 * fewest) if size % parts == 0), 1)
 
 
 def expert_linear(x: Tensor, experts: Tensor, weight: Callable[[Any], Tensor]) -> Tensor:
@@ -246,13 +230,15 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
 
-    def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] each."""
-        B = k.shape[0]
-        rows = torch.arange(B, device=k.device).unsqueeze(-1)
+    def update_(self, rows: Tensor, at: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, S, K, D] in slots `at` of `rows`; return the first `length` slots: [B, K, T, D] each.
+
+        rows [B, 1, 1], at [B, S, copies]: the slot as often as `num_copies` says.
+        """
         # Of the caches and not of a view of them, of which torch 2.11 would compile a copy of all slots.
-        self.k[rows, :, positions] = k
-        self.v[rows, :, positions] = v
+        self.k[rows, :, at] = k.unsqueeze(2)
+        self.v[rows, :, at] = v.unsqueeze(2)
+        B = k.shape[0]
         return self.k[:B, :, :length], self.v[:B, :, :length]
 
 
@@ -271,7 +257,7 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or a kernel of the device
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
         heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
@@ -281,7 +267,7 @@ class Attention(nn.Module):
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            k, v = self.cache.update_(positions, k, v, mask.shape[-1])
+            k, v = self.cache.update_(rows, at, k, v, mask.shape[-1])
         return self.ranks.all_reduce(self.o_proj(self.attend(q, k, v, mask).reshape(B, S, -1)))
 
 
@@ -416,8 +402,9 @@ class Transformer(nn.Module):
         return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
 
     def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[tuple[Tensor, ...]]:
-        """Return what each block needs at positions [B, S]: cos and sin, the positions, and the mask over the slots."""
-        cached = self.layers[0].self_attn.cache is not None
+        """Return what each block needs at positions [B, S]: cos and sin, where to store, and the mask."""
+        attn = self.layers[0].self_attn
+        cached = attn.cache is not None
         # A read on the host: only where it stalls nothing.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(positions.max())
@@ -429,9 +416,13 @@ class Transformer(nn.Module):
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
+        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
+        num_sharing = attn.num_local_heads // attn.num_local_kv_heads
+        # Norms of heads are kernels of their own, and store what they make.
+        at = positions.unsqueeze(-1).expand(-1, -1, num_copies(positions, 1 if attn.q_norm else num_sharing))
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
-        return [(cos, sin, positions, masks[window]) for window in windows]
+        return [(cos, sin, rows, at, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""

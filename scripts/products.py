@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import meta_model
 from kernels import (
+    MAX_REDUCTION_ROWS,
     AtenInt4Linear,
     AtenInt8Linear,
     constant,
@@ -27,8 +28,9 @@ from kernels import (
     int4_layer,
     int8_layer,
     linear_layer,
+    streamed_product,
 )
-from model import MAX_REDUCTION_ROWS, linear, streamed_product
+from model import linear
 from quantize import (
     Scheme,
     dequantize_int4,

@@ -132,7 +132,7 @@ def test_on_cuda_a_model_gets_these_kernels():
 
 
 NORM, PRODUCTS = "reduction 1 x 1024", ["2048 x 1024", "1024 x 1024", "11008 x 1024", "1024 x 11008"]
-ATTENTION = ["pointwise 512", "pointwise 1024", "attend_split", "combine_splits"]  # k and v stored, q rotated
+ATTENTION = ["pointwise 1024", "attend_split", "combine_splits"]  # k and v are stored where q is rotated
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def launched(tmp_path_factory):
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
     head = "reduction 256 x 1024"
-    assert all(len(step["besides"]) == 9 and head in step["besides"] for step in steps if step["step"] == "decode")
+    assert all(len(step["besides"]) == 10 and head in step["besides"] for step in steps if step["step"] == "decode")
     assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
     return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
 
@@ -164,8 +164,8 @@ def test_a_row_by_a_weight_is_one_reduction(launched, weights):
 
 def test_a_layer_launches_no_more_than_it_needs(launched):
     assert {key: len(kernels) for key, kernels in launched.items()} == {
-        ("plain", "decode"): 10, ("plain", "verify of 5"): 11, ("int8", "decode"): 10, ("int8", "verify of 5"): 10,
-        ("int4-g32", "decode"): 10, ("int4-g32", "verify of 5"): 10,
+        ("plain", "decode"): 9, ("plain", "verify of 5"): 10, ("int8", "decode"): 9, ("int8", "verify of 5"): 9,
+        ("int4-g32", "decode"): 9, ("int4-g32", "verify of 5"): 9,
     }  # fmt: skip
     assert launched["int4-g32", "decode"].count("int4_product") == launched["plain", "verify of 5"].count("mm") == 4
 
