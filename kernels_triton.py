@@ -67,6 +67,8 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
 
 
 class CudaLinear(KernelLinear):
+    """One whose product of up to MAX_ROWS rows, asked for it, ends with swiglu: `product(..., gated=True)`."""
+
     def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
         rows = x.flatten(0, -2)
         if experts is not None or self.bias is not None or rows.shape[0] > MAX_ROWS:
