@@ -230,15 +230,16 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
 
-    def update_(self, rows: Tensor, at: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, S, K, D] in slots `at` of `rows`; return the first `length` slots: [B, K, T, D] each.
+    def update_(self, at: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, S, K, D] in slots `at`; return the first `length` slots: [B, K, T, D] each.
 
-        rows [B, 1, 1], at [B, S, copies]: the slot as often as `num_copies` says.
+        at [B, S, copies]: a token's slot, as often as `num_copies` says.
         """
+        B = k.shape[0]
+        rows = torch.arange(B, device=k.device).view(-1, 1, 1)
         # Of the caches and not of a view of them, of which torch 2.11 would compile a copy of all slots.
         self.k[rows, :, at] = k.unsqueeze(2)
         self.v[rows, :, at] = v.unsqueeze(2)
-        B = k.shape[0]
         return self.k[:B, :, :length], self.v[:B, :, :length]
 
 
@@ -257,7 +258,7 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or a kernel of the device
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
         heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
@@ -267,7 +268,7 @@ class Attention(nn.Module):
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            k, v = self.cache.update_(rows, at, k, v, mask.shape[-1])
+            k, v = self.cache.update_(at, k, v, mask.shape[-1])
         return self.ranks.all_reduce(self.o_proj(self.attend(q, k, v, mask).reshape(B, S, -1)))
 
 
@@ -416,13 +417,12 @@ class Transformer(nn.Module):
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
-        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
         num_sharing = attn.num_local_heads // attn.num_local_kv_heads
         # Norms of heads are kernels of their own, and store what they make.
         at = positions.unsqueeze(-1).expand(-1, -1, num_copies(positions, 1 if attn.q_norm else num_sharing))
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
-        return [(cos, sin, rows, at, masks[window]) for window in windows]
+        return [(cos, sin, at, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""
