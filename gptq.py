@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cli import read_text
+from kernels import Norm
 from model import Block, ModelConfig, Transformer, rope_frequencies
 from quantize import Encode, encode_int4, group_parameters, linears
 from tokenizer import load_tokenizer
@@ -133,8 +134,8 @@ class Calibration:
         sums = {name: zero_sums(child.weight) for name, child in children.items()}
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
-        def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:
-            x = x.flatten(0, 1).float()
+        def add(name: str, x: Tensor, experts: Tensor | None = None, norm: Norm | None = None, **_: Any) -> None:
+            x = (x if norm is None else norm(x)).flatten(0, 1).float()
             if experts is None:
                 sums[name].addmm_(x.t(), x)
                 return
@@ -144,11 +145,11 @@ class Calibration:
                 counts[name][i] += len(rows)
 
         hooks = [
-            child.register_forward_pre_hook(lambda _, inputs, name=name: add(name, *inputs))
+            child.register_forward_pre_hook(lambda _, args, more, name=name: add(name, *args, **more), with_kwargs=True)
             for name, child in children.items()
         ]
         for x in self.hidden:
-            block(x, torch.zeros_like(x), *self.contexts[self.layer])
+            block(x, *self.contexts[self.layer])
             self.tick()
         for hook in hooks:
             hook.remove()
@@ -165,7 +166,7 @@ class Calibration:
     def advance(self, block: Block) -> None:
         """Run the text through `block`, quantized by now."""
         for n, x in enumerate(self.hidden):
-            self.hidden[n] = torch.add(*block(x, torch.zeros_like(x), *self.contexts[self.layer]))
+            self.hidden[n] = block(x, *self.contexts[self.layer])
             self.tick()
         self.layer += 1
 

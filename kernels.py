@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -165,14 +166,75 @@ def as_reduction(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.shape[:-1].numel() <= MAX_REDUCTION_ROWS
 
 
-def streamed_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N]."""
-    # as_strided has x computed once, before the product: inductor would else compute it again for every output.
+class Norm(Protocol):
+    """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def in_one_loop(x: Tensor) -> bool:
+    """Say whether that product, and what stands around it, are written as one: for a GPU, where launches take time."""
+    return as_reduction(x) and x.device.type == GPU
+
+
+def made_once(x: Tensor) -> Tensor:
+    """Have x computed before what reads it, in which inductor would else compute it again for every output."""
     x = x.contiguous()
-    x = x.as_strided(x.shape, x.stride())
+    return x.as_strided(x.shape, x.stride())
+
+
+def streamed_product(x: Tensor, weight: Tensor, times: Tensor | None = None) -> Tensor:
+    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N].
+
+    times [K]: what x is multiplied with first.
+    """
+    wide = made_once(x).float()
+    wide = wide if times is None else wide * times.float()
     parts = 1 if weight.device.type == GPU else num_partial_sums(weight.shape[-1])
-    products = x.float().unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
+    products = wide.unflatten(-1, (parts, -1)).unsqueeze(-3) * weight.float().unflatten(-1, (parts, -1))
     return products.sum(dim=-1).sum(dim=-1)
+
+
+def streamed_sums(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm: Norm | None
+) -> Tensor:  # fmt: skip
+    """As `streamed_linear`, in fp32."""
+    y = streamed_product(x, weight, None if norm is None else norm.weight)
+    if scales is not None:
+        y = y * scales.float()
+    if norm is not None:
+        squares = x.float().square().unsqueeze(-2).expand(*x.shape[:-1], *weight.shape)
+        y = y * torch.rsqrt(squares.mean(dim=-1) + norm.eps)
+    return y if bias is None else y + bias
+
+
+def streamed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, norm: Norm | None = None,
+    gated: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `LinearLayer.forward`, in one loop; scales [N]: of a weight in int8.
+
+    x is normalized behind the product, by the root of its mean square, which is summed beside each output.
+    """
+    if gated:
+        biases, halves_of_scales = ((None, None) if t is None else t.chunk(2) for t in (bias, scales))
+        halves = zip(weight.chunk(2), biases, halves_of_scales, strict=True)
+        y = swiglu(*(streamed_sums(x, *half, norm) for half in halves))
+    else:
+        y = streamed_sums(x, weight, bias, scales, norm)
+    y = y if residual is None else residual + y
+    return made_once(y.type_as(x))  # torch 2.11 would have each who reads it finish the sums again, in other kernels
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
+    y = streamed_product(x, weight) if as_reduction(x) else F.linear(x, weight)
+    return (y if bias is None else y + bias).type_as(x)
 
 
 def num_partial_sums(size: int) -> int:
@@ -207,6 +269,18 @@ def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tenso
     return products[order.argsort()].unflatten(0, experts.shape)
 
 
+def expert_linear(x: Tensor, experts: Tensor, weight: Callable[[Any], Tensor]) -> Tensor:
+    """Multiply each row of x [M, A, K] with the weight of its expert [M, A]; returns [M, A, N].
+
+    weight(i): what the stack [X, N, K] has at i: an expert's number, a tensor of them, or `...`.
+    """
+    if not torch.compiler.is_compiling():
+        return by_expert(x, experts, lambda i, rows: F.linear(rows, weight(i)))
+    if x.shape[0] <= MAX_ROWS:  # the choice of the expert becomes an address in the product's loop: nothing is copied
+        return streamed_product(x, weight(experts)).type_as(x)
+    return torch.ops.kernels.by_expert(x, experts, "Linear", [weight(...)])
+
+
 @torch.library.impl("kernels::by_expert", "CompositeExplicitAutograd")
 def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
     return by_expert(x, experts, lambda i, rows: FORMS[form](rows, *(stack[i] for stack in stacks)))
@@ -231,11 +305,32 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class LinearLayer(nn.Module):
-    """What every linear layer, or stack of them, does besides its product."""
+    """A linear layer, or a stack of them, with what stands around its product."""
 
-    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
-        """Return silu(gate) * up [..., N / 2] of the outputs [..., N], which are gate and up one after the other."""
-        return swiglu(*self(x, experts).chunk(2, dim=-1))
+    def forward(
+        self, x: Tensor, experts: Tensor | None = None, norm: Norm | None = None, gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the outputs [..., N] for x [..., K].
+
+        experts [...]: of a stack, which layer of it each row of x goes through. norm: x goes through it first. gated:
+        the outputs are gate and up one after the other, return silu(gate) * up [..., N / 2]. residual: is added.
+        """
+        fused = self.fused(x, norm, gated, residual) if experts is None else None
+        if fused is not None:
+            return fused
+        y = self.multiply(x if norm is None else norm(x), experts)
+        if gated:
+            y = swiglu(*y.chunk(2, dim=-1))
+        return y if residual is None else residual + y
+
+    def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
+        """Return the product and the bias alone."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+        """Do all in one kernel, for an x for which there is one; else return None."""
+        return None
 
 
 class KernelLinear(LinearLayer):
@@ -250,16 +345,16 @@ class KernelLinear(LinearLayer):
         super().__init__()
         self.bias = bias
 
-    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
         tensors = [getattr(self, name) for name in self.tensors]
         if experts is not None:
             return torch.ops.kernels.by_expert(x, experts, type(self).__name__, tensors)
-        y = self.multiply(x.reshape(-1, x.shape[-1]), *tensors)
+        y = self.any_product(x.reshape(-1, x.shape[-1]), *tensors)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @classmethod
-    def multiply(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
+    def any_product(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
         return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
 
     product: Callable[..., Tensor]
@@ -365,7 +460,7 @@ class AtenInt4Linear(KernelLinear):
 FORMS: dict[str, Callable[..., Tensor]] = {
     "Linear": F.linear,
     **{
-        kind.__name__: kind.multiply
+        kind.__name__: kind.any_product
         for kind in (StreamedLinear, StreamedInt8Linear, StreamedInt4Linear, AtenInt8Linear, AtenInt4Linear)
     },
 }

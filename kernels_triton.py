@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, as_reduction, constant, streamed_product, swiglu
+from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, Norm, constant, in_one_loop, streamed_linear
 
 # Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
@@ -34,8 +34,8 @@ MAX_TILE = 32
 # ---------------------------------------------------------------------------------------------------------------------
 # What the products share
 #
-# GATED, a weight has the rows of gate [N / 2, K] and, after them, those of up; what a product gives is their swiglu, so
-# that a feed-forward launches one kernel less. A program takes as many rows of either: its loop stays what it is.
+# A launch takes its time even where there is little to do, so a product does what stands around it too, each as
+# `LinearLayer.forward` says. GATED, a program takes as many rows of gate as of up: its loop stays what it is.
 
 
 @triton.jit
@@ -50,8 +50,10 @@ def rows_of_program(N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def store_sums(y, sums, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store what this program's rows of the weight gave, sums [m, rows] of which M are of use, to its part of y."""
+def store_sums(y, sums, n, bias, residual, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store what the rows n of the weight gave, sums [m, rows] of which M are of use, to this program's part of y."""
+    if bias is not None:
+        sums += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, sums.shape[1] // 2)), (0, 2, 1)))
         values, columns = gate * tl.sigmoid(gate) * up, N // 2
@@ -59,7 +61,10 @@ def store_sums(y, sums, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-d
         values, columns = sums, N
     m = tl.arange(0, values.shape[0])[:, None]
     n = (tl.program_id(0) * values.shape[1] + tl.arange(0, values.shape[1]))[None, :]
-    tl.store(y + m * columns + n, values.to(y.dtype.element_ty), mask=(m < M) & (n < columns))
+    at, there = m * columns + n, (m < M) & (n < columns)
+    if residual is not None:
+        values += tl.load(residual + at, mask=there, other=0).to(tl.float32)
+    tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
 
 
 def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
@@ -67,14 +72,20 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
 
 
 class CudaLinear(KernelLinear):
-    """One whose product of up to MAX_ROWS rows, asked for it, ends with swiglu: `product(..., gated=True)`."""
+    """One whose kernel, of up to MAX_ROWS rows, does what stands around the product."""
 
-    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+    max_normalized = 0  # of how many rows it takes the norm too
+
+    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         rows = x.flatten(0, -2)
-        if experts is not None or self.bias is not None or rows.shape[0] > MAX_ROWS:
-            return super().gated(x, experts)
-        tensors = [getattr(self, name) for name in self.tensors]
-        return self.product(rows, *tensors, gated=True).unflatten(0, x.shape[:-1])
+        if rows.shape[0] > MAX_ROWS:
+            return None
+        if norm is not None and rows.shape[0] > self.max_normalized:
+            rows, norm = norm(rows), None
+        before = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
+        after = {"bias": self.bias, "gated": gated, "residual": None if residual is None else residual.flatten(0, -2)}
+        y = self.product(rows, *(getattr(self, name) for name in self.tensors), **before, **after)
+        return y.unflatten(0, x.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,15 +126,29 @@ CODE_BITS = (0x00078000, 0x00780000)
 
 
 @triton.jit
+def load_x(x, norm, at, mask):  # type: ignore[no-untyped-def]
+    """Return x at these columns, times the weight of the norm, if there is one; and its squares."""
+    values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    squares = values * values
+    if norm is not None:
+        values *= tl.load(norm + at, mask=mask, other=0).to(tl.float32)
+    return values, squares
+
+
+@triton.jit
 def int4_row(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, N, num_groups, low_bits, high_bits,
+    x, norm, weight, parameters, bias, residual, y, N, num_groups, eps, low_bits, high_bits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time."""
+    """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time.
+
+    It is normalized behind the product, by the root of its mean square, which each program sums beside its own.
+    """
     WORDS: tl.constexpr = GROUP // 8
     n = rows_of_program(N, ROWS, GATED)
     words = tl.arange(0, WORDS)
     acc = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
+    squares = tl.zeros((BLOCK, WORDS), tl.float32)
     for first in range(0, num_groups, BLOCK):
         groups = first + tl.arange(0, BLOCK)
         there = groups < num_groups
@@ -137,29 +162,35 @@ def int4_row(  # type: ignore[no-untyped-def]
         # by shared memory.
         pairs = tl.load(parameters + tl.multiple_of(at, (1, 1)), mask=both, other=0)
         scale, zero = scale_and_zero(pairs)
-        columns = x + groups[:, None] * GROUP + words[None, :]
+        columns = groups[:, None] * GROUP + words[None, :]
         low_sum, high_sum = tl.zeros((BLOCK, WORDS), tl.float32), tl.zeros((BLOCK, WORDS), tl.float32)
         # x is here and below, but the compiler loads it once.
         for turn in tl.static_range(4):
-            low_sum += tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
-            high_sum += tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            low_x, low_square = load_x(x, norm, columns + 2 * turn * WORDS, there[:, None])
+            high_x, high_square = load_x(x, norm, columns + (2 * turn + 1) * WORDS, there[:, None])
+            low_sum += low_x
+            high_sum += high_x
+            if norm is not None:
+                squares += low_square + high_square
         # The sum of code * x / 16: the ones are taken off first.
         products = tl.broadcast_to((-16 * low_sum - high_sum)[None, :, :], (ROWS, BLOCK, WORDS))
         for turn in tl.static_range(4):
             low, high = two_codes(packed, turn, low_bits, high_bits)
-            low_x = tl.load(columns + 2 * turn * WORDS, mask=there[:, None], other=0).to(tl.float32)
-            high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=there[:, None], other=0).to(tl.float32)
+            low_x, _ = load_x(x, norm, columns + 2 * turn * WORDS, there[:, None])
+            high_x, _ = load_x(x, norm, columns + (2 * turn + 1) * WORDS, there[:, None])
             products += low * (16 * low_x)[None, :, :]
             products += high * high_x[None, :, :]
         acc += products * (16 * scale)[:, :, None]
         acc -= (zero * scale)[:, :, None] * (low_sum + high_sum)[None, :, :]
     total = tl.sum(tl.sum(acc, axis=2), axis=1)[None, :]
-    store_sums(y, total, 1, N, GATED)
+    if norm is not None:
+        total *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / (num_groups * GROUP) + eps)
+    store_sums(y, total, n, bias, residual, 1, N, GATED)
 
 
 @triton.jit(do_not_specialize=["M"])
 def int4_rows(  # type: ignore[no-untyped-def]
-    x, weight, parameters, y, M, N, num_groups, low_bits, high_bits,
+    x, weight, parameters, bias, residual, y, M, N, num_groups, low_bits, high_bits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Multiply up to 16 rows x [M, K] with ROWS rows of a weight [N, K], BLOCK words at a time, on tensor cores."""
@@ -187,7 +218,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
             high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
             acc = tl.dot(low_x, tl.trans(low.to(low_x.dtype)), acc, input_precision="ieee")
             acc = tl.dot(high_x, tl.trans(high.to(high_x.dtype)), acc, input_precision="ieee")
-    store_sums(y, acc, M, N, GATED)
+    store_sums(y, acc, n, bias, residual, M, N, GATED)
 
 
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
@@ -200,16 +231,26 @@ def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
 INT4_ROWS_TILE = {"ROWS": 32, "BLOCK": 32, "num_warps": 4}
 
 
-def int4_product(x: Tensor, weight: Tensor, parameters: Tensor, gated: bool = False) -> Tensor:
-    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N], gated [M, N / 2]."""
+def int4_product(
+    x: Tensor, weight: Tensor, parameters: Tensor, *, bias: Tensor | None = None, norm: Tensor | None = None,
+    eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N], gated [M, N / 2].
+
+    bias [N]. norm [K], of one row alone: the weight of an RMSNorm. residual: as what is returned.
+    """
     (M, K), (N, num_groups) = x.shape, parameters.shape
+    assert norm is None or M == 1
     tile = int4_tile(N, K, K // num_groups) if M == 1 else INT4_ROWS_TILE
     sizes = {"GROUP": K // num_groups, "GATED": gated} | tile
+    residual = None if residual is None else residual.contiguous()
     x, y, grid = x.contiguous(), empty_product(x, N, gated), (triton.cdiv(N, tile["ROWS"]),)
     if M == 1:
-        int4_row[grid](x, weight, parameters, y, N, num_groups, *CODE_BITS, **sizes)
+        int4_row[grid](
+            x, norm, weight, parameters, bias, residual, y, N, num_groups, eps, *CODE_BITS, **sizes
+        )  # fmt: skip
     else:
-        int4_rows[grid](x, weight, parameters, y, M, N, num_groups, *CODE_BITS, **sizes)
+        int4_rows[grid](x, weight, parameters, bias, residual, y, M, N, num_groups, *CODE_BITS, **sizes)
     return y
 
 
@@ -238,9 +279,11 @@ class Int4Linear(CudaLinear):
         pairs = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=-1)
         self.parameters_of_groups = constant(pairs.view(torch.int32).squeeze(-1))
 
+    max_normalized = 1
+
     @staticmethod
-    def product(rows: Tensor, weight: Tensor, parameters: Tensor, gated: bool = False) -> Tensor:
-        return torch.ops.kernels.cuda_int4_product(rows, weight, parameters, gated)
+    def product(rows: Tensor, weight: Tensor, parameters: Tensor, **around: Any) -> Tensor:
+        return torch.ops.kernels.cuda_int4_product(rows, weight, parameters, **around)
 
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
@@ -256,8 +299,9 @@ class Int4Linear(CudaLinear):
 
 @triton.jit(do_not_specialize=["M"])
 def int8_rows(  # type: ignore[no-untyped-def]
-    x, weight, scales, y, M, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
-):
+    x, weight, scales, bias, residual, y, M, N, K,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
     """Multiply up to 16 rows x [M, K] with ROWS rows of a weight [N, K], BLOCK columns at a time."""
     m = tl.arange(0, 16)
     n = rows_of_program(N, ROWS, GATED)
@@ -269,33 +313,39 @@ def int8_rows(  # type: ignore[no-untyped-def]
         values = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & there, other=0)
         acc = tl.dot(values, tl.trans(codes.to(values.dtype)), acc, input_precision="ieee")
     acc *= tl.load(scales + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    store_sums(y, acc, M, N, GATED)
+    store_sums(y, acc, n, bias, residual, M, N, GATED)
 
 
 INT8_TILE = {"ROWS": 32, "BLOCK": 256, "num_warps": 4}
 
 
-def int8_product(x: Tensor, weight: Tensor, scales: Tensor, gated: bool = False) -> Tensor:
-    """Multiply x [M, K], M at most 16, with codes [N, K] and scales [N]; returns [M, N], gated [M, N / 2]."""
+def int8_product(
+    x: Tensor, weight: Tensor, scales: Tensor, *, bias: Tensor | None = None, gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Multiply x [M, K], M at most 16, with codes [N, K] and scales [N]; returns [M, N], gated [M, N / 2].
+
+    bias [N]. residual: as what is returned.
+    """
     (M, K), N = x.shape, weight.shape[0]
+    residual = None if residual is None else residual.contiguous()
     x, y, grid = x.contiguous(), empty_product(x, N, gated), (triton.cdiv(N, INT8_TILE["ROWS"]),)
-    int8_rows[grid](x, weight, scales, y, M, N, K, GATED=gated, **INT8_TILE)
+    int8_rows[grid](x, weight, scales, bias, residual, y, M, N, K, GATED=gated, **INT8_TILE)
     return y
 
 
 class Int8Linear(CudaLinear, AtenInt8Linear):
     """Its tensors are those of the CPU's; what differs is the product of up to 16 rows."""
 
-    @classmethod
-    def product(cls, rows: Tensor, weight: Tensor, scales: Tensor, gated: bool = False) -> Tensor:
+    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
-        if not as_reduction(rows):
-            return torch.ops.kernels.cuda_int8_product(rows, weight, scales, gated)
-        if gated:
-            return swiglu(*(cls.product(rows, *half) for half in zip(weight.chunk(2), scales.chunk(2), strict=True)))
-        y = (streamed_product(rows, weight) * scales.float()).to(rows.dtype)
-        # Made here, once: torch 2.11 would have each who reads it scale the sums again, in kernels of their own.
-        return y.as_strided(y.shape, y.stride())
+        if in_one_loop(x):
+            return streamed_linear(x, self.weight, self.bias, self.scales, norm, gated, residual)
+        return super().fused(x, norm, gated, residual)
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor, **around: Any) -> Tensor:
+        return torch.ops.kernels.cuda_int8_product(rows, weight, scales, **around)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,12 +494,15 @@ def define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[..
 
 
 define(
-    "cuda_int4_product", "(Tensor x, Tensor weight, Tensor parameters, bool gated=False) -> Tensor",
-    int4_product, lambda x, weight, parameters, gated=False: empty_product(x, parameters.shape[0], gated),
+    "cuda_int4_product",
+    "(Tensor x, Tensor weight, Tensor parameters, *, Tensor? bias=None, Tensor? norm=None, float eps=0.0, "
+    "bool gated=False, Tensor? residual=None) -> Tensor",
+    int4_product, lambda x, weight, parameters, *, gated=False, **_: empty_product(x, parameters.shape[0], gated),
 )  # fmt: skip
 define(
-    "cuda_int8_product", "(Tensor x, Tensor weight, Tensor scales, bool gated=False) -> Tensor",
-    int8_product, lambda x, weight, scales, gated=False: empty_product(x, weight.shape[0], gated),
+    "cuda_int8_product",
+    "(Tensor x, Tensor weight, Tensor scales, *, Tensor? bias=None, bool gated=False, Tensor? residual=None) -> Tensor",
+    int8_product, lambda x, weight, scales, *, gated=False, **_: empty_product(x, weight.shape[0], gated),
 )  # fmt: skip
 define(
     "cuda_attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",

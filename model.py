@@ -13,7 +13,6 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from kernels import (
     MAX_REDUCTION_ROWS,
-    MAX_ROWS,
     LinearLayer,
-    as_reduction,
-    by_expert,
+    Norm,
+    expert_linear,
+    in_one_loop,
+    linear,
     num_copies,
-    streamed_product,
-    swiglu,
+    streamed_linear,
 )
 
 
@@ -86,6 +85,12 @@ class Ranks:
     all_gather: Callable[[Tensor], Tensor] = itself  # every rank's, beside each other along the last dimension
     broadcast: Callable[[Tensor], Tensor] = itself  # rank 0's
 
+    def add(self, residual: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
+        """Return residual + layer(x), of which each rank has a part of what is summed."""
+        if self.count == 1:
+            return layer(x, residual=residual)
+        return residual + self.all_reduce(layer(x))
+
 
 ONE_RANK = Ranks()
 
@@ -123,26 +128,6 @@ def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (slots > positions - window)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
-    y = streamed_product(x, weight) if as_reduction(x) else F.linear(x, weight)
-    return (y if bias is None else y + bias).type_as(x)
-
-
-def expert_linear(x: Tensor, experts: Tensor, weight: Callable[[Any], Tensor]) -> Tensor:
-    """Multiply each row of x [M, A, K] with the weight of its expert [M, A]; returns [M, A, N].
-
-    weight(i): what the stack [X, N, K] has at i: an expert's number, a tensor of them, or `...`.
-    """
-    if not torch.compiler.is_compiling():
-        return by_expert(x, experts, lambda i, rows: F.linear(rows, weight(i)))
-    if x.shape[0] <= MAX_ROWS:  # the choice of the expert becomes an address in the product's loop: nothing is copied
-        return streamed_product(x, weight(experts)).type_as(x)
-    return torch.ops.kernels.by_expert(x, experts, "Linear", [weight(...)])
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attend from q [B, S, H, D] to k, v [B, K, T, D] where mask [B, S, T] is true; returns [B, S, H, D].
 
@@ -175,15 +160,13 @@ class Linear(LinearLayer):
         self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
         if experts is None:
             return linear(x, self.weight, self.bias)
         return expert_linear(x, experts, lambda i: self.weight[i])
 
-    def gated(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
-        if experts is not None or self.bias is not None or not as_reduction(x):
-            return super().gated(x, experts)
-        return swiglu(*(linear(x, half) for half in self.weight.chunk(2)))
+    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+        return streamed_linear(x, self.weight, self.bias, None, norm, gated, residual) if in_one_loop(x) else None
 
 
 class Embedding(nn.Module):
@@ -203,6 +186,8 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    weight: Tensor
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -258,9 +243,9 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or a kernel of the device
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
-        heads = self.qkv_proj(x).view(B, S, -1, self.head_dim)
+        heads = self.qkv_proj(x, norm=norm).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -269,7 +254,7 @@ class Attention(nn.Module):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
             k, v = self.cache.update_(at, k, v, mask.shape[-1])
-        return self.ranks.all_reduce(self.o_proj(self.attend(q, k, v, mask).reshape(B, S, -1)))
+        return self.ranks.add(x, self.o_proj, self.attend(q, k, v, mask).reshape(B, S, -1))
 
 
 class MLP(nn.Module):
@@ -280,8 +265,8 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.all_reduce(self.down_proj(self.gate_up_proj.gated(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return self.ranks.add(x, self.down_proj, self.gate_up_proj(x, norm=norm, gated=True))
 
 
 class Router(nn.Module):
@@ -311,12 +296,12 @@ class MoE(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, num_experts=config.num_local_experts)
         self.down_proj = Linear(local_size, config.hidden_size, num_experts=config.num_local_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        rows = norm(x).flatten(0, 1)
         shares, experts = self.gate(rows)  # [B * S, A]
-        rows = self.gate_up_proj.gated(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts)
+        rows = self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts, gated=True)
         y = self.down_proj(rows, experts)  # [B * S, A, E]
-        return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
+        return x + self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
 
 
 class Block(nn.Module):
@@ -329,15 +314,10 @@ class Block(nn.Module):
 
     # Compiled, all layers share the code of one: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
-    def forward(self, x: Tensor, found: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        """Take and return the residual stream [B, S, E] and what is still to be added to it, by the last feed-forward.
-
-        They are added where the next norm reads them: at the end of a layer that would often be a kernel of its own.
-        context: what `Transformer.block_contexts` has for the layer.
-        """
-        x = x + found
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x, self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Take and return the residual stream [B, S, E]; context: what `block_contexts` has for the layer."""
+        x = self.self_attn(x, self.input_layernorm, *context)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Transformer(nn.Module):
@@ -425,16 +405,15 @@ class Transformer(nn.Module):
         return [(cos, sin, at, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Run all layers; arguments as in `forward`. Returns [B, S, E], normalized, ready for `logits`."""
+        """Run all layers; arguments as in `forward`. Returns [B, S, E], ready for `logits`."""
         contexts = self.block_contexts(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
-        found = torch.zeros_like(x)
         for block, context in zip(self.layers, contexts, strict=True):
-            x, found = block(x, found, *context)
-        return self.norm(x + found)
+            x = block(x, *context)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.ranks.all_gather(self.lm_head(hidden))
+        return self.ranks.all_gather(self.lm_head(hidden, norm=self.norm))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.

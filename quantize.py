@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import kernels
 from cli import ArgumentParser, check_device, checkpoint_folder, number, user_errors
-from kernels import LinearLayer, constant
-from model import Linear, Transformer, attention, expert_linear, linear
+from kernels import LinearLayer, constant, expert_linear, linear
+from model import Linear, Transformer, attention
 
 if TYPE_CHECKING:
     from gptq import Calibration
@@ -146,7 +146,7 @@ class QuantizedLinear(LinearLayer):
         """Return the weight in fp32; of a stack, what it has at an index."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
         if experts is None:
             return linear(x, self.dequantize().to(x.dtype), self.bias)
         return expert_linear(x, experts, lambda chosen: self.dequantize(chosen).to(x.dtype))

@@ -80,7 +80,7 @@ class Recorder:
         return lambda *args, **tile: self.launches.append((self.kernel, args, tile))
 
 
-def launches(function: str, *args: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
+def launches(function: str, *args: Any, **around: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
     """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
     from triton.runtime.jit import JITFunction
 
@@ -91,7 +91,7 @@ def launches(function: str, *args: Any) -> list[tuple[Any, tuple[Any, ...], dict
     recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
     vars(kernels_triton).update(recorders)
     try:
-        getattr(kernels_triton, function)(*args)
+        getattr(kernels_triton, function)(*args, **around)
     finally:
         vars(kernels_triton).update(kernels)
     for recorder in recorders.values():
@@ -107,11 +107,12 @@ def variant(kernel: Any, args: tuple[Any, ...], tile: dict[str, int]) -> dict[st
         special = not kernel.params[i].do_not_specialize
         if isinstance(value, Tensor):
             types[name] = TRITON_TYPES[value.dtype]
-        elif value == 1 and special:
+        elif value is None or (value == 1 and special):
             constants[name] = value
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (special and value % 16 == 0):  # what torch allocates is
+        # What torch allocates is.
+        if isinstance(value, Tensor) or (special and isinstance(value, int) and value % 16 == 0):
             aligned.append(i)
     options = {name: value for name, value in tile.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -201,33 +202,40 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     hidden, qkv, gate_up, down, *_ = MODELS[model]
-    shapes = {"qkv": (qkv, hidden), "gate_up": (gate_up, hidden), "down": (hidden, down)}
-    for layer, (N, K) in shapes.items():
-        x, gated = meta(rows, K), layer == "gate_up"
+    normed = {"norm": meta(hidden), "eps": 1e-5} if rows == 1 else {}
+    shapes: dict[str, tuple[int, int, dict[str, Any]]] = {
+        "qkv": (qkv, hidden, normed),
+        "gate_up": (gate_up, hidden, normed | {"gated": True}),
+        "down": (hidden, down, {"residual": meta(rows, hidden)}),
+    }
+    for layer, (N, K, around) in shapes.items():
+        x = meta(rows, K)
         for group_size in (32, 128):
             tensors = meta(N, K // 8, dtype=torch.int32), meta(N, K // group_size, dtype=torch.int32)
-            yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors, gated)
+            yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors), around
         if rows > 2:
             tensors = meta(N, K, dtype=torch.int8), meta(N)
-            yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, *tensors, gated)
+            yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, *tensors), around
 
 
-def attentions(model: str, queries: int, slots: int = 8192) -> Iterator[tuple[str, str, tuple[Tensor, ...]]]:
+def attentions(
+    model: str, queries: int, slots: int = 8192
+) -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     *_, H, K, D = MODELS[model]
     cache = [meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
     mask = visible(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
     name = f"{model} attention, {queries} queries"
-    yield name, "split_attention", (meta(1, queries, H, D), *cache, mask)
+    yield name, "split_attention", (meta(1, queries, H, D), *cache, mask), {}
 
 
 def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
     kinds: dict[str, Variant] = {}
     for model in models:
         calls = [call for num_rows in rows for call in [*products(model, num_rows), *attentions(model, num_rows)]]
-        for name, function, args in calls:
-            for kernel, arguments, tile in launches(function, *args):
+        for name, function, args, around in calls:
+            for kernel, arguments, tile in launches(function, *args, **around):
                 of = variant(kernel, arguments, tile)
                 kind = kinds.setdefault(f"{kernel.__name__} {of}", Variant(kernel, of))
                 kind.used_by.append(name)

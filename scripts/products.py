@@ -27,10 +27,11 @@ from kernels import (
     for_cuda,
     int4_layer,
     int8_layer,
+    linear,
     linear_layer,
-    streamed_product,
+    streamed_linear,
 )
-from model import linear
+from model import RMSNorm
 from quantize import (
     Scheme,
     dequantize_int4,
@@ -64,8 +65,19 @@ class Product(nn.Module):
         super().__init__()
         self.function, self.tensors = function, nn.ParameterList(tensors)
 
+    def forward(self, x: Tensor, **around: Any) -> Tensor:
+        return self.function(x, *self.parameters(), **around)  # torch 2.11 does not compile `*self.tensors`
+
+
+class Normed(nn.Module):
+    """A layer behind a norm, of an x that it leaves as it is; folded, it is the layer that normalizes."""
+
+    def __init__(self, layer: nn.Module, norm: RMSNorm, folded: bool):
+        super().__init__()
+        self.layer, self.norm, self.folded = layer, norm, folded
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.parameters())  # torch 2.11 does not compile `*self.tensors`
+        return self.layer(x, norm=self.norm) if self.folded else self.layer(self.norm(x))
 
 
 class Chain(nn.Module):
@@ -86,28 +98,12 @@ def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> T
     return linear(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
 
 
-def after_norm(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-    """Multiply the normalized x; rest: the scales, if it is a weight in int8, and the norm's weight."""
-    *scales, norm = rest
-    x = F.rms_norm(x, x.shape[-1:], norm, EPS)
-    if x.shape[0] > MAX_REDUCTION_ROWS:
-        return multiply_int8(x, weight, *scales) if scales else linear(x, weight)
-    return scaled(streamed_product(x, weight), scales).type_as(x)
-
-
-def norm_folded(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-    """Divide by the root mean square behind the product, so that one loop sums both; for more rows as `after_norm`."""
-    if x.shape[0] > MAX_REDUCTION_ROWS:
-        return after_norm(x, weight, *rest)
-    *scales, norm = rest
-    wide = x.float()
-    squares = wide.square().unsqueeze(-2).expand(-1, *weight.shape).mean(dim=-1)
-    y = ((wide * norm.float()).unsqueeze(-2) * weight.float()).sum(dim=-1)
-    return scaled(y * torch.rsqrt(squares + EPS), scales).type_as(x)
-
-
-def scaled(y: Tensor, scales: list[Tensor]) -> Tensor:
-    return y * scales[0].float() if scales else y
+def streamed(x: Tensor, weight: Tensor, scales: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
+    """Multiply as a layer does on a GPU: a row or two with everything in one loop. scales: of a weight in int8."""
+    if x.shape[0] <= MAX_REDUCTION_ROWS:
+        return streamed_linear(x, weight, None, scales, norm)
+    x = x if norm is None else norm(x)
+    return linear(x, weight) if scales is None else multiply_int8(x, weight, scales)
 
 
 def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
@@ -129,10 +125,17 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     that a model gets on this device, if there is one.
     """
     on_cuda = for_cuda(weight.device) is not None  # which also defines the operators of Triton's kernels
-    # What a norm before a product costs. The inputs are normalized, so that it leaves them as they are.
-    norm, norms = constant(weight.new_ones(weight.shape[1])), dict[str, Form]()
-    for name, function in (("norm, multiply and sum", after_norm), ("norm folded into the sum", norm_folded)):
-        norms[name] = lambda *tensors, function=function: Product(function, *tensors, norm)
+    norm = RMSNorm(weight.shape[1], EPS)
+    norm.weight = constant(weight.new_ones(weight.shape[1]))
+
+    def behind_norm(form: Form, folded: bool) -> Form:
+        return lambda *tensors: Normed(layer, norm, folded) if (layer := form(*tensors)) else None
+
+    in_one_loop = partial(Product, streamed)
+    norms = {
+        "norm, multiply and sum": behind_norm(in_one_loop, False),
+        "norm folded into the sum": behind_norm(in_one_loop, True),
+    }
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
         return weight.float(), (weight,), plain | norms | {"ours": partial(linear_layer, bias=None)}
@@ -148,11 +151,17 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
             forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)
         return dequantize_int8(codes, scales), (codes, scales.to(weight.dtype)), forms
     codes, scales, zeros = quantize_int4(weight, scheme.group_size)
+    ours = partial(int4_layer, bias=None, group_size=scheme.group_size)
     forms = {
         "multiply and sum": lambda codes, *rest: Product(multiply_int4, constant(pack_nibbles(codes)), *rest),
         "ATen": tinygemm if on_cuda else partial(AtenInt4Linear, bias=None),
-        "ours": partial(int4_layer, bias=None, group_size=scheme.group_size),
+        "ours": ours,
     }
+    if on_cuda:
+        forms |= {
+            "norm, ours": behind_norm(ours, folded=False),
+            "norm folded into ours": behind_norm(ours, folded=True),
+        }
     meaning = dequantize_int4(codes, scales, zeros, scheme.group_size)
     return meaning, (codes, scales.to(weight.dtype), zeros), forms
 

@@ -7,6 +7,7 @@ imported. Prints a JSON object: of every case the largest difference from the tw
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,27 +27,42 @@ def distance(ours: Tensor, twin: Tensor) -> float:
     return ((ours.float() - twin.float()).abs().amax() / twin.float().abs().amax()).item()
 
 
-def twin(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
-    y = F.linear(x.float(), weight.float())
-    return (kernels.swiglu(*y.chunk(2, dim=-1)) if gated else y).to(x.dtype)
+def around(M: int, N: int, K: int, dtype: str, what: str) -> dict[str, Any]:
+    """Return what a product is asked to do besides: any of norm, bias, gated, residual."""
+    given: dict[str, Any] = {"gated": True} if "gated" in what else {}
+    if "norm" in what:
+        given |= {"norm": torch.rand(K).to(DTYPES[dtype]) + 0.5, "eps": 0.25}
+    if "bias" in what:
+        given["bias"] = torch.randn(N).to(DTYPES[dtype])
+    if "residual" in what:
+        given["residual"] = torch.randn(M, N // 2 if "gated" in what else N).to(DTYPES[dtype])
+    return given
+
+
+def twin(x: Tensor, weight: Tensor, given: dict[str, Any]) -> Tensor:
+    wide = {name: value.float() for name, value in given.items() if isinstance(value, Tensor)}
+    rows = F.rms_norm(x.float(), x.shape[-1:], wide["norm"], given["eps"]) if "norm" in wide else x.float()
+    y = F.linear(rows, weight.float(), wide.get("bias"))
+    y = kernels.swiglu(*y.chunk(2, dim=-1)) if "gated" in given else y
+    return (y + wide.get("residual", 0)).to(x.dtype)
 
 
 def products() -> Iterator[tuple[str, Callable[[], float]]]:
-    def int4(M: int, N: int, K: int, group_size: int, dtype: str, gated: bool = False) -> float:
+    def int4(M: int, N: int, K: int, group_size: int, dtype: str, what: str = "") -> float:
         codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
         layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros, None)
-        x = torch.randn(M, K).to(DTYPES[dtype])
+        x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
         assert torch.equal(kernels_triton.unpack_int4(layer.weight, group_size), codes.int())
         weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)
         assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
-        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups, gated)
-        return distance(ours, twin(x, weight, gated))
+        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups, **given)
+        return distance(ours, twin(x, weight, given))
 
-    def int8(M: int, N: int, K: int, dtype: str, gated: bool = False) -> float:
+    def int8(M: int, N: int, K: int, dtype: str, what: str = "") -> float:
         codes, scales = quantize_int8(torch.randn(N, K))
-        x = torch.randn(M, K).to(DTYPES[dtype])
-        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype), gated)
-        return distance(ours, twin(x, dequantize_int8(codes, scales), gated))
+        x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
+        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype), **given)
+        return distance(ours, twin(x, dequantize_int8(codes, scales), given))
 
     for M, N, K, group_size, dtype in [
         (1, 7, 64, 32, "bf16"), (1, 5, 4128, 32, "bf16"), (1, 9, 96, 32, "fp32"), (1, 3, 1152, 128, "fp16"),
@@ -56,13 +72,15 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"int4 M={M} N={N} K={K} g{group_size} {dtype}", partial(int4, M, N, K, group_size, dtype)
     for M, N, K, dtype in [(1, 33, 100, "fp16"), (3, 7, 300, "fp32"), (16, 32, 256, "fp16")]:
         yield f"int8 M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype)
-    # Halves that do and do not fill the last program.
-    for M, N, K, dtype in [
-        (1, 14, 96, "fp32"), (1, 2050, 32, "fp32"), (1, 8, 4128, "bf16"), (3, 34, 96, "fp32"), (16, 64, 64, "fp16"),
+    # Halves that do and do not fill the last program; and what else stands around a product.
+    for M, N, K, dtype, what in [
+        (1, 14, 96, "fp32", "gated"), (1, 2050, 32, "fp32", "gated"), (1, 8, 4128, "fp16", "norm gated"),
+        (1, 7, 4128, "fp32", "norm"), (1, 14, 96, "fp32", "norm bias gated residual"),
+        (1, 9, 64, "fp16", "bias residual"), (3, 34, 96, "fp32", "gated"), (16, 64, 64, "fp16", "bias gated residual"),
     ]:  # fmt: skip
-        yield f"int4 gated M={M} N={N} K={K} {dtype}", partial(int4, M, N, K, 32, dtype, gated=True)
-    for M, N, K, dtype in [(3, 14, 300, "fp32"), (16, 64, 256, "fp16")]:
-        yield f"int8 gated M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype, gated=True)
+        yield f"int4 {what} M={M} N={N} K={K} {dtype}", partial(int4, M, N, K, 32, dtype, what)
+    for M, N, K, dtype, what in [(3, 14, 300, "fp32", "gated"), (16, 66, 256, "fp16", "bias gated residual")]:
+        yield f"int8 {what} M={M} N={N} K={K} {dtype}", partial(int8, M, N, K, dtype, what)
 
 
 def attention(

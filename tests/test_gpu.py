@@ -138,6 +138,29 @@ def test_products_are_their_twins(M, N, K, group_size):
     assert relative(ours, x.bfloat16().double() @ dequantize_int8(codes, scales).double().T) < 1e-2
 
 
+@pytest.mark.parametrize("M", [1, 6])
+@pytest.mark.parametrize("what", ["norm", "gated", "bias residual", "norm bias gated residual"])
+def test_products_do_what_stands_around_them(M, what):
+    from tests.interpreted import around, twin
+
+    cuda = for_cuda(torch.device("cuda"))
+    given = around(M, 2050, 4096, "bf16", what)
+    after = {name: value for name, value in given.items() if name not in ("norm", "eps")}
+    x, weight = torch.randn(M, 4096).bfloat16(), torch.randn(2050, 4096) / 64
+    codes, scales = quantize_int8(weight)
+    ours = cuda.int8_product(x.cuda(), codes.cuda(), scales.cuda(), **on_gpu(after))
+    assert relative(ours, twin(x, dequantize_int8(codes, scales), after)) < 1e-2
+    codes, scales, zeros = quantize_int4(weight, 32)
+    layer = cuda.Int4Linear(codes, scales, zeros, None).cuda()
+    given = given if M == 1 else after  # of one row it takes the norm too
+    ours = cuda.int4_product(x.cuda(), layer.weight, layer.parameters_of_groups, **on_gpu(given))
+    assert relative(ours, twin(x, dequantize_int4(codes, scales, zeros, 32), given)) < 1e-2
+
+
+def on_gpu(given):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+
+
 @pytest.mark.parametrize(("S", "H", "K", "D"), [(1, 32, 32, 128), (1, 32, 8, 128), (6, 64, 8, 128), (16, 32, 8, 64)])
 @pytest.mark.parametrize(("end", "window"), [(17, None), (2000, None), (8192, None), (5000, 1024)])
 def test_attention_is_its_twin(S, H, K, D, end, window):

@@ -38,7 +38,7 @@ def distances():
     return {name: float(distance) for name, distance in said_by("interpreted", TRITON_INTERPRET="1").items()}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("int4", 16), ("int8", 5), ("attention", 14)])
+@pytest.mark.parametrize(("kind", "count"), [("int4", 19), ("int8", 5), ("attention", 14)])
 def test_kernels_match_their_twins(distances, kind, count):
     ours = {name: distance for name, distance in distances.items() if name.startswith(kind)}
     assert len(ours) == count
@@ -58,21 +58,25 @@ def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
         "int4_row", "int4_rows", "int8_rows", "attend_split", "combine_splits",
     }  # fmt: skip
     assert not [(*kind, used) for *kind, took, used in compiled_kernels if took["spilled_bytes"]]
-    # Of 65,536 registers: four programs of 128 threads fit, three with attention and the row with larger groups.
+    # Of 65,536 registers: four programs of 128 threads fit, three with attention and a row of int4.
     bounds = {"attend_split": 170, "int4_row": 168}
     over = [(name, took) for name, _, took, _ in compiled_kernels if took["registers"] > bounds.get(name, 128)]
     assert not over
 
 
 def test_a_weight_takes_few_instructions(compiled_kernels):
-    """On sm_90. An H200 reads an int4 weight in the time of 4.3 instructions, with groups of 128 in that of 3.65."""
+    """On sm_90. An H200 reads an int4 weight in the time of 4.3 instructions, with groups of 128 in that of 3.65.
+
+    A norm in a kernel takes 0.7 of one more, where eight rows of the weight share an x, and saves a launch.
+    """
     most = {"int4_row": 4.6, "int4_rows": 6.6, "int8_rows": 5.5}
     counts = [(name, took["instructions_a_weight"], used_by) for name, sm, took, used_by in compiled_kernels
               if sm == 90 and name in most]  # fmt: skip
     assert {name for name, *_ in counts} == set(most)
     assert {K for _, of, _ in counts for K in of} >= {4096, 11008, 14336, 8192, 3584}
     for name, of, used_by in counts:
-        bound = 5.2 if "/8" in used_by[0] else most[name]  # few rows of the weight share an x there
+        few, normed = "/8" in used_by[0], name == "int4_row" and "down" not in used_by[0]
+        bound = (5.2 if few else most[name]) + (0.9 if few else 0.75) * normed  # few rows share an x there
         assert all(3 < count <= bound for count in of.values()), (name, of, used_by)
 
 
@@ -102,7 +106,6 @@ def test_instructions_are_counted_in_the_longest_innermost_loop(body, expected):
 
 def test_int8_of_a_row_is_scaled_after_the_sum():
     """Compiled, for which a scale in the sum would be one instruction in five more."""
-    cuda = kernels.for_cuda(torch.device("cuda"))
     seen = []
 
     def keep(graph, inputs):
@@ -111,7 +114,7 @@ def test_int8_of_a_row_is_scaled_after_the_sum():
 
     weight, scales = torch.randint(-127, 128, (8, 64), dtype=torch.int8), torch.rand(8)
     x = torch.randn(1, 64)
-    y = torch.compile(cuda.Int8Linear.product, backend=keep)(x, weight, scales)
+    y = torch.compile(kernels.streamed_linear, backend=keep)(x, weight, scales=scales)
     assert torch.allclose(y, x @ (weight * scales.unsqueeze(1)).T, rtol=1e-4, atol=1e-3)
     products = [i for i, target in enumerate(seen) if "mul" in target]
     assert len(products) == 2 and products[0] < seen.index("sum") < products[1]
@@ -131,7 +134,7 @@ def test_on_cuda_a_model_gets_these_kernels():
     assert kernels.attention_of(torch.float32, torch.device("cuda"), model.attention) is cuda.attention
 
 
-NORM, PRODUCTS = "reduction 1 x 1024", ["2048 x 1024", "1024 x 1024", "11008 x 1024", "1024 x 11008"]
+PRODUCTS = ["2048 x 1024", "1024 x 1024", "11008 x 1024", "1024 x 11008"]
 ATTENTION = ["pointwise 1024", "attend_split", "combine_splits"]  # k and v are stored where q is rotated
 
 
@@ -150,22 +153,22 @@ def launched(tmp_path_factory):
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
     head = "reduction 256 x 1024"
-    assert all(len(step["besides"]) == 9 and head in step["besides"] for step in steps if step["step"] == "decode")
+    assert all(len(step["besides"]) == 7 and head in step["besides"] for step in steps if step["step"] == "decode")
     assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
     return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
 
 
 @pytest.mark.parametrize("weights", ["plain", "int8"])
 def test_a_row_by_a_weight_is_one_reduction(launched, weights):
-    """What inductor writes for it: no weight in another dtype in memory, no second kernel, no GEMM."""
+    """What inductor writes for it and what stands around it: no weight in another dtype in memory, no GEMM."""
     qkv, o, gate_up, down = (f"reduction {shape}" for shape in PRODUCTS)
-    assert launched[weights, "decode"] == [NORM, qkv, *ATTENTION, o, NORM, gate_up, down]
+    assert launched[weights, "decode"] == [qkv, *ATTENTION, o, gate_up, down]
 
 
 def test_a_layer_launches_no_more_than_it_needs(launched):
     assert {key: len(kernels) for key, kernels in launched.items()} == {
-        ("plain", "decode"): 9, ("plain", "verify of 5"): 10, ("int8", "decode"): 9, ("int8", "verify of 5"): 9,
-        ("int4-g32", "decode"): 9, ("int4-g32", "verify of 5"): 9,
+        ("plain", "decode"): 7, ("plain", "verify of 5"): 11, ("int8", "decode"): 7, ("int8", "verify of 5"): 9,
+        ("int4-g32", "decode"): 7, ("int4-g32", "verify of 5"): 9,
     }  # fmt: skip
     assert launched["int4-g32", "decode"].count("int4_product") == launched["plain", "verify of 5"].count("mm") == 4
 
@@ -222,7 +225,7 @@ def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, m
 
 def test_our_operators_launch_what_is_counted_for_them():
     calls = {"cuda_attention": next(attentions("Llama-2-7B", 1))}
-    calls |= {f"cuda_{function}": (name, function, args) for name, function, args in products("Llama-2-7B", 6)}
-    assert {operator: len(launches(*call[1:2], *call[2])) for operator, call in calls.items()} == {
+    calls |= {f"cuda_{call[1]}": call for call in products("Llama-2-7B", 6)}
+    assert {operator: len(launches(*call[1:2], *call[2], **call[3])) for operator, call in calls.items()} == {
         operator: len(kernels) for operator, kernels in LAUNCHED.items()
     }

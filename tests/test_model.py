@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model, parse_config, read_config
-from model import MoE, Router, Transformer, linear
+from kernels import linear
+from model import MoE, Router, Transformer
 from tests.conftest import FAMILIES, LENGTH, HubCheckpoint, shared_data
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
