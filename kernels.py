@@ -181,7 +181,10 @@ def in_one_loop(x: Tensor) -> bool:
 
 
 def made_once(x: Tensor) -> Tensor:
-    """Have x computed before what reads it, in which inductor would else compute it again for every output."""
+    """Have x computed before what reads it, in which inductor would else compute it again for every output.
+
+    x is no part of another tensor: torch 2.11 would read it from where that begins.
+    """
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 

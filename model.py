@@ -413,7 +413,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.ranks.all_gather(self.lm_head(hidden, norm=self.norm))
+        return self.ranks.all_gather(self.lm_head(self.norm(hidden)))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.
