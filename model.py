@@ -244,6 +244,7 @@ class Attention(nn.Module):
         self.cache: KVCache | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        """Return x and what attention makes of norm(x), added up: [B, S, E]."""
         B, S, _ = x.shape
         heads = self.qkv_proj(x, norm=norm).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
@@ -266,6 +267,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Return x and what the layers make of norm(x), added up: [B, S, E]."""
         return self.ranks.add(x, self.down_proj, self.gate_up_proj(x, norm=norm, gated=True))
 
 
@@ -297,6 +299,7 @@ class MoE(nn.Module):
         self.down_proj = Linear(local_size, config.hidden_size, num_experts=config.num_local_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """As `MLP.forward`."""
         rows = norm(x).flatten(0, 1)
         shares, experts = self.gate(rows)  # [B * S, A]
         rows = self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts, gated=True)
