@@ -352,12 +352,12 @@ class KernelLinear(LinearLayer):
         tensors = [getattr(self, name) for name in self.tensors]
         if experts is not None:
             return torch.ops.kernels.by_expert(x, experts, type(self).__name__, tensors)
-        y = self.any_product(x.reshape(-1, x.shape[-1]), *tensors)
+        y = self.matmul(x.reshape(-1, x.shape[-1]), *tensors)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @classmethod
-    def any_product(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
+    def matmul(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
         return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
 
     product: Callable[..., Tensor]
@@ -463,7 +463,7 @@ class AtenInt4Linear(KernelLinear):
 FORMS: dict[str, Callable[..., Tensor]] = {
     "Linear": F.linear,
     **{
-        kind.__name__: kind.any_product
+        kind.__name__: kind.matmul
         for kind in (StreamedLinear, StreamedInt8Linear, StreamedInt4Linear, AtenInt8Linear, AtenInt4Linear)
     },
 }

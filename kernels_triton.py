@@ -1,7 +1,7 @@
 """Kernels for CUDA: products with int8 and int4 weights of up to 16 rows, and attention of up to 16 queries a row.
 
 `kernels.py` chooses them where a model is on such a device and Triton is there; nothing else imports this file. The
-plain twin of each product is `F.linear` with the dequantized weight, that of attention is `model.attention`.
+plain twin of each product is that of a plain layer with the dequantized weight, that of attention `model.attention`.
 
 No GPU has run them yet. Triton's interpreter has, against their twins, and its compiler makes them for sm_80 and sm_90:
 scripts/ahead.py.

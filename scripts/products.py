@@ -138,6 +138,9 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     }
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
+        if on_cuda:  # which takes a weight of any kind
+            ones = constant(weight.new_ones(len(weight)))
+            plain["int8's kernel"] = lambda weight: Product(torch.ops.kernels.cuda_int8_product, weight, ones)
         return weight.float(), (weight,), plain | norms | {"ours": partial(linear_layer, bias=None)}
     if scheme.group_size is None:
         codes, scales = quantize_int8(weight)

@@ -64,6 +64,11 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype), **given)
         return distance(ours, twin(x, dequantize_int8(codes, scales), given))
 
+    def plain(M: int, N: int, K: int) -> float:
+        x, weight = torch.randn(M, K), torch.randn(N, K)
+        return distance(kernels_triton.int8_product(x, weight, torch.ones(N)), twin(x, weight, {}))
+
+    yield "int8's kernel, of a plain weight, fp32", partial(plain, 5, 33, 300)
     for M, N, K, group_size, dtype in [
         (1, 7, 64, 32, "bf16"), (1, 5, 4128, 32, "bf16"), (1, 9, 96, 32, "fp32"), (1, 3, 1152, 128, "fp16"),
         (1, 3, 8192 + 256, 256, "bf16"), (1, 4, 192, 64, "fp32"), (1, 2051, 32, 32, "fp32"),
