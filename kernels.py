@@ -34,6 +34,15 @@ MAX_ROWS = 16
 ROWS, TALL = 4, 16  # of the weight, that the kernels of int8 and of int4 take together
 
 
+class Norm(Protocol):
+    """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @functools.cache
 def library() -> Path | None:
     """Compile and load kernels.cpp, and return its file.
@@ -166,17 +175,11 @@ def as_reduction(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.shape[:-1].numel() <= MAX_REDUCTION_ROWS
 
 
-class Norm(Protocol):
-    """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 def in_one_loop(x: Tensor) -> bool:
-    """Say whether that product, and what stands around it, are written as one: for a GPU, where launches take time."""
+    """Say whether a product with x [..., K], and what stands around it, are written as one loop.
+
+    On a GPU, where every launch takes its time; `streamed_linear` writes it.
+    """
     return as_reduction(x) and x.device.type == GPU
 
 
@@ -317,7 +320,8 @@ class LinearLayer(nn.Module):
         """Return the outputs [..., N] for x [..., K].
 
         experts [...]: of a stack, which layer of it each row of x goes through. norm: x goes through it first. gated:
-        the outputs are gate and up one after the other, return silu(gate) * up [..., N / 2]. residual: is added.
+        the outputs are gate and up one after the other, return silu(gate) * up [..., N / 2]. residual: is added to
+        what is returned, whose shape and dtype it has.
         """
         fused = self.fused(x, norm, gated, residual) if experts is None else None
         if fused is not None:
@@ -358,6 +362,7 @@ class KernelLinear(LinearLayer):
 
     @classmethod
     def matmul(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
+        """Multiply rows [M, K] with what a layer's `tensors` stand for, by the kernel or by GEMM: [M, N]."""
         return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
 
     product: Callable[..., Tensor]

@@ -60,8 +60,8 @@ def store_sums(y, sums, n, bias, residual, M, N, GATED: tl.constexpr):  # type: 
     else:
         values, columns = sums, N
     m = tl.arange(0, values.shape[0])[:, None]
-    n = (tl.program_id(0) * values.shape[1] + tl.arange(0, values.shape[1]))[None, :]
-    at, there = m * columns + n, (m < M) & (n < columns)
+    column = (tl.program_id(0) * values.shape[1] + tl.arange(0, values.shape[1]))[None, :]
+    at, there = m * columns + column, (m < M) & (column < columns)
     if residual is not None:
         values += tl.load(residual + at, mask=there, other=0).to(tl.float32)
     tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
@@ -74,13 +74,13 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
 class CudaLinear(KernelLinear):
     """One whose kernel, of up to MAX_ROWS rows, does what stands around the product."""
 
-    max_normalized = 0  # of how many rows it takes the norm too
+    max_rows_normalized = 0  # up to so many rows of x are normalized by the kernel too
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         rows = x.flatten(0, -2)
         if rows.shape[0] > MAX_ROWS:
             return None
-        if norm is not None and rows.shape[0] > self.max_normalized:
+        if norm is not None and rows.shape[0] > self.max_rows_normalized:
             rows, norm = norm(rows), None
         before = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
         after = {"bias": self.bias, "gated": gated, "residual": None if residual is None else residual.flatten(0, -2)}
@@ -272,14 +272,13 @@ class Int4Linear(CudaLinear):
     """codes and zeros uint8 0 to 15, [N, K] and [N, K / group]; scales as zeros, whose values are bf16's."""
 
     tensors = ("weight", "parameters_of_groups")
+    max_rows_normalized = 1
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
         self.weight = constant(pack_int4(codes, codes.shape[-1] // scales.shape[-1]))
         pairs = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=-1)
         self.parameters_of_groups = constant(pairs.view(torch.int32).squeeze(-1))
-
-    max_normalized = 1
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, parameters: Tensor, **around: Any) -> Tensor:

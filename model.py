@@ -416,6 +416,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
+        # The norm is not left to the head: hidden may be a slice, which `made_once` cannot take.
         return self.ranks.all_gather(self.lm_head(self.norm(hidden)))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:

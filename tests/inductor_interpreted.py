@@ -248,13 +248,14 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{length} token{'s' * (length > 1)}, int4, fp32", forward(length, INT4)
     yield "1 token, qwen3, plain, fp32", forward(1, QWEN3)  # biases, and norms of q and k
     yield "4 tokens, biases, int4, bf16", forward(4, INT4 | BIASES, torch.bfloat16)
+    yield "1 token, experts, plain, fp32", forward(1, MIXTRAL)  # two rows each of a stack
     yield "1 token, experts, int8, fp32", forward(1, MIXTRAL | INT8)
     lengths = [(*columns(1, length, FILLED), GREEDY, None) for length in (20, 33)]
     yield "prefill, int8, fp32", {"step": prefill, "calls": lengths, "changes": INT8}
     # The second reads NaN and gives NOT_A_NUMBER, the last is past the slots.
     starts = [FILLED, NEVER_FILLED.start, NUM_SLOTS + 4]
     yield "decode, window, int8, fp32", decoding(WINDOW | INT8, starts)
-    yield "decode, wide, int8, fp32", decoding(WIDE | INT8, [FILLED, FILLED + 1])
+    yield "decode, wide, biases, int8, fp32", decoding(WIDE | BIASES | INT8, [FILLED, FILLED + 1])
     yield "verify of 2, drawn, biases, plain, fp32", speculating(DRAWN, BIASES, batch_size=2)
     yield "round of 2, drawn, int8, fp32", speculating(DRAWN, INT8, batch_size=2, draft={"vocab_size": 80})
 

@@ -35,7 +35,7 @@ def around(M: int, N: int, K: int, dtype: str, what: str) -> dict[str, Any]:
     if "bias" in what:
         given["bias"] = torch.randn(N).to(DTYPES[dtype])
     if "residual" in what:
-        given["residual"] = torch.randn(M, N // 2 if "gated" in what else N).to(DTYPES[dtype])
+        given["residual"] = torch.randn(N // 2 if "gated" in what else N, M).T.to(DTYPES[dtype])
     return given
 
 

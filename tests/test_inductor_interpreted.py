@@ -6,9 +6,9 @@ pytest.importorskip("triton", reason="triton is not installed; it has no build f
 
 from tests.test_kernels_triton import said_by
 
-# Over the largest value, of models whose twins are in fp32. A row of int4 is right to 1e-5, all else in fp32 to 1e-6.
-TOLERANCE = {"fp32": 2e-5, "bf16": 8e-2}
-NUM_CASES = 11
+# Over the largest value, of models whose twins are in fp32. A row of int4 is right to 3e-5, all else in fp32 to 2e-6.
+TOLERANCE = {"fp32": 4e-5, "bf16": 8e-2}
+NUM_CASES = 12
 
 
 @pytest.fixture(scope="module")

@@ -276,6 +276,21 @@ def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
         assert attention_of(dtype, device, attention) is attention
 
 
+def test_a_norm_is_left_to_a_product_on_a_gpu_alone(monkeypatch):
+    """And there of a row or two: elsewhere fp32 stays what it is, to the bit."""
+
+    def asked(x):
+        return x + 1 if kernels.in_one_loop(x) else x
+
+    found = []
+    for device, rows in (("cuda", 1), ("cpu", 1), ("cpu", kernels.MAX_REDUCTION_ROWS + 1)):
+        monkeypatch.setattr(kernels, "GPU", device)
+        torch._dynamo.reset()
+        found.append(torch.compile(asked, fullgraph=True, backend="eager")(torch.zeros(rows, 4))[0, 0].item())
+    assert found == [0, 1, 0]
+    assert asked(torch.zeros(1, 4))[0, 0] == 0  # not compiled
+
+
 @pytest.mark.parametrize(("compiler", "said"), [("no-compiler", "there is no no-compiler"), ("false", "slower")])
 def test_without_a_compiler_that_works_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiler: str, said: str
