@@ -131,10 +131,10 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     def behind_norm(form: Form, folded: bool) -> Form:
         return lambda *tensors: Normed(layer, norm, folded) if (layer := form(*tensors)) else None
 
-    in_one_loop = partial(Product, streamed)
+    one_loop = partial(Product, streamed)
     norms = {
-        "norm, multiply and sum": behind_norm(in_one_loop, False),
-        "norm folded into the sum": behind_norm(in_one_loop, True),
+        "norm, multiply and sum": behind_norm(one_loop, False),
+        "norm folded into the sum": behind_norm(one_loop, True),
     }
     if scheme is None:
         plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
