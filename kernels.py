@@ -1,8 +1,8 @@
-"""Products of a few rows, and attention, where memory is read once: kernels.cpp or ATen's, on CUDA kernels_triton.py.
+"""Products with a few rows, and attention, at memory speed: the layers, and which kernel each of them gets.
 
-kernels.cpp is for AVX-512 with bf16. It is compiled when a model first wants it, and kept in the user's cache. ATen has
-kernels for quantized weights on every CPU. The plain twin of each product is `F.linear` with the dequantized weight,
-that of attention is `model.attention`.
+kernels.cpp is for CPUs with AVX-512 and bf16. It is compiled when a model first needs it, and kept in the user's cache.
+ATen has kernels for quantized weights on every CPU, kernels_triton.py those for CUDA. The plain twin of each product is
+`F.linear` with the dequantized weight, that of attention `model.attention`.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v and mask, as in `model.attention`
 SOURCE = Path(__file__).with_name("kernels.cpp")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
-# Up to so many rows of x the kernels are faster than GEMM.
+# Up to this many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
-ROWS, TALL = 4, 16  # of the weight, that the kernels of int8 and of int4 take together
+ROWS, TALL = 4, 16  # rows of the weight that the kernels of int8 and int4 interleave
 
 
 class Norm(Protocol):
@@ -45,9 +45,9 @@ class Norm(Protocol):
 
 @functools.cache
 def library() -> Path | None:
-    """Compile and load kernels.cpp, and return its file.
+    """Compile and load kernels.cpp, and return the library's path.
 
-    None for a CPU of another kind, and, with a line on stderr, where it cannot be done.
+    None on a CPU that it is not for, and, with a line on stderr, where it cannot be compiled or loaded.
     """
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
@@ -57,7 +57,7 @@ def library() -> Path | None:
     if program is None:
         print(f"kernels.cpp is not used, products will be slower: there is no {compiler[0]}", file=sys.stderr)
         return None
-    version = Path(program).stat()  # of the file that a link leads to: asking it would take a process
+    version = Path(program).stat()  # of the link's target; to ask the compiler would take a process
     home = Path(torch.__file__).parent
     command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", STABLE_ABI]
     command += [f"-I{home / 'include'}", str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
@@ -69,7 +69,7 @@ def library() -> Path | None:
         path = folder / f"{key[:16]}.so"
         if not path.is_file():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:  # others may compile at the same time
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:  # other processes may be compiling it too
                 built = Path(temporary, path.name)
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
                 with built.open("rb") as file:
@@ -89,10 +89,10 @@ MADV_HUGEPAGE = 14  # of linux/mman.h
 
 
 def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return memory for a weight, on a CPU in pages of 2 MiB where Linux grants them.
+    """Allocate a weight, on a CPU in pages of 2 MiB where Linux grants them.
 
-    Streaming it looks up fewer pages: 1.1 to 1.3 times as fast as with pages of 4 KiB. A file that is mapped has large
-    ones already, where its file system does.
+    It is streamed with fewer page lookups, 1.1 to 1.3 times as fast as with pages of 4 KiB. A mapped file has large
+    pages already, where its file system does.
     """
     weight = torch.empty(shape, dtype=dtype, device=device)
     if sys.platform == "linux" and weight.device.type == "cpu":
@@ -108,9 +108,8 @@ def packed_weight(values: Tensor) -> nn.Parameter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, `torch.ops.kernels.*`, which torch.compile takes as they are. x [M, K]; weights as the layers pack
-# them.
-# `torch.library.custom_op` would load the compiler at the first call: a second, before an eager run's first token.
+# The operators, `torch.ops.kernels.*`, opaque to torch.compile. x [M, K]; weights as the layers pack them.
+# `torch.library.custom_op` would import the compiler at the first call, a second before an eager run's first token.
 
 OPERATORS = {
     "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
@@ -121,7 +120,7 @@ OPERATORS = {
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
-# It reads on the host how many rows there are for each expert, which a CUDA graph cannot.
+# It reads on the host how many rows each expert has, which a CUDA graph cannot.
 torch.library.define(
     "kernels::by_expert",
     "(Tensor x, Tensor experts, str form, Tensor[] stacks) -> Tensor",
@@ -129,7 +128,7 @@ torch.library.define(
 )
 
 
-# Of our own, since inductor loses the group size, a constant, of ATen's in a nested region (torch 2.13).
+# A wrapper, since in a nested region inductor loses ATen's constant argument, the group size (torch 2.13).
 @torch.library.impl("kernels::aten_int4_product", "CPU")
 def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group_size = x.shape[1] // scales_and_zeros.shape[0]
@@ -164,9 +163,9 @@ def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # What torch.compile makes kernels of
 
-GPU = "cuda"  # the kind of device that it writes Triton's language for
-# Compiled, a product with at most this many rows is written as a multiply and a sum: inductor then streams the
-# weight once at memory speed, where the GEMM library reaches two thirds of it. Above, GEMM wins.
+GPU = "cuda"  # the type of device for which it writes Triton
+# Compiled, a product with at most this many rows is written as a multiply and a sum, which inductor streams at memory
+# speed; the GEMM library reaches two thirds of it. With more rows GEMM wins.
 MAX_REDUCTION_ROWS = 2
 
 
@@ -176,26 +175,26 @@ def as_reduction(x: Tensor) -> bool:
 
 
 def in_one_loop(x: Tensor) -> bool:
-    """Say whether a product with x [..., K], and what stands around it, are written as one loop.
+    """Say whether a product with x [..., K] and what surrounds it are written as one loop, by `streamed_linear`.
 
-    On a GPU, where every launch takes its time; `streamed_linear` writes it.
+    On a GPU, where each kernel launch that is saved counts.
     """
     return as_reduction(x) and x.device.type == GPU
 
 
 def made_once(x: Tensor) -> Tensor:
-    """Have x computed before what reads it, in which inductor would else compute it again for every output.
+    """Have x written to memory; fused with what reads it, inductor would compute it again for every output.
 
-    x is no part of another tensor: torch 2.11 would read it from where that begins.
+    x must not be a view of part of another tensor: torch 2.11 would read from where that tensor begins.
     """
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
 
 def streamed_product(x: Tensor, weight: Tensor, times: Tensor | None = None) -> Tensor:
-    """Multiply x [..., K] with weight [N, K], or each of its rows with one of its own, [..., N, K]; fp32 [..., N].
+    """Multiply x [..., K] with weight [N, K], or each row with a weight of its own, [..., N, K]; fp32 [..., N].
 
-    times [K]: what x is multiplied with first.
+    times [K]: is multiplied with x first.
     """
     wide = made_once(x).float()
     wide = wide if times is None else wide * times.float()
@@ -221,9 +220,9 @@ def streamed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, norm: Norm | None = None,
     gated: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `LinearLayer.forward`, in one loop; scales [N]: of a weight in int8.
+    """Compute `LinearLayer.forward` in one loop; scales [N]: of an int8 weight.
 
-    x is normalized behind the product, by the root of its mean square, which is summed beside each output.
+    The norm divides the product by x's root mean square, which is summed in the same loop for each output.
     """
     if gated:
         biases, halves_of_scales = ((None, None) if t is None else t.chunk(2) for t in (bias, scales))
@@ -232,19 +231,19 @@ def streamed_linear(
     else:
         y = streamed_sums(x, weight, bias, scales, norm)
     y = y if residual is None else residual + y
-    return made_once(y.type_as(x))  # torch 2.11 would have each who reads it finish the sums again, in other kernels
+    return made_once(y.type_as(x))  # torch 2.11 would finish the sums again in each kernel that reads them
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    # The bias apart: together, in a nested region, they pin a dynamic number of rows to its first value.
+    # The bias is added apart: in a nested region `F.linear` with a bias specializes a dynamic number of rows.
     y = streamed_product(x, weight) if as_reduction(x) else F.linear(x, weight)
     return (y if bias is None else y + bias).type_as(x)
 
 
 def num_partial_sums(size: int) -> int:
-    """Return into how many equal parts to cut a sum: beyond 4,096 terms inductor's C++ leaves its fast loop."""
+    """Return into how many equal parts to cut a sum: above 4,096 terms inductor's C++ is no longer a fast loop."""
     fewest = -(-size // 4096)
     return next((parts for parts in range(fewest, 16 * fewest) if size % parts == 0), 1)
 
@@ -252,8 +251,8 @@ def num_partial_sums(size: int) -> int:
 def num_copies(positions: Tensor, num_sharing: int) -> int:
     """Return how often a step at positions [B, S] stores each key and value, which `num_sharing` query heads share.
 
-    Compiled for a GPU once for each of them, all the same to the bit: the loops that store are then as long as the one
-    that turns the queries, and inductor makes one kernel of all.
+    Compiled for a GPU, once for each query head, always the same bits: the loops that store are then as long as the
+    one that rotates the queries, and inductor fuses all of them into one kernel.
     """
     on_gpu = torch.compiler.is_compiling() and positions.device.type == GPU
     return num_sharing if on_gpu and positions.shape[1] <= MAX_ROWS else 1
@@ -264,9 +263,9 @@ def num_copies(positions: Tensor, num_sharing: int) -> int:
 
 
 def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Give each expert its rows of x [M, A, K], as experts [M, A] says, all at once; returns [M, A, N].
+    """Run each row of x [M, A, K] through its expert [M, A], with all rows of an expert at once; returns [M, A, N].
 
-    product(i, rows): what expert i makes of its rows [R, K]; called for those that have any.
+    product(i, rows): applies expert i to rows [R, K]; called for experts that have any.
     """
     order = experts.flatten().argsort()
     counts = experts.flatten().bincount().tolist()
@@ -278,11 +277,11 @@ def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tenso
 def expert_linear(x: Tensor, experts: Tensor, weight: Callable[[Any], Tensor]) -> Tensor:
     """Multiply each row of x [M, A, K] with the weight of its expert [M, A]; returns [M, A, N].
 
-    weight(i): what the stack [X, N, K] has at i: an expert's number, a tensor of them, or `...`.
+    weight(i): indexes the stack [X, N, K], by an expert's number, a tensor of them, or `...`.
     """
     if not torch.compiler.is_compiling():
         return by_expert(x, experts, lambda i, rows: F.linear(rows, weight(i)))
-    if x.shape[0] <= MAX_ROWS:  # the choice of the expert becomes an address in the product's loop: nothing is copied
+    if x.shape[0] <= MAX_ROWS:  # the product's loop reads the chosen expert in place: nothing is copied
         return streamed_product(x, weight(experts)).type_as(x)
     return torch.ops.kernels.by_expert(x, experts, "Linear", [weight(...)])
 
@@ -311,7 +310,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class LinearLayer(nn.Module):
-    """A linear layer, or a stack of them, with what stands around its product."""
+    """A linear layer, or a stack of them, with what surrounds its product."""
 
     def forward(
         self, x: Tensor, experts: Tensor | None = None, norm: Norm | None = None, gated: bool = False,
@@ -319,9 +318,9 @@ class LinearLayer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Return the outputs [..., N] for x [..., K].
 
-        experts [...]: of a stack, which layer of it each row of x goes through. norm: x goes through it first. gated:
-        the outputs are gate and up one after the other, return silu(gate) * up [..., N / 2]. residual: is added to
-        what is returned, whose shape and dtype it has.
+        experts [...]: for a stack, which of its layers each row of x goes through. norm: is applied to x first. gated:
+        the outputs are gate and up, one after the other, and silu(gate) * up is returned, [..., N / 2]. residual: is
+        added to what is returned, and has its shape and dtype.
         """
         fused = self.fused(x, norm, gated, residual) if experts is None else None
         if fused is not None:
@@ -332,21 +331,21 @@ class LinearLayer(nn.Module):
         return y if residual is None else residual + y
 
     def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
-        """Return the product and the bias alone."""
+        """Return the product, plus the bias."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
-        """Do all in one kernel, for an x for which there is one; else return None."""
+        """Compute all of `forward` in one kernel, or return None where there is none for this x."""
         return None
 
 
 class KernelLinear(LinearLayer):
-    """A linear layer whose product of up to MAX_ROWS rows is a kernel's; above, GEMM with the weight unpacked.
+    """A linear layer with a kernel for up to MAX_ROWS rows; above that, GEMM with the unpacked weight.
 
-    Its tensors may all be stacks, of X such layers: then `experts` says which of them each row of x goes through.
+    Its tensors may all be stacks of X layers: then `experts` says which of them each row of x goes through.
     """
 
-    tensors: tuple[str, ...] = ("weight",)  # by their names, what a product is made with
+    tensors: tuple[str, ...] = ("weight",)  # the names of those that a product takes
 
     def __init__(self, bias: Tensor | None):
         super().__init__()
@@ -362,7 +361,7 @@ class KernelLinear(LinearLayer):
 
     @classmethod
     def matmul(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
-        """Multiply rows [M, K] with what a layer's `tensors` stand for, by the kernel or by GEMM: [M, N]."""
+        """Multiply rows [M, K] with the weight that a layer's `tensors` hold, by the kernel or by GEMM: [M, N]."""
         return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
 
     product: Callable[..., Tensor]
@@ -386,7 +385,7 @@ class StreamedLinear(KernelLinear):
 
 
 class StreamedInt8Linear(KernelLinear):
-    """codes int8 [N, K] and scales bf16 [N]; packed by four rows and 64 columns: [N / 4, K / 64, 4, 64]."""
+    """codes int8 [N, K] and scales bf16 [N]; packed in tiles of 4 rows and 64 columns: [N / 4, K / 64, 4, 64]."""
 
     tensors = ("weight", "scales")
 
@@ -403,13 +402,13 @@ class StreamedInt8Linear(KernelLinear):
 
 
 class StreamedInt4Linear(KernelLinear):
-    """codes and zeros uint8 0 to 15 [N, K] and [N, K / group], scales bf16 as zeros; packed as kernels.cpp says."""
+    """codes uint8 0 to 15 [N, K], zeros alike [N, K / group], scales bf16 [N, K / group]; packed as in kernels.cpp."""
 
     tensors = ("weight", "scales", "zeros")
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        # A row's 32 columns are four times eight, of which even and odd ones are four each.
+        # 32 columns of a row are four times eight, each of four even and four odd ones.
         columns = codes.unflatten(-1, (-1, 4, 4, 2)).unflatten(-5, (-1, TALL)).movedim(-5, -3).mT  # [.., 4, TALL, 2, 4]
         first, second = columns.unflatten(-1, (2, 2)).unbind(-1)
         self.weight = packed_weight(first | second << 4)  # [N / TALL, K / 32, 4, TALL, 2, 2]
@@ -444,7 +443,7 @@ class AtenInt8Linear(KernelLinear):
 
 
 class AtenInt4Linear(KernelLinear):
-    """codes and zeros uint8 [N, K] and [N, K / group], scales in the dtype of x; packed as the processor likes it."""
+    """codes uint8 [N, K], zeros uint8 and scales in x's dtype [N, K / group]; packed by ATen for the processor."""
 
     tensors = ("weight", "scales_and_zeros")
 
@@ -454,17 +453,17 @@ class AtenInt4Linear(KernelLinear):
         self.weight = constant(
             pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(each.int(), 1) for each in codes])
         )
-        # ATen has zeros as weights: what code 8 stands for. [K / group, N, 2]
+        # ATen's zero is a weight, the one that code 8 stands for. [K / group, N, 2]
         self.scales_and_zeros = constant(torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
         return torch.ops.kernels.aten_int4_product(rows, weight, scales_and_zeros)
 
-    gemm = product  # slower than GEMM, but the order is not documented and cannot be undone
+    gemm = product  # GEMM would be faster, but ATen's order is not documented and cannot be unpacked
 
 
-# By name, what multiplies rows with the tensors of one layer.
+# By a layer's class name, what multiplies rows with the tensors of one layer.
 FORMS: dict[str, Callable[..., Tensor]] = {
     "Linear": F.linear,
     **{
@@ -478,13 +477,13 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 
 
 def for_cuda(device: torch.device) -> ModuleType | None:
-    """Return kernels_triton.py where there are a GPU and Triton for it; importing it takes a second."""
+    """Import kernels_triton.py, which takes a second, for a GPU where Triton is installed; else return None."""
     found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return importlib.import_module("kernels_triton") if found else None
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-    """Return the layer for a weight [N, K], or for a stack of them; None where no kernel takes it, as below."""
+    """Return the layer for a weight [N, K], or a stack of them; None where no kernel takes it, as below."""
     return StreamedLinear(weight, bias) if weight.is_contiguous() and streams(weight.dtype, weight, ROWS, 32) else None
 
 
@@ -494,7 +493,7 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
         return StreamedInt8Linear(codes, scales, bias)
     if codes.ndim == 2 and (cuda := for_cuda(codes.device)):
         return cuda.Int8Linear(codes, scales, bias)
-    # ATen's kernels crash on sizes that are no multiples of their tiles.
+    # ATen's kernels crash on sizes that are not multiples of their tiles.
     N, K = codes.shape[-2:]
     return AtenInt8Linear(codes, scales, bias) if codes.device.type == "cpu" and N % 4 == 0 and K % 16 == 0 else None
 
@@ -502,7 +501,7 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
     """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
-    # The kernels, ATen's too, shift by powers of two.
+    # All kernels, ATen's too, divide by the group size with a shift.
     if K % group_size or group_size not in (32, 64, 128, 256):
         return None
     if streams(scales.dtype, codes, TALL, 32):
@@ -513,7 +512,7 @@ def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
 
 
 def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Attend:
-    """Return what attends in a model: a kernel where there is one, else `plain`."""
+    """Return the function that attends: a kernel where there is one, else `plain`."""
     if cuda := for_cuda(device):
         return cuda.attention
     takes = dtype == torch.bfloat16 and device.type == "cpu" and library() is not None
@@ -521,7 +520,7 @@ def attention_of(dtype: torch.dtype, device: torch.device, plain: Attend) -> Att
 
 
 def streams(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> bool:
-    """Say whether kernels.cpp takes a weight [N, K], by so many rows and columns, in a model of this dtype."""
+    """Say whether kernels.cpp takes a weight [N, K], in tiles of so many rows and columns, in a model of this dtype."""
     N, K = weight.shape[-2:]
     fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % rows == 0 and K % columns == 0
     return fits and library() is not None

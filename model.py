@@ -1,7 +1,7 @@
 """A Llama-family Transformer with a static KV cache.
 
-It knows no files, no sampling and no process groups: `checkpoint.py` fills it, `generate.py` drives it, and where
-several ranks share it, `tp.py` says which and how they meet.
+It knows nothing of files, sampling or process groups: `checkpoint.py` loads its weights, `generate.py` runs it, and
+`tp.py` splits it over several ranks.
 
     model.setup_caches(max_batch_size=1, max_seq_length=256)
     logits = model(tokens, positions)
@@ -32,7 +32,7 @@ from kernels import (
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """`linear` (position interpolation, arXiv:2306.15595) or `llama3` (Llama 3.1's bands of frequencies)."""
+    """`linear` (position interpolation, arXiv:2306.15595) or `llama3` (Llama 3.1's frequency bands)."""
 
     rope_type: str
     factor: float
@@ -57,9 +57,9 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    full_attention_layers: tuple[int, ...] = ()  # those that see all the way though there is a sliding window
+    full_attention_layers: tuple[int, ...] = ()  # layers to which sliding_window does not apply
     attention_bias: bool = False
-    qkv_bias: bool = False  # on q, k and v alone
+    qkv_bias: bool = False  # on q, k and v only
     qk_norm: bool = False
     mlp_bias: bool = False
     num_local_experts: int = 0  # 0: a dense feed-forward
@@ -67,7 +67,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
 
     def window(self, layer: int) -> int | None:
-        """Return how far back a layer sees, None for all the way."""
+        """Return how many tokens a layer attends to, None where there is no limit."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
 
@@ -77,16 +77,16 @@ def itself(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a model, each with a slice of the weights; alone, one meets only itself."""
+    """The processes that share a model, each holding a slice of it; on one rank the collectives are the identity."""
 
     rank: int = 0
     count: int = 1
     all_reduce: Callable[[Tensor], Tensor] = itself  # the sum over all ranks
-    all_gather: Callable[[Tensor], Tensor] = itself  # every rank's, beside each other along the last dimension
+    all_gather: Callable[[Tensor], Tensor] = itself  # of all ranks, concatenated along the last dimension
     broadcast: Callable[[Tensor], Tensor] = itself  # rank 0's
 
     def add(self, residual: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
-        """Return residual + layer(x), of which each rank has a part of what is summed."""
+        """Return residual + layer(x), where each rank's layer gives one summand of layer(x)."""
         if self.count == 1:
             return layer(x, residual=residual)
         return residual + self.all_reduce(layer(x))
@@ -96,7 +96,7 @@ ONE_RANK = Ranks()
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Compute the angle by which each pair of channels turns per position: [D / 2], fp32 (arXiv:2104.09864)."""
+    """Compute the angle by which each pair of channels rotates per position: [D / 2], fp32 (arXiv:2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
@@ -105,7 +105,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     scaled = frequencies / scaling.factor
     if scaling.rope_type == "linear":
         return scaled
-    # llama3: long waves are stretched, short ones kept, those between are blended by their length.
+    # llama3: long wavelengths are stretched, short ones kept, those in between interpolated.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
@@ -113,17 +113,17 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, 2, D/2].
+    """Rotate each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, 2, D/2].
 
-    The first half's angles are negative: -sin is their sine. The halves change places in a flip, which torch.compile
-    reads from where they are; putting two results beside each other it would write them twice.
+    The first half's angles are negated, which gives it -sin. The halves are swapped by a flip, which torch.compile
+    turns into indexing; two results concatenated would be written twice.
     """
     halves = x.float().unflatten(-1, (2, -1))
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)
 
 
 def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
-    """Return which slots [T] a token at each of the positions [B, S, 1] sees: [B, S, T]."""
+    """Return which slots [T] a token at each of the positions [B, S, 1] attends to: [B, S, T]."""
     mask = slots <= positions
     return mask if window is None else mask & (slots > positions - window)
 
@@ -131,7 +131,7 @@ def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attend from q [B, S, H, D] to k, v [B, K, T, D] where mask [B, S, T] is true; returns [B, S, H, D].
 
-    A slot that no query sees may hold anything, NaN too: it is cleared and not only weighted by zero.
+    A slot that no query attends to may hold anything, even NaN, which a weight of 0 would not cancel: it is zeroed.
     """
     B, S, H, D = q.shape
     seen = mask.any(dim=1)[:, None, :, None]
@@ -141,7 +141,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         k = torch.where(seen, k, 0)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
         return y.transpose(1, 2)
-    # The G query heads of a kv head are rows beside each other, [B, K, G * S, D]: K and V are read once.
+    # The G query heads that share a kv head become rows of one product, [B, K, G * S, D]: K and V are read once.
     q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = (q.float().unsqueeze(-2) * k.float().unsqueeze(-3)).sum(dim=-1) * D**-0.5
     scores = torch.where(mask.repeat(1, 1, H // k.shape[1], 1), scores, -torch.inf)  # [B, K, G * S, T]
@@ -150,7 +150,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Linear(LinearLayer):
-    """A linear layer; with `num_experts` a stack of so many, and each row of x says which it goes through."""
+    """A linear layer; with `num_experts` a stack of that many, of which each row of x takes one."""
 
     weight: Tensor
 
@@ -202,8 +202,8 @@ class RMSNorm(nn.Module):
 class KVCache(nn.Module):
     """The keys and values of one layer, in slots numbered by position: [B, K, length, D] each.
 
-    One slot more is allocated than a text can fill, and never read: all slots would otherwise be a contiguous tensor
-    and the first ones not, which torch.compile takes for two cases and compiles apart.
+    One more slot is allocated, which is never used. Without it the slice of all slots would be contiguous and shorter
+    ones not, and torch.compile would compile the two cases separately.
     """
 
     k: Tensor
@@ -218,11 +218,11 @@ class KVCache(nn.Module):
     def update_(self, at: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, S, K, D] in slots `at`; return the first `length` slots: [B, K, T, D] each.
 
-        at [B, S, copies]: a token's slot, as often as `num_copies` says.
+        at [B, S, copies]: each token's slot, repeated as often as `num_copies` says.
         """
         B = k.shape[0]
         rows = torch.arange(B, device=k.device).view(-1, 1, 1)
-        # Of the caches and not of a view of them, of which torch 2.11 would compile a copy of all slots.
+        # Written to the cache itself: for a write through a view of it, torch 2.11 copies all slots.
         self.k[rows, :, at] = k.unsqueeze(2)
         self.v[rows, :, at] = v.unsqueeze(2)
         return self.k[:B, :, :length], self.v[:B, :, :length]
@@ -240,11 +240,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or a kernel of the device
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
-        """Return x and what attention makes of norm(x), added up: [B, S, E]."""
+        """Return x + attention(norm(x)): [B, S, E]."""
         B, S, _ = x.shape
         heads = self.qkv_proj(x, norm=norm).view(B, S, -1, self.head_dim)
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
@@ -267,12 +267,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """Return x and what the layers make of norm(x), added up: [B, S, E]."""
+        """Return x + mlp(norm(x)): [B, S, E]."""
         return self.ranks.add(x, self.down_proj, self.gate_up_proj(x, norm=norm, gated=True))
 
 
 class Router(nn.Module):
-    """Chooses the A of X experts that each token goes to, and how much each of them counts."""
+    """Chooses A of the X experts for each token, and the weight of each."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -285,9 +285,9 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """X feed-forwards in stacks, of which each token takes A (arXiv:2401.04088).
+    """A mixture of X feed-forwards, of which each token takes A (arXiv:2401.04088).
 
-    Every rank has a part of each expert and routes alike: the sum that x comes from is the same on all, to the bit.
+    Every rank holds a slice of each expert. All ranks route alike, since the x they get is the same to the bit.
     """
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
@@ -315,18 +315,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, ranks) if config.num_local_experts else MLP(config, ranks)
 
-    # Compiled, all layers share the code of one: compile time does not grow with the depth.
+    # Compiled once for all layers: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Take and return the residual stream [B, S, E]; context: what `block_contexts` has for the layer."""
+        """Take and return the residual stream [B, S, E]; context: what `block_contexts` returns for the layer."""
         x = self.self_attn(x, self.input_layernorm, *context)
         return self.mlp(x, self.post_attention_layernorm)
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits out. Without caches each call stands alone; with them it continues what they hold.
+    """Token ids in, logits out. Without caches each call stands alone; with them it continues the text they hold.
 
-    Of several ranks each makes its own, whose parameters are the local slices that `tp.py` cuts.
+    Each of several ranks makes its own, with the slices of the parameters that `tp.py` cuts for it.
     """
 
     inv_freq: Tensor
@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         self.config, self.ranks = config, ranks
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
-        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # which types its items as any Module
+        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # a ModuleList's items are typed as Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size // ranks.count)
         if config.tie_word_embeddings:
@@ -345,14 +345,14 @@ class Transformer(nn.Module):
         self.max_seq_length = config.max_position_embeddings
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Allocate the KV caches, in the embedding's dtype and device; what they held is forgotten."""
+        """Allocate empty KV caches, in the embedding's dtype and on its device."""
         self.max_seq_length = max_seq_length
         like = self.embed_tokens.weight
         for attn in (block.self_attn for block in self.layers):
             attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
 
     def arrange_rows_(self, order: list[int]) -> None:
-        """Put into row i of the KV caches what was in row order[i]; order has every row once."""
+        """Permute the rows of the KV caches: row i gets what row order[i] held."""
         rows = [i for i, row in enumerate(order) if i != row]
         for cache in (block.self_attn.cache for block in self.layers if rows):
             assert cache is not None
@@ -375,9 +375,9 @@ class Transformer(nn.Module):
 
     @property
     def step_weight_bytes(self) -> int:
-        """The bytes of weights that a step of one token reads.
+        """The bytes of weights that decoding a token reads.
 
-        Those are all but the embedding table, unless that is the head, and but the experts that are not chosen.
+        That is all of them but the experts that are not chosen and, unless it is the head too, the embedding table.
         """
         X, A = self.config.num_local_experts, self.config.num_experts_per_tok
         mlps = [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
@@ -386,10 +386,10 @@ class Transformer(nn.Module):
         return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
 
     def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[tuple[Tensor, ...]]:
-        """Return what each block needs at positions [B, S]: cos and sin, where to store, and the mask."""
+        """Return for each block what it needs at positions [B, S]: cos, sin, the slots to write to, and the mask."""
         attn = self.layers[0].self_attn
         cached = attn.cache is not None
-        # A read on the host: only where it stalls nothing.
+        # This reads the positions on the host, so only where no GPU would wait for it.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(positions.max())
             if last >= self.max_seq_length:
@@ -401,14 +401,14 @@ class Transformer(nn.Module):
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
         num_sharing = attn.num_local_heads // attn.num_local_kv_heads
-        # Norms of heads are kernels of their own, and store what they make.
+        # Where heads are normalized, what rotates k is a kernel of its own, and copies would not save one.
         at = positions.unsqueeze(-1).expand(-1, -1, num_copies(positions, 1 if attn.q_norm else num_sharing))
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
         return [(cos, sin, at, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Run all layers; arguments as in `forward`. Returns [B, S, E], ready for `logits`."""
+        """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
         contexts = self.block_contexts(positions.expand(tokens.shape), slots)
         x = self.embed_tokens(tokens)
         for block, context in zip(self.layers, contexts, strict=True):
@@ -416,15 +416,14 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        # The norm is not left to the head: hidden may be a slice, which `made_once` cannot take.
+        # The norm is not fused with the head: hidden may be a slice, which `made_once` cannot take.
         return self.ranks.all_gather(self.lm_head(self.norm(hidden)))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.
 
-        tokens [B, S] ids. positions [S] or [B, S]: where they stand, below max_seq_length; without caches always 0 to
-        S - 1.
-        slots: arange(T), the cache slots to attend to, T above every position; by default the whole cache.
-        A step's cost follows T. Returns [B, S, V] in the model's dtype.
+        tokens [B, S]: ids. positions [S] or [B, S]: of the tokens, below max_seq_length; 0 to S - 1 without caches.
+        slots: arange(T), the cache slots to attend to, with T above every position; by default the whole cache. A
+        step's cost grows with T. Returns [B, S, V] in the model's dtype.
         """
         return self.logits(self.hidden_states(tokens, positions, slots))

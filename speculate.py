@@ -1,10 +1,10 @@
 """Speculative decoding: a draft proposes k tokens, the target verifies them in one forward (arXiv:2211.17192).
 
 The text is the target's own, whatever the draft: exactly so at temperature 0, and in distribution above it. As in the
-paper, p is the target's distribution and q the draft's; both go through the same temperature and filters.
+paper, p is the target's distribution and q the draft's; both use the same temperature and filters.
 
-A round is one call that torch.compile captures whole, `draft_and_verify`, which accepts too, and one read on the host.
-With prompt lookup a search on the host finds the drafts, and the call is `verify`.
+A round is one call that torch.compile captures whole, `draft_and_verify`, and one read on the host. With prompt lookup
+the host searches the text for drafts, and the call is `verify`. Both calls accept too.
 """
 
 from collections.abc import Callable
@@ -44,13 +44,13 @@ def draft(
     k: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Propose k ids a row, [B, k], and return with them what they were drawn from: q [B, k, V], None at temperature 0.
+    """Propose k ids per row, [B, k]; return them and the q [B, k, V] they were drawn from, None at temperature 0.
 
-    tokens, positions [B, 2]: the last two of the text. The first of them is missing in the caches where the round
-    before accepted every draft, and else written once more. noise [B, k, V]: as in `sample`. vocab_size: the target's
-    V; ids that the draft lacks are never proposed, nor are those that only the draft has.
+    tokens, positions [B, 2]: the last two of the text. The first of them is missing in the caches if the round before
+    accepted every draft, and is otherwise written again. noise [B, k, V]: as in `sample`. vocab_size: the target's V.
+    Only ids that both models have are proposed.
     """
-    tokens = tokens.clamp(max=model.config.vocab_size - 1)  # whose last id stands for those that only the target has
+    tokens = tokens.clamp(max=model.config.vocab_size - 1)  # the last id stands for those that only the target has
     ids: list[Tensor] = []
     q: list[Tensor] = []
     for i in range(k):
@@ -58,7 +58,7 @@ def draft(
         if logits.shape[-1] != vocab_size:
             logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
         if noise is None:
-            # Where they are not finite, a guess like any other. On a CPU argmax takes three times as long as max.
+            # Where logits are not finite, any id is a valid guess. On a CPU argmax takes three times as long as max.
             chosen = logits.max(dim=-1, keepdim=True).indices
         else:
             q.append(probabilities(logits, sampling))
@@ -73,9 +73,9 @@ def accept(
 ) -> tuple[Tensor, Tensor]:
     """Decide how many drafts each row accepts, n [B], and which id follows them (algorithm 1 of the paper).
 
-    logits [B, k + 1, V]: the target's. drafted [B, k], drawn from q [B, k, V]; None stands for drafts that were not
-    drawn at all. noise: uniform draws [B, k] and draws of Exp(1) [B, V], unused at temperature 0. Returns n and ids
-    [B, k + 1], of which the first n + 1 are the text's: the accepted drafts and the one that follows.
+    logits [B, k + 1, V]: the target's. drafted [B, k], drawn from q [B, k, V]; q None: they were not drawn but found.
+    noise: uniform draws [B, k] and draws from Exp(1) [B, V], unused at temperature 0. Returns n and ids [B, k + 1], of
+    which the first n + 1 join the text: the accepted drafts and the id that follows.
     """
     if sampling.temperature == 0:
         ids = likeliest(logits)
@@ -89,11 +89,11 @@ def accept(
     # A draft is accepted with probability p / q.
     accepted = uniform * q.gather(-1, chosen).squeeze(-1) < p.gather(-1, chosen).squeeze(-1)
     num_accepted = count_leading(accepted)
-    # The id after them comes from what q left of p; after the last draft q is 0.
+    # The id after them is drawn from max(p - q, 0); after the last draft q is 0.
     after = num_accepted.view(-1, 1, 1).expand(-1, 1, p.shape[-1])
     p_after = p.gather(1, after).squeeze(1)
     rest = (p_after - F.pad(q, (0, 0, 0, 1)).gather(1, after).squeeze(1)).clamp(min=0)
-    # Where p and q differ by rounding alone, nothing may be left.
+    # Where p and q differ by no more than rounding, nothing may be left.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_after)
     following = draw(rest, clocks).unsqueeze(1)
     return num_accepted, F.pad(drafted, (0, 1)).scatter(1, num_accepted.unsqueeze(1), following)
@@ -101,7 +101,7 @@ def accept(
 
 def count_leading(accepted: Tensor) -> Tensor:
     """Count how many of each row's [B, k] are true before the first that is not."""
-    return F.pad(accepted, (0, 1)).int().argmin(dim=-1)  # of equals the first
+    return F.pad(accepted, (0, 1)).int().argmin(dim=-1)  # the first zero
 
 
 def verify(
@@ -117,8 +117,8 @@ def verify(
 ) -> Tensor:
     """Run the text's last token and its k drafts through the target.
 
-    tokens, positions [B, 2]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns all that the host
-    needs to know, what `accept` returns, side by side: [B, k + 2].
+    tokens, positions [B, 2]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns n and ids, as `accept`
+    does, in one tensor for one read: [B, k + 2].
     """
     k = drafted.shape[1]
     at = positions[:, -1:] + torch.arange(k + 1, device=positions.device)
@@ -139,9 +139,9 @@ def draft_and_verify(
     accept_noise: tuple[Tensor, Tensor] | None,
     accept: Callable[..., tuple[Tensor, Tensor]] = accept,
 ) -> Tensor:
-    """Draft k ids a row with the one model and run them through the other; returns what `verify` does."""
+    """Draft k ids per row with draft_model and verify them with model; returns what `verify` does."""
     drafted, q = draft(draft_model, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
-    drafted = model.ranks.broadcast(drafted)  # ranks that each draft alone may differ
+    drafted = model.ranks.broadcast(drafted)  # where each rank drafts alone, they may differ
     return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q, accept)
 
 
@@ -149,13 +149,13 @@ def draft_and_verify(
 # How many drafts
 
 
-# Taken for the cost of one more draft, in steps of the target: that of a draft a tenth its size, and of verifying.
+# The assumed cost of one more draft, in steps of the target: a draft a tenth its size, and the verifying.
 DRAFT_COST = 0.25
-# A round weighs this much less in the next estimate.
+# By how much the weight of past rounds shrinks with each new one.
 DECAY = 0.92
-# The drafts that are taken for accepted before the first: enough to begin with the largest k.
+# Drafts counted as accepted at the beginning: enough to begin with the largest k.
 PRIOR = 1.0
-# Where drafts do not pay, so many tokens are decoded plainly before the next try; twice as many after each that fails.
+# Where drafts do not pay, this many tokens are decoded plainly before the next try, twice as many after each failure.
 FIRST_WAIT, LONGEST_WAIT = 32, 256
 
 
@@ -171,7 +171,7 @@ class Pace:
     """
 
     def __init__(self, levels: tuple[int, ...]):
-        self.levels = levels  # the numbers to choose from, falling; the last may be 0, which is plain decoding
+        self.levels = levels  # the numbers to choose from, in falling order; the last may be 0, plain decoding
         self.accepted, self.rejected = PRIOR, 0.0
         self.wait = FIRST_WAIT
         self.k = self.best()
@@ -181,17 +181,17 @@ class Pace:
         return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + DRAFT_COST * k))
 
     def plan(self, room: int) -> tuple[int, int]:
-        """Return how many tokens to decode plainly, and how many to draft then, where a text has room for `room`."""
+        """Return how many tokens to decode plainly and then how many to draft, for a text with room for `room`."""
         if room == 1:
             return 1, 0
         if self.k == 0:
             smallest = min(level for level in self.levels if level)
             return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
-        # One id of a round is no draft: no more than fill the room with it, where that is a level.
+        # A round adds one id besides the drafts: draft no more than fill the room with it, where that is a level.
         return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
 
     def update(self, counts: list[int], k: int) -> None:
-        """Take in a round: how many of k drafts were accepted, of each row that had any."""
+        """Record a round: how many of its k drafts each row accepted, of the rows that had any."""
         was_plain = self.k == 0
         self.accepted = DECAY * self.accepted + sum(counts)
         self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
@@ -201,7 +201,7 @@ class Pace:
 
 
 def levels_below(max_k: int) -> tuple[int, ...]:
-    """Return max_k, three fifths of it, and so on to 1 and 0: few, since each has a graph of its own."""
+    """Return max_k, three fifths of it, and so on down to 1 and 0: few numbers, since each needs a graph of its own."""
     return (max_k, *levels_below(max_k * 3 // 5)) if max_k else (0,)
 
 
@@ -210,7 +210,7 @@ def levels_below(max_k: int) -> tuple[int, ...]:
 
 
 class Ngrams:
-    """Where each run of tokens last stood in a text, to guess that the text goes on as it did then."""
+    """Where each n-gram of a text last ended, to guess that the text goes on as it did there."""
 
     SIZES = (3, 2)
 
@@ -226,7 +226,7 @@ class Ngrams:
             self.ids.append(i)
 
     def continuation(self, k: int) -> list[int]:
-        """Return the k ids that followed the last occurrence of the text's end; [] where it is new."""
+        """Return the k ids that followed the last occurrence of the text's last n-gram; [] where it is new."""
         for size in self.SIZES:
             end = self.ends.get(tuple(self.ids[-size:]))
             if end is not None:
@@ -243,9 +243,9 @@ class Ngrams:
 class Speculation:
     """Where drafts come from, how many there may be, and what became of them.
 
-    draft_model: its caches set up as long as the target's, and for as many rows; None is prompt lookup. Beyond the
-    context it was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
-    `levels_below(max_k)`. The steps are the plain ones until `compile_`; prefill may be a compiled one too.
+    draft_model: with caches as long as the target's, and as many rows; None: prompt lookup. Beyond the context that it
+    was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
+    `levels_below(max_k)`. The steps are the plain ones until `compile_`; prefill may be set to a compiled one.
     """
 
     draft_model: Transformer | None = None
@@ -255,10 +255,10 @@ class Speculation:
     verify: Callable[..., Any] = verify
     prefill: Callable[..., Any] = prefill
 
-    # Slots of the draft's caches that hold the text, for each row.
+    # For each row, how many slots of the draft's caches hold the text.
     filled: list[int] = field(default_factory=list, init=False)
-    # Of the latest text: how many forwards of the target accepted 0, 1, ..., max_k drafts, for each row; those of plain
-    # decoding count as 0. And how many tokens were drafted a row.
+    # Of the latest text: for each row, how many forwards of the target accepted 0, 1, ..., max_k drafts, where those of
+    # plain decoding count as 0; and how many tokens were drafted per row.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)
 
@@ -267,7 +267,7 @@ class Speculation:
         self.draft_and_verify, self.verify = compiled(draft_and_verify, mode), compiled(verify, mode)
 
     def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        """Forget the latest text but for its first `cached` ids, which the next one begins with too."""
+        """Begin a text that shares no more than its first `cached` ids with the latest."""
         self.slots = torch.arange(target.max_seq_length, device=target.device)
         self.pace = Pace(self.levels or levels_below(self.max_k))
         self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
@@ -280,7 +280,7 @@ class Speculation:
         return self.pace.plan(room)
 
     def count(self, step: list[list[int]], rooms: list[int], running: list[int]) -> None:
-        """Take in the ids that a forward of the target gave each running row, before they are cut to the row's room."""
+        """Record the ids that a forward of the target gave each running row, before they are cut to its room."""
         for row, ids in zip(running, step, strict=True):
             if rooms[row]:
                 self.accept_counts[row][len(ids) - 1] += 1
@@ -297,14 +297,15 @@ class Speculation:
     ) -> list[list[int]] | None:
         """Draft k tokens and verify them: return each running row's new ids, or None where prompt lookup finds nothing.
 
-        texts: the rows' ids, two at least; the caches of the target hold all but the last. rooms: how many more each
-        row can take; a row with none runs along for nothing. running: the texts of the first rows of the caches.
+        texts: the ids of each row, at least two; the target's caches hold all but the last. rooms: how many more each
+        can take; a row with none runs along, and what it gets is not used. running: which texts the first rows of the
+        caches hold.
         """
         num_rows, device = len(texts), self.slots.device
         texts, rooms = [texts[row] for row in running], [rooms[row] for row in running]
         ends = [len(text) for text in texts]
         slots = visible_slots(self.slots, max(ends) + k)
-        # The last two ids and their places: all that the steps need of the text, in one copy to the device.
+        # The last two ids and their positions: all that the steps need of the text, in one copy to the device.
         latest = [text[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
         tokens, at = torch.tensor(latest, device=device).unbind()
 
@@ -328,7 +329,7 @@ class Speculation:
             made = self.draft_and_verify(
                 target, tokens, at, slots, self.draft_model, k, sampling, draft_noise, accept_noise
             )
-        read = made.tolist()  # the round's one
+        read = made.tolist()  # the round's only read
 
         counts = [n for n, *_ in read]
         for row, end, n in zip(running, ends, counts, strict=True):
@@ -340,7 +341,7 @@ class Speculation:
     def noise(
         self, num_rows: int, running: list[int], k: int, vocab_size: int, generator: torch.Generator | None
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """Return what `draft` and `accept` draw with: what one row draws does not depend on those that have ended."""
+        """Return the noise for `draft` and `accept`; a row's does not depend on which others have ended."""
         device = self.slots.device
         rows = slice(None) if len(running) == num_rows else running
         drafted = None
@@ -350,18 +351,18 @@ class Speculation:
         return drafted, (uniform, exponential(num_rows, vocab_size, generator=generator, device=device)[rows])
 
     def look_up(self, texts: list[list[int]], rooms: list[int], running: list[int], k: int) -> list[list[int]]:
-        """Return k guesses for each row, [] for one that has ended or is at an end that it never had before."""
+        """Return k guesses for each row, [] for one that has ended or whose last n-gram is new."""
         seen = [self.ngrams[row] for row in running]
         for ngrams, text in zip(seen, texts, strict=True):
             ngrams.extend(text[len(ngrams.ids) :])
         return [ngrams.continuation(k) if room else [] for ngrams, room in zip(seen, rooms, strict=True)]
 
     def catch_up(self, texts: list[list[int]], ends: list[int], running: list[int]) -> None:
-        """Prefill the draft's caches with what it has not seen: the prompt at first, later what was decoded plainly."""
+        """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
         assert self.draft_model is not None
         if all(self.filled[row] >= end - 2 for row, end in zip(running, ends, strict=True)):
             return
-        # Up to the last token but one, which `draft` would write too; so a row has always one to prefill.
+        # Up to the last token but one: `draft` writes that too, but so each row has at least one to prefill.
         starts = [min(self.filled[row], end - 2) for row, end in zip(running, ends, strict=True)]
         missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1

@@ -1,6 +1,6 @@
-"""The steps of generating text: choose a token, prefill, decode; each is a function that torch.compile captures whole.
+"""The steps of text generation: sampling, prefill and decode, each captured whole by torch.compile.
 
-`generate.py` runs them in a loop, `speculate.py` adds those of speculative decoding.
+`generate.py` runs them in a loop; `speculate.py` adds those of speculative decoding.
 """
 
 import re
@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_map_only
 from kernels import MAX_ROWS, library
 from model import Transformer
 
-# Attention reads a whole number of these cache slots: few enough to follow the position, and always a multiple of
-# the vector width.
+# Attention reads a multiple of this many cache slots: small enough to follow the position, and a multiple of the
+# vector width.
 SLOTS_STEP = 64
-# The id that is chosen where logits are not finite: no token has it.
+# Stands for the chosen id where logits are not finite; no token has it.
 NOT_A_NUMBER = -1
-# What fp32 takes for a positive number, where a user's is so small that it would become 0.
+# The least that a positive option becomes in fp32, where a smaller one would underflow to 0.
 TINY = 1e-30
-# How many graphs a step may have: for each size of batch, number of drafts, few slots and all.
+# The most graphs that a step may have: one for each batch size and number of drafts, with few slots and with all.
 RECOMPILE_LIMIT = 256
-# Longer prompts are prefilled in pieces, which bounds the memory of the attention mask.
+# Longer prompts are prefilled in chunks, which bounds the memory of the attention mask.
 PREFILL_CHUNK = 2048
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ PREFILL_CHUNK = 2048
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: argmax at temperature 0, else a draw from the filtered distribution."""
+    """How a token is chosen: the likeliest at temperature 0, else drawn from the filtered distribution."""
 
     temperature: float = 0.8
     top_k: int = 0  # keep the k likeliest; 0 keeps all
@@ -47,7 +47,7 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Turn logits [..., V] into the fp32 distribution to draw from, at a temperature above 0.
 
-    The filters come in the order `transformers` has them: top-k, top-p, min-p.
+    The filters apply in the order of `transformers`: top-k, top-p, min-p.
     """
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, TINY)
@@ -67,8 +67,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     """Choose one id [B] from logits [B, V].
 
-    noise [B, V]: draws from Exp(1), made by the caller so that a seed gives the same text compiled and not; unused at
-    temperature 0.
+    noise [B, V]: draws from Exp(1), unused at temperature 0. The caller makes them, so that a seed gives the same text
+    compiled and eager.
     """
     if sampling.temperature == 0:
         return likeliest(logits)
@@ -83,11 +83,11 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def draw(p: Tensor, noise: Tensor) -> Tensor:
-    """Draw one id from weights p [..., V], which need not sum to 1, with noise [..., V] from Exp(1).
+    """Draw an id from weights p [..., V], which need not sum to 1, with noise [..., V] from Exp(1).
 
-    NOT_A_NUMBER where p is.
+    Returns NOT_A_NUMBER where p is NaN.
     """
-    # The first of exponential clocks with rates p to ring is distributed as p.
+    # Of exponential clocks with rates p, the first to ring is distributed as p.
     largest, ids = torch.where(p > 0, p / noise, -torch.inf).max(dim=-1)
     return torch.where(largest > 0, ids, NOT_A_NUMBER)
 
@@ -112,8 +112,8 @@ def decode(
     model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor | None, sampling: Sampling,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run one token [B] a row at positions [B]; return the next ids and their positions."""
-    # A row that has ended may have walked past the slots that the others still need; NOT_A_NUMBER is yet to be read.
+    """Run one token per row, [B] at positions [B]; return the next ids and their positions."""
+    # A row that has ended may be past the slots that the others need, and NOT_A_NUMBER may not have been read yet.
     tokens = tokens.clamp(min=0)
     positions = positions.clamp(max=(model.max_seq_length if slots is None else slots.shape[0]) - 1)
     hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
@@ -121,15 +121,15 @@ def decode(
 
 
 def of_the_first_layer(guards: Sequence[Any]) -> list[bool]:
-    """Say which guards to keep: what makes a graph fit a model, of its layers for the first alone.
+    """Say which guards to keep, the conditions under which a graph is reused: of the layers those of the first.
 
-    They are alike, as `check_layers` sees once for each model, and checking 22 of them takes 0.7 ms a token.
+    The layers are alike, which `check_layers` sees to once for each model; to check 22 of them takes 0.7 ms a token.
     """
     return [re.search(r"\['layers'\]\._modules\['[1-9]", guard.name) is None for guard in guards]
 
 
 def check_layers(model: Transformer) -> None:
-    """Raise ValueError where a layer has other modules or tensors than the first: a graph reads them alike."""
+    """Raise ValueError where a layer has other modules or tensors than the first: a graph takes them to be alike."""
     forms = []
     for block in model.layers:
         tensors = [*block.named_parameters(), *block.named_buffers()]
@@ -140,31 +140,31 @@ def check_layers(model: Transformer) -> None:
 
 
 def allow_many_graphs() -> None:
-    """Raise torch's limit of graphs a function to RECOMPILE_LIMIT, for the process: compile has no option in 2.11."""
+    """Raise torch's limit of graphs per function to RECOMPILE_LIMIT, for the process: in 2.11 it is no option."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def compiled(
     step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Compile prefill, decode, verify or draft_and_verify: one graph for every position, and for every prompt length.
+    """Compile prefill, decode, verify or draft_and_verify, into one graph for all positions and prompt lengths.
 
-    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, over
-    which inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph, and then one graph is
-    for every number of slots: it is given the whole cache, of which the kernel for a GPU reads what the mask shows.
-    settings: more of inductor's options, to be tried.
+    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, which
+    inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph. One such graph serves any
+    number of slots: it gets the whole cache, of which the kernel for GPUs reads only what the mask shows. settings:
+    further options of inductor's.
     """
     options: dict[str, Any] = {
         "guard_filter_fn": of_the_first_layer,
         "triton.cudagraphs": mode == "reduce-overhead",
-        # For the tiles of the reductions that stream the weights; it compiles longer, and no GPU has measured it yet.
+        # It tunes the tiles of the reductions that stream the weights, and compiles longer. No GPU has measured it yet.
         "coordinate_descent_tuning": mode == "reduce-overhead",
-        # Of kernels that share so many bytes one is made: keys and values are stored together, a launch a layer less.
+        # Kernels that share this many bytes are fused: keys and values are stored together, one launch less per layer.
         "score_fusion_memory_threshold": 1 if mode == "reduce-overhead" else 10,
-        "size_asserts": False,  # it would ask the sizes of each tensor of each layer anew, 0.4 ms a token
-        # A loop of fewer steps a thread is over before another thread has begun.
+        "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes 0.4 ms a token
+        # With fewer iterations per thread, a loop is over before another thread has started.
         "cpp.min_chunk_size": 4096,
-        # Inductor would compile a test program for each kind of vectors; kernels.py has seen that they work here.
+        # Inductor would compile a test program for each vector instruction set; kernels.py has shown that they work.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
     options |= settings or {}
@@ -184,7 +184,7 @@ def compiled(
         if mode is None:
             torch._dynamo.mark_dynamic(slots, 0)
             return graph(model, tokens, positions, slots, *rest)
-        # A replay begins at the root: what the one before returned has been copied, and it may write over it.
+        # A replay may overwrite what the one before returned, which has been cloned.
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(Tensor, torch.clone, graph(model, tokens, positions, None, *rest))
 
@@ -197,10 +197,10 @@ def compiled(
 
 @dataclass
 class Batch:
-    """Texts that grow side by side. Those that have ended leave where a smaller power of two is enough for the others.
+    """Texts that grow side by side. Those that have ended leave as soon as a smaller power of two holds the others.
 
-    A row is its text's place in `texts` and in whatever a caller has a list of; only the caches are put in another
-    order. models: whose caches those are.
+    A row is numbered by its text's place in `texts`, for the caller too; only the rows of the caches change places.
+    models: those with the caches.
     """
 
     texts: list[list[int]]
@@ -209,11 +209,11 @@ class Batch:
     models: list[Transformer]
 
     def __post_init__(self) -> None:
-        self.order = list(range(len(self.texts)))  # which text each row of the caches has
-        self.running = self.order  # the first of them, which take part in a step
+        self.order = list(range(len(self.texts)))  # which text each row of the caches holds
+        self.running = self.order  # the first of these, which take part in a step
 
     def take(self, step: list[list[int]]) -> list[list[int]]:
-        """Cut the ids that each running row was given at its end, add them to its text; return those of every row."""
+        """Cut each running row's new ids where it ends, and add them to its text; return the new ids of every row."""
         taken: list[list[int]] = [[] for _ in self.texts]
         for row, given in zip(self.running, step, strict=True):
             ids = given[: self.rooms[row]]
@@ -233,12 +233,12 @@ class Batch:
 
     @property
     def needed(self) -> int:
-        """How many rows have to run: a power of two, so that few sizes are compiled, or all there are."""
+        """How many rows have to run: a power of two, so that few batch sizes are compiled, or all."""
         num_going_on = len(self.texts) - self.rooms.count(0)
         return min(2 ** max(0, num_going_on - 1).bit_length(), len(self.running))
 
     def shrink_(self) -> None:
-        """Let rows that have ended leave, if the others are few enough."""
+        """Drop rows that have ended, if the others fit a smaller batch."""
         if (needed := self.needed) < len(self.running):
             ended_last = sorted(self.running, key=lambda row: self.rooms[row] == 0)
             self.arrange_(ended_last + self.order[len(ended_last) :])
@@ -252,17 +252,17 @@ class Batch:
 
 
 def batch_sizes(num_rows: int) -> list[int]:
-    """Return the sizes that a batch may shrink to, rising, and at last its own."""
+    """Return the sizes that a batch may shrink to, in rising order, and its own."""
     return [2**i for i in range(num_rows.bit_length()) if 2**i < num_rows] + [num_rows]
 
 
 def visible_slots(slots: Tensor, length: int) -> Tensor:
-    """Return the first slots of arange(capacity) that a text of `length` reads, in whole steps."""
+    """Return the first slots of arange(capacity), as many as a text of `length` reads, rounded up to SLOTS_STEP."""
     return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
 
 
 def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
-    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator never waits for it."""
+    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator need not wait for it."""
     in_flight: deque[tuple[Tensor, Any]] = deque()
 
     def read() -> list[list[int]]:
@@ -286,11 +286,11 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
 def prompt_chunks(
     prompts: list[list[int]], starts: list[int], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield tokens [B, S], positions [B, S] and the length up to which they fill the longest row's cache.
+    """Yield tokens [B, S], positions [B, S] and the length to which they fill the longest row's cache.
 
-    Each row continues its first `starts` slots. Rows end together. A shorter one is filled up at its left with its own
-    first token at its own first position, which only writes that slot once more. So are very short prompts, which
-    would be compiled apart.
+    Each row continues its first `starts` slots. Rows end together: a shorter one is padded on the left with its first
+    token at its first position, which only writes that slot again. So are very short prompts, which would need a graph
+    of their own.
     """
     shortest = MAX_ROWS + 1
     length = max(shortest, *map(len, prompts))
@@ -299,11 +299,11 @@ def prompt_chunks(
     shifts = [start + len(p) - length for start, p in zip(starts, prompts, strict=True)]
     positions = columns + torch.tensor(shifts, device=device).unsqueeze(-1)
     positions = positions.maximum(torch.tensor(starts, device=device).unsqueeze(-1))
-    first = length % PREFILL_CHUNK  # the odd piece comes first: a last one could be too short
+    first = length % PREFILL_CHUNK  # the odd chunk comes first: as the last it could be too short
     first = first if first >= shortest else first + PREFILL_CHUNK
     bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
     for begin, end in pairwise(bounds):
-        # Copies, since a compiled prefill would take a slice's strides for another case.
+        # Copies, since a compiled prefill would make another graph for a slice's strides.
         piece = slice(begin, end)
         filled = max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
         yield copy_of(tokens[:, piece]), copy_of(positions[:, piece]), filled
