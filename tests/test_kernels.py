@@ -1,10 +1,12 @@
 """The C++ kernels against their plain twins."""
 
+import contextlib
 import mmap
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@contextlib.contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Check against the product in fp64: weights may be rounded to bf16, and results are, twice with their bias."""
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -79,6 +91,25 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, f"{2 * (12 * MAX_ROWS + 4)}\n"), result.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 6, 11])
+@pytest.mark.parametrize("N", [1300, 4368])
+def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) -> None:
+    """Cut into many pieces, which the threads take as they come; more threads than cores, so that some are late."""
+    x, weight = normal(rows, 1024), normal(N, 1024, seed=1)
+    layers: list[torch.nn.Module] = [
+        StreamedLinear(weight, None), StreamedInt8Linear(*quantize_int8(weight), None),
+    ]  # fmt: skip
+    if N % TALL == 0:
+        layers.append(StreamedInt4Linear(*quantize_int4(weight, 32), None))
+    for layer in layers:
+        with on_threads(1):
+            expected = layer(x)
+        for threads in (2, 3, 7):
+            with on_threads(threads):
+                assert all(torch.equal(layer(x), expected) for _ in range(20))
+    assert_product(layers[0], x, weight, None)
 
 
 def test_each_row_is_multiplied_alone() -> None:
@@ -205,12 +236,8 @@ ATTENTION_SHAPES = [
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, threads: int) -> Tensor:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         return torch.ops.kernels.attention(q, k, v, mask)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
