@@ -48,24 +48,24 @@ SAFETENSORS_DTYPES = {
     torch.int64: "I64",
 }
 
-# What a weight may be stored as to be cast to the run dtype; codes of a quantized weight are never cast.
+# A weight of one of these is cast to the run dtype; codes of a quantized weight are never cast.
 FLOAT_DTYPES = {*DTYPES.values(), torch.float64}
 Spec = tuple[torch.dtype, torch.Size]  # of a tensor
-# Far above any real model: what is larger is a slip that would exhaust the memory or overflow a tensor's size.
+# Far above any real model: larger values are mistakes that would exhaust memory or overflow a tensor's size.
 MAX_COUNT, MAX_SIZE = 2**12, 2**24
 
-# What stands beside the weights and decides the text too.
+# Files beside the weights that influence the text too.
 TEXT_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "vocab.json", "merges.txt",
 )  # fmt: skip
-# What stands beside the weights and goes with them into another form.
+# Files beside the weights that are copied with them into another form.
 COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 
 QWEN_DEFAULTS: dict[str, Any] = {
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
 }  # fmt: skip
-# What `transformers` assumes where a family's config.json is silent.
+# What `transformers` assumes for keys that a family's config.json leaves out.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
@@ -85,9 +85,9 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-# Flags that only the arithmetic of these families knows; in the others they are off.
+# Flags that only these families have; in the others they must be off.
 FLAGS = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
-# Keys of config.json that would change the arithmetic, and the values under which they do not.
+# Keys of config.json that would change the arithmetic, and the values with which they do not.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, None),
@@ -217,10 +217,10 @@ def parse_experts(values: dict[str, Any]) -> tuple[int, int]:
 
 
 def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """Return how far back the layers see, None for all the way, and which layers see all the way nevertheless.
+    """Return the sliding window, None where there is none, and the layers with full attention in spite of it.
 
-    As in `transformers`, a Llama sees all the way, and of a Qwen the first `max_window_layers` do, unless `layer_types`
-    says otherwise; only a Qwen heeds `use_sliding_window`.
+    As in `transformers`, a Llama has full attention, and so have the first `max_window_layers` of a Qwen, unless
+    `layer_types` says otherwise; only a Qwen heeds `use_sliding_window`.
     """
     window = None if values["sliding_window"] is None else read_number(values, "sliding_window")
     family, kinds = values["model_type"], values.get("layer_types")
@@ -272,7 +272,7 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     low, high = number("low_freq_factor"), number("high_freq_factor")
     if low >= high:
         raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-    # `transformers` too prefers the one beside the object to the one in it.
+    # Like `transformers`, prefer the one beside the object to the one in it.
     name = "original_max_position_embeddings"
     original = read_number(rope if values.get(name) is None else values, name)
     return theta, RopeScaling("llama3", number("factor"), low, high, original)
@@ -310,7 +310,7 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
 
 # A parameter of the model that is several of the Hub's tensors stacked along the output features.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# A stack of experts, which is such tensors of one expert after the other, by Mixtral's names.
+# A stack of experts: such tensors of one expert after the other, by Mixtral's names.
 EXPERTS_STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
@@ -319,7 +319,7 @@ def is_stack(name: str, config: ModelConfig) -> bool:
 
 
 def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Return a stack of experts as one matrix, theirs below each other; any other tensor as it is."""
+    """Return a stack of experts as one matrix, expert below expert; any other tensor as it is."""
     return tensor.flatten(0, 1) if is_stack(name, config) else tensor
 
 
@@ -359,7 +359,7 @@ class TensorFiles:
     def __init__(self, checkpoint_path: Path, allow_pickle: bool = False):
         self.path = checkpoint_path
         self.allow_pickle = allow_pickle
-        # The format before torch 1.6 cannot be mapped: a file is read whole, so the last one stays.
+        # A file in the format before torch 1.6 cannot be mapped but is read whole, so the last one is kept.
         self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         self.files: dict[str, str] = self._index()
 
@@ -424,7 +424,7 @@ def is_zip(path: Path) -> bool:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read a .bin state dict and run none of its code; mapped, unless it is of the format before torch 1.6."""
+    """Read a .bin state dict without running code from it; mapped, unless it is in the format before torch 1.6."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except Exception as error:  # torch.load raises whatever the bytes lead it to
@@ -445,7 +445,7 @@ def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) ->
 
 
 def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
-    """Map a tensor of the shape of `spec`; if it is of floats they may be others, codes must have its dtype."""
+    """Map a tensor, whose shape must be that of `spec`; its dtype too, unless both are floats."""
     tensor = files.get(name)
     dtype, shape = spec
     if (tensor.dtype != dtype and not {tensor.dtype, dtype} <= FLOAT_DTYPES) or tensor.layout != torch.strided:
@@ -462,7 +462,7 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
 
 
 def check_depth(files: TensorFiles, config: ModelConfig) -> None:
-    """Raise ValueError where the weights have fewer layers than config.json says, before so many are made."""
+    """Raise ValueError where the weights have fewer layers than config.json says, before that many are made."""
     found = {match[1] for name in files.files if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
     if len(found) < config.num_hidden_layers:
         raise ValueError(
@@ -472,7 +472,7 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
 
 
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
-    """Raise ValueError where a tensor is missing, or the model has no place for one. A tied head may be there too."""
+    """Raise ValueError where a tensor is missing, or is not the model's. A tied head may be there or not."""
     missing = sorted(set(expected) - set(files.files))
     # Old releases of transformers stored the rotary frequencies.
     unexpected = sorted(n for n in set(files.files) - {*expected, *tied} if not n.endswith(".rotary_emb.inv_freq"))
@@ -492,7 +492,7 @@ def quantization_scheme(raw_config: dict[str, Any]) -> Scheme | None:
 def meta_model(raw_config: dict[str, Any], ranks: Ranks = ONE_RANK) -> Transformer:
     """Make the model that config.json describes, or this rank's share, on the meta device: shapes without memory.
 
-    Raises ValueError where its sizes cannot be shared so.
+    Raises ValueError where its sizes cannot be divided among the ranks.
     """
     scheme = quantization_scheme(raw_config)
     config = parse_config(raw_config)
@@ -514,7 +514,7 @@ def model_tensors(
 ) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
     """Return the specs of the model's parameters, and the function that reads this rank's share of one.
 
-    From either layout.
+    Both layouts are read.
     """
     raw = read_config(checkpoint_path)
     files = TensorFiles(checkpoint_path, allow_pickle)
@@ -548,7 +548,7 @@ def model_tensors(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether no value is NaN or infinite; codes never are. One pass at memory speed, unlike isfinite()."""
+    """Say whether no value is NaN or infinite; codes never are. Unlike isfinite(), one pass at memory speed."""
     return not tensor.is_floating_point() or all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
@@ -573,12 +573,12 @@ def load_model(
 
 
 def assign_parameters(model: Transformer, state: dict[str, Tensor], device: str | torch.device) -> Transformer:
-    """Give a model made on the meta device its parameters; the tied head and the buffers follow."""
+    """Give a model made on the meta device its parameters, the tied head and the buffers."""
     tied = model.tied
     model.load_state_dict({**state, "lm_head.weight": state["embed_tokens.weight"]} if tied else state, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
-    state.clear()  # so that a weight is given up as soon as it is repacked
+    state.clear()  # so that a weight is freed as soon as it is repacked
     model.inv_freq = rope_frequencies(model.config).to(device)
     repack_(model)
     return model.eval().requires_grad_(False)
@@ -593,7 +593,7 @@ def random_model(
 ) -> Transformer:
     """Make the model that config.json describes, quantized or not, with random weights: for speed work.
 
-    Each of several ranks draws its own share, so that together they are another model than one rank alone.
+    Each of several ranks draws its own share: together they are another model than a single rank makes.
     """
     model = meta_model(raw_config, ranks)
     generator = torch.Generator(device).manual_seed(seed + ranks.rank)
@@ -617,12 +617,12 @@ def random_model(
 # Copies on several nodes
 
 
-# Of a file of weights so many places of so many bytes are compared: what trains a model changes nearly all.
+# Of a file of weights, this many places of this many bytes are compared: training changes nearly all of them.
 NUM_PLACES, PLACE_SIZE = 64, 4096
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file; of one of weights that of its size and of places spread over it."""
+    """Return the SHA-256 of a file; for weights, of its size and of places spread over it."""
     if path.suffix != ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
@@ -637,7 +637,7 @@ def digest(path: Path) -> str:
 def check_copies(checkpoint_paths: Collection[Path], ranks: Ranks) -> None:
     """Raise ValueError where a rank's copy of a checkpoint is not rank 0's.
 
-    The ranks would part ways where a text ends, and wait for each other, or together be a model that nobody made.
+    The ranks might disagree about where a text ends and wait for each other, or compute with mixed weights.
     """
     if ranks.count == 1:
         return
@@ -692,10 +692,10 @@ def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, shape: torc
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its name when all went well, and is removed when not.
+    """Yield a temporary folder beside `path` that is renamed to it if all goes well, and is removed if not.
 
-    A run that was killed leaves its temporary folder: the next one to the same path removes it.
-    Raises ValueError where `path` holds something already.
+    A run that is killed leaves its temporary folder, which the next one to the same path removes. Raises ValueError
+    where `path` holds something already.
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists already; remove it or name another output")
@@ -704,7 +704,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as ours:
-            with locked(path.parent, wait=True):  # or another run could take ours for abandoned before it is locked
+            with locked(path.parent, wait=True):  # else another run could take ours for abandoned before it is locked
                 for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
                     with contextlib.suppress(OSError), locked(abandoned):
                         shutil.rmtree(abandoned)
@@ -724,9 +724,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which ends with the process however that ends.
+    """Hold the lock of a folder; it ends with the process, however that ends.
 
-    Where another holds it: wait for it, or raise BlockingIOError.
+    Where another process holds it, wait for it or raise BlockingIOError.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -737,7 +737,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of files is on the disk, so that no loss of power can leave half of it."""
+    """Wait until a file, or a folder's list of files, is on the disk: a loss of power cannot leave half of it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -747,7 +747,7 @@ def sync(path: Path) -> None:
 
 def sibling(path: Path, suffix: str) -> Path:
     """Return the folder beside `path` whose name has `suffix` too; in ./checkpoints for one of the Hub's cache."""
-    if path.name in ("", ".."):  # "." and "..", which do not say what the folder is called
+    if path.name in ("", ".."):  # "." and ".." do not say what the folder is called
         path = path.resolve()
     cached = path.parent.parent.name  # as models--organization--name/snapshots/commit
     if path.parent.name == "snapshots" and cached.startswith("models--"):
@@ -756,7 +756,7 @@ def sibling(path: Path, suffix: str) -> Path:
 
 
 def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
-    """Write config.json of the fused layout into the folder `path`, and copy what stood beside the weights."""
+    """Write config.json of the fused layout into the folder `path`, and copy the files beside the weights."""
     raw_config = {key: value for key, value in raw_config.items() if key != "torch_dtype"}
     raw_config |= {"dtype": str(dtype).removeprefix("torch."), "layout": "fused"}
     (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")

@@ -3,8 +3,8 @@
     python generate.py
     python generate.py --checkpoint_path checkpoints/meta-llama/Llama-3.2-1B --prompt "Once upon a time" --compile
 
-Prefill runs the prompt, decode one token at a time; each is one function that torch.compile captures whole. The text
-goes to stdout as it is made, all else to stderr. What the command line can say stands in options.py.
+Prefill runs the prompt, decode one token at a time; torch.compile captures each of them whole. The text goes to stdout
+as it is generated, everything else to stderr. The command line's options are in options.py.
 """
 
 if __name__ == "__main__":
@@ -61,12 +61,12 @@ from tp import draft_ranks, from_rank_0, process_group, together
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-# From ids [B], their positions [B] and how long the longest text is to the ids that follow and their positions.
+# From ids [B], their positions [B] and the length of the longest text to the ids that follow and their positions.
 DecodeOne = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
-    """Return how many slots of the caches a text may fill. Raises ValueError where a prompt needs more, or is empty."""
+    """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
     capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
     longest = max(map(len, prompts))
     if not all(prompts):
@@ -85,7 +85,7 @@ def check_room(model: Transformer, prompts: list[list[int]], cached: int, specul
 
 
 def launch_steps(decode: DecodeOne, batch: Batch, device: torch.device, count: int) -> Iterator[Tensor]:
-    """Launch `count` steps of the running rows, each on the ids [B] of the one before; fewer once some can leave."""
+    """Launch `count` steps of the running rows, each on the ids [B] of the step before; stop once rows can leave."""
     texts = [batch.texts[row] for row in batch.running]
     ids = torch.tensor([text[-1] for text in texts], device=device)
     lengths = [len(text) for text in texts]
@@ -98,7 +98,7 @@ def launch_steps(decode: DecodeOne, batch: Batch, device: torch.device, count: i
 
 
 def decode_plainly(decode: DecodeOne, batch: Batch, device: torch.device, count: int) -> Iterator[list[list[int]]]:
-    """Yield `count` times the new id of each running row. Rows that have ended leave on the way."""
+    """Yield the new id of each running row, `count` times. Rows that have ended leave the batch on the way."""
     while count > 0:
         batch.shrink_()
         for step in read_behind(launch_steps(decode, batch, device, count), lag=0 if device.type == "cpu" else 1):
@@ -123,12 +123,13 @@ def generate(
 ) -> Iterator[list[list[int]]]:
     """Yield, step by step, the new ids of each row: [] for a row that has ended, several where drafts were accepted.
 
-    model: its caches set up for at least len(prompts) rows. prompts: ids, at least one a row. cached: how many of each
-    prompt's first ids the caches hold already, of an earlier turn. A row ends with one of eos_ids (yielded too), after
-    max_new_tokens, when prompt and new tokens fill the cache, of which speculation keeps the last max_k slots for
-    drafts that go too far, or when the caller puts its number into `ended`. Rows that have ended leave the batch where
-    a smaller power of two is enough for the others. prefill, decode: the plain steps or `compiled` ones. Raises
-    ValueError where a prompt is empty or does not fit, and where logits are not finite.
+    model: with caches for at least len(prompts) rows. prompts: ids, at least one per row. cached: how many of each
+    prompt's first ids the caches hold already, from an earlier turn. prefill, decode: the plain steps, or compiled.
+
+    A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
+    `ended`, or when prompt and new tokens fill the caches, whose last max_k slots speculation keeps for drafts beyond
+    the end. Rows that have ended leave the batch as soon as a smaller power of two holds the others. Raises ValueError
+    if a prompt is empty or does not fit, or if logits are not finite.
     """
     device = model.device
     capacity = check_room(model, prompts, cached, speculation)
@@ -140,7 +141,7 @@ def generate(
     def forward(step: Callable[..., Any], tokens: Tensor, positions: Tensor, length: int) -> Any:
         noise = None
         if sampling.temperature != 0:
-            # For the rows that have ended too: what another row draws does not depend on them.
+            # For rows that have ended too, so that what the others draw does not depend on them.
             noise = exponential(len(prompts), model.config.vocab_size, generator=generator, device=device)
             noise = noise if len(batch.running) == len(prompts) else noise[batch.running]
         return step(model, tokens, positions, visible_slots(slots, length), sampling, noise)
@@ -183,7 +184,7 @@ def generate(
 
 
 def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer, Speculation | None]:
-    """Load the model and what speculates for it, with caches for the longest text and drafts that go beyond its end."""
+    """Load the model and what drafts for it, with caches for the longest text and for drafts beyond its end."""
 
     def one(path: Path, dtype: torch.dtype, ranks: Ranks) -> Transformer:
         if args.random_weights:
@@ -208,8 +209,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
 
 
 def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None, quiet: bool) -> None:
-    """Compile all that a run may need: every size of batch and number of drafts, few slots and all (see `compiled`)."""
-    shortest = sorted(chain(*job.batches), key=len)  # so that few slots are few: the long rows may be the first to end
+    """Compile all that a run may need: every batch size and number of drafts, few slots and all (see `compiled`)."""
+    shortest = sorted(chain(*job.batches), key=len)  # few slots must be few: the long rows may be the first to end
     sizes = {size for batch in job.batches for size in batch_sizes(len(batch))}
     levels = levels_below(speculation.max_k) if speculation else (0,)
     cases = [
@@ -229,7 +230,7 @@ def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Specula
 def sample_batches(
     args: argparse.Namespace, job: Job, launch: Callable[..., Any], speculation: Speculation | None, ranks: Ranks
 ) -> Iterator[list[Row]]:
-    """Run one batch of prompts after the other; yield each one's rows."""
+    """Run one batch of prompts after the other; yield the rows of each."""
     sizes = [len(prompts) for prompts in job.batches]
     for i, prompts in enumerate(job.batches, start=1):
         trace = args.profile and i == len(job.batches) and ranks.rank == 0
@@ -250,7 +251,7 @@ def sample_batches(
 def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     job = together(partial(check, args, ranks), ranks)
     check_copies(list(filter(None, (args.checkpoint_path, args.draft_checkpoint_path))), ranks)
-    # Of other files that differ between nodes, rank 0's count.
+    # Where other files differ between nodes, rank 0's count.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
     began = time.perf_counter()

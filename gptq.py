@@ -1,7 +1,7 @@
 """GPTQ: int4 codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
 
-`quantize.py --mode int4-gptq` is the command. It walks the model block by block: in memory are one block, the sums
-x x^T of its linears' inputs, and the hidden states of the calibration text.
+`quantize.py --mode int4-gptq` is the command. It walks the model block by block, with one block in memory, the Hessians
+of its linears (the sums of x x^T over their inputs), and the hidden states of the calibration text.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from model import Block, ModelConfig, Transformer, rope_frequencies
 from quantize import Encode, encode_int4, group_parameters, linears
 from tokenizer import load_tokenizer
 
-# Columns that are rounded before the rest of the matrix is brought up to date (section 3.3, step 2).
+# Columns that are rounded before the rest of the matrix is updated (section 3.3, step 2).
 BLOCK_SIZE = 128
-# What the diagonal of the sums is raised by, as a share of its mean (section 3.3, step 3).
+# What is added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3).
 DAMPING = 0.01
 # The default calibration text: modules of the standard library that the demo was not trained on.
 CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
@@ -31,11 +31,11 @@ CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "
 def gptq(
     weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = False, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose codes, scales and zeros as `quantize_int4` does, but to keep the products with the calibration inputs.
+    """Return codes, scales and zeros in the form of `quantize_int4`, chosen to keep the products with given inputs.
 
-    hessian [K, K]: the sum of x x^T over those inputs. Column by column, the error of rounding one is made up for by
-    those not yet rounded (algorithm 1). act_order: the columns with the largest inputs first,
-    each in the group that it has by its place.
+    hessian [K, K]: the sum of x x^T over the calibration inputs. Columns are rounded one by one, and those not yet
+    rounded compensate for the error (algorithm 1). act_order: columns with the largest inputs first; their groups stay
+    those of their places in the weight.
     """
     K = weight.shape[1]
     scales, zeros = group_parameters(weight, group_size)
@@ -49,7 +49,7 @@ def gptq(
         errors = torch.empty_like(columns[begin:end])
         for i in range(begin, end):
             group = places[i] // group_size
-            if not act_order and i % group_size == 0:  # by now the group has taken over the errors before it
+            if not act_order and i % group_size == 0:  # by now the group compensates for the errors before it
                 span = group_parameters(columns[i : i + group_size].t(), group_size)
                 scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
             scale, zero = scales[:, group].float(), zeros[:, group].float()
@@ -62,9 +62,9 @@ def gptq(
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular U with U^T U = H^-1, where `damping` of its mean was added to the diagonal of H.
+    """Return the upper triangular U with U^T U = H^-1, after `damping` times the mean of H's diagonal is added to it.
 
-    Inputs that are few or depend on each other leave H singular: more is added until it can be inverted.
+    Inputs that are few or linearly dependent leave H singular: more is added until it can be inverted.
     """
     mean = hessian.diagonal().mean().clamp(min=1e-6)
     if not mean.isfinite():
@@ -87,8 +87,8 @@ def gptq_stack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
 
-    counts: the tokens that each saw. Fewer than it has inputs say little about others to come: the fewer, the more
-    damping, down to rounding to nearest for none. Measured, that is never worse than rounding.
+    counts: the tokens that each expert saw. Fewer tokens than it has inputs say little about other tokens: the fewer,
+    the more damping, and none at all is rounding to nearest. As measured, this is never worse than rounding.
     """
     K = stack.shape[-1]
     dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
@@ -99,13 +99,13 @@ def gptq_stack(
 
 
 def zero_sums(weight: Tensor) -> Tensor:
-    """Return where x x^T of a layer's inputs is to be added up: [K, K], of a stack [X, K, K]."""
+    """Return the zeros to which x x^T of a layer's inputs is added: [K, K], for a stack [X, K, K]."""
     K = weight.shape[-1]
     return torch.zeros(*weight.shape[:-2], K, K, device=weight.device)
 
 
 class Calibration:
-    """The hidden states of a calibration text on their way through a model, block by block."""
+    """The hidden states of a calibration text, on their way through a model block by block."""
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ class Calibration:
     ):
         """model: on the meta device. table: its embedding [V, E]. windows [num, S]: token ids.
 
-        `tick` is called each time that a window has passed a block, which each does twice.
+        `tick` is called whenever a window has passed through a block, which each does twice.
         """
         self.act_order, self.tick = act_order, tick
-        self.scarce: dict[tuple[int, int], int] = {}  # the tokens of an expert that saw few, by its layer and number
+        self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
         x = torch.nn.functional.embedding(windows.to(table.device), table)
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
@@ -129,7 +129,7 @@ class Calibration:
         self.layer = 0
 
     def encoders(self, block: Block) -> dict[str, Encode]:
-        """Run the text into `block`; return by name of its linears what chooses their codes."""
+        """Run the text through `block` as it is; return, by name of its linears, the functions that choose codes."""
         children = linears(block)
         sums = {name: zero_sums(child.weight) for name, child in children.items()}
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
@@ -164,14 +164,14 @@ class Calibration:
         return encoders
 
     def advance(self, block: Block) -> None:
-        """Run the text through `block`, quantized by now."""
+        """Run the text through `block`, which is quantized by now, to the next one."""
         for n, x in enumerate(self.hidden):
             self.hidden[n] = block(x, *self.contexts[self.layer])
             self.tick()
         self.layer += 1
 
     def warning(self) -> str | None:
-        """Say which experts the text left short of tokens, if any."""
+        """Say which experts saw too few tokens of the text, if any."""
         if not self.scarce:
             return None
         (layer, expert), count = min(self.scarce.items(), key=lambda item: item[1])
@@ -182,7 +182,7 @@ class Calibration:
 
 
 def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
-    """Cut token ids [num, S] evenly out of the calibration text, each window with its BOS; fewer if it is short."""
+    """Return windows of token ids [num, S], spread evenly over the calibration text, each with a BOS."""
     tokenizer = load_tokenizer(args.checkpoint_path)
     path = args.calibration_file
     text = read_text("--calibration_file", path) if path else library_text(CALIBRATION_MODULES)

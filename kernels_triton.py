@@ -1,10 +1,10 @@
 """Kernels for CUDA: products with int8 and int4 weights of up to 16 rows, and attention of up to 16 queries a row.
 
-`kernels.py` chooses them where a model is on such a device and Triton is there; nothing else imports this file. The
-plain twin of each product is that of a plain layer with the dequantized weight, that of attention `model.attention`.
+`kernels.py` chooses them for models on such a device, where Triton is installed; nothing else imports this file. The
+plain twin of each product is a plain layer with the dequantized weight, that of attention `model.attention`.
 
-No GPU has run them yet. Triton's interpreter has, against their twins, and its compiler makes them for sm_80 and sm_90:
-scripts/ahead.py.
+No GPU has run them yet. Triton's interpreter has, against their twins, and Triton compiles them for sm_80 and sm_90
+(scripts/ahead.py).
 """
 
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from torch import Tensor
 
 from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, Norm, constant, in_one_loop, streamed_linear
 
-# Queries a row that the attention kernel takes: a decode step, and what speculation verifies.
+# The most queries per row of a batch that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
-# Cache slots that a program of the attention kernel takes at a time; and those whose mask it looks at together.
+# Cache slots in a block of the attention kernel, and blocks whose mask it reads together.
 SLOTS, LOOK_AHEAD = 64, 32
-# Programs of the attention kernel: about two for each multiprocessor of the largest GPUs. Of the shapes alone, so that
-# the same text comes out of every GPU.
+# Programs of the attention kernel: about two per multiprocessor of the largest GPUs. It does not depend on the GPU, so
+# that every GPU writes the same text.
 PROGRAMS = 256
-# Rows of a weight that int4 needs for eight of them to share an x: with fewer rows the GPU would not be filled.
+# Int4 weights with at least this many rows have eight of them share an x: with fewer, the GPU would not be filled.
 MANY_ROWS = 2048
-# Queries of a kv head that one of them takes, over all heads that share it: more would spill registers.
+# Queries, over all heads that share a kv head, that a program of the attention kernel takes: more spill registers.
 MAX_TILE = 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the products share
 #
-# A launch takes its time even where there is little to do, so a product does what stands around it too, each as
-# `LinearLayer.forward` says. GATED, a program takes as many rows of gate as of up: its loop stays what it is.
+# A launch costs time even where there is little to do, so a product also does what surrounds it, as described in
+# `LinearLayer.forward`. If GATED, half of a program's rows are gate's and half are up's: the loop is the same.
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def rows_of_program(N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore
 
 @triton.jit
 def store_sums(y, sums, n, bias, residual, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store what the rows n of the weight gave, sums [m, rows] of which M are of use, to this program's part of y."""
+    """Finish the sums [m, rows] of the weight's rows n, of which the first M count, and store them to y."""
     if bias is not None:
         sums += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
     if GATED:
@@ -72,9 +72,9 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
 
 
 class CudaLinear(KernelLinear):
-    """One whose kernel, of up to MAX_ROWS rows, does what stands around the product."""
+    """A KernelLinear whose kernel, for up to MAX_ROWS rows, also does what surrounds the product."""
 
-    max_rows_normalized = 0  # up to so many rows of x are normalized by the kernel too
+    max_rows_normalized = 0  # up to this many rows of x are normalized by the kernel too
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         rows = x.flatten(0, -2)
@@ -91,14 +91,14 @@ class CudaLinear(KernelLinear):
 # ---------------------------------------------------------------------------------------------------------------------
 # int4
 #
-# A word of 32 bits holds eight codes of a group, a group's words stand beside each other: code p of word t is column
-# p * group_size / 8 + t of the group. So a thread loads 16 bytes that share a scale, and its columns of x are runs.
-# The scale and the zero point of a group are one word too: bf16 each, the scale in the low half.
+# A word of 32 bits holds eight codes of a group, and a group's words are adjacent: code p of word t is column
+# p * group_size / 8 + t of the group. So the 16 bytes that a thread loads share a scale, and its columns of x are
+# contiguous. A group's scale and zero point are one word too: bf16 each, the scale in the low half.
 #
-# On a large GPU four instructions for each weight take as long as reading it. So no code is converted: it is cut out
-# where it stands, as bits of the fraction of 1 + code / 256 or 1 + code / 16. Code 0 begins at bit 15 of its word, code
-# 1 at bit 19, and so on around; turning the word by 8 bits brings the next two there. What the ones add to a sum is
-# taken off again, which leaves it right to 2^-17 of the largest that it could be.
+# On a large GPU four instructions per weight take as long as reading it. So codes are not converted: they are masked
+# out in place, as bits of the fraction of the fp32 numbers 1 + code / 256 and 1 + code / 16. Code 0 begins at bit 15 of
+# its word, code 1 at bit 19, and so on around; rotating the word by 8 bits brings the next two there. What the ones add
+# to a sum is subtracted again, which leaves it exact to 2^-17 of the largest sum possible.
 
 
 @triton.jit
@@ -120,14 +120,14 @@ def two_codes(packed, turn: tl.constexpr, low_bits, high_bits):  # type: ignore[
     return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
 
-# The bits that `two_codes` cuts out: arguments, since an instruction takes one constant only, and with a second one
-# `packed & low_bits | 0x3F800000` would be two.
+# The masks of `two_codes`. They are arguments, since an instruction takes only one constant: with two of them
+# `packed & low_bits | 0x3F800000` would be two instructions.
 CODE_BITS = (0x00078000, 0x00780000)
 
 
 @triton.jit
 def load_x(x, norm, at, mask):  # type: ignore[no-untyped-def]
-    """Return x at these columns, times the weight of the norm, if there is one; and its squares."""
+    """Return x at these columns, times the norm's weight if there is one, and the squares of x."""
     values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
     squares = values * values
     if norm is not None:
@@ -142,7 +142,7 @@ def int4_row(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Multiply one x [K] with ROWS rows of a weight [N, K], BLOCK groups at a time.
 
-    It is normalized behind the product, by the root of its mean square, which each program sums beside its own.
+    The norm divides the product by x's root mean square, which each program computes in the same loop.
     """
     WORDS: tl.constexpr = GROUP // 8
     n = rows_of_program(N, ROWS, GATED)
@@ -154,17 +154,17 @@ def int4_row(  # type: ignore[no-untyped-def]
         there = groups < num_groups
         both = (n < N)[:, None] & there[None, :]
         at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
-        # So that a row's words are dealt to the threads before the next row's, two groups are said to be contiguous,
-        # which is not so: Triton 3.6 would take the rows first.
+        # Two groups are declared contiguous, which they are not, so that threads are laid out along a row before they
+        # go to the next: Triton 3.6 would go along the rows first.
         offsets = tl.max_contiguous(at[:, :, None] * WORDS + words[None, None, :], (1, 2, WORDS))
         packed = tl.load(weight + offsets, mask=both[:, :, None], other=0).to(tl.uint32, bitcast=True)
-        # One at a time, as if they were not aligned: with groups of 32 a thread loads its own group's, and nothing goes
-        # by shared memory.
+        # Declared unaligned, so that they are loaded one at a time: with groups of 32 a thread loads its own group's,
+        # and nothing goes through shared memory.
         pairs = tl.load(parameters + tl.multiple_of(at, (1, 1)), mask=both, other=0)
         scale, zero = scale_and_zero(pairs)
         columns = groups[:, None] * GROUP + words[None, :]
         low_sum, high_sum = tl.zeros((BLOCK, WORDS), tl.float32), tl.zeros((BLOCK, WORDS), tl.float32)
-        # x is here and below, but the compiler loads it once.
+        # x is read here and below, but the compiler loads it once.
         for turn in tl.static_range(4):
             low_x, low_square = load_x(x, norm, columns + 2 * turn * WORDS, there[:, None])
             high_x, high_square = load_x(x, norm, columns + (2 * turn + 1) * WORDS, there[:, None])
@@ -172,7 +172,7 @@ def int4_row(  # type: ignore[no-untyped-def]
             high_sum += high_x
             if norm is not None:
                 squares += low_square + high_square
-        # The sum of code * x / 16: the ones are taken off first.
+        # The sum of code * x / 16, from which the ones are subtracted first.
         products = tl.broadcast_to((-16 * low_sum - high_sum)[None, :, :], (ROWS, BLOCK, WORDS))
         for turn in tl.static_range(4):
             low, high = two_codes(packed, turn, low_bits, high_bits)
@@ -212,7 +212,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
         columns = x + m[:, None] * (num_groups * GROUP) + (groups * GROUP + words % WORDS)[None, :]
         for turn in tl.static_range(4):
             low, high = two_codes(packed, turn, low_bits, high_bits)
-            # Exact: fp32 has all bits of each product.
+            # Exact: fp32 holds all bits of each product.
             low, high = low * (256 * scale) - (256 + zero) * scale, high * (16 * scale) - (16 + zero) * scale
             low_x = tl.load(columns + 2 * turn * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
             high_x = tl.load(columns + (2 * turn + 1) * WORDS, mask=(m < M)[:, None] & there[None, :], other=0)
@@ -222,7 +222,7 @@ def int4_rows(  # type: ignore[no-untyped-def]
 
 
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
-    """Return the tile of `int4_row`: 16 bytes of each row a thread, and threads for all of K, up to 128."""
+    """Return the tile of `int4_row`: 16 bytes of each row per thread, and threads for all of K, up to 128."""
     words = min(512, triton.next_power_of_2(K // 8))
     rows = 8 if N >= MANY_ROWS else 4
     return {"ROWS": rows, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
@@ -255,7 +255,7 @@ def int4_product(
 
 
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:
-    """Pack codes uint8 0 to 15 [N, K] as said above: int32 [N, K / 8]."""
+    """Pack codes uint8 0 to 15 [N, K] as described above: int32 [N, K / 8]."""
     eighths = codes.unflatten(-1, (-1, 8, group_size // 8)).transpose(-2, -1).contiguous()
     words = (eighths[..., ::2] | eighths[..., 1::2] << 4).contiguous().view(torch.int32).flatten(-3)
     return words << 15 | words >> 17 & 0x7FFF
@@ -269,7 +269,7 @@ def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
 
 
 class Int4Linear(CudaLinear):
-    """codes and zeros uint8 0 to 15, [N, K] and [N, K / group]; scales as zeros, whose values are bf16's."""
+    """codes uint8 0 to 15 [N, K]; zeros uint8 0 to 15 and scales, exact in bf16, [N, K / group]."""
 
     tensors = ("weight", "parameters_of_groups")
     max_rows_normalized = 1
@@ -334,10 +334,10 @@ def int8_product(
 
 
 class Int8Linear(CudaLinear, AtenInt8Linear):
-    """Its tensors are those of the CPU's; what differs is the product of up to 16 rows."""
+    """With the tensors of the CPU's layer; only the product of up to 16 rows differs."""
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
-        # What inductor writes for a row or two reads the codes once; for more it would write the weight out first.
+        # For one or two rows inductor's loop reads the codes once; for more it would write the weight to memory first.
         if in_one_loop(x):
             return streamed_linear(x, self.weight, self.bias, self.scales, norm, gated, residual)
         return super().fused(x, norm, gated, residual)
@@ -359,8 +359,8 @@ def attend_split(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Attend from the G * S queries of a kv head to every `splits`-th block of its slots.
 
-    Blocks go round the splits like cards, so that the work is even wherever the text ends; and nothing is loaded of
-    those outside what the mask shows, so that it follows the text and not the cache.
+    Blocks are dealt to the splits in turn, so that the work is even wherever the text ends. Blocks before the first
+    that the mask shows and after the last are not loaded: the cost follows the text and not the cache.
     """
     head, split = tl.program_id(0), tl.program_id(1)  # head: of all rows of the batch
     b = head // kv_heads
@@ -370,7 +370,7 @@ def attend_split(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK)
     mask += b.to(tl.int64) * S * T
 
-    # This split's blocks are j * splits + split; which of them, from `begin` to `end`, does any query see?
+    # This split's blocks are j * splits + split; find the range from `begin` to `end` that any query sees.
     num_blocks = tl.cdiv(T, BLOCK)
     count = (num_blocks - split + splits - 1) // splits
     begin, end = count, 0
@@ -420,7 +420,7 @@ def combine_splits(  # type: ignore[no-untyped-def]
     partial, largest, total, y, kv_heads, splits,
     S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Add up what the splits found for one query: each one's sums are relative to its own largest score."""
+    """Add up the splits' results for one query, each relative to the largest score of its split."""
     head, row = tl.program_id(0), tl.program_id(1)  # row: s * G + g
     split, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     there = split < splits
@@ -436,7 +436,7 @@ def combine_splits(  # type: ignore[no-untyped-def]
 
 
 def num_splits(num_heads: int, T: int) -> int:
-    """Return into how many splits the slots of each kv head go: a power of 2, as few programs as fill a GPU."""
+    """Return the number of splits of each kv head's slots: a power of 2, for as few programs as fill a GPU."""
     return min(triton.next_power_of_2(triton.cdiv(T, SLOTS)), triton.next_power_of_2(triton.cdiv(PROGRAMS, num_heads)))
 
 
@@ -456,7 +456,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     partial = q.new_empty(B * K, splits, S * (H // K), D, dtype=torch.float32)
     largest, total = q.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
     tile = attention_tile(S, H // K, D)
-    scale = D**-0.5 * 1.4426950408889634  # powers of 2 and not of e: log2(e)
+    scale = D**-0.5 * 1.4426950408889634  # log2(e): the kernel takes powers of 2
     attend_split[(B * K, splits, triton.cdiv(S * (H // K), tile["ROWS"]))](
         q, k, v, mask.view(torch.int8), partial, largest, total, T, K, *k.stride()[:2], *v.stride()[:2], splits, scale,
         **tile,
@@ -468,13 +468,13 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """As `model.attention`: a kernel for few queries, whatever the size of the cache, else a fused one of torch's."""
+    """As `model.attention`: for few queries the kernel above, else a fused one of torch's."""
     G = q.shape[2] // k.shape[1]
     if q.shape[1] <= MAX_QUERIES:
         return torch.ops.kernels.cuda_attention(q, k, v, mask)
     seen = mask.any(dim=1)[:, None, :, None]
-    # torch's only fused kernel on every GPU that takes a mask is the memory-efficient one, and it takes no groups of
-    # heads: K and V are repeated, a copy that is small beside the products of a prompt.
+    # The only fused kernel of torch's that takes a mask on every GPU is the memory-efficient one, which does not take
+    # grouped heads: K and V are repeated, a copy that is small beside the products of a prompt.
     k, v = (torch.where(seen, t, 0).repeat_interleave(G, dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
 
@@ -482,8 +482,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators
 #
-# Opaque to torch.compile, as those of kernels.py: inductor would find nothing to fuse with inside, and in a CUDA graph
-# a call costs no time on the host. A Triton kernel shown to it (`triton_op`) is compiled with the graph, each time.
+# Opaque to torch.compile, like those of kernels.py: there is nothing for inductor to fuse with, and in a CUDA graph a
+# call costs no time on the host. As a `triton_op` a kernel would be compiled anew with every graph.
 
 
 def define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
@@ -507,4 +507,4 @@ define(
     "cuda_attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
     split_attention, lambda q, k, v, mask: q.new_empty(q.shape),
 )  # fmt: skip
-assert MAX_ROWS <= 16  # rows of a tensor core's tile
+assert MAX_ROWS <= 16  # the rows of a tensor core's tile

@@ -3,8 +3,8 @@
     python quantize.py --checkpoint_path checkpoints/demo --mode int4-gptq --groupsize 32
 
 The linears of the blocks take the mode, the output head is always int8, the embedding and the norms stay as they are;
-activations are never quantized. A checkpoint's stored form is one for all devices: `repack_` turns it, when a model is
-loaded, into what the device's kernel reads.
+activations are never quantized. The stored form is the same for all devices: when a model is loaded, `repack_` turns it
+into what the device's kernels read.
 """
 
 if __name__ == "__main__":
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MODES = ("int8", "int4", "int4-gptq")
 GROUP_SIZES = (32, 64, 128, 256)
-# The least scale: what a group of zeros gets, so that no code is divided by 0.
+# The least scale, which a group of zeros gets, so that nothing is divided by 0.
 MIN_SCALE = 2.0**-40
 # Weight [N, K] and group size to codes [N, K], scales and zeros [N, groups].
 Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -45,13 +45,13 @@ class Scheme:
     """How the linears of a checkpoint are stored."""
 
     mode: str
-    group_size: int | None = None  # input columns that share a scale and a zero point; None in int8: a whole row does
+    group_size: int | None = None  # input columns that share a scale and a zero point; None: a whole row, in int8
 
     def __str__(self) -> str:
         return self.mode if self.group_size is None else f"{self.mode}-g{self.group_size}"
 
 
-# Rounding the output head to int8 is not seen in the perplexity, to int4 it is: results/NOTES.md.
+# Rounding the output head to int8 does not show in the perplexity, to int4 it does: results/NOTES.md.
 HEAD_SCHEME = Scheme("int8")
 
 
@@ -73,26 +73,26 @@ def parse_scheme(value: Any) -> Scheme | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic, of a weight [N, K] or of a stack of them, [X, N, K]
+# Arithmetic, on a weight [N, K] or a stack of them, [X, N, K]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N], symmetric in each output channel."""
+    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N], symmetrically per output channel."""
     weight = weight.float()
     scales = (weight.abs().amax(dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
     return (weight / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the weight [N, K] that `quantize_int8` stands for, in fp32."""
+    """Return the weight that codes and scales stand for: fp32 [N, K]."""
     return codes.float() * scales.float().unsqueeze(-1)
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros 0 to 15 [N, groups].
 
-    A code c stands for (c - zero) * scale; a group's codes span its weights and 0. Where group_size does not divide K
-    the last group is shorter.
+    A code c stands for (c - zero) * scale; a group's codes span its weights and 0. The last group is shorter where
+    group_size does not divide K.
     """
     scales, zeros = group_parameters(weight, group_size)
     group_of = torch.arange(weight.shape[-1], device=weight.device) // group_size
@@ -100,14 +100,14 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 
 
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """Return the weight [N, K] that `quantize_int4` stands for, in fp32."""
+    """Return the weight that codes, scales and zeros stand for: fp32 [N, K]."""
     K = codes.shape[-1]
     groups = F.pad(codes, (0, -K % group_size)).unflatten(-1, (-1, group_size)).float()
     return ((groups - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)[..., :K]
 
 
 def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the bf16 scales and the uint8 zeros [N, groups] with which codes span each group's weights and 0."""
+    """Return the bf16 scales and uint8 zeros [N, groups] with which the codes span each group's weights and 0."""
     groups = weight.float().split(group_size, dim=-1)
     low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1).clamp(max=0)
     high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1).clamp(min=0)
@@ -136,14 +136,14 @@ def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
 
 
 class QuantizedLinear(LinearLayer):
-    """A linear layer, or a stack of them, as it is stored, and the plain path where no kernel takes the shape."""
+    """A linear layer, or a stack of them, in its stored form: the plain path for shapes that no kernel takes."""
 
     def __init__(self, shape: torch.Size, bias: bool):
         super().__init__()
         self.bias = constant(torch.empty(shape[:-1])) if bias else None
 
     def dequantize(self, chosen: Any = ...) -> Tensor:
-        """Return the weight in fp32; of a stack, what it has at an index."""
+        """Return the weight in fp32, of a stack the layers at an index."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Its codes are packed in pairs."""
+    """Its codes are packed two to a byte."""
 
     def __init__(self, shape: torch.Size, group_size: int, bias: bool = False):
         super().__init__(shape, bias)
@@ -180,7 +180,7 @@ class Int4Linear(QuantizedLinear):
 
 
 def repack_(model: Transformer) -> None:
-    """Give a loaded model the kernels of its device, and its linears their form, where one takes their shape."""
+    """Give a loaded model the kernels of its device, and repack the linears whose shape one of them takes."""
     dtype = model.embed_tokens.weight.dtype
 
     def exact(child: nn.Module) -> bool:
@@ -189,7 +189,7 @@ def repack_(model: Transformer) -> None:
         return scales is None or torch.equal(scales.to(dtype).to(scales), scales)
 
     names = [name for name, child in model.named_modules() if isinstance(child, (Linear, Int8Linear, Int4Linear))]
-    # No kernel takes these, of no layer, since a compiled step has layers which are alike: `steps.of_the_first_layer`.
+    # Kept on the plain path, in all layers, since a compiled step needs layers that are alike (`steps.check_layers`).
     plain = {name.split(".")[-1] for name in names if not exact(model.get_submodule(name))}
     for name in (name for name in names if name.split(".")[-1] not in plain):
         stored, layer = model.get_submodule(name), None
@@ -247,8 +247,8 @@ def quantized_parts(
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield the quantized model's parameters by name: the embedding, block after block, then norm and head.
 
-    model: the one to quantize, on the meta device; `read` gives its parameters by name, and one block's are in memory
-    at a time. calibration: GPTQ's, None rounds to nearest. `tick` is called after every linear.
+    model: the one to quantize, on the meta device; `read` returns its parameters by name, and one block at a time is in
+    memory. calibration: for GPTQ; None rounds to nearest. `tick` is called after every linear.
     """
     head = "embed_tokens.weight" if model.tied else "lm_head.weight"
     yield {"embed_tokens.weight": read("embed_tokens.weight")}
@@ -260,7 +260,7 @@ def quantized_parts(
         for name, child in linears(block).items():
             stored = quantize_linear(child, scheme, encoders.pop(name, quantize_int4))
             parameters |= stored.named_parameters(prefix + name)
-            if calibration:  # the next block is to see what the quantized ones before it give
+            if calibration:  # the next block is calibrated on what the quantized blocks before it return
                 child.weight = constant(stored.dequantize().to(child.weight.dtype))
             tick()
         if calibration:
@@ -349,7 +349,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) -> Iterator[str]:
-    """Say, a line for each kind of tensor, what becomes of it. before, after: their specs; target: on meta."""
+    """Say what becomes of each kind of tensor, one per line. before, after: the specs; target: on the meta device."""
 
     def megabytes(specs: dict[str, Any], kind: str) -> float:
         sizes = (shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind_of(name) == kind)

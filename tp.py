@@ -1,11 +1,12 @@
-"""Tensor parallelism: which rank holds which part of a model, and what the ranks say to each other.
+"""Tensor parallelism: which rank holds which part of a model, and how the ranks communicate.
 
     torchrun --nproc_per_node=2 generate.py --prompt "import " --compile
 
-Every rank runs the same program on its slice of each weight (Megatron's split, arXiv:1909.08053). They meet where the
-model calls `ranks`: a sum after the embedding, after attention and after the feed-forward, a gather after the output
-head, and rank 0's token ids after sampling. That last one, and no seed, is why all ranks write the same text. NCCL
-carries it on GPUs, gloo on CPUs; rank and world size are torchrun's global ones, over as many nodes as it started.
+Every rank runs the same program on its slice of each weight (Megatron's split, arXiv:1909.08053). They communicate
+where the model calls `ranks`: an all-reduce after the embedding, after attention and after the feed-forward, an
+all-gather after the output head, and a broadcast of rank 0's token ids after sampling. It is the broadcast, and not a
+seed, that makes all ranks write the same text. The backend is NCCL on GPUs and gloo on CPUs; rank and world size are
+torchrun's global ones, over all nodes that it started.
 """
 
 import contextlib
@@ -33,9 +34,9 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
-# Module -> how each of its stacked parts is cut, in a stack of experts those of each. «column» and «vocabulary» cut the
-# output features, «row» the input features, as Megatron names them. A head's features lie beside each other, so that
-# equal pieces are whole heads. Of kv heads there may be fewer than ranks: then several ranks hold the same one.
+# Module -> how each of its stacked parts is cut; in a stack of experts, those of each expert. «column» and «vocabulary»
+# cut the output features, «row» the input features, as Megatron names them. A head's features are adjacent, so that
+# equal pieces are whole heads. There may be fewer kv heads than ranks: then several ranks hold the same one.
 PLAN = {
     "embed_tokens": ("vocabulary",),
     "qkv_proj": ("column", "kv_heads", "kv_heads"),
@@ -49,7 +50,7 @@ PLAN = {
 def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: Ranks) -> Tensor:
     """Cut this rank's share out of a part of parameter `name`; of a mapped file only that share is read.
 
-    A sum over ranks would count a row-parallel bias once for each: rank 0 has it, the others have zeros.
+    The sum over ranks would add a row-parallel bias once per rank: rank 0 has it, the others have zeros.
     """
     *_, module, kind = name.split(".")
     if ranks.count == 1 or module not in PLAN:  # a norm, or a router
@@ -84,17 +85,17 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
             )
 
 
-# The sums of a small draft cost more than reading it whole, those of a large one less. On H200s, at 3.4 TB/s and 8 us a
-# sum, two a layer: they are even where the bytes that a rank need not read take as long as the sums. See the README.
+# The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break
+# even where the bytes that a rank need not read take as long as the all-reduces: on H200s 3.4 TB/s and 8 us each.
 BYTES_READ_PER_SUM = 3.4e12 * 8e-6
 
 
 def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ranks: Ranks) -> Ranks:
     """Say who computes the draft: the ranks together where that is faster and its sizes allow it, else each on its own.
 
-    step_bytes: what a step of the whole draft reads. Even if each computes it, only rank 0's drafts are used.
+    step_bytes: what a step of the whole draft reads. Even if each rank computes it, only rank 0's drafts are used.
     """
-    num_sums = 2 * config.num_hidden_layers + 3  # and the embedding's, the gather of the head, the ids' broadcast
+    num_sums = 2 * config.num_hidden_layers + 3  # the 3: the embedding's, the head's all-gather, the ids' broadcast
     if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
         return ONE_RANK
     try:
@@ -105,8 +106,8 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the ranks say to each other: operators of our own, which torch.compile takes as they are; not by way of
-# `torch.library.custom_op`, which loads the compiler at the first call: a second, before an eager run's first token.
+# How the ranks communicate: custom operators, opaque to torch.compile. Not made by `torch.library.custom_op`, which
+# imports the compiler at the first call, a second before an eager run's first token.
 
 for operator in ("all_reduce", "all_gather", "broadcast"):
     torch.library.define(f"tp::{operator}", "(Tensor x) -> Tensor")
@@ -114,12 +115,12 @@ for operator in ("all_reduce", "all_gather", "broadcast"):
 
 @torch.library.impl("tp::all_reduce", "CompositeExplicitAutograd")
 def all_reduce(x: Tensor) -> Tensor:
-    """Return the sum over all ranks, by the fastest way there is for x."""
+    """Return the sum over all ranks, in the fastest way there is for x."""
     if x.device.type == "cuda" and x.dtype in ONE_SHOT_DTYPES and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0:
         buffer = symmetric_buffer(x.device)
         if buffer is not None:
-            # Its kernel begins and ends with a barrier of all ranks: none reads before all have copied, and none copies
-            # the next summand before all have read. A CUDA graph replays both.
+            # The kernel begins and ends with a barrier of all ranks: none reads before all have copied, and none copies
+            # its next summand before all have read. A CUDA graph replays both.
             summand = buffer.view(x.dtype)[: x.numel()].view(x.shape).copy_(x)
             return torch.ops.symm_mem.one_shot_all_reduce(summand, "sum", world().group_name)
     x = x.clone(memory_format=torch.contiguous_format)
@@ -129,7 +130,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 @torch.library.impl("tp::all_gather", "CompositeExplicitAutograd")
 def all_gather(x: Tensor) -> Tensor:
-    """Return every rank's x beside each other, along the last dimension."""
+    """Return the x of all ranks, concatenated along the last dimension."""
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, dim=-1)
@@ -159,18 +160,18 @@ def world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-# Up to so many bytes every rank reads all others' summands itself, in one kernel; NCCL's rings are for more.
+# Up to this many bytes each rank reads all summands itself, in one kernel; NCCL's rings are for more.
 ONE_SHOT_BYTES = 2**18
-ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # all that the kernel is compiled for
+ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)  # those that the kernel is compiled for
 
 
 @functools.cache
 def symmetric_buffer(device: torch.device) -> Tensor | None:
-    """Make ONE_SHOT_BYTES of memory that the GPUs of all ranks see; None where there is none.
+    """Allocate ONE_SHOT_BYTES that the GPUs of all ranks can read; None where that is impossible.
 
     No GPU has run this yet.
     """
-    if int(os.environ["LOCAL_WORLD_SIZE"]) != dist.get_world_size():  # GPUs of another node are not reached so
+    if int(os.environ["LOCAL_WORLD_SIZE"]) != dist.get_world_size():  # it does not reach GPUs of another node
         return None
     try:
         from torch.distributed import _symmetric_memory
@@ -202,7 +203,7 @@ def process_group() -> Iterator[Ranks]:
     if count == 1:
         yield ONE_RANK
         return
-    # A rank that waits for the others would not see Ctrl-C: it ends the process instead.
+    # While a rank waits for the others, Python would not handle Ctrl-C: it ends the process instead.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with user_errors():
         if "LOCAL_WORLD_SIZE" not in os.environ:
@@ -217,7 +218,7 @@ def process_group() -> Iterator[Ranks]:
     threading.Thread(target=end_with_the_launcher, args=(os.getppid(), done), daemon=True).start()
     try:
         yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
-        dist.barrier()  # torn down while others still work, a group's threads would abort them
+        dist.barrier()  # if the group were torn down while others still work, its threads would abort them
     except SystemExit as end:
         leave(store, end.code if isinstance(end.code, int) else 1 if end.code else 0)
     except Exception as error:
@@ -232,7 +233,7 @@ def process_group() -> Iterator[Ranks]:
 
 
 def leave(store: dist.Store, status: int) -> NoReturn:
-    """End this process at once and, through torchrun's store, all others, whatever they wait for."""
+    """End this process at once and, through torchrun's store, all others, whatever they are waiting for."""
     with contextlib.suppress(RuntimeError):  # torchrun is gone
         status = int(store.compare_set(ENDED, "", str(status)))
     with contextlib.suppress(OSError):  # nobody reads what we print
@@ -255,7 +256,7 @@ def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
         store.wait([ENDED], timedelta(days=365))
         status = int(store.get(ENDED))
     except RuntimeError:
-        # Its host may be a rank that has met this one for the last time, which then is done in a moment too.
+        # The store's host may be a rank that has just finished; then this one finishes in a moment too.
         if not done.wait(MOMENT):
             say_gone()
     if not done.is_set():
@@ -272,7 +273,7 @@ def end_with_the_launcher(launcher: int, done: threading.Event) -> None:
 
 
 def say_gone() -> None:
-    with contextlib.suppress(OSError):  # so may be the terminal
+    with contextlib.suppress(OSError):  # the terminal may be gone too
         print(GONE, file=sys.stderr, flush=True)
 
 
@@ -281,7 +282,7 @@ def num_cores() -> int:
 
 
 def local_device(name: str, ranks: Ranks) -> str:
-    """Return the device of this rank. Raises ValueError where --device `name` is a single one."""
+    """Return this rank's device. Raises ValueError where --device `name` is a single device for several ranks."""
     if ranks.count == 1 or name == "cpu":
         return name
     if name != "cuda":
@@ -291,12 +292,12 @@ def local_device(name: str, ranks: Ranks) -> str:
 
 @functools.cache
 def patient_group() -> dist.ProcessGroup:
-    """Make a group of all ranks that wait for each other as long as it takes: a user may think for hours."""
+    """Make a group of all ranks, without a timeout: a user may think for hours."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 def together(function: Callable[[], T], ranks: Ranks) -> T:
-    """Call function on every rank; where that is a user's mistake on any of them, rank 0 alone says so and all end."""
+    """Call function on every rank. If it raises a user's mistake on any of them, rank 0 alone says so and all end."""
     if ranks.count == 1:
         return function()
     raised: BaseException | None = None
@@ -316,7 +317,7 @@ def together(function: Callable[[], T], ranks: Ranks) -> T:
 
 
 def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
-    """Call function on rank 0 alone and return what it gave there to every rank."""
+    """Call function on rank 0 alone and return its result on every rank."""
     values: list[Any] = [together(lambda: function() if ranks.rank == 0 else None, ranks)]
     if ranks.count > 1:
         dist.broadcast_object_list(values, group=patient_group())
