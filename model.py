@@ -71,7 +71,7 @@ class ModelConfig:
         return None if layer in self.full_attention_layers else self.sliding_window
 
 
-def itself(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -81,9 +81,9 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    all_reduce: Callable[[Tensor], Tensor] = itself  # the sum over all ranks
-    all_gather: Callable[[Tensor], Tensor] = itself  # of all ranks, concatenated along the last dimension
-    broadcast: Callable[[Tensor], Tensor] = itself  # rank 0's
+    all_reduce: Callable[[Tensor], Tensor] = identity  # the sum over all ranks
+    all_gather: Callable[[Tensor], Tensor] = identity  # of all ranks, concatenated along the last dimension
+    broadcast: Callable[[Tensor], Tensor] = identity  # rank 0's
 
     def add(self, residual: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
         """Return residual + layer(x), where each rank's layer gives one summand of layer(x)."""

@@ -127,7 +127,8 @@ def measure_group(group: str, rungs: list[Rung], args: argparse.Namespace, resul
             if not fresh:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
                 roofs += [roof] if turn >= unsampled else []
-            for rung in rungs:
+            # Back and forth, since what has just run may slow down what comes next.
+            for rung in rungs if turn % 2 == 0 else reversed(rungs):
                 value = rung.measure()
                 if turn >= unsampled:
                     rung.samples.append(value)

@@ -32,7 +32,6 @@ from scripts.measure import (
     Steps,
     decode_mode,
     decode_rate,
-    median_ms,
     prefill_rate,
     runs,
     seconds,
@@ -74,7 +73,9 @@ class Ours:
         return decode_rate(self.model, self.steps, num_tokens)
 
     def at(self, position: int) -> float:
-        return 1e3 / median_ms(step_at(self.model, self.steps.decode, position), str(self.model.device), NUM_STEPS)
+        step = step_at(self.model, self.steps.decode, position)
+        step()  # warms up
+        return NUM_STEPS / seconds(lambda: [step() for _ in range(NUM_STEPS)], str(self.model.device))
 
     def prefill(self, length: int) -> float:
         return prefill_rate(self.model, self.steps, length)
@@ -196,8 +197,10 @@ class LlamaCpp:
         if self.num_filled < position:
             self.keep(0)
             self.forward([1] * position)
-        self.keep(position)
-        return self.steps(1, NUM_STEPS)
+        for count in (1, NUM_STEPS):  # the first warms up
+            self.keep(position)
+            rate = self.steps(1, count)
+        return rate
 
     def prefill(self, length: int) -> float:
         self.keep(0)
@@ -341,6 +344,10 @@ def rungs(bench: Bench, raw: dict[str, Any], folder: Path) -> Iterator[Rung]:
         for name, weights, runner in contenders(bench, raw, folder)
         if isinstance(runner, Ours) or runs(name, partial(runner.decode, 2))
     ]
+    # Those of one form of the weights follow each other, before the machine's speed has changed much: ours, to which
+    # the ratios are, then llama.cpp, and then those that take longest.
+    forms = list(dict.fromkeys(weights for _, weights, _ in everyone))
+    everyone.sort(key=lambda one: (forms.index(one[1]), isinstance(one[2], Forwards)))
     for what, size in (("decode", bench.args.new_tokens), ("at", POSITION), ("prefill", PREFILL)):
         label = {"decode": "decode", "at": f"decode at {size}", "prefill": f"prefill of {size}"}[what]
         ours: dict[str, str] = {}

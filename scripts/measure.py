@@ -141,7 +141,7 @@ def make_steps(device: str) -> dict[str, Steps]:
     }
 
 
-NUM_STEPS = 10  # of a sample at a position, of those who are called a forward a token
+NUM_STEPS = 30  # of a sample at a position, when others are compared
 
 
 def decode_mode(device: str) -> str | None:
@@ -197,8 +197,10 @@ class Forwards:
         if self.num_filled < position:
             self.keep(0)
             self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
-        self.keep(position)
-        return self.steps(torch.tensor([[1]], device=self.device), NUM_STEPS)
+        for count in (1, NUM_STEPS):  # the first warms up
+            self.keep(position)
+            rate = self.steps(torch.tensor([[1]], device=self.device), count)
+        return rate
 
     def prefill(self, length: int) -> float:
         prompt = torch.ones(1, length, dtype=torch.long, device=self.device)

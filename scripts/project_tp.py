@@ -19,7 +19,7 @@ import json
 from typing import Any
 
 from checkpoint import parse_config
-from cli import user_errors, write_whole
+from cli import ArgumentParser, user_errors, write_whole
 from model import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["llama-3.1-70b", "llama-3.1-405b"], help="files of configs/")
     parser.add_argument("--output_path", type=Path, metavar="FILE", help="write formula, inputs and figures as JSON")
     args = parser.parse_args(argv)

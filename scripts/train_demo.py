@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import new_folder, parse_config, save_hub_checkpoint
-from cli import user_errors
+from cli import ArgumentParser, number, user_errors
 from gptq import CALIBRATION_MODULES
 from model import Transformer
 
@@ -244,13 +244,13 @@ and passed on under the same terms.
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output_dir", type=Path, default=Path("checkpoints"), help="where demo and demo-draft are written"
     )
-    parser.add_argument("--steps", type=int, default=1800, help="training steps of the demo")
-    parser.add_argument("--draft_steps", type=int, default=600, help="training steps of the draft")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=number(int, 1), default=1800, help="training steps of the demo")
+    parser.add_argument("--draft_steps", type=number(int, 1), default=600, help="training steps of the draft")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     return parser.parse_args(argv)
 
 

@@ -580,7 +580,7 @@ def test_a_conversation_on_a_pipe_and_under_two_ranks(chat_folder, run_here):
     lines = "x\n\nünïcödé <|im_end|>\n/reset\nx"
     one = run_here(lines, *talk)
     assert one.returncode == 0, one.stderr
-    prefilled = list(map(int, re.findall(r"(\d+) tokens prefilled", one.stderr)))
+    prefilled = list(map(int, re.findall(r"(\d+) tokens? prefilled", one.stderr)))
     assert len(prefilled) == 3
     assert prefilled[2] == 1  # after the reset the caches still hold the prompt
     assert ">" not in one.stderr
