@@ -593,7 +593,7 @@ def random_model(
 ) -> Transformer:
     """Make the model that config.json describes, quantized or not, with random weights: for speed work.
 
-    Each of several ranks draws its own share: together they are another model than a single rank makes.
+    Each of several ranks draws its own share: together these are another model than one rank alone would draw.
     """
     model = meta_model(raw_config, ranks)
     generator = torch.Generator(device).manual_seed(seed + ranks.rank)

@@ -210,7 +210,7 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
 
 def warm_up(launch: Callable[..., Iterator[Any]], job: Job, speculation: Speculation | None, quiet: bool) -> None:
     """Compile all that a run may need: every batch size and number of drafts, few slots and all (see `compiled`)."""
-    shortest = sorted(chain(*job.batches), key=len)  # few slots must be few: the long rows may be the first to end
+    shortest = sorted(chain(*job.batches), key=len)  # the rows that go on may be these: few slots must hold no long one
     sizes = {size for batch in job.batches for size in batch_sizes(len(batch))}
     levels = levels_below(speculation.max_k) if speculation else (0,)
     cases = [
@@ -251,7 +251,7 @@ def sample_batches(
 def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     job = together(partial(check, args, ranks), ranks)
     check_copies(list(filter(None, (args.checkpoint_path, args.draft_checkpoint_path))), ranks)
-    # Where other files differ between nodes, rank 0's count.
+    # Where other files differ between nodes, rank 0's are used.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
     began = time.perf_counter()

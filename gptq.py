@@ -1,6 +1,6 @@
 """GPTQ: int4 codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
 
-`quantize.py --mode int4-gptq` is the command. It walks the model block by block, with one block in memory, the Hessians
+`quantize.py --mode int4-gptq` is the command. It walks the model block by block: in memory are one block, the Hessians
 of its linears (the sums of x x^T over their inputs), and the hidden states of the calibration text.
 """
 
@@ -88,7 +88,7 @@ def gptq_stack(
     """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
 
     counts: the tokens that each expert saw. Fewer tokens than it has inputs say little about other tokens: the fewer,
-    the more damping, and none at all is rounding to nearest. As measured, this is never worse than rounding.
+    the more damping; an expert without any is rounded to nearest. As measured, this is never worse than rounding.
     """
     K = stack.shape[-1]
     dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
@@ -99,7 +99,7 @@ def gptq_stack(
 
 
 def zero_sums(weight: Tensor) -> Tensor:
-    """Return the zeros to which x x^T of a layer's inputs is added: [K, K], for a stack [X, K, K]."""
+    """Return a matrix of 0 to add up x x^T of a layer's inputs in: [K, K], for a stack [X, K, K]."""
     K = weight.shape[-1]
     return torch.zeros(*weight.shape[:-2], K, K, device=weight.device)
 
@@ -164,7 +164,7 @@ class Calibration:
         return encoders
 
     def advance(self, block: Block) -> None:
-        """Run the text through `block`, which is quantized by now, to the next one."""
+        """Run the text through `block`, which is quantized by now: the next block gets its outputs."""
         for n, x in enumerate(self.hidden):
             self.hidden[n] = block(x, *self.contexts[self.layer])
             self.tick()
@@ -182,7 +182,7 @@ class Calibration:
 
 
 def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
-    """Return windows of token ids [num, S], spread evenly over the calibration text, each with a BOS."""
+    """Return windows of token ids [num, S], spread evenly over the text, each with its BOS; fewer if it is short."""
     tokenizer = load_tokenizer(args.checkpoint_path)
     path = args.calibration_file
     text = read_text("--calibration_file", path) if path else library_text(CALIBRATION_MODULES)

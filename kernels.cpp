@@ -30,8 +30,8 @@ constexpr int TALL = 16;     // rows of w in a block of int4, and those of bf16 
                              // short ones would take longer than their product
 constexpr int MAX_ROWS = 16;  // of x, as in kernels.py; above, GEMM is faster
 constexpr int64_t PIECE = 8 << 20;  // bytes of w that are unpacked together
-constexpr int PIECES = 32;  // of a thread's share of a product, which it takes, or leaves to another, one by one
-constexpr int SMALL = 1 << 16;  // weights, that are not worth cutting
+constexpr int STEPS = 32;  // in which a thread takes its share of a product, and others what it has not taken yet
+constexpr int FEWEST = 1 << 16;  // weights of a step, about: taking them costs time too
 constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
 constexpr int FIRST_CACHE = 40 << 10;  // bytes of it that x may take
 constexpr int PART = 24 << 10;  // bytes of a part of x, where it is larger, and of the rows of w beside it
@@ -132,32 +132,33 @@ static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
 }
 
 struct alignas(64) Share {
-    std::atomic<int64_t> next;  // block that nobody has taken
+    std::atomic<int64_t> next;  // the first block that nobody has taken
 };
 
 // Call run(M, x row, packed rows, first block, last block) on all threads, for at most MAX_M rows of x [M, K] at a time.
-// A thread takes its own share of the blocks, a piece at a time, and then what is left of the others': it may have
+// A thread takes its own share of the blocks, a step at a time, and then what is left of the others': it may have
 // started earlier, or have a faster core.
 template <int BLOCK, class Run>
 static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
     const int64_t blocks = N / BLOCK, T = omp_get_max_threads();
-    const int64_t rows_at_once = std::max(N / (T * PIECES), SMALL / K) / TALL * TALL;
-    const int64_t piece = std::max<int64_t>(TALL, rows_at_once) / BLOCK;
+    static_assert(TALL % BLOCK == 0);
+    const int64_t several = std::max(N / (T * STEPS), FEWEST / K) / TALL * TALL;
+    const int64_t step = std::max<int64_t>(TALL, several) / BLOCK;
     static thread_local std::vector<Share> buffer;
     if (int64_t(buffer.size()) < T) buffer = std::vector<Share>(T);
     Share* shares = buffer.data();
     for (int64_t m = 0; m < M; m += MAX_M) {
         int rows = int(std::min<int64_t>(MAX_M, M - m));
-        for (int64_t t = 0; t < T; t++) shares[t].next = blocks * t / T;
+        for (int64_t t = 0; t < T; t++) shares[t].next.store(blocks * t / T, std::memory_order_relaxed);
 #pragma omp parallel
         {
             const bf16* packed = nullptr;
             for (int64_t i = 0; i < T; i++) {
                 const int64_t t = (omp_get_thread_num() + i) % T, last = blocks * (t + 1) / T;
                 int64_t first;
-                while ((first = shares[t].next.fetch_add(piece, std::memory_order_relaxed)) < last) {
+                while ((first = shares[t].next.fetch_add(step, std::memory_order_relaxed)) < last) {
                     if (!packed) packed = pack(x + m * K, rows, K);
-                    run(rows, m, packed, first, std::min(last, first + piece));
+                    run(rows, m, packed, first, std::min(last, first + step));
                 }
             }
         }

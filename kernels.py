@@ -109,7 +109,7 @@ def packed_weight(values: Tensor) -> nn.Parameter:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators, `torch.ops.kernels.*`, opaque to torch.compile. x [M, K]; weights as the layers pack them.
-# `torch.library.custom_op` would import the compiler at the first call, a second before an eager run's first token.
+# `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
 OPERATORS = {
     "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
@@ -177,13 +177,13 @@ def as_reduction(x: Tensor) -> bool:
 def in_one_loop(x: Tensor) -> bool:
     """Say whether a product with x [..., K] and what surrounds it are written as one loop, by `streamed_linear`.
 
-    On a GPU, where each kernel launch that is saved counts.
+    Only on a GPU, where each kernel launch saved counts.
     """
     return as_reduction(x) and x.device.type == GPU
 
 
 def made_once(x: Tensor) -> Tensor:
-    """Have x written to memory; fused with what reads it, inductor would compute it again for every output.
+    """Have x written to memory: fused into what reads it, it would be computed again for every output.
 
     x must not be a view of part of another tensor: torch 2.11 would read from where that tensor begins.
     """
@@ -402,7 +402,7 @@ class StreamedInt8Linear(KernelLinear):
 
 
 class StreamedInt4Linear(KernelLinear):
-    """codes uint8 0 to 15 [N, K], zeros alike [N, K / group], scales bf16 [N, K / group]; packed as in kernels.cpp."""
+    """codes uint8 0 to 15 [N, K], zeros too, [N, K / group], scales bf16 [N, K / group]; packed as in kernels.cpp."""
 
     tensors = ("weight", "scales", "zeros")
 
@@ -460,7 +460,7 @@ class AtenInt4Linear(KernelLinear):
     def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
         return torch.ops.kernels.aten_int4_product(rows, weight, scales_and_zeros)
 
-    gemm = product  # GEMM would be faster, but ATen's order is not documented and cannot be unpacked
+    gemm = product  # GEMM would be faster, but ATen's packing is not documented and cannot be undone
 
 
 # By a layer's class name, what multiplies rows with the tensors of one layer.
@@ -501,7 +501,7 @@ def int8_layer(codes: Tensor, scales: Tensor, bias: Tensor | None) -> nn.Module 
 def int4_layer(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int) -> nn.Module | None:
     """Return the layer for codes [N, K], zeros and scales [N, groups]; the scales' dtype is the model's."""
     N, K = codes.shape[-2:]
-    # All kernels, ATen's too, divide by the group size with a shift.
+    # ATen's kernels take these group sizes alone, those of Triton powers of 2.
     if K % group_size or group_size not in (32, 64, 128, 256):
         return None
     if streams(scales.dtype, codes, TALL, 32):

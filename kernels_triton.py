@@ -27,7 +27,8 @@ SLOTS, LOOK_AHEAD = 64, 32
 PROGRAMS = 256
 # Int4 weights with at least this many rows have eight of them share an x: with fewer, the GPU would not be filled.
 MANY_ROWS = 2048
-# Queries, over all heads that share a kv head, that a program of the attention kernel takes: more spill registers.
+# The most queries, over all heads that share a kv head, of a program of the attention kernel: more would spill
+# registers.
 MAX_TILE = 32
 
 
@@ -51,7 +52,7 @@ def rows_of_program(N, ROWS: tl.constexpr, GATED: tl.constexpr):  # type: ignore
 
 @triton.jit
 def store_sums(y, sums, n, bias, residual, M, N, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Finish the sums [m, rows] of the weight's rows n, of which the first M count, and store them to y."""
+    """Finish the sums [m, rows], m below M, of this program's rows n of the weight, and store them to its part of y."""
     if bias is not None:
         sums += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
     if GATED:
@@ -93,12 +94,12 @@ class CudaLinear(KernelLinear):
 #
 # A word of 32 bits holds eight codes of a group, and a group's words are adjacent: code p of word t is column
 # p * group_size / 8 + t of the group. So the 16 bytes that a thread loads share a scale, and its columns of x are
-# contiguous. A group's scale and zero point are one word too: bf16 each, the scale in the low half.
+# contiguous runs. A group's scale and zero point are one word too: bf16 each, the scale in the low half.
 #
-# On a large GPU four instructions per weight take as long as reading it. So codes are not converted: they are masked
-# out in place, as bits of the fraction of the fp32 numbers 1 + code / 256 and 1 + code / 16. Code 0 begins at bit 15 of
+# On a large GPU four instructions per weight take as long as reading it. So codes are not converted: a mask cuts them
+# out in place, as bits of the fraction of an fp32 number, 1 + code / 256 or 1 + code / 16. Code 0 begins at bit 15 of
 # its word, code 1 at bit 19, and so on around; rotating the word by 8 bits brings the next two there. What the ones add
-# to a sum is subtracted again, which leaves it exact to 2^-17 of the largest sum possible.
+# to a sum is subtracted again, which leaves it accurate to 2^-17 of the largest sum possible.
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def int4_row(  # type: ignore[no-untyped-def]
         both = (n < N)[:, None] & there[None, :]
         at = n[:, None].to(tl.int64) * num_groups + groups[None, :]
         # Two groups are declared contiguous, which they are not, so that threads are laid out along a row before they
-        # go to the next: Triton 3.6 would go along the rows first.
+        # go to the next: Triton 3.6 would lay them out across rows first.
         offsets = tl.max_contiguous(at[:, :, None] * WORDS + words[None, None, :], (1, 2, WORDS))
         packed = tl.load(weight + offsets, mask=both[:, :, None], other=0).to(tl.uint32, bitcast=True)
         # Declared unaligned, so that they are loaded one at a time: with groups of 32 a thread loads its own group's,

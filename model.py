@@ -287,7 +287,7 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """A mixture of X feed-forwards, of which each token takes A (arXiv:2401.04088).
 
-    Every rank holds a slice of each expert. All ranks route alike, since the x they get is the same to the bit.
+    Every rank holds a slice of each expert. All route alike, since all_reduce gives them the same x, to the bit.
     """
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
@@ -401,7 +401,7 @@ class Transformer(nn.Module):
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
         num_sharing = attn.num_local_heads // attn.num_local_kv_heads
-        # Where heads are normalized, what rotates k is a kernel of its own, and copies would not save one.
+        # Norms of heads stand between q, k and the rotation: there copies would cost a launch (results/NOTES.md).
         at = positions.unsqueeze(-1).expand(-1, -1, num_copies(positions, 1 if attn.q_norm else num_sharing))
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}

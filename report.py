@@ -178,18 +178,18 @@ def run_sample(
     return rows
 
 
-def num_tokens(count: int) -> str:
+def counted(count: int) -> str:
     return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def report_rows(rows: list[Row], context: int) -> None:
     for row in rows:
         metrics = row.metrics()
-        line = f"{num_tokens(metrics['new_tokens'])}, ended by {row.finish_reason}"
+        line = f"{counted(metrics['new_tokens'])}, ended by {row.finish_reason}"
         if row.finish_reason == "context":
             line += f": the model's context of {context} tokens is full"
         if metrics["ttft_ms"]:
-            prefilled = num_tokens(len(row.prompt_ids) - row.num_cached)
+            prefilled = counted(len(row.prompt_ids) - row.num_cached)
             line += f"; {prefilled} prefilled, first after {metrics['ttft_ms']:.0f} ms"
         if metrics["decode_tokens_per_s"]:
             line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"

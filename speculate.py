@@ -4,7 +4,7 @@ The text is the target's own, whatever the draft: exactly so at temperature 0, a
 paper, p is the target's distribution and q the draft's; both use the same temperature and filters.
 
 A round is one call that torch.compile captures whole, `draft_and_verify`, and one read on the host. With prompt lookup
-the host searches the text for drafts, and the call is `verify`. Both calls accept too.
+the host searches the text for drafts, and the call is `verify`. Either call accepts the drafts too.
 """
 
 from collections.abc import Callable
@@ -151,7 +151,7 @@ def draft_and_verify(
 
 # The assumed cost of one more draft, in steps of the target: a draft a tenth its size, and the verifying.
 DRAFT_COST = 0.25
-# By how much the weight of past rounds shrinks with each new one.
+# By this factor a past round weighs less with each new one.
 DECAY = 0.92
 # Drafts counted as accepted at the beginning: enough to begin with the largest k.
 PRIOR = 1.0
@@ -187,7 +187,7 @@ class Pace:
         if self.k == 0:
             smallest = min(level for level in self.levels if level)
             return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
-        # A round adds one id besides the drafts: draft no more than fill the room with it, where that is a level.
+        # A round adds one id besides the drafts: draft no more than the least level that fills the room with it.
         return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
 
     def update(self, counts: list[int], k: int) -> None:
@@ -226,7 +226,7 @@ class Ngrams:
             self.ids.append(i)
 
     def continuation(self, k: int) -> list[int]:
-        """Return the k ids that followed the last occurrence of the text's last n-gram; [] where it is new."""
+        """Return the k ids that followed the previous occurrence of the text's last n-gram; [] where it is new."""
         for size in self.SIZES:
             end = self.ends.get(tuple(self.ids[-size:]))
             if end is not None:
@@ -362,7 +362,7 @@ class Speculation:
         assert self.draft_model is not None
         if all(self.filled[row] >= end - 2 for row, end in zip(running, ends, strict=True)):
             return
-        # Up to the last token but one: `draft` writes that too, but so each row has at least one to prefill.
+        # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
         starts = [min(self.filled[row], end - 2) for row, end in zip(running, ends, strict=True)]
         missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1

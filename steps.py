@@ -23,7 +23,7 @@ from model import Transformer
 SLOTS_STEP = 64
 # Stands for the chosen id where logits are not finite; no token has it.
 NOT_A_NUMBER = -1
-# The least that a positive option becomes in fp32, where a smaller one would underflow to 0.
+# What a positive option is raised to at least: a smaller one would underflow to 0 in fp32.
 TINY = 1e-30
 # The most graphs that a step may have: one for each batch size and number of drafts, with few slots and with all.
 RECOMPILE_LIMIT = 256
@@ -121,7 +121,7 @@ def decode(
 
 
 def of_the_first_layer(guards: Sequence[Any]) -> list[bool]:
-    """Say which guards to keep, the conditions under which a graph is reused: of the layers those of the first.
+    """Say which guards, the conditions for reusing a graph, to keep: of those of the layers only the first one's.
 
     The layers are alike, which `check_layers` sees to once for each model; to check 22 of them takes 0.7 ms a token.
     """
@@ -140,7 +140,7 @@ def check_layers(model: Transformer) -> None:
 
 
 def allow_many_graphs() -> None:
-    """Raise torch's limit of graphs per function to RECOMPILE_LIMIT, for the process: in 2.11 it is no option."""
+    """Raise torch's limit of graphs per function to RECOMPILE_LIMIT, for the process: compile has no option in 2.11."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
@@ -184,7 +184,7 @@ def compiled(
         if mode is None:
             torch._dynamo.mark_dynamic(slots, 0)
             return graph(model, tokens, positions, slots, *rest)
-        # A replay may overwrite what the one before returned, which has been cloned.
+        # Lets this replay overwrite what the one before returned, which has been cloned.
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(Tensor, torch.clone, graph(model, tokens, positions, None, *rest))
 
@@ -257,7 +257,7 @@ def batch_sizes(num_rows: int) -> list[int]:
 
 
 def visible_slots(slots: Tensor, length: int) -> Tensor:
-    """Return the first slots of arange(capacity), as many as a text of `length` reads, rounded up to SLOTS_STEP."""
+    """Return the first slots of arange(capacity), which a text of `length` reads, in whole SLOTS_STEPs."""
     return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
 
 

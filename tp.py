@@ -86,7 +86,8 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
 
 
 # The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break
-# even where the bytes that a rank need not read take as long as the all-reduces: on H200s 3.4 TB/s and 8 us each.
+# even where the bytes that a rank need not read take as long as they do: on H200s, at an assumed 3.4 TB/s and 8 us each
+# (see the README).
 BYTES_READ_PER_SUM = 3.4e12 * 8e-6
 
 
@@ -107,7 +108,7 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How the ranks communicate: custom operators, opaque to torch.compile. Not made by `torch.library.custom_op`, which
-# imports the compiler at the first call, a second before an eager run's first token.
+# imports the compiler at the first call: an eager run's first token came a second later.
 
 for operator in ("all_reduce", "all_gather", "broadcast"):
     torch.library.define(f"tp::{operator}", "(Tensor x) -> Tensor")
