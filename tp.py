@@ -5,8 +5,8 @@
 Every rank runs the same program on its slice of each weight (Megatron's split, arXiv:1909.08053). They communicate
 where the model calls `ranks`: an all-reduce after the embedding, after attention and after the feed-forward, an
 all-gather after the output head, and a broadcast of rank 0's token ids after sampling. It is the broadcast, and not a
-seed, that makes all ranks write the same text. The backend is NCCL on GPUs and gloo on CPUs; rank and world size are
-torchrun's global ones, over all nodes that it started.
+seed, that makes all ranks write the same text. The backend is NCCL on GPUs and gloo on CPUs; ranks are counted over all
+nodes, as torchrun's RANK and WORLD_SIZE do.
 """
 
 import contextlib
