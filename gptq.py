@@ -4,28 +4,20 @@
 of its linears (the sums of x x^T over their inputs), and the hidden states of the calibration text.
 """
 
-import argparse
-import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cli import read_text
-from kernels import Norm
-from model import Block, ModelConfig, Transformer, rope_frequencies
-from quantize import Encode, encode_int4, group_parameters, linears
-from tokenizer import load_tokenizer
+from linears import Encode, encode_int4, group_parameters, quantizable_linears
+from model import Block, Transformer, rope_frequencies
 
 # Columns that are rounded before the rest of the matrix is updated (section 3.3, step 2).
 BLOCK_SIZE = 128
 # What is added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3).
 DAMPING = 0.01
-# The default calibration text: modules of the standard library that the demo was not trained on.
-CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
 
 
 def gptq(
@@ -93,8 +85,8 @@ def gptq_stack(
     K = stack.shape[-1]
     dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
     experts = zip(stack, hessians, dampings, strict=True)
-    each = [gptq(weight, group_size, hessian, act_order, damping) for weight, hessian, damping in experts]
-    codes, scales, zeros = (torch.stack(values) for values in zip(*each, strict=True))
+    encoded = [gptq(weight, group_size, hessian, act_order, damping) for weight, hessian, damping in experts]
+    codes, scales, zeros = (torch.stack(values) for values in zip(*encoded, strict=True))
     return codes, scales, zeros
 
 
@@ -130,12 +122,12 @@ class Calibration:
 
     def encoders(self, block: Block) -> dict[str, Encode]:
         """Run the text through `block` as it is; return, by name of its linears, the functions that choose codes."""
-        children = linears(block)
+        children = quantizable_linears(block)
         sums = {name: zero_sums(child.weight) for name, child in children.items()}
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
-        def add(name: str, x: Tensor, experts: Tensor | None = None, norm: Norm | None = None, **_: Any) -> None:
-            x = (x if norm is None else norm(x)).flatten(0, 1).float()
+        def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:
+            x = x.flatten(0, 1).float()
             if experts is None:
                 sums[name].addmm_(x.t(), x)
                 return
@@ -145,7 +137,7 @@ class Calibration:
                 counts[name][i] += len(rows)
 
         hooks = [
-            child.register_forward_pre_hook(lambda _, args, more, name=name: add(name, *args, **more), with_kwargs=True)
+            child.register_forward_pre_hook(lambda _, args, name=name: add(name, *args))
             for name, child in children.items()
         ]
         for x in self.hidden:
@@ -179,38 +171,3 @@ class Calibration:
             f"{len(self.scarce)} experts saw fewer calibration tokens than they have inputs, expert {expert} of layer "
             f"{layer} the fewest: {count}; the fewer, the nearer to rounding to nearest; a longer text does better"
         )
-
-
-def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
-    """Return windows of token ids [num, S], spread evenly over the text, each with its BOS; fewer if it is short."""
-    tokenizer = load_tokenizer(args.checkpoint_path)
-    path = args.calibration_file
-    text = read_text("--calibration_file", path) if path else library_text(CALIBRATION_MODULES)
-    length = args.calibration_length or min(512, config.max_position_embeddings)
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--calibration_length {length} is above the model's context of {config.max_position_embeddings}"
-        )
-    bos, ids = tokenizer.encode(""), tokenizer.encode(text, bos=False)
-    size = max(1, length - len(bos))
-    available = len(ids) // size
-    if available == 0:
-        raise ValueError(
-            f"the calibration text has {len(ids)} tokens, a window takes {size}; give a longer --calibration_file or "
-            "a smaller --calibration_length"
-        )
-    if max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"the calibration text has token id {max(ids)} and the model {config.vocab_size} ids; is the tokenizer its "
-            "own?"
-        )
-    num = min(args.calibration_samples or 64, available)
-    starts = [size * (available * n // num) for n in range(num)]
-    return torch.tensor([bos + ids[start : start + size] for start in starts])
-
-
-def library_text(modules: Sequence[str]) -> str:
-    """Return the source of these modules and packages of the standard library."""
-    paths = [Path(sysconfig.get_path("stdlib"), name) for name in modules]
-    files = [file for path in paths for file in ([path] if path.suffix else sorted(path.glob("*.py")))]
-    return "".join(file.read_text(encoding="utf-8") for file in files)

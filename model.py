@@ -1,7 +1,8 @@
 """A Llama-family Transformer with a static KV cache.
 
-It knows nothing of files, sampling or process groups: `checkpoint.py` loads its weights, `generate.py` runs it, and
-`tp.py` splits it over several ranks.
+It says what is computed. What computes it fast is in `kernels/`: `load_model` swaps those modules in, and without them
+this file is the plain twin that they have to equal. Weights come from `checkpoint.py`, text from `engine.py`, and
+`tp.py` splits a model over several ranks.
 
     model.setup_caches(max_batch_size=1, max_seq_length=256)
     logits = model(tokens, positions)
@@ -13,21 +14,11 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from kernels import (
-    MAX_REDUCTION_ROWS,
-    LinearLayer,
-    Norm,
-    expert_linear,
-    in_one_loop,
-    linear,
-    num_copies,
-    streamed_linear,
-)
 
 
 @dataclass(frozen=True)
@@ -85,12 +76,6 @@ class Ranks:
     all_gather: Callable[[Tensor], Tensor] = identity  # of all ranks, concatenated along the last dimension
     broadcast: Callable[[Tensor], Tensor] = identity  # rank 0's
 
-    def add(self, residual: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
-        """Return residual + layer(x), where each rank's layer gives one summand of layer(x)."""
-        if self.count == 1:
-            return layer(x, residual=residual)
-        return residual + self.all_reduce(layer(x))
-
 
 ONE_RANK = Ranks()
 
@@ -133,40 +118,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     A slot that no query attends to may hold anything, even NaN, which a weight of 0 would not cancel: it is zeroed.
     """
-    B, S, H, D = q.shape
-    seen = mask.any(dim=1)[:, None, :, None]
-    mask = mask.unsqueeze(1)  # [B, 1, S, T]
-    v = torch.where(seen, v, 0)
-    if not torch.compiler.is_compiling() or S > MAX_REDUCTION_ROWS:
-        k = torch.where(seen, k, 0)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
-        return y.transpose(1, 2)
-    # The G query heads that share a kv head become rows of one product, [B, K, G * S, D]: K and V are read once.
-    q = q.view(B, S, k.shape[1], -1, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = (q.float().unsqueeze(-2) * k.float().unsqueeze(-3)).sum(dim=-1) * D**-0.5
-    scores = torch.where(mask.repeat(1, 1, H // k.shape[1], 1), scores, -torch.inf)  # [B, K, G * S, T]
-    y = (scores.softmax(dim=-1).unsqueeze(-1) * v.float().unsqueeze(-3)).sum(dim=-2).type_as(v)
-    return y.view(B, H, S, D).transpose(1, 2)
+    visible_slots = mask.any(dim=1)[:, None, :, None]
+    k, v = torch.where(visible_slots, k, 0), torch.where(visible_slots, v, 0)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1), enable_gqa=True)
+    return y.transpose(1, 2)
 
 
-class Linear(LinearLayer):
-    """A linear layer; with `num_experts` a stack of that many, of which each row of x takes one."""
+class Linear(nn.Module):
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Experts(nn.Module):
+    """A stack of X linear layers without bias, of which each row of x takes one."""
 
     weight: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, num_experts: int | None = None):
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()
-        stack = () if num_experts is None else (num_experts,)
-        self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
-    def multiply(self, x: Tensor, experts: Tensor | None) -> Tensor:
-        if experts is None:
-            return linear(x, self.weight, self.bias)
-        return expert_linear(x, experts, lambda i: self.weight[i])
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        return by_expert(x, experts, lambda i, rows: F.linear(rows, self.weight[i]))
 
-    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
-        return streamed_linear(x, self.weight, self.bias, None, norm, gated, residual) if in_one_loop(x) else None
+
+def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Run each row of x [M, A, K] through its expert [M, A], all rows of an expert at once; returns [M, A, N].
+
+    product(i, rows): applies expert i to rows [R, K]; called for experts that have any.
+    """
+    order = experts.flatten().argsort()
+    counts = experts.flatten().bincount().tolist()
+    sorted_rows = x.flatten(0, 1)[order].split(counts)
+    products = torch.cat([product(i, rows) for i, rows in enumerate(sorted_rows) if len(rows)])
+    return products[order.argsort()].unflatten(0, experts.shape)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up for gate and up side by side: [..., 2 F] -> [..., F] (arXiv:2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Embedding(nn.Module):
@@ -215,17 +213,23 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
 
-    def update_(self, at: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, S, K, D] in slots `at`; return the first `length` slots: [B, K, T, D] each.
-
-        at [B, S, copies]: each token's slot, repeated as often as `num_copies` says.
-        """
+    def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] of each."""
         B = k.shape[0]
-        rows = torch.arange(B, device=k.device).view(-1, 1, 1)
+        rows = torch.arange(B, device=k.device).unsqueeze(-1)
         # Written to the cache itself: for a write through a view of it, torch 2.11 copies all slots.
-        self.k[rows, :, at] = k.unsqueeze(2)
-        self.v[rows, :, at] = v.unsqueeze(2)
+        self.k[rows, :, positions] = k
+        self.v[rows, :, positions] = v
         return self.k[:B, :, :length], self.v[:B, :, :length]
+
+
+class BlockContext(NamedTuple):
+    """What a block needs to know of the positions of its tokens; all blocks with the same window share one."""
+
+    cos: Tensor  # [B, S, 1, 2, D / 2]
+    sin: Tensor  # [B, S, 1, 2, D / 2]
+    positions: Tensor  # [B, S], also the cache slots that the tokens take
+    mask: Tensor  # [B, S, T]
 
 
 class Attention(nn.Module):
@@ -243,19 +247,21 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, at: Tensor, mask: Tensor) -> Tensor:
-        """Return x + attention(norm(x)): [B, S, E]."""
-        B, S, _ = x.shape
-        heads = self.qkv_proj(x, norm=norm).view(B, S, -1, self.head_dim)
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split qkv_proj's output into q [B, S, H, D], k and v [B, S, K, D]; norm and rotate q and k."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(self.qkv_proj(x), cos, sin)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            k, v = self.cache.update_(at, k, v, mask.shape[-1])
-        return self.ranks.add(x, self.o_proj, self.attend(q, k, v, mask).reshape(B, S, -1))
+            k, v = self.cache.update_(positions, k, v, mask.shape[-1])
+        return self.ranks.all_reduce(self.o_proj(self.attend(q, k, v, mask).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -266,22 +272,8 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """Return x + mlp(norm(x)): [B, S, E]."""
-        return self.ranks.add(x, self.down_proj, self.gate_up_proj(x, norm=norm, gated=True))
-
-
-class Router(nn.Module):
-    """Chooses A of the X experts for each token, and the weight of each."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.num_active = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores, experts = linear(x, self.weight).topk(self.num_active)
-        return scores.softmax(dim=-1, dtype=torch.float32), experts
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x))))
 
 
 class MoE(nn.Module):
@@ -294,17 +286,18 @@ class MoE(nn.Module):
         super().__init__()
         self.ranks = ranks
         local_size = config.intermediate_size // ranks.count
-        self.gate = Router(config)
-        self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, num_experts=config.num_local_experts)
-        self.down_proj = Linear(local_size, config.hidden_size, num_experts=config.num_local_experts)
+        self.num_active = config.num_experts_per_tok
+        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        self.gate_up_proj = Experts(config.num_local_experts, config.hidden_size, 2 * local_size)
+        self.down_proj = Experts(config.num_local_experts, local_size, config.hidden_size)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """As `MLP.forward`."""
-        rows = norm(x).flatten(0, 1)
-        shares, experts = self.gate(rows)  # [B * S, A]
-        rows = self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts, gated=True)
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        scores, experts = self.gate(rows).topk(self.num_active)  # [B * S, A]
+        shares = scores.softmax(dim=-1, dtype=torch.float32)
+        rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, self.num_active, -1), experts))
         y = self.down_proj(rows, experts)  # [B * S, A, E]
-        return x + self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
+        return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
 
 
 class Block(nn.Module):
@@ -317,10 +310,9 @@ class Block(nn.Module):
 
     # Compiled once for all layers: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Take and return the residual stream [B, S, E]; context: what `block_contexts` returns for the layer."""
-        x = self.self_attn(x, self.input_layernorm, *context)
-        return self.mlp(x, self.post_attention_layernorm)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -385,10 +377,9 @@ class Transformer(nn.Module):
         idle = sum(p.nbytes // X * (X - A) for p in stacks)
         return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
 
-    def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[tuple[Tensor, ...]]:
-        """Return for each block what it needs at positions [B, S]: cos, sin, the slots to write to, and the mask."""
-        attn = self.layers[0].self_attn
-        cached = attn.cache is not None
+    def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[BlockContext]:
+        """Return what each block needs to know of positions [B, S]; slots: as in `forward`."""
+        cached = self.layers[0].self_attn.cache is not None
         # This reads the positions on the host, so only where no GPU would wait for it.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(positions.max())
@@ -400,12 +391,9 @@ class Transformer(nn.Module):
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
-        num_sharing = attn.num_local_heads // attn.num_local_kv_heads
-        # Norms of heads stand between q, k and the rotation: there copies would cost a launch (results/NOTES.md).
-        at = positions.unsqueeze(-1).expand(-1, -1, num_copies(positions, 1 if attn.q_norm else num_sharing))
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
         masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
-        return [(cos, sin, at, masks[window]) for window in windows]
+        return [BlockContext(cos, sin, positions, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
@@ -416,7 +404,6 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        # The norm is not fused with the head: hidden may be a slice, which `made_once` cannot take.
         return self.ranks.all_gather(self.lm_head(self.norm(hidden)))
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:

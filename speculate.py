@@ -16,17 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from steps import (
-    Sampling,
-    compiled,
-    draw,
-    exponential,
-    likeliest,
-    prefill,
-    probabilities,
-    prompt_chunks,
-    visible_slots,
-)
+from steps import Noise, Sampling, Text, compiled, draw, likeliest, prefill, probabilities, prompt_chunks, visible_slots
 
 GREEDY = Sampling(temperature=0)
 
@@ -113,7 +103,6 @@ def verify(
     sampling: Sampling,
     noise: tuple[Tensor, Tensor] | None,
     q: Tensor | None,
-    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
 ) -> Tensor:
     """Run the text's last token and its k drafts through the target.
 
@@ -135,14 +124,16 @@ def draft_and_verify(
     draft_model: Transformer,
     k: int,
     sampling: Sampling,
-    draft_noise: Tensor | None,
-    accept_noise: tuple[Tensor, Tensor] | None,
-    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
+    noise: tuple[Tensor, tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
-    """Draft k ids per row with draft_model and verify them with model; returns what `verify` does."""
+    """Draft k ids per row with draft_model and verify them with model; returns what `verify` does.
+
+    noise: that of `draft` and that of `accept`.
+    """
+    draft_noise, accept_noise = noise or (None, None)
     drafted, q = draft(draft_model, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
     drafted = model.ranks.broadcast(drafted)  # where each rank drafts alone, they may differ
-    return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q, accept)
+    return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,93 +270,73 @@ class Speculation:
     def plan(self, room: int) -> tuple[int, int]:
         return self.pace.plan(room)
 
-    def count(self, step: list[list[int]], rooms: list[int], running: list[int]) -> None:
-        """Record the ids that a forward of the target gave each running row, before they are cut to its room."""
-        for row, ids in zip(running, step, strict=True):
-            if rooms[row]:
-                self.accept_counts[row][len(ids) - 1] += 1
+    def count(self, texts: list[Text], step: list[list[int]]) -> None:
+        """Record the ids that a forward of the target gave each text, before they are cut to its room."""
+        for text, ids in zip(texts, step, strict=True):
+            if text.room:
+                self.accept_counts[text.row][len(ids) - 1] += 1
 
     def round(
-        self,
-        target: Transformer,
-        texts: list[list[int]],
-        rooms: list[int],
-        running: list[int],
-        k: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
+        self, target: Transformer, texts: list[Text], k: int, sampling: Sampling, noise: Noise
     ) -> list[list[int]] | None:
-        """Draft k tokens and verify them: return each running row's new ids, or None where prompt lookup finds nothing.
+        """Draft k tokens and verify them: return each text's new ids, or None where prompt lookup finds nothing.
 
-        texts: the ids of each row, at least two; the target's caches hold all but the last. rooms: how many more each
-        can take; a row with none runs along, and what it gets is not used. running: which texts the first rows of the
-        caches hold.
+        texts: those that the first rows of the caches hold, of at least two ids; the target's caches hold all but the
+        last. One that has ended runs along, and what it gets is not used.
         """
-        num_rows, device = len(texts), self.slots.device
-        texts, rooms = [texts[row] for row in running], [rooms[row] for row in running]
-        ends = [len(text) for text in texts]
+        device = self.slots.device
+        ends = [len(text.ids) for text in texts]
         slots = visible_slots(self.slots, max(ends) + k)
         # The last two ids and their positions: all that the steps need of the text, in one copy to the device.
-        latest = [text[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
-        tokens, at = torch.tensor(latest, device=device).unbind()
+        latest = [text.ids[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
+        tokens, positions = torch.tensor(latest, device=device).unbind()
+        is_random, vocab_size = sampling.temperature > 0, target.config.vocab_size
 
         if self.draft_model is None:
-            found = self.look_up(texts, rooms, running, k)
-            drafting = list(map(bool, found))
+            guesses = self.look_up(texts, k)
+            drafting = list(map(bool, guesses))
             if not any(drafting) and 0 in self.pace.levels:
                 return None
-            guesses = [ids or [text[-1]] * k for ids, text in zip(found, texts, strict=True)]
+            drafted = torch.tensor([ids or [text.ids[-1]] * k for ids, text in zip(guesses, texts, strict=True)])
+            accept_noise = (noise.uniform(k), noise.exponential(vocab_size)) if is_random else None
+            result = self.verify(target, tokens, positions, slots, drafted.to(device), sampling, accept_noise, None)
         else:
-            drafting = [room > 0 for room in rooms]
-            self.catch_up(texts, ends, running)
-        draft_noise = accept_noise = None
-        if sampling.temperature > 0:
-            vocab_size = target.config.vocab_size
-            draft_noise, accept_noise = self.noise(num_rows, running, k, vocab_size, generator)
-        if self.draft_model is None:
-            drafted = torch.tensor(guesses, device=device)
-            made = self.verify(target, tokens, at, slots, drafted, sampling, accept_noise, None)
-        else:
-            made = self.draft_and_verify(
-                target, tokens, at, slots, self.draft_model, k, sampling, draft_noise, accept_noise
-            )
-        read = made.tolist()  # the round's only read
+            drafting = [text.room > 0 for text in texts]
+            self.catch_up(texts)
+            round_noise = None
+            if is_random:
+                draft_noise = noise.exponential(k, vocab_size)
+                round_noise = draft_noise, (noise.uniform(k), noise.exponential(vocab_size))
+            result = self.draft_and_verify(
+                target, tokens, positions, slots, self.draft_model, k, sampling, round_noise
+            )  # fmt: skip
+        rows = result.tolist()  # the round's only read
 
-        counts = [n for n, *_ in read]
-        for row, end, n in zip(running, ends, counts, strict=True):
-            self.filled[row] = end - 1 + n
+        counts = [n for n, *_ in rows]
+        for text, end, n in zip(texts, ends, counts, strict=True):
+            self.filled[text.row] = end - 1 + n
         self.num_drafted += k
-        self.pace.update([n for n, had in zip(counts, drafting, strict=True) if had], k)
-        return [ids[: n + 1] for n, *ids in read]
+        self.pace.update([n for n, had_drafts in zip(counts, drafting, strict=True) if had_drafts], k)
+        return [ids[: n + 1] for n, *ids in rows]
 
-    def noise(
-        self, num_rows: int, running: list[int], k: int, vocab_size: int, generator: torch.Generator | None
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """Return the noise for `draft` and `accept`; a row's does not depend on which others have ended."""
-        device = self.slots.device
-        rows = slice(None) if len(running) == num_rows else running
-        drafted = None
-        if self.draft_model is not None:
-            drafted = exponential(num_rows, k, vocab_size, generator=generator, device=device)[rows]
-        uniform = torch.rand(num_rows, k, generator=generator, device=device)[rows]
-        return drafted, (uniform, exponential(num_rows, vocab_size, generator=generator, device=device)[rows])
+    def look_up(self, texts: list[Text], k: int) -> list[list[int]]:
+        """Return k guesses for each text, [] for one that has ended or whose last n-gram is new."""
+        guesses = []
+        for text in texts:
+            ngrams = self.ngrams[text.row]
+            ngrams.extend(text.ids[len(ngrams.ids) :])
+            guesses.append(ngrams.continuation(k) if text.room else [])
+        return guesses
 
-    def look_up(self, texts: list[list[int]], rooms: list[int], running: list[int], k: int) -> list[list[int]]:
-        """Return k guesses for each row, [] for one that has ended or whose last n-gram is new."""
-        seen = [self.ngrams[row] for row in running]
-        for ngrams, text in zip(seen, texts, strict=True):
-            ngrams.extend(text[len(ngrams.ids) :])
-        return [ngrams.continuation(k) if room else [] for ngrams, room in zip(seen, rooms, strict=True)]
-
-    def catch_up(self, texts: list[list[int]], ends: list[int], running: list[int]) -> None:
+    def catch_up(self, texts: list[Text]) -> None:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
         assert self.draft_model is not None
-        if all(self.filled[row] >= end - 2 for row, end in zip(running, ends, strict=True)):
+        if all(self.filled[text.row] >= len(text.ids) - 2 for text in texts):
             return
         # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
-        starts = [min(self.filled[row], end - 2) for row, end in zip(running, ends, strict=True)]
-        missing = [text[first:-1] for text, first in zip(texts, starts, strict=True)]
+        starts = [min(self.filled[text.row], len(text.ids) - 2) for text in texts]
+        missing = [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1
-        for tokens, positions, filled in prompt_chunks(missing, starts, self.slots.device):
-            slots = visible_slots(self.slots, filled)
+        for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
+            slots = visible_slots(self.slots, length)
             self.prefill(self.draft_model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)

@@ -1,12 +1,11 @@
-"""The steps of text generation: sampling, prefill and decode, each captured whole by torch.compile.
+"""The steps of text generation: sampling, prefill and decode, each captured whole by torch.compile, and their inputs.
 
-`generate.py` runs them in a loop; `speculate.py` adds those of speculative decoding.
+`engine.py` runs them in a loop; `speculate.py` adds those of speculative decoding.
 """
 
 import re
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kernels import MAX_ROWS, library
+from kernels.cpu import library
+from kernels.layers import MAX_ROWS
 from model import Transformer
 
 # Attention reads a multiple of this many cache slots: small enough to follow the position, and a multiple of the
@@ -39,7 +39,7 @@ class Sampling:
     """How a token is chosen: the likeliest at temperature 0, else drawn from the filtered distribution."""
 
     temperature: float = 0.8
-    top_k: int = 0  # keep the k likeliest; 0 keeps all
+    top_k: int = 200  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the likeliest that together reach this mass (arXiv:1904.09751)
     min_p: float = 0.0  # keep those at least this share of the likeliest (arXiv:2407.01082)
 
@@ -92,8 +92,24 @@ def draw(p: Tensor, noise: Tensor) -> Tensor:
     return torch.where(largest > 0, ids, NOT_A_NUMBER)
 
 
-def exponential(*shape: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    return torch.empty(shape, device=device).exponential_(generator=generator)
+@dataclass(frozen=True)
+class Noise:
+    """Random draws for rows of a batch: those of a row do not depend on which other rows have ended."""
+
+    num_rows: int  # of the whole batch, which are all drawn
+    rows: list[int]  # those that are returned, in this order
+    generator: torch.Generator | None
+    device: torch.device
+
+    def exponential(self, *shape: int) -> Tensor:
+        """Draw from Exp(1): [len(rows), *shape]."""
+        noise = torch.empty(self.num_rows, *shape, device=self.device).exponential_(generator=self.generator)
+        return noise if len(self.rows) == self.num_rows else noise[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw from [0, 1): [len(rows), *shape]."""
+        noise = torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device)
+        return noise if len(self.rows) == self.num_rows else noise[self.rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +136,7 @@ def decode(
     return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1
 
 
-def of_the_first_layer(guards: Sequence[Any]) -> list[bool]:
+def keep_first_layer_guards(guards: Sequence[Any]) -> list[bool]:
     """Say which guards, the conditions for reusing a graph, to keep: of those of the layers only the first one's.
 
     The layers are alike, which `check_layers` sees to once for each model; to check 22 of them takes 0.7 ms a token.
@@ -155,7 +171,7 @@ def compiled(
     further options of inductor's.
     """
     options: dict[str, Any] = {
-        "guard_filter_fn": of_the_first_layer,
+        "guard_filter_fn": keep_first_layer_guards,
         "triton.cudagraphs": mode == "reduce-overhead",
         # It tunes the tiles of the reductions that stream the weights, and compiles longer. No GPU has measured it yet.
         "coordinate_descent_tuning": mode == "reduce-overhead",
@@ -164,7 +180,7 @@ def compiled(
         "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes 0.4 ms a token
         # With fewer iterations per thread, a loop is over before another thread has started.
         "cpp.min_chunk_size": 4096,
-        # Inductor would compile a test program for each vector instruction set; kernels.py has shown that they work.
+        # Inductor would compile a test program for each vector instruction set; kernels/cpu.py has shown that it works.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
     options |= settings or {}
@@ -192,95 +208,21 @@ def compiled(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they run on
+# The inputs of a step
 
 
-@dataclass
-class Batch:
-    """Texts that grow side by side. Those that have ended leave as soon as a smaller power of two holds the others.
+@dataclass(eq=False)
+class Text:
+    """A text that grows: its ids so far, and how many more it can take, 0 when it has ended."""
 
-    A row is numbered by its text's place in `texts`, for the caller too; only the rows of the caches change places.
-    models: those with the caches.
-    """
-
-    texts: list[list[int]]
-    rooms: list[int]  # how many more ids each can take; 0 when it has ended
-    eos_ids: frozenset[int]
-    models: list[Transformer]
-
-    def __post_init__(self) -> None:
-        self.order = list(range(len(self.texts)))  # which text each row of the caches holds
-        self.running = self.order  # the first of these, which take part in a step
-
-    def take(self, step: list[list[int]]) -> list[list[int]]:
-        """Cut each running row's new ids where it ends, and add them to its text; return the new ids of every row."""
-        taken: list[list[int]] = [[] for _ in self.texts]
-        for row, given in zip(self.running, step, strict=True):
-            ids = given[: self.rooms[row]]
-            if NOT_A_NUMBER in ids:
-                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
-            eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-            if eos is not None:
-                del ids[eos + 1 :]
-            self.texts[row] += ids
-            self.rooms[row] = self.rooms[row] - len(ids) if eos is None else 0
-            taken[row] = ids
-        return taken
-
-    def end(self, rows: Iterable[int]) -> None:
-        for row in rows:
-            self.rooms[row] = 0
-
-    @property
-    def needed(self) -> int:
-        """How many rows have to run: a power of two, so that few batch sizes are compiled, or all."""
-        num_going_on = len(self.texts) - self.rooms.count(0)
-        return min(2 ** max(0, num_going_on - 1).bit_length(), len(self.running))
-
-    def shrink_(self) -> None:
-        """Drop rows that have ended, if the others fit a smaller batch."""
-        if (needed := self.needed) < len(self.running):
-            ended_last = sorted(self.running, key=lambda row: self.rooms[row] == 0)
-            self.arrange_(ended_last + self.order[len(ended_last) :])
-            self.running = self.order[:needed]
-
-    def arrange_(self, order: list[int]) -> None:
-        places = [self.order.index(row) for row in order]
-        for model in self.models:
-            model.arrange_rows_(places)
-        self.order = order
-
-
-def batch_sizes(num_rows: int) -> list[int]:
-    """Return the sizes that a batch may shrink to, in rising order, and its own."""
-    return [2**i for i in range(num_rows.bit_length()) if 2**i < num_rows] + [num_rows]
+    row: int  # its number, counted from 0
+    ids: list[int]
+    room: int
 
 
 def visible_slots(slots: Tensor, length: int) -> Tensor:
     """Return the first slots of arange(capacity), which a text of `length` reads, in whole SLOTS_STEPs."""
     return slots[: -(-length // SLOTS_STEP) * SLOTS_STEP]
-
-
-def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
-    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator need not wait for it."""
-    in_flight: deque[tuple[Tensor, Any]] = deque()
-
-    def read() -> list[list[int]]:
-        ids, copied = in_flight.popleft()
-        if copied is not None:
-            copied.synchronize()
-        return [[token] for token in ids.tolist()]
-
-    for ids in steps:
-        if ids.device.type == "cpu":
-            in_flight.append((ids, None))
-        else:
-            on_host = ids.to("cpu", non_blocking=True)
-            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
-        if len(in_flight) > lag:
-            yield read()
-    while in_flight:
-        yield read()
 
 
 def prompt_chunks(

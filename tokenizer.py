@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cli import own_file, read_json
+from files import own_file, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -150,13 +150,6 @@ def check_unicode(text: str) -> None:
             f"the text has the lone surrogate {text[error.start]!r} at position {error.start}, which is no character; "
             "give valid UTF-8"
         ) from None
-
-
-def check_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
-    """Raise ValueError where `what`, a text, has an id that a model of so many ids lacks."""
-    lacking = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if lacking is not None:
-        raise ValueError(f"{what} has token id {lacking} and the model {vocab_size} ids; is the tokenizer its own?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

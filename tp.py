@@ -9,27 +9,15 @@ seed, that makes all ranks write the same text. The backend is NCCL on GPUs and 
 nodes, as torchrun's RANK and WORLD_SIZE do.
 """
 
-import contextlib
 import functools
 import os
-import signal
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import user_errors
+from linears import Scheme
 from model import ONE_RANK, ModelConfig, Ranks
-from quantize import Scheme
-
-T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
@@ -184,142 +172,6 @@ def symmetric_buffer(device: torch.device) -> Tensor | None:
     return buffer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The processes
-
-
-# Set in torchrun's store by the first rank that ends before the work is done: its exit status.
-ENDED = "ended"
-GONE = "torchrun is gone, and so this rank ends"
-MOMENT = 2  # seconds
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, and leave them at the end; without it there is one.
-
-    A rank that ends early, by SystemExit or an error, ends all others: it alone says why.
-    """
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        yield ONE_RANK
-        return
-    # While a rank waits for the others, Python would not handle Ctrl-C: it ends the process instead.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with user_errors():
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            raise ValueError(f"WORLD_SIZE is {count}, but torchrun has not started this; unset it, or use torchrun")
-        store, rank, count = next(dist.rendezvous("env://"))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's setting, which leaves cores idle
-        torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    done = threading.Event()
-    threading.Thread(target=end_with_the_others, args=(store.clone(), done), daemon=True).start()
-    threading.Thread(target=end_with_the_launcher, args=(os.getppid(), done), daemon=True).start()
-    try:
-        yield Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
-        dist.barrier()  # if the group were torn down while others still work, its threads would abort them
-    except SystemExit as end:
-        leave(store, end.code if isinstance(end.code, int) else 1 if end.code else 0)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            if not another_has_ended(store):
-                print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        leave(store, 1)
-    done.set()
-    dist.destroy_process_group()
-
-
-def leave(store: dist.Store, status: int) -> NoReturn:
-    """End this process at once and, through torchrun's store, all others, whatever they are waiting for."""
-    with contextlib.suppress(RuntimeError):  # torchrun is gone
-        status = int(store.compare_set(ENDED, "", str(status)))
-    with contextlib.suppress(OSError):  # nobody reads what we print
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
-
-
-def another_has_ended(store: dist.Store) -> bool:
-    try:
-        return store.check([ENDED])
-    except RuntimeError:  # torchrun is gone
-        return False
-
-
-def end_with_the_others(store: dist.Store, done: threading.Event) -> None:
-    """Wait, in a thread, until another rank ends early, or torchrun itself, and then end this one."""
-    status = 1
-    try:
-        store.wait([ENDED], timedelta(days=365))
-        status = int(store.get(ENDED))
-    except RuntimeError:
-        # The store's host may be a rank that has just finished; then this one finishes in a moment too.
-        if not done.wait(MOMENT):
-            say_gone()
-    if not done.is_set():
-        os._exit(status)
-
-
-def end_with_the_launcher(launcher: int, done: threading.Event) -> None:
-    """Wait, in a thread, until this node's torchrun, which may be killed alone, is no longer the parent process."""
-    while os.getppid() == launcher:
-        if done.wait(MOMENT):
-            return
-    say_gone()
-    os._exit(1)
-
-
-def say_gone() -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone too
-        print(GONE, file=sys.stderr, flush=True)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_device(name: str, ranks: Ranks) -> str:
-    """Return this rank's device. Raises ValueError where --device `name` is a single device for several ranks."""
-    if ranks.count == 1 or name == "cpu":
-        return name
-    if name != "cuda":
-        raise ValueError(f"--device {name} is one device and there are {ranks.count} ranks; give cpu or cuda")
-    return f"cuda:{os.environ['LOCAL_RANK']}"
-
-
-@functools.cache
-def patient_group() -> dist.ProcessGroup:
-    """Make a group of all ranks, without a timeout: a user may think for hours."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
-
-
-def together(function: Callable[[], T], ranks: Ranks) -> T:
-    """Call function on every rank. If it raises a user's mistake on any of them, rank 0 alone says so and all end."""
-    if ranks.count == 1:
-        return function()
-    raised: BaseException | None = None
-    try:
-        result = function()
-    except (ValueError, OSError, SystemExit) as error:
-        raised = error
-    mistakes: list[Any] = [None] * ranks.count
-    dist.all_gather_object(mistakes, None if raised is None else str(raised), group=patient_group())
-    first = next((rank for rank, mistake in enumerate(mistakes) if mistake is not None), None)
-    if first is None:
-        return result
-    if ranks.rank == 0:
-        raise raised or ValueError(f"rank {first}: {mistakes[first]}")
-    while True:  # rank 0 says so, and ends all
-        time.sleep(1)
-
-
-def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
-    """Call function on rank 0 alone and return its result on every rank."""
-    values: list[Any] = [together(lambda: function() if ranks.rank == 0 else None, ranks)]
-    if ranks.count > 1:
-        dist.broadcast_object_list(values, group=patient_group())
-    return values[0]
+def collectives(rank: int, count: int) -> Ranks:
+    """Return the ranks of the process group that is there, with its collectives."""
+    return Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)

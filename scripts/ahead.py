@@ -82,9 +82,8 @@ class Recorder:
 
 def launches(function: str, *args: Any, **around: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
     """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
-    from triton.runtime.jit import JITFunction
-
     import kernels_triton
+    from triton.runtime.jit import JITFunction
 
     found = []
     kernels = {name: value for name, value in vars(kernels_triton).items() if isinstance(value, JITFunction)}

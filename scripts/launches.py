@@ -71,9 +71,8 @@ class Driver:
 
 def pretend() -> list[str]:
     """Let what follows in this process be compiled for a GPU; return the list that inductor's code is put in."""
-    import triton
-
     import kernels_triton
+    import triton
 
     # That nothing can be run, here and in the processes that inductor starts.
     os.environ["PYTHONWARNINGS"] = "ignore:Could not find an active CPU backend"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import kernels_triton
 import numpy as np
 import torch
 import triton.language as tl
@@ -26,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, interpreter_builder
 
 import checkpoint
-import kernels_triton
 from model import Transformer
 from scripts.launches import pretend
 from speculate import draft_and_verify, verify

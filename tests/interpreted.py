@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import kernels_triton
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-import kernels_triton
 import model
 from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 

@@ -16,15 +16,15 @@ import termios
 import time
 from pathlib import Path
 
+import chat_template
 import pytest
 import torch
-
-import chat_template
 from chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
 from chat_template import MAX_SECONDS, ChatTemplate, load_template
+from report import Row
+
 from checkpoint import load_model
 from generate import generate, main
-from report import Row
 from speculate import Speculation
 from steps import Sampling
 from tests.conftest import shared_data

@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 
+import interrupt
 import pytest
 
-import interrupt
 from cli import user_errors
 from tests.conftest import REPO
 

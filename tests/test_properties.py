@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from report import Row, held_back
 from torch import Tensor
 
 import steps
 from kernels import MAX_ROWS
 from quantize import dequantize_int4, pack_nibbles, unpack_nibbles
-from report import Row, held_back
 from steps import SLOTS_STEP, Sampling, draw, probabilities, prompt_chunks, sample, visible_slots
 from tokenizer import TextStream, Tokenizer, cut_whitespace
 

@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from report import Row, bytes_per_step, held_back, run_sample
 
 from checkpoint import load_model
 from generate import generate
-from report import Row, bytes_per_step, held_back, run_sample
 from steps import Sampling, decode
 from tokenizer import TextStream, load_tokenizer
 

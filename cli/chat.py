@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from chat_template import ChatTemplate, Message
+from cli.ranks import from_rank_0
+from cli.report import report_rows
+from cli.template import ChatTemplate, Message
+from engine import Engine
 from model import Ranks
-from report import Row, report_rows
-from speculate import Speculation
+from rows import Row
 from tokenizer import TextStream, Tokenizer, check_unicode
-from tp import from_rank_0
 
 # Stands in what people and models write, behind the first character of a special token's name, so that the name is
 # text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
@@ -259,18 +260,9 @@ def next_turn(conversation: Conversation, help_line: str) -> Turn | None:
 
 
 def chat(
-    conversation: Conversation,
-    launch: Callable[..., Iterator[list[list[int]]]],
-    eos_ids: tuple[int, ...],
-    stops: list[str],
-    max_new_tokens: int,
-    ranks: Ranks,
-    speculation: Speculation | None = None,
+    conversation: Conversation, engine: Engine, stops: list[str], max_new_tokens: int, ranks: Ranks
 ) -> list[list[Row]]:
-    """Talk until the user ends it; return a row for each answer. Of several ranks, rank 0 reads and prints.
-
-    launch: `generate`, but for prompts, max_new_tokens and cached.
-    """
+    """Talk until the user ends it; return a row for each answer. Of several ranks, rank 0 reads and prints."""
 
     def show(text: str) -> None:
         if ranks.rank == 0:
@@ -286,14 +278,15 @@ def chat(
         row = Row(turn.ids, TextStream(conversation.tokenizer, turn.ids), stops, num_cached=turn.cached)
         # Of several ranks a Ctrl-C ends all.
         with ctrl_c() if ranks.count == 1 else contextlib.nullcontext(lambda: False) as pressed:
-            for [ids] in launch([turn.ids], max_new_tokens, cached=turn.cached):
-                show(row.push(ids, eos_ids))
+            for [ids] in engine.run([turn.ids], max_new_tokens, cached=turn.cached):
+                show(row.push(ids, engine.eos_ids))
                 if row.finish_reason or pressed():
                     break
             unfinished = "length" if len(row.tokens) >= max_new_tokens else "context"
             show(row.finish("Ctrl-C" if pressed() else unfinished) + "\n")
-            if speculation:
-                [row.accept_counts], row.num_drafted = speculation.accept_counts, speculation.num_drafted
+            if engine.speculation:
+                [row.accept_counts] = engine.speculation.accept_counts
+                row.num_drafted = engine.speculation.num_drafted
             samples.append([row])
             if ranks.rank == 0:
                 conversation.answered(row)

@@ -1,10 +1,10 @@
 """Kernels for CUDA: products with int8 and int4 weights of up to 16 rows, and attention of up to 16 queries a row.
 
-`kernels.py` chooses them for models on such a device, where Triton is installed; nothing else imports this file. The
-plain twin of each product is a plain layer with the dequantized weight, that of attention `model.attention`.
+`optimize.py` chooses them for models on such a device, where Triton is installed. The plain twin of each product is
+`F.linear` with the dequantized weight, that of attention `model.attention`.
 
 No GPU has run them yet. Triton's interpreter has, against their twins, and Triton compiles them for sm_80 and sm_90
-(scripts/ahead.py).
+(`python -m bench.ahead`).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import MAX_ROWS, AtenInt8Linear, KernelLinear, Norm, constant, in_one_loop, streamed_linear
+from kernels.inductor import is_reduction, streamed_linear
+from kernels.layers import MAX_ROWS, AtenInt8, FusedLinear, KernelLinear, Norm
+from linears import constant
 
 # The most queries per row of a batch that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
@@ -36,7 +38,7 @@ MAX_TILE = 32
 # What the products share
 #
 # A launch costs time even where there is little to do, so a product also does what surrounds it, as described in
-# `LinearLayer.forward`. If GATED, half of a program's rows are gate's and half are up's: the loop is the same.
+# `FusedLinear.forward`. If GATED, half of a program's rows are gate's and half are up's: the loop is the same.
 
 
 @triton.jit
@@ -72,10 +74,13 @@ def empty_product(x: Tensor, N: int, gated: bool) -> Tensor:
     return x.new_empty(x.shape[0], N // 2 if gated else N)
 
 
-class CudaLinear(KernelLinear):
+class CudaLinear(FusedLinear, KernelLinear):
     """A KernelLinear whose kernel, for up to MAX_ROWS rows, also does what surrounds the product."""
 
     max_rows_normalized = 0  # up to this many rows of x are normalized by the kernel too
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return KernelLinear.forward(self, x)
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         rows = x.flatten(0, -2)
@@ -85,7 +90,7 @@ class CudaLinear(KernelLinear):
             rows, norm = norm(rows), None
         before = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
         after = {"bias": self.bias, "gated": gated, "residual": None if residual is None else residual.flatten(0, -2)}
-        y = self.product(rows, *(getattr(self, name) for name in self.tensors), **before, **after)
+        y = self.product(rows, *self.tensors, **before, **after)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -236,7 +241,7 @@ def int4_product(
     x: Tensor, weight: Tensor, parameters: Tensor, *, bias: Tensor | None = None, norm: Tensor | None = None,
     eps: float = 0.0, gated: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Multiply x [M, K], M at most 16, with a weight as `Int4Linear` packs it; returns [M, N], gated [M, N / 2].
+    """Multiply x [M, K], M at most 16, with a weight as `CudaInt4` packs it; returns [M, N], gated [M, N / 2].
 
     bias [N]. norm [K], of one row alone: the weight of an RMSNorm. residual: as what is returned.
     """
@@ -269,10 +274,10 @@ def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
     return (words >> shifts.view(8, 1) & 15).flatten(-3)
 
 
-class Int4Linear(CudaLinear):
+class CudaInt4(CudaLinear):
     """codes uint8 0 to 15 [N, K]; zeros uint8 0 to 15 and scales, exact in bf16, [N, K / group]."""
 
-    tensors = ("weight", "parameters_of_groups")
+    names = ("weight", "parameters_of_groups")
     max_rows_normalized = 1
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
@@ -334,12 +339,12 @@ def int8_product(
     return y
 
 
-class Int8Linear(CudaLinear, AtenInt8Linear):
+class CudaInt8(CudaLinear, AtenInt8):
     """With the tensors of the CPU's layer; only the product of up to 16 rows differs."""
 
     def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         # For one or two rows inductor's loop reads the codes once; for more it would write the weight to memory first.
-        if in_one_loop(x):
+        if is_reduction(x):
             return streamed_linear(x, self.weight, self.bias, self.scales, norm, gated, residual)
         return super().fused(x, norm, gated, residual)
 
@@ -483,7 +488,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators
 #
-# Opaque to torch.compile, like those of kernels.py: there is nothing for inductor to fuse with, and in a CUDA graph a
+# Opaque to torch.compile, like those of cpu.py: there is nothing for inductor to fuse with, and in a CUDA graph a
 # call costs no time on the host. As a `triton_op` a kernel would be compiled anew with every graph.
 
 

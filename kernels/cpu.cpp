@@ -1,6 +1,6 @@
 // Products of a few rows of activations with a weight that is streamed once from memory, for CPUs with AVX-512 and bf16.
 //
-// y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. kernels.py compiles this file, packs the weights, and has
+// y[M, N] = x[M, K] w[N, K]^T, x and y in bf16, sums in fp32. cpu.py compiles this file, packs the weights, and has
 // the plain twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once.
@@ -24,17 +24,18 @@
 #include <vector>
 
 using bf16 = uint16_t;
-constexpr int ROWS = 4;      // of w in a block, of int4 TALL
-constexpr int MAX_M = 8;     // rows of x in one pass; their sums stay in registers
-constexpr int TALL = 16;     // rows of w in a block of int4, and those of bf16 that are summed up together: one by one,
-                             // short ones would take longer than their product
-constexpr int MAX_ROWS = 16;  // of x, as in kernels.py; above, GEMM is faster
-constexpr int64_t PIECE = 8 << 20;  // bytes of w that are unpacked together
-constexpr int STEPS = 32;  // in which a thread takes its share of a product, and others what it has not taken yet
-constexpr int FEWEST = 1 << 16;  // weights of a step, about: taking them costs time too
-constexpr int AHEAD = 4096;  // bytes between what is read and what is fetched
+constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16 and int8
+// Rows of w in a block of int4; and those of bf16 that are summed up together, since short ones, one by one, would take
+// longer than their product.
+constexpr int INT4_BLOCK_ROWS = 16;
+constexpr int MAX_M = 8;  // rows of x in one pass; their sums stay in registers
+constexpr int MAX_ROWS = 16;  // of x, as in layers.py; above, GEMM is faster
+constexpr int64_t UNPACK_BYTES = 8 << 20;  // of w, which are unpacked together
+constexpr int STEPS_PER_SHARE = 32;  // a thread takes its share of a product in these, and others what is left of it
+constexpr int MIN_WEIGHTS_PER_STEP = 1 << 16;  // about: taking a step costs time too
+constexpr int PREFETCH_BYTES = 4096;  // between what is read and what is fetched
 constexpr int FIRST_CACHE = 40 << 10;  // bytes of it that x may take
-constexpr int PART = 24 << 10;  // bytes of a part of x, where it is larger, and of the rows of w beside it
+constexpr int X_PART_BYTES = 24 << 10;  // of a part of x, where x is larger, and of the rows of w beside it
 
 static inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -82,7 +83,7 @@ static inline __m512 sums_of_pairs(const __m512* pairs) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 }
 
-static inline void fetch(const void* p) { _mm_prefetch((const char*)p + AHEAD, _MM_HINT_T0); }
+static inline void fetch(const void* p) { _mm_prefetch((const char*)p + PREFETCH_BYTES, _MM_HINT_T0); }
 
 using torch::stable::Tensor;
 
@@ -141,9 +142,9 @@ struct alignas(64) Share {
 template <int BLOCK, class Run>
 static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
     const int64_t blocks = N / BLOCK, T = omp_get_max_threads();
-    static_assert(TALL % BLOCK == 0);
-    const int64_t several = std::max(N / (T * STEPS), FEWEST / K) / TALL * TALL;
-    const int64_t step = std::max<int64_t>(TALL, several) / BLOCK;
+    static_assert(INT4_BLOCK_ROWS % BLOCK == 0);
+    const int64_t several = std::max(N / (T * STEPS_PER_SHARE), MIN_WEIGHTS_PER_STEP / K) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS;
+    const int64_t step = std::max<int64_t>(INT4_BLOCK_ROWS, several) / BLOCK;
     static thread_local std::vector<Share> buffer;
     if (int64_t(buffer.size()) < T) buffer = std::vector<Share>(T);
     Share* shares = buffer.data();
@@ -170,7 +171,7 @@ static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
 template <int BLOCK, class Unpack>
 static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
     static thread_local std::vector<Line> buffer;
-    const int64_t most = std::min(N, std::max<int64_t>(TALL, PIECE / (K * sizeof(bf16)) / TALL * TALL));
+    const int64_t most = std::min(N, std::max<int64_t>(INT4_BLOCK_ROWS, UNPACK_BYTES / (K * sizeof(bf16)) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS));
     buffer.resize(most * K / 32);
     bf16* piece = buffer.data()->values;
     const Tensor inputs = view(x, {M, K}, {K, 1});
@@ -201,15 +202,15 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     constexpr int PARTS = M == 1 ? 4 : 2 / SHARING;  // sums side by side, since adding to one has to wait for itself
     // Where x is too large for the first cache, a part of its columns after the other.
     const bool whole = M * K * int64_t(sizeof(bf16)) < FIRST_CACHE;
-    const int64_t pieces = whole ? 1 : (M + 2 * (SHARING - 1)) * K * int64_t(sizeof(bf16)) / PART + 1;
+    const int64_t pieces = whole ? 1 : (M + 2 * (SHARING - 1)) * K * int64_t(sizeof(bf16)) / X_PART_BYTES + 1;
     const int64_t width = (K / 32 + pieces - 1) / pieces * 32;
     // Fetched are the rows that come next, of a part at the same columns and else in the order of memory: one stream is
     // faster than several. A single row of w goes on in its stream; two of x take longer, and are fetched for earlier.
-    const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * AHEAD / int64_t(sizeof(bf16));
+    const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * PREFETCH_BYTES / int64_t(sizeof(bf16));
     const int64_t step = whole ? SHARING : 1, gap = whole ? 32 : K;
-    __m512 totals[M][TALL / SHARING] = {};
-    for (int64_t n = first * ROWS; n < last * ROWS; n += TALL) {
-        const int rows = std::min<int64_t>(TALL, last * ROWS - n);
+    __m512 totals[M][INT4_BLOCK_ROWS / SHARING] = {};
+    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += INT4_BLOCK_ROWS) {
+        const int rows = std::min<int64_t>(INT4_BLOCK_ROWS, last * BLOCK_ROWS - n);
         for (int64_t begin = 0; begin < K; begin += width)
             for (int r = 0; r < rows; r += SHARING) {
                 __m512 sums[SHARING][M][PARTS] = {};
@@ -240,8 +241,8 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
                 }
             }
         for (int m = 0; m < M; m++) {
-            __m512 pairs[TALL / 2];
-            for (int i = 0; i < TALL / 2; i++) {
+            __m512 pairs[INT4_BLOCK_ROWS / 2];
+            for (int i = 0; i < INT4_BLOCK_ROWS / 2; i++) {
                 const __m512* two = totals[m] + 2 * i / SHARING;
                 pairs[i] = SHARING == 2 ? two[0] : sums_of_two(two[0], two[1]);
             }
@@ -252,7 +253,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 }
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    over_rows<ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+    over_rows<BLOCK_ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(rows, bf16_blocks<M>(packed, w, y + m * N, N, K, first, last))
     });
 }
@@ -263,12 +264,12 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
 template <int M>
 static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, const bf16* scales, bf16* y, int64_t N,
                         int64_t K, int64_t first, int64_t last) {
-    for (int64_t n = first * ROWS; n < last * ROWS; n += ROWS) {
-        __m512 sums[ROWS][M] = {};
+    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += BLOCK_ROWS) {
+        __m512 sums[BLOCK_ROWS][M] = {};
         const int8_t* p = w + n * K;
-        for (int64_t k = 0; k < K; k += 64, p += ROWS * 64) {
-            for (int r = 0; r < ROWS; r++) fetch(p + 64 * r);
-            for (int r = 0; r < ROWS; r++) {
+        for (int64_t k = 0; k < K; k += 64, p += BLOCK_ROWS * 64) {
+            for (int r = 0; r < BLOCK_ROWS; r++) fetch(p + 64 * r);
+            for (int r = 0; r < BLOCK_ROWS; r++) {
                 __m512 codes[4];
                 for (int i = 0; i < 4; i++)
                     codes[i] = _mm512_cvtepi32_ps(
@@ -285,7 +286,7 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
                 }
             }
         }
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < BLOCK_ROWS; r++)
             for (int m = 0; m < M; m++)
                 y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) * widen(scales[n + r]));
     }
@@ -293,9 +294,9 @@ static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, con
 
 static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t block, bf16* out) {
     for (int64_t k = 0; k < K; k += 64)
-        for (int r = 0; r < ROWS; r++) {
-            const int8_t* p = w + block * ROWS * K + k * ROWS + 64 * r;
-            const float scale = widen(scales[block * ROWS + r]);
+        for (int r = 0; r < BLOCK_ROWS; r++) {
+            const int8_t* p = w + block * BLOCK_ROWS * K + k * BLOCK_ROWS + 64 * r;
+            const float scale = widen(scales[block * BLOCK_ROWS + r]);
             for (int i = 0; i < 64; i++) out[r * K + k + i] = narrow(p[i] * scale);
         }
 }
@@ -303,13 +304,13 @@ static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t 
 static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
                              int64_t K) {
     if (M > MAX_ROWS)
-        return gemm<ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
+        return gemm<BLOCK_ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
     static thread_local std::vector<float> buffer;
     buffer.resize(K);
     float* wide_x = buffer.data();
     if (M % MAX_M == 1)  // the last pass has one row
         for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
-    over_rows<ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+    over_rows<BLOCK_ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(rows, int8_blocks<M>(packed, wide_x, w, scales, y + m * N, N, K, first, last))
     });
 }
@@ -329,7 +330,7 @@ static inline __m512bh int4_weights(__m512i words, int i) {
     return (__m512bh)_mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // a & b | c
 }
 
-// 16 + zero of TALL rows.
+// 16 + zero of INT4_BLOCK_ROWS rows.
 static inline __m512 int4_zeros(const uint8_t* zeros) {
     const __m512i mantissa = _mm512_set1_epi32(15 << 19), sixteen = _mm512_set1_epi32(0x41800000);
     const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros);
@@ -348,11 +349,11 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     const int64_t G = K / group;
     for (int64_t n = first; n < last; n++) {
         __m512 sums[M] = {};
-        const uint8_t* p = w + n * TALL * K / 2;
+        const uint8_t* p = w + n * INT4_BLOCK_ROWS * K / 2;
         for (int64_t g = 0; g < G; g++) {
             // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
-            _mm_prefetch((const char*)(scales + (n * G + g) * TALL) + AHEAD / 4, _MM_HINT_T0);
-            _mm_prefetch((const char*)(zeros + (n * G + g) * TALL / 2) + AHEAD / 8, _MM_HINT_T0);
+            _mm_prefetch((const char*)(scales + (n * G + g) * INT4_BLOCK_ROWS) + PREFETCH_BYTES / 4, _MM_HINT_T0);
+            _mm_prefetch((const char*)(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2) + PREFETCH_BYTES / 8, _MM_HINT_T0);
             __m512 parts[M][PARTS] = {};
             for (int64_t k = g * group; k < (g + 1) * group; k += 32)
                 for (int v = 0; v < 4; v++, p += 64) {
@@ -368,8 +369,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                         }
                     }
                 }
-            const __m512 zero = int4_zeros(zeros + (n * G + g) * TALL / 2);
-            const __m512 scale = widen(_mm256_loadu_si256((const __m256i*)(scales + (n * G + g) * TALL)));
+            const __m512 zero = int4_zeros(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2);
+            const __m512 scale = widen(_mm256_loadu_si256((const __m256i*)(scales + (n * G + g) * INT4_BLOCK_ROWS)));
             for (int m = 0; m < M; m++) {
                 for (int i = 1; i < PARTS; i++) parts[m][0] = _mm512_add_ps(parts[m][0], parts[m][i]);
                 parts[m][0] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g]), parts[m][0]);
@@ -377,7 +378,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
             }
         }
         for (int m = 0; m < M; m++)
-            _mm256_storeu_si256((__m256i*)(y + m * N + n * TALL), (__m256i)_mm512_cvtneps_pbh(sums[m]));
+            _mm256_storeu_si256((__m256i*)(y + m * N + n * INT4_BLOCK_ROWS), (__m256i)_mm512_cvtneps_pbh(sums[m]));
     }
 }
 
@@ -390,15 +391,15 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
         for (int row = 0; row < 4; row++) places[row][column] = 8 * row + column / 8 * 2 + column % 2;
     }
     const __m512 codes = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);  // with 16 added
-    alignas(64) float scale[TALL], offset[TALL];  // what 16 + zero stands for
+    alignas(64) float scale[INT4_BLOCK_ROWS], offset[INT4_BLOCK_ROWS];  // what 16 + zero stands for
     for (int64_t k = 0; k < K; k += 32) {
         if (k % group == 0) {
             const int64_t g = block * (K / group) + k / group;
-            const __m512 wide = widen(_mm256_loadu_si256((const __m256i*)(scales + g * TALL)));
+            const __m512 wide = widen(_mm256_loadu_si256((const __m256i*)(scales + g * INT4_BLOCK_ROWS)));
             _mm512_store_ps(scale, wide);
-            _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * TALL / 2)));
+            _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2)));
         }
-        const __m512i* p = (const __m512i*)(w + (block * K + k) * TALL / 2);
+        const __m512i* p = (const __m512i*)(w + (block * K + k) * INT4_BLOCK_ROWS / 2);
         __m512i twos[4], fours[4];  // the words of rows i, i + 4, i + 8 and i + 12
         for (int i = 0; i < 2; i++) {
             twos[2 * i] = _mm512_unpacklo_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
@@ -408,7 +409,7 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
             fours[2 * i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
             fours[2 * i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
         }
-        for (int r = 0; r < TALL; r++) {
+        for (int r = 0; r < INT4_BLOCK_ROWS; r++) {
             const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
             // Exact in fp32: codes have 5 bits, scales 8.
             const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(offset[r]));
@@ -421,7 +422,7 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
 static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     if (M > MAX_ROWS)
-        return gemm<TALL>(x, y, M, N, K,
+        return gemm<INT4_BLOCK_ROWS>(x, y, M, N, K,
                           [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
@@ -433,7 +434,7 @@ static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, co
         for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
         totals[i] = _mm512_reduce_add_ps(sum);
     }
-    over_rows<TALL>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+    over_rows<INT4_BLOCK_ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(rows, int4_blocks<M>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
@@ -697,7 +698,7 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The operators, through torch's stable ABI: one library serves every torch from 2.11 on. kernels.py has their schemas,
+// The operators, through torch's stable ABI: one library serves every torch from 2.11 on. cpu.py has their schemas,
 // and sees to it that weights have a type and a size that these take.
 
 namespace operators {
@@ -717,7 +718,7 @@ static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& 
 }
 
 static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
-    const int64_t M = x.size(0), N = scales.size(0) * TALL, K = x.size(1);
+    const int64_t M = x.size(0), N = scales.size(0) * INT4_BLOCK_ROWS, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
     ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
     return y;

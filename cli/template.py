@@ -4,31 +4,24 @@
     template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
 A template is a program in jinja2, written by whoever made the checkpoint. It runs in jinja2's sandbox, and in a process
-of its own with little time and memory: the sandbox alone bounds neither. This file is that process too.
+of its own, renderer.py, with little time and memory: the sandbox alone bounds neither.
 """
 
 import contextlib
 import json
-import resource
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-from cli import own_file
+from cli.renderer import MAX_BYTES, MAX_SECONDS
+from files import own_file
 from tokenizer import Tokenizer, read_settings, token_name
-
-if TYPE_CHECKING:
-    import jinja2
 
 Message = dict[str, str]  # its role (system, user or assistant) and its content
 
-# Far beyond what a real template needs.
-MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 3, 2**29, 2**24
 # Seconds to wait for the process, which first has to start on a machine that may be busy.
 PATIENCE = 60
 
@@ -44,7 +37,7 @@ class ChatTemplate:
         self.where = where  # for messages
         self.special_tokens = special_tokens  # bos_token and its like: their strings, for the template to write
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).resolve()],
+            [sys.executable, Path(__file__).with_name("renderer.py").resolve()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -118,73 +111,3 @@ def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Pat
     if found is not None and not isinstance(found, str):
         raise ValueError(f"{path}: chat_template is a {type(found).__name__}, expected a text or a list of named ones")
     return found, path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The process that renders: a line of JSON in, a line out
-
-
-def compile_template(source: str) -> "jinja2.Template":
-    """Compile a template in the environment for which chat templates are written, that of `transformers`."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks what to train on: here it is its body."""
-
-        tags = {"generation"}  # noqa: RUF012  # jinja2's own form
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def render(template: "jinja2.Template", variables: dict[str, Any]) -> str:
-    pieces, length = [], 0
-    for piece in template.generate(variables):
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_CHARACTERS:
-            raise ValueError(f"more than {MAX_CHARACTERS} characters")
-    return "".join(pieces)
-
-
-def main() -> None:
-    import jinja2.sandbox  # noqa: F401  # now, before the seconds of a template are counted
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    template = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        signal.alarm(MAX_SECONDS)  # it ends the process, in the midst of a product of huge numbers too
-        try:
-            if template is None:
-                template, answer = compile_template(message["source"]), {"text": ""}
-            else:
-                answer = {"text": render(template, message)}
-        except Exception as error:  # whatever the template makes Python raise
-            answer = {"error": f"{error}" or type(error).__name__}
-        print(json.dumps(answer), flush=True)
-        signal.alarm(0)
-
-
-if __name__ == "__main__":
-    main()

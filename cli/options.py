@@ -12,15 +12,20 @@ from pathlib import Path
 
 import torch
 
-from chat import Conversation, end_of_turn
-from chat_template import ChatTemplate, load_template
-from checkpoint import DTYPES, eos_token_ids, parse_config, parse_dtype, quantization_scheme, read_config
-from cli import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.chat import Conversation, end_of_turn
+from cli.ranks import local_device
+from cli.template import ChatTemplate, load_template
+from config import DTYPES, eos_token_ids, parse_config, parse_dtype, quantization_scheme, read_config
+from engine import check_ids
+from linears import Scheme
 from model import ModelConfig, Ranks
-from quantize import Scheme
 from steps import Sampling
-from tokenizer import Tokenizer, check_ids, load_tokenizer
-from tp import check_sizes, local_device
+from tokenizer import Tokenizer, load_tokenizer
+from tp import check_sizes
+
+DEFAULTS = Sampling()
+DEMO = Path(__file__).parents[1] / "checkpoints/demo"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -32,8 +37,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         add_help=False,
     )
     what = parser.add_argument_group("what to generate")
-    what.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
-                      metavar="DIR", help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
+    what.add_argument("--checkpoint_path", type=checkpoint_folder, default=DEMO, metavar="DIR",
+                      help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may repeat: a batch of prompts; - is all of stdin ('def')")  # fmt: skip
@@ -51,12 +56,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
     what.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-text token")
     how = parser.add_argument_group("sampling")
-    how.add_argument("--temperature", type=number(float, 0), default=0.8, metavar="T", help="0 is argmax (0.8)")
-    how.add_argument("--top_k", type=number(int, 0), default=200, metavar="K", help="the K likeliest; 0 is all (200)")
-    how.add_argument("--top_p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
-                     help="the likeliest of total probability P (1)")  # fmt: skip
-    how.add_argument("--min_p", type=number(float, 0, 1), default=0.0, metavar="P",
-                     help="those of at least P times the likeliest (0)")  # fmt: skip
+    how.add_argument("--temperature", type=number(float, 0), default=DEFAULTS.temperature, metavar="T",
+                     help=f"0 is argmax ({DEFAULTS.temperature:g})")  # fmt: skip
+    how.add_argument("--top_k", type=number(int, 0), default=DEFAULTS.top_k, metavar="K",
+                     help=f"the K likeliest; 0 is all ({DEFAULTS.top_k})")  # fmt: skip
+    how.add_argument("--top_p", type=number(float, 0, 1, above=True), default=DEFAULTS.top_p, metavar="P",
+                     help=f"the likeliest of total probability P ({DEFAULTS.top_p:g})")  # fmt: skip
+    how.add_argument("--min_p", type=number(float, 0, 1), default=DEFAULTS.min_p, metavar="P",
+                     help=f"those of at least P times the likeliest ({DEFAULTS.min_p:g})")  # fmt: skip
     how.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
     )
@@ -105,12 +112,17 @@ class Job:
     dtype: torch.dtype
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
-    batches: list[list[list[int]]]  # of prompts, of ids
+    batches: list[list[list[int]]] | None  # of prompts, of ids; None: what will be typed
     max_seq_length: int
     sampling: Sampling
     quantization: Scheme | None
     draft_dtype: torch.dtype | None
     template: ChatTemplate | None  # of --chat and --interactive
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the caches need."""
+        return max(map(len, self.batches)) if self.batches else 1
 
 
 # A conversation's caches are made at the start, for a whole context: of a long one they would be larger than the model.
@@ -118,7 +130,7 @@ DEFAULT_CONVERSATION = 8192
 
 
 @contextlib.contextmanager
-def about(option: str) -> Iterator[None]:
+def name_option(option: str) -> Iterator[None]:
     """Say in an error which option it is about."""
     try:
         yield
@@ -128,7 +140,7 @@ def about(option: str) -> Iterator[None]:
 
 def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
-    with about("--checkpoint_path"):
+    with name_option("--checkpoint_path"):
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_scheme(raw)
         own_eos_ids = eos_token_ids(args.checkpoint_path)
@@ -158,18 +170,20 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     eos_ids = () if args.ignore_eos else own_eos_ids
     if template and tokenizer and not args.ignore_eos:
         eos_ids += end_of_turn(template, tokenizer, args.system)
-    prompts = read_prompts(args, tokenizer, template, config)
-    longest = max(map(len, prompts)) + args.max_new_tokens
     if args.interactive:
-        longest = args.max_seq_length or DEFAULT_CONVERSATION
-    batch_size = args.batch_size or len(prompts)
+        batches, longest = None, args.max_seq_length or DEFAULT_CONVERSATION
+    else:
+        prompts = read_prompts(args, tokenizer, template, config)
+        longest = max(map(len, prompts)) + args.max_new_tokens
+        batch_size = args.batch_size or len(prompts)
+        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples
     return Job(
         config,
         device,
         DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
         tokenizer,
         eos_ids,
-        [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)] * args.num_samples,
+        batches,
         min(config.max_position_embeddings, longest),
         Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
         quantization,
@@ -213,7 +227,7 @@ def chat_template(
     args: argparse.Namespace, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...]
 ) -> ChatTemplate | None:
     """Return the model's template; None where it has none and its text is merely continued."""
-    with about("--checkpoint_path"):
+    with name_option("--checkpoint_path"):
         template = load_template(args.checkpoint_path, tokenizer, eos_ids) if tokenizer else None
     needed_by = "--chat" if args.chat else "--system" if args.system is not None else None
     if needed_by and not template:
@@ -263,8 +277,6 @@ def read_prompts(
     args: argparse.Namespace, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig
 ) -> list[list[int]]:
     """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
-    if args.interactive:
-        return [[0]]  # stands for whatever will be typed, in one row
     option = "--prompt_length" if args.prompt_length else "--prompt_file" if args.prompt_file else "--prompt"
     if args.prompt_length:
         generator = torch.Generator().manual_seed(args.seed)
@@ -274,7 +286,7 @@ def read_prompts(
         texts = args.prompt or ["def"]
         if args.prompt_file:  # splitlines would cut at form feeds too
             texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
-        with about(option):
+        with name_option(option):
             for text in texts:
                 check_length(text, tokenizer, config.max_position_embeddings)
             prompts = [encode_prompt(text, args.system, tokenizer, template) for text in texts]

@@ -1,0 +1,113 @@
+"""What the commands' options share: argparse with one-line errors, checked ranges, folders, files and devices."""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cli.errors import one_line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and not the whole usage.
+
+    ranks: whether several processes, as torchrun starts them, share the command's work.
+    """
+
+    def __init__(self, *args: Any, ranks: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ranks = ranks
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
+        # Some schedulers set WORLD_SIZE too, around a process that is alone; LOCAL_WORLD_SIZE is torchrun's.
+        count = os.environ.get("WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else "1"
+        if count != "1" and not self.ranks:
+            if os.environ.get("RANK") != "0":  # the first one says so
+                sys.exit(2)
+            self.error(f"{self.prog} is for one process, and torchrun has started {count}; run it without torchrun")
+        return super().parse_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
+            if close := difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1, 0.8):
+                message += f"; did you mean {close[0]}?"
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+def read_text(option: str, path: Path) -> str:
+    """Read the file that `option` names, line ends untouched. Raises ValueError where it is empty or not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8: {error}") from None
+    if not text:
+        raise ValueError(f"{option} {path} is empty")
+    return text
+
+
+def checkpoint_folder(text: str) -> Path:
+    """Find the folder of a checkpoint, given by its path or as the Hub's organization/name: an argparse type.
+
+    A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME).
+    """
+    path = Path(text)
+    # What begins with a folder that is there is meant as a path.
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir():
+        return path
+    downloaded = Path("checkpoints") / path
+    if downloaded.is_dir():
+        return downloaded
+    from huggingface_hub import errors, snapshot_download  # here, since it is slow to load
+
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a folder in {Path.cwd()} nor a model in the Hub's cache; for one of the Hub run "
+            f"`python scripts/download.py --repo_id {text}` first"
+        ) from None
+
+
+def need_triton(command: str) -> None:
+    """Raise ValueError where a command's compiler for GPUs is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{command} needs Triton, which is in requirements-dev.txt")
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError where --device `name` is not one that works here; a GPU becomes the current one, for Triton."""
+    import torch  # here, since not every command needs it
+
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
+    try:
+        device = torch.empty(0, device=name).device  # with its index, without which set_device refuses «cuda»
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:
+    """Make an argparse type for int or float from low (excluded if `above`) to high."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not low <= value <= high or (above and value == low):
+            bound = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < float("inf") else ""
+            )
+            raise argparse.ArgumentTypeError(f"{value} is out of range, expected {bound}")
+        return value
+
+    return parse

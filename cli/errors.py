@@ -1,0 +1,81 @@
+"""How a command ends: a user's mistake is one line on stderr and exit status 2, Ctrl-C and a closed pipe are quiet."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+INTERRUPTED, TERMINATED = 130, 143  # the exit statuses that a shell gives to SIGINT and SIGTERM
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line of bounded length, control characters escaped: it may quote a stranger's file."""
+    words = " ".join(message.split())
+    words = words if len(words) <= 1000 else f"{words[:600]} ... {words[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+
+
+@contextlib.contextmanager
+def user_errors(signals_raise: bool = True) -> Iterator[None]:
+    """Turn a user's mistake into one line on stderr and exit status 2.
+
+    Ctrl-C and a closed pipe end quietly, SIGTERM with a line and status 143, each after what was begun is removed.
+    signals_raise: False leaves both signals alone, for a rank that may be waiting for the others.
+    """
+    try:
+        with catch_signals() if signals_raise else contextlib.nullcontext():
+            yield
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            print("ended by SIGTERM", file=sys.stderr)
+        raise
+    except BrokenPipeError:  # the reader of our stdout left, as in `| head -1`
+        drop_stdout()
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        reason = next((line for line in str(error).splitlines() if "allocate" in line), None)
+        if reason is None and not isinstance(error, MemoryError):
+            raise
+        fail(f"out of memory ({reason or 'in Python'}); give fewer rows, a shorter text or a smaller --dtype")
+
+
+def catch_signals() -> contextlib.ExitStack:
+    """Let Ctrl-C and SIGTERM raise where they would end the process at once, so that `finally` runs."""
+
+    def terminate(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        sys.exit(TERMINATED)
+
+    stack = contextlib.ExitStack()
+    if threading.current_thread() is threading.main_thread():
+        handlers: dict[int, Callable[..., object]] = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: terminate,
+        }
+        for number, handler in handlers.items():
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, handler)
+                stack.callback(signal.signal, number, signal.SIG_DFL)
+    return stack
+
+
+def fail(message: str) -> NoReturn:
+    print("error:", one_line(message), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was stdout that failed; Python would try again at its end
+        drop_stdout()
+    sys.exit(2)
+
+
+def drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,143 @@
+"""What a run shows and writes: the text as it comes, lines about each row on stderr, and the metrics."""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine import Engine
+from model import Transformer
+from rows import Row
+from speculate import Speculation
+from tokenizer import TextStream, Tokenizer
+
+
+def bytes_per_step(model: Transformer, rows: list[Row], draft_model: Transformer | None = None) -> int:
+    """Return the bytes that an average step must read: weights, and the keys and values of the text so far.
+
+    With speculation a step is a forward of the target, however many tokens it accepts, and its share of the draft's.
+    """
+    drafts = max(row.num_drafted for row in rows) / max(1, *(sum(row.accept_counts) for row in rows))
+    return int(forward_bytes(model, rows) + (drafts * forward_bytes(draft_model, rows) if draft_model else 0))
+
+
+def forward_bytes(model: Transformer, rows: list[Row]) -> float:
+    config = model.config
+    slot = 2 * config.num_hidden_layers * model.layers[0].self_attn.num_local_kv_heads * config.head_dim
+    slot *= model.embed_tokens.weight.itemsize
+    longest = max(1, *(len(row.arrivals) for row in rows))  # a row that has ended is read no more
+    slots = sum((len(row.prompt_ids) + len(row.tokens) / 2) * len(row.arrivals) / longest for row in rows)
+    return model.step_weight_bytes + slot * slots
+
+
+@dataclass
+class TextPrinter:
+    """Prints the texts of a run: one that is alone in its batch as it comes, others when all have ended."""
+
+    tokenizer: Tokenizer | None
+    total: int  # rows of all batches, which are numbered unless there is only one
+    echo: bool  # the prompt too
+    quiet: bool = False
+    count: int = 0
+
+    def begin(self, row: Row) -> None:
+        """Print what stands before a row's text."""
+        self.count += 1
+        if self.tokenizer and not self.quiet and self.total > 1:
+            print(f"--- {self.count} of {self.total}", file=sys.stderr, flush=True)
+        if self.tokenizer and self.echo:
+            self.show(self.tokenizer.decode(row.prompt_ids))
+
+    def show(self, text: str) -> None:
+        if self.tokenizer and not self.quiet:
+            print(text, end="", flush=True)
+
+
+def run_batch(
+    engine: Engine, prompts: list[list[int]], max_new_tokens: int, stops: list[str], printer: TextPrinter
+) -> list[Row]:
+    """Continue a batch of prompts, each up to EOS, a stop text or max_new_tokens; return its rows."""
+    tokenizer = printer.tokenizer
+    rows = [Row(ids, TextStream(tokenizer, ids) if tokenizer else None, stops) for ids in prompts]
+    alone = len(rows) == 1
+    ended: set[int] = set()
+    if alone:
+        printer.begin(rows[0])
+    for step in engine.run(prompts, max_new_tokens, ended=ended):
+        for row, ids in zip(rows, step, strict=True):
+            text = row.push(ids, engine.eos_ids)
+            if alone:
+                printer.show(text)
+        ended |= {i for i, row in enumerate(rows) if row.finish_reason}
+    for row in rows:
+        rest = row.finish("length" if len(row.tokens) >= max_new_tokens else "context")
+        if not alone:
+            printer.begin(row)
+        printer.show((rest if alone else row.text) + "\n")
+    return rows
+
+
+def count_of(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"
+
+
+def report_rows(rows: list[Row], context: int) -> None:
+    for row in rows:
+        metrics = row.metrics()
+        line = f"{count_of(metrics['new_tokens'])}, ended by {row.finish_reason}"
+        if row.finish_reason == "context":
+            line += f": the model's context of {context} tokens is full"
+        if metrics["ttft_ms"]:
+            prefilled = count_of(len(row.prompt_ids) - row.num_cached)
+            line += f"; {prefilled} prefilled, first after {metrics['ttft_ms']:.0f} ms"
+        if metrics["decode_tokens_per_s"]:
+            line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"
+        if row.tokens_per_round:
+            line += f", {row.tokens_per_round:.1f} tokens a round"
+        print(line, file=sys.stderr)
+    if len(rows) > 1 and (rate := sum(row.decode_tokens_per_s or 0 for row in rows)):
+        print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
+
+
+def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Speculation | None) -> dict[str, Any]:
+    """Collect what `--metrics_path` writes, but for the times and settings that only the caller knows.
+
+    Bytes and bandwidth are those of this rank.
+    """
+    device = model.device
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        import resource  # here, since only Unix has it
+
+        name, peak = str(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    draft_model = speculation.draft_model if speculation else None
+    step_bytes = [bytes_per_step(model, rows, draft_model) for rows in samples]
+    # The row that ran longest saw every step of its batch.
+    rates = [max(rows, key=lambda row: len(row.arrivals)).steps_per_s for rows in samples]
+    bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
+    return {
+        "samples": [row.metrics() for rows in samples for row in rows],
+        "speculation": speculation
+        and {"drafts": "prompt lookup" if draft_model is None else "model", "speculate_k": speculation.max_k},
+        "weight_bytes": model.weight_bytes,
+        "bytes_per_step": int(statistics.median(step_bytes)),
+        "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,
+        "peak_memory_bytes": peak,
+        "device": name,
+        "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def report_run(metrics: dict[str, Any], compiled: bool) -> None:
+    line = (
+        f"seed {metrics['seed']}; {metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
+    )
+    if compiled:
+        line += f", compiled in {metrics['compile_s']:.1f} s"
+    if metrics["bandwidth_gb_per_s"]:
+        line += f"; {metrics['bandwidth_gb_per_s']:.1f} GB/s read while decoding"
+    print(line + f"; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB", file=sys.stderr)

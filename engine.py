@@ -1,0 +1,250 @@
+"""The engine: ids in, ids out. It runs prefill, decode and rounds of speculation over texts that grow side by side.
+
+    for [new_ids] in generate(model, [prompt], max_new_tokens=40, sampling=Sampling(temperature=0)):
+        ...
+
+It knows nothing of tokenizers, files or terminals; `generate.py` is the command.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import Transformer
+from speculate import Speculation
+from steps import NOT_A_NUMBER, Noise, Sampling, Text, decode, prefill, prompt_chunks, visible_slots
+
+
+class Batch:
+    """Texts that grow side by side, and the rows of the caches that hold them.
+
+    Texts that have ended leave the steps as soon as a smaller power of two holds the others, so that few batch sizes
+    are compiled. Then rows of the caches change places; a text keeps its number.
+    """
+
+    def __init__(self, prompts: list[list[int]], rooms: list[int], eos_ids: Iterable[int], models: list[Transformer]):
+        """models: those with the caches."""
+        self.texts = [Text(row, list(ids), room) for row, (ids, room) in enumerate(zip(prompts, rooms, strict=True))]
+        self.eos_ids = frozenset(eos_ids)
+        self.models = models
+        self.order = list(self.texts)  # which text each row of the caches holds
+        self.running = list(self.texts)  # the first of these, which take part in a step
+        self.slots = torch.arange(models[0].max_seq_length, device=models[0].device)
+
+    @property
+    def room(self) -> int:
+        """How many more ids the text with the most room can take."""
+        return max(text.room for text in self.texts)
+
+    @property
+    def needed(self) -> int:
+        """How many rows have to run: a power of two, or all."""
+        num_going_on = sum(text.room != 0 for text in self.texts)
+        return min(2 ** max(0, num_going_on - 1).bit_length(), len(self.running))
+
+    def take(self, step: list[list[int]]) -> list[list[int]]:
+        """Cut each running text's new ids where it ends, and add them to it; return the new ids of every text."""
+        new_ids: list[list[int]] = [[] for _ in self.texts]
+        for text, step_ids in zip(self.running, step, strict=True):
+            ids = step_ids[: text.room]
+            if NOT_A_NUMBER in ids:
+                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
+            eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+            if eos is not None:
+                del ids[eos + 1 :]
+            text.ids += ids
+            text.room = text.room - len(ids) if eos is None else 0
+            new_ids[text.row] = ids
+        return new_ids
+
+    def end(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.texts[row].room = 0
+
+    def noise(self, generator: torch.Generator | None) -> Noise:
+        return Noise(len(self.texts), [text.row for text in self.running], generator, self.models[0].device)
+
+    def shrink_(self) -> None:
+        """Drop texts that have ended, if the others fit a smaller batch."""
+        if (needed := self.needed) < len(self.running):
+            ended_last = sorted(self.running, key=lambda text: text.room == 0)
+            self.arrange_(ended_last + self.order[len(ended_last) :])
+            self.running = self.order[:needed]
+
+    def restore_(self) -> None:
+        """Give every text its own row of the caches again, for a later turn."""
+        self.arrange_(list(self.texts))
+
+    def arrange_(self, order: list[Text]) -> None:
+        places = [self.order.index(text) for text in order]
+        for model in self.models:
+            model.arrange_rows_(places)
+        self.order = order
+
+
+def batch_sizes(num_rows: int) -> list[int]:
+    """Return the sizes that a batch may shrink to, in rising order, and its own."""
+    return [2**i for i in range(num_rows.bit_length()) if 2**i < num_rows] + [num_rows]
+
+
+def check_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """Raise ValueError where `what`, a text, has an id that a model of so many ids lacks."""
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"{what} has token id {outside} and the model {vocab_size} ids; is the tokenizer its own?")
+
+
+def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
+    """Read ids [B] on the host `lag` steps after they were launched, so that an accelerator need not wait for it."""
+    in_flight: deque[tuple[Tensor, Any]] = deque()
+
+    def read() -> list[list[int]]:
+        ids, copied = in_flight.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return [[token] for token in ids.tolist()]
+
+    for ids in steps:
+        if ids.device.type == "cpu":
+            in_flight.append((ids, None))
+        else:
+            on_host = ids.to("cpu", non_blocking=True)
+            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
+        if len(in_flight) > lag:
+            yield read()
+    while in_flight:
+        yield read()
+
+
+def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
+    """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
+    capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
+    longest = max(map(len, prompts))
+    if not all(prompts):
+        raise ValueError("a prompt is empty; give at least one token, the BOS")
+    if cached < 0 or min(map(len, prompts)) <= cached:
+        raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
+    check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
+    if longest > capacity:
+        raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
+    drafter = speculation.draft_model if speculation else None
+    if drafter and drafter.max_seq_length < model.max_seq_length:
+        raise ValueError(
+            f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}: too few"
+        )
+    return capacity
+
+
+@dataclass
+class Engine:
+    """A model, and how it writes. prefill, decode: the plain steps, or compiled."""
+
+    model: Transformer
+    sampling: Sampling = Sampling()  # noqa: RUF009  # it is frozen
+    eos_ids: tuple[int, ...] = ()
+    generator: torch.Generator | None = None
+    prefill: Callable[..., Any] = prefill
+    decode: Callable[..., Any] = decode
+    speculation: Speculation | None = None
+
+    @torch.inference_mode()
+    def run(
+        self, prompts: list[list[int]], max_new_tokens: int, *, cached: int = 0, ended: Iterable[int] = ()
+    ) -> Iterator[list[list[int]]]:
+        """Yield, step by step, the new ids of each row; as `generate`."""
+        model, speculation = self.model, self.speculation
+        capacity = check_room(model, prompts, cached, speculation)
+        rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
+        models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
+        batch = Batch(prompts, rooms, self.eos_ids, models)
+        if speculation:
+            speculation.begin(model, len(prompts), cached)
+        if batch.room <= 0:
+            return
+        yield batch.take(self._prefill(batch, cached))
+        batch.end(ended)
+        steps = self._steps(batch)
+        try:
+            while batch.room:
+                step = next(steps)
+                if speculation:
+                    speculation.count(batch.running, step)
+                yield batch.take(step)
+                batch.end(ended)
+        finally:
+            batch.restore_()
+
+    def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
+        """Launch prefill or decode for the running rows; length: of the longest text."""
+        noise = None
+        if self.sampling.temperature != 0:
+            noise = batch.noise(self.generator).exponential(self.model.config.vocab_size)
+        return step(self.model, tokens, positions, visible_slots(batch.slots, length), self.sampling, noise)
+
+    def _prefill(self, batch: Batch, cached: int) -> list[list[int]]:
+        """Run the prompts but for their first `cached` ids; return the id that follows each."""
+        new = [text.ids[cached:] for text in batch.texts]
+        for tokens, positions, length in prompt_chunks(new, [cached] * len(new), self.model.device):
+            ids = self._forward(self.prefill, batch, tokens, positions, length)
+        return [[token] for token in ids.tolist()]
+
+    def _steps(self, batch: Batch) -> Iterator[list[list[int]]]:
+        """Yield the new ids of each running row, step after step."""
+        while self.speculation:
+            num_plain, k = self.speculation.plan(batch.room)
+            yield from self._decode(batch, num_plain)
+            if k:
+                batch.shrink_()
+                noise = batch.noise(self.generator)
+                new_ids = self.speculation.round(self.model, batch.running, k, self.sampling, noise)
+                yield from self._decode(batch, 1) if new_ids is None else [new_ids]
+        yield from self._decode(batch, batch.room)
+
+    def _decode(self, batch: Batch, count: int) -> Iterator[list[list[int]]]:
+        """Decode `count` tokens of each running row. Rows that have ended leave the batch on the way."""
+        lag = 0 if self.model.device.type == "cpu" else 1
+        while count > 0:
+            batch.shrink_()
+            for step in read_behind(self._launch_decode(batch, count), lag):
+                count -= 1
+                yield step
+
+    def _launch_decode(self, batch: Batch, count: int) -> Iterator[Tensor]:
+        """Launch `count` steps, each on the ids [B] of the step before; stop once rows can leave."""
+        device = self.model.device
+        ids = torch.tensor([text.ids[-1] for text in batch.running], device=device)
+        lengths = [len(text.ids) for text in batch.running]
+        positions = torch.tensor(lengths, device=device) - 1
+        for n in range(count):
+            if batch.needed < len(batch.running):
+                return
+            ids, positions = self._forward(self.decode, batch, ids, positions, max(lengths) + n)
+            yield ids
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
+    *,
+    cached: int = 0,
+    ended: Iterable[int] = (),
+    **options: Any,
+) -> Iterator[list[list[int]]]:
+    """Yield, step by step, the new ids of each row: [] for a row that has ended, several where drafts were accepted.
+
+    model: with caches for at least len(prompts) rows. prompts: ids, at least one per row. cached: how many of each
+    prompt's first ids the caches hold already, from an earlier turn. options: the other fields of `Engine`.
+
+    A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
+    `ended`, or when prompt and new tokens fill the caches, whose last max_k slots speculation keeps for drafts beyond
+    the end. Rows that have ended leave the batch as soon as a smaller power of two holds the others. Raises ValueError
+    if a prompt is empty or does not fit, or if logits are not finite.
+    """
+    return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

@@ -1,0 +1,179 @@
+"""Files and folders that are there whole or not at all, and what is read of a stranger's folder."""
+
+import contextlib
+import ctypes
+import glob
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+SAFETENSORS_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+Spec = tuple[torch.dtype, torch.Size]  # of a tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return the path of a checkpoint folder's file, whether it is there or not.
+
+    Raises ValueError where it is a link that leads out: the folder is a stranger's, what else is on the disk is not.
+    In the Hub's cache the files of REPO/snapshots/REVISION are links into REPO/blobs.
+    """
+    path, home = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(folder) for folder in homes):
+        raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's file of one JSON object. Raises ValueError where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def name_file(path: Path) -> Iterator[None]:
+    """Add to an OSError of a write which file it was; Python says so only where one is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with name_file(path):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], Tensor]) -> None:
+    """Write the tensors that `read` returns, one in memory at a time. Format: the safetensors README."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # data starts on a cache line
+    check_free_space(path, 8 + len(encoded) + end)
+    with name_file(path), path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, (dtype, shape) in specs.items():
+            write_tensor(file, read(name), dtype, shape)
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"{path} needs {needed / 1e9:.3f} GB, but {free / 1e9:.3f} GB are free; make room on the disk")
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+    assert tensor.dtype == dtype and tensor.shape == shape, (tensor.dtype, dtype, tensor.shape, shape)
+    tensor = tensor.detach().to("cpu").contiguous()
+    file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that is renamed to it if all goes well, and is removed if not.
+
+    A run that is killed leaves its temporary folder, which the next one to the same path removes. Raises ValueError
+    where `path` holds something already.
+    """
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ValueError(f"{path} exists already; remove it or name another output")
+    absent = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as ours:
+            with locked(path.parent, wait=True):  # else another run could take ours for abandoned before it is locked
+                for abandoned in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
+                    with contextlib.suppress(OSError), locked(abandoned):
+                        shutil.rmtree(abandoned)
+                temporary.mkdir()
+                ours.enter_context(locked(temporary))
+            with name_file(path):
+                yield temporary
+                for file in (*temporary.iterdir(), temporary):
+                    sync(file)
+                temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in absent:
+            with contextlib.suppress(OSError):  # it is not empty: all went well
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder; it ends with the process, however that ends.
+
+    Where another process holds it, wait for it or raise BlockingIOError.
+    """
+    import fcntl  # here, since only Unix has it, and loading a model does not need it
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk: a loss of power cannot leave half of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sibling(path: Path, suffix: str) -> Path:
+    """Return the folder beside `path` whose name has `suffix` too; in ./checkpoints for one of the Hub's cache."""
+    if path.name in ("", ".."):  # "." and ".." do not say what the folder is called
+        path = path.resolve()
+    cached = path.parent.parent.name  # as models--organization--name/snapshots/commit
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        path = Path("checkpoints", *cached.split("--")[1:])
+    return path.with_name(path.name + suffix)

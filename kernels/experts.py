@@ -1,0 +1,70 @@
+"""Stacks of experts at memory speed: a step reads the chosen experts in place, and many rows are sorted by expert."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.cpu import CpuBf16, CpuInt4, CpuInt8
+from kernels.inductor import num_partial_sums, streamed_product
+from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
+from linears import StoredInt4, StoredInt8
+from model import Experts, by_expert
+
+# By the name of a form, what multiplies rows with the tensors of one layer.
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "dense": F.linear,
+    **{kind.__name__: kind.matmul for kind in (CpuBf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)},
+}
+
+# It reads on the host how many rows each expert has, which a CUDA graph cannot.
+torch.library.define(
+    "kernels::by_expert",
+    "(Tensor x, Tensor experts, str form, Tensor[] stacks) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+@torch.library.impl("kernels::by_expert", "CompositeExplicitAutograd")
+def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
+    return by_expert(x, experts, lambda i, rows: FORMS[form](rows, *(stack[i] for stack in stacks)))
+
+
+@torch.library.register_fake("kernels::by_expert")
+def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
+    row = FORMS[form](x[:1, 0], *(stack[0] for stack in stacks))
+    return x.new_empty(*experts.shape, row.shape[1])
+
+
+class KernelExperts(nn.Module):
+    """A stack of experts that share a kernel; layer: holds their tensors, stacked."""
+
+    def __init__(self, layer: KernelLinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        return torch.ops.kernels.by_expert(x, experts, type(self.layer).__name__, self.layer.tensors)
+
+
+class CompiledExperts(nn.Module):
+    """A stack of experts as it is stored, for which there is no kernel: compiled, a product is one loop."""
+
+    def __init__(self, stored: Experts | StoredInt8 | StoredInt4, on_gpu: bool):
+        super().__init__()
+        self.stored, self.on_gpu = stored, on_gpu
+
+    def dense_weight(self, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the weights of the experts at an index; None: of all."""
+        if isinstance(self.stored, Experts):
+            return self.stored.weight if index is None else self.stored.weight[index]
+        return self.stored.dequantize(... if index is None else index).to(dtype)
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self.stored(x, experts)
+        if x.shape[0] <= MAX_ROWS:  # the product's loop reads the chosen expert in place: nothing is copied
+            parts = 1 if self.on_gpu else num_partial_sums(x.shape[-1])
+            return streamed_product(x, self.dense_weight(experts, x.dtype), parts).type_as(x)
+        return torch.ops.kernels.by_expert(x, experts, "dense", [self.dense_weight(None, x.dtype)])

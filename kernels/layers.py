@@ -1,0 +1,141 @@
+"""The layers that kernels come in, and those of ATen, which has kernels for quantized weights on every CPU.
+
+`KernelLinear` is a linear layer whose kernel takes a few rows. `FusedLinear` is one of a GPU, which also does what
+surrounds its product.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linears import constant
+from model import swiglu
+
+# Up to this many rows of x the kernels are faster than GEMM.
+MAX_ROWS = 16
+
+
+class KernelLinear(nn.Module):
+    """A linear layer with a kernel for up to MAX_ROWS rows; above that, GEMM with the unpacked weight.
+
+    Its tensors may be stacks of X layers: then `experts.KernelExperts` runs it.
+    """
+
+    names: tuple[str, ...] = ("weight",)  # of the tensors that a product takes
+
+    def __init__(self, bias: Tensor | None):
+        super().__init__()
+        self.bias = bias
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matmul(x.reshape(-1, x.shape[-1]), *self.tensors)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @classmethod
+    def matmul(cls, rows: Tensor, *tensors: Tensor) -> Tensor:
+        """Multiply rows [M, K] with the weight that a layer's `tensors` hold, by the kernel or by GEMM: [M, N]."""
+        return cls.product(rows, *tensors) if rows.shape[0] <= MAX_ROWS else cls.gemm(rows, *tensors)
+
+    product: Callable[..., Tensor]
+    gemm: Callable[..., Tensor]
+
+
+class Norm(Protocol):
+    """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class FusedLinear(nn.Module):
+    """A linear layer of a GPU, where each kernel launch costs time: it also does what surrounds its product."""
+
+    def forward(
+        self, x: Tensor, norm: Norm | None = None, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """Return the outputs [..., N] for x [..., K].
+
+        norm: is applied to x first. gated: the outputs are gate and up, one after the other, and silu(gate) * up is
+        returned, [..., N / 2]. residual: is added to what is returned, and has its shape and dtype.
+        """
+        y = self.fused(x, norm, gated, residual)
+        if y is not None:
+            return y
+        y = self.multiply(x if norm is None else norm(x))
+        y = swiglu(y) if gated else y
+        return y if residual is None else residual + y
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return the product, plus the bias."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+        """Compute all of `forward` in one kernel, or return None where there is none for this x."""
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ATen's kernels
+
+torch.library.define("kernels::aten_int4_product", "(Tensor x, Tensor weight, Tensor scales_and_zeros) -> Tensor")
+
+
+# A wrapper, since in a nested region inductor loses ATen's constant argument, the group size (torch 2.13).
+@torch.library.impl("kernels::aten_int4_product", "CPU")
+def aten_int4_product(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    group_size = x.shape[1] // scales_and_zeros.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, scales_and_zeros)
+
+
+@torch.library.register_fake("kernels::aten_int4_product")
+def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
+
+
+class AtenInt8(KernelLinear):
+    """codes int8 [N, K], scales [N] in the dtype of x."""
+
+    names = ("weight", "scales")
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        self.weight, self.scales = constant(codes), constant(scales)
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows, weight, scales)
+
+    @staticmethod
+    def gemm(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return F.linear(rows, (weight.float() * scales.float().unsqueeze(1)).to(rows.dtype))
+
+
+class AtenInt4(KernelLinear):
+    """codes uint8 [N, K], zeros uint8 and scales in x's dtype [N, K / group]; packed by ATen for the processor."""
+
+    names = ("weight", "scales_and_zeros")
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
+        super().__init__(bias)
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        self.weight = constant(
+            pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(expert.int(), 1) for expert in codes])
+        )
+        # ATen's zero is a weight, the one that code 8 stands for. [K / group, N, 2]
+        self.scales_and_zeros = constant(torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1))
+
+    @staticmethod
+    def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        return torch.ops.kernels.aten_int4_product(rows, weight, scales_and_zeros)
+
+    gemm = product  # GEMM would be faster, but ATen's packing is not documented and cannot be undone

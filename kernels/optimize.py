@@ -1,0 +1,180 @@
+"""The seam: a loaded model, rewritten for the device that it is on.
+
+`model.py` and `linears.py` say what is computed, and are the plain twin of what is chosen here. `optimize_` replaces
+each linear by the layer whose kernel takes it, sets the function that attends, and on a GPU replaces the blocks too,
+since there each kernel launch saved counts.
+"""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from kernels import cpu, inductor
+from kernels.experts import CompiledExperts, KernelExperts
+from kernels.inductor import CompiledLinear, FusedCompiledLinear
+from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
+from linears import GROUP_SIZES, StoredInt4, StoredInt8, unpack_nibbles
+from model import Block, Experts, Linear, MoE, Transformer
+
+Stored = Linear | Experts | StoredInt8 | StoredInt4
+
+
+def optimize_(model: Transformer, device_type: str | None = None) -> None:
+    """Give a loaded model the kernels of its device.
+
+    device_type: «cpu» or «cuda», by default the model's own; another serves to look at what would run there. Raises
+    ValueError where a weight's codes cannot be.
+    """
+    on_gpu = (device_type or model.device.type) == "cuda"
+    dtype = model.embed_tokens.weight.dtype
+    cuda = cuda_kernels() if on_gpu else None
+    names = [name for name, child in model.named_modules() if isinstance(child, Stored)]
+    # Kept as they are in all layers, since a compiled step needs layers that are alike (`steps.check_layers`).
+    inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
+    for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
+        stored = model.get_submodule(name)
+        check_zeros(name, stored)
+        # A router's product is small, and which experts it chooses must not depend on a kernel.
+        takes_kernel = name.split(".")[-1] not in inexact and not name.endswith("mlp.gate")
+        layer = None
+        if takes_kernel:
+            layer = gpu_layer(stored, dtype, cuda) if on_gpu else cpu_layer(stored, dtype)
+        model.set_submodule(name, layer or compiled_layer(stored, on_gpu))
+    for block in model.layers:
+        block.self_attn.attend = inductor.attention
+        if cuda is not None:
+            block.self_attn.attend = cuda.attention
+        elif not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
+            block.self_attn.attend = cpu.attention
+    if on_gpu:
+        model.layers = nn.ModuleList(FusedBlock(block) for block in model.layers)  # type: ignore[assignment]
+
+
+def is_exact(stored: Stored, dtype: torch.dtype) -> bool:
+    """Say whether the model's dtype holds the bf16 scales: float16 would lose small ones."""
+    scales = getattr(stored, "scales", None)
+    return scales is None or torch.equal(scales.to(dtype).to(scales), scales)
+
+
+def check_zeros(name: str, stored: Stored) -> None:
+    if isinstance(stored, StoredInt4) and stored.zeros.max() > 15:  # kernels pack them two to a byte
+        raise ValueError(f"{name}.zeros has zero points above 15; the checkpoint is damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layer a weight gets
+
+
+def compiled_layer(stored: Stored, on_gpu: bool) -> nn.Module:
+    """Return the layer for a weight that no kernel takes."""
+    if isinstance(stored, Experts) or stored.weight.ndim == 3:
+        return CompiledExperts(stored, on_gpu)  # type: ignore[arg-type]
+    return FusedCompiledLinear(stored) if on_gpu else CompiledLinear(stored, on_gpu)
+
+
+def cpu_layer(stored: Stored, dtype: torch.dtype) -> nn.Module | None:
+    """Return the layer of a CPU whose kernel takes a weight in a model of this dtype; None where there is none."""
+    if isinstance(stored, StoredInt8):
+        layer = cpu_int8_layer(stored, dtype)
+    elif isinstance(stored, StoredInt4):
+        layer = cpu_int4_layer(stored, dtype)
+    elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
+        layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
+    else:
+        return None
+    return KernelExperts(layer) if layer is not None and stored.weight.ndim == 3 else layer
+
+
+def cpu_int8_layer(stored: StoredInt8, dtype: torch.dtype) -> KernelLinear | None:
+    N, K = stored.weight.shape[-2:]
+    tensors = stored.weight, stored.scales.to(dtype), stored.bias
+    if cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 64):
+        return cpu.CpuInt8(*tensors)
+    # ATen's kernels crash on sizes that are not multiples of their tiles.
+    return AtenInt8(*tensors) if N % 4 == 0 and K % 16 == 0 else None
+
+
+def cpu_int4_layer(stored: StoredInt4, dtype: torch.dtype) -> KernelLinear | None:
+    if not has_whole_groups(stored):
+        return None
+    codes = unpack_nibbles(stored.weight, stored.in_features)
+    tensors = codes, stored.scales.to(dtype), stored.zeros, stored.bias
+    if cpu.has_kernel(dtype, codes, cpu.INT4_BLOCK_ROWS, 32):
+        return cpu.CpuInt4(*tensors)
+    return AtenInt4(*tensors) if codes.shape[-2] % 16 == 0 else None
+
+
+def has_whole_groups(stored: StoredInt4) -> bool:
+    """Say whether the groups are those that kernels take: ATen's take these sizes alone, Triton's powers of 2."""
+    return stored.in_features % stored.group_size == 0 and stored.group_size in GROUP_SIZES
+
+
+def cuda_kernels() -> ModuleType | None:
+    """Import kernels/cuda.py, which takes a second, where Triton is installed; else return None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from kernels import cuda
+
+    return cuda
+
+
+def gpu_layer(stored: Stored, dtype: torch.dtype, cuda: ModuleType | None) -> nn.Module | None:
+    """Return the layer of a GPU whose kernel takes a weight in a model of this dtype; None where there is none."""
+    if cuda is None or stored.weight.ndim == 3:
+        return None
+    if isinstance(stored, StoredInt8):
+        return cuda.CudaInt8(stored.weight, stored.scales.to(dtype), stored.bias)
+    if isinstance(stored, StoredInt4) and has_whole_groups(stored):
+        codes = unpack_nibbles(stored.weight, stored.in_features)
+        return cuda.CudaInt4(codes, stored.scales.to(dtype), stored.zeros, stored.bias)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block of a GPU
+
+
+class FusedBlock(Block):
+    """`Block`, whose products are given the norm before them, and the gate and the residual behind them."""
+
+    def __init__(self, block: Block):
+        nn.Module.__init__(self)
+        self.input_layernorm, self.self_attn = block.input_layernorm, block.self_attn
+        self.post_attention_layernorm, self.mlp = block.post_attention_layernorm, block.mlp
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        q, k, v = attn.heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin)
+        if attn.cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = self.store_(positions, k, v, mask.shape[-1])
+        x = self.add(x, attn.o_proj, attn.attend(q, k, v, mask).flatten(2))
+        if isinstance(mlp, MoE):
+            return x + mlp(self.post_attention_layernorm(x))
+        return self.add(x, mlp.down_proj, mlp.gate_up_proj(x, norm=self.post_attention_layernorm, gated=True))
+
+    def add(self, x: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+        """Return x + layer(y), where each rank's layer gives one summand of layer(y)."""
+        ranks = self.self_attn.ranks
+        return layer(y, residual=x) if ranks.count == 1 else x + ranks.all_reduce(layer(y))
+
+    def store_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """As `KVCache.update_`; compiled, a step stores each key and value once for every query head that shares it.
+
+        They are the same bits. The loops that store are then as long as the one that rotates the queries, and inductor
+        fuses all of them into one kernel. Norms of heads stand between: there it would cost a launch.
+        """
+        attn, cache = self.self_attn, self.self_attn.cache
+        assert cache is not None
+        num_copies = 1
+        if torch.compiler.is_compiling() and positions.shape[1] <= MAX_ROWS and attn.q_norm is None:
+            num_copies = attn.num_local_heads // attn.num_local_kv_heads
+        at = positions.unsqueeze(-1).expand(-1, -1, num_copies)
+        rows = torch.arange(len(k), device=k.device).view(-1, 1, 1)
+        cache.k[rows, :, at] = k.unsqueeze(2)
+        cache.v[rows, :, at] = v.unsqueeze(2)
+        return cache.k[: len(k), :, :length], cache.v[: len(k), :, :length]
