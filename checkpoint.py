@@ -300,8 +300,8 @@ def load_model(
 ) -> Transformer:
     """Load a checkpoint folder, or this rank's share of it; dtype None keeps the one that config.json names.
 
-    optimize: False leaves the plain model, without kernels. Raises FileNotFoundError or ValueError, each naming the
-    file, key or tensor.
+    optimize: False leaves the plain model, without kernels; its parameters have the names that are stored. Raises
+    FileNotFoundError or ValueError, each naming the file, key or tensor.
     """
     path = Path(checkpoint_path)
     raw = read_config(path)

@@ -97,7 +97,8 @@ def packed_weight(values: Tensor) -> nn.Parameter:
 def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> bool:
     """Say whether cpu.cpp takes a weight [N, K], in tiles of so many rows and columns, in a model of this dtype."""
     N, K = weight.shape[-2:]
-    return dtype == torch.bfloat16 and N % rows == 0 and K % columns == 0 and library() is not None
+    fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % rows == 0 and K % columns == 0
+    return fits and library() is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

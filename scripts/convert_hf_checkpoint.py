@@ -6,28 +6,21 @@ Reads safetensors and .bin weights (pickles with `weights_only=True`), one tenso
 its name only when it is whole.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 from tqdm import tqdm
 
-from checkpoint import (
-    DTYPES,
-    model_tensors,
-    new_folder,
-    parse_dtype,
-    read_config,
-    sibling,
-    write_fused_config,
-    write_safetensors,
-)
-from cli import ArgumentParser, checkpoint_folder, user_errors
+from checkpoint import ModelReader, write_fused_config
+from cli.arguments import ArgumentParser, checkpoint_folder
+from cli.errors import user_errors
+from config import DTYPES, parse_dtype, read_config
+from files import new_folder, sibling, write_safetensors
 
 
 def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = None) -> None:
@@ -39,10 +32,12 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
     dtype = DTYPES[dtype_name] if dtype_name else parse_dtype(raw)
-    specs, read = model_tensors(checkpoint_dir, dtype, allow_pickle=True)
+    reader = ModelReader(checkpoint_dir, dtype, allow_pickle=True)
     with new_folder(output_dir) as folder:
-        with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
-            write_safetensors(folder / "model.safetensors", specs, lambda name: (bar.update(), read(name))[1])
+        with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
+            write_safetensors(
+                folder / "model.safetensors", reader.specs, lambda name: (bar.update(), reader.read(name))[1]
+            )
         write_fused_config(checkpoint_dir, raw, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
     if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

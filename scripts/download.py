@@ -6,21 +6,20 @@ The folder it writes is what `generate.py --checkpoint_path` takes. Run again af
 files that are still missing.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import contextlib
-import signal
 from collections.abc import Iterator
 from fnmatch import fnmatch
 
-from cli import ArgumentParser, user_errors
+from cli.arguments import ArgumentParser
+from cli.errors import user_errors
 
 COMPANIONS = ["*.json", "tokenizer.model", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 # How weights are named, best first: a repository with several of these holds the same weights several times.
@@ -94,9 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision", help="a branch, tag or commit; default: main")
     parser.add_argument("--hf_token", help="access token for gated models; default: the one `hf auth login` stored")
     args = parser.parse_args(argv)
-    # Ctrl-C ends it at once: left to itself, the client first finishes the files it is at, however large.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with user_errors():
+    # A signal ends it at once: left to itself, the client first finishes the files it is at, however large.
+    with user_errors(signals_raise=False):
         download(args.repo_id, args.output_dir or Path("checkpoints") / args.repo_id, args.revision, args.hf_token)
 
 

@@ -25,16 +25,7 @@ from checkpoint import load_model, random_model, read_config
 from generate import generate
 from model import Transformer
 from scripts.measure import GREEDY, PROMPT, decode_mode, seconds, step_at
-from speculate import (
-    Speculation,
-    accept,
-    count_leading,
-    draft,
-    draft_and_verify,
-    expected_tokens,
-    levels_below,
-    verify,
-)
+from speculate import Speculation, accept, count_leading, draft, draft_and_verify, expected_tokens, levels_below, verify
 from steps import compiled, decode, likeliest, prefill, visible_slots
 from tokenizer import load_tokenizer
 

@@ -8,14 +8,13 @@ the loss is reported. The draft learns to imitate the demo (distillation), so th
 The same Python and torch versions and number of threads give the same weights. About an hour on two CPU cores.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
 import ast
@@ -33,8 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import new_folder, parse_config, save_hub_checkpoint
-from cli import ArgumentParser, number, user_errors
+from checkpoint import save_hub_checkpoint
+from cli.arguments import ArgumentParser, number
+from cli.errors import user_errors
+from config import parse_config
+from files import new_folder
 from gptq import CALIBRATION_MODULES
 from model import Transformer
 

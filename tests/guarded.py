@@ -10,9 +10,9 @@ import mmap
 import torch
 from torch import Tensor
 
-from kernels import MAX_ROWS, TALL, StreamedInt4Linear, StreamedInt8Linear, StreamedLinear, attention_of, library
-from model import attention
-from quantize import quantize_int4, quantize_int8
+from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, attention, library
+from kernels.layers import MAX_ROWS
+from linears import quantize_int4, quantize_int8
 
 PROT_NONE = 0
 mprotect = ctypes.CDLL(None).mprotect
@@ -39,21 +39,20 @@ def products(at_end: bool) -> int:
     count = 0
     for N, K in [(4, 64), (20, 128), (32, 64), (36, 704), (48, 2112)]:
         weight = drawn(N, K)
-        layers = [StreamedLinear(weight, None), StreamedInt8Linear(*quantize_int8(weight), None)]
-        if N % TALL == 0:
-            layers.append(StreamedInt4Linear(*quantize_int4(weight, 64), None))
+        layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None)]
+        if N % INT4_BLOCK_ROWS == 0:
+            layers.append(CpuInt4(*quantize_int4(weight, 64), None))
         for layer in layers:
-            tensors = [guarded(getattr(layer, name).detach(), at_end) for name in layer.tensors]
+            tensors = [guarded(getattr(layer, name).detach(), at_end) for name in layer.names]
             for rows in range(1, MAX_ROWS + 1):
                 x = drawn(rows, K)
                 y = layer.product(guarded(x, at_end), *tensors)
-                assert torch.equal(y, layer.product(x, *(getattr(layer, name) for name in layer.tensors)))
+                assert torch.equal(y, layer.product(x, *layer.tensors))
                 count += 1
     return count
 
 
 def attentions(at_end: bool) -> int:
-    attend = attention_of(torch.bfloat16, torch.device("cpu"), attention)
     count = 0
     for queries, heads, kv_heads, slots, head_dim in [
         (1, 4, 2, 64, 64), (5, 4, 1, 70, 32), (3, 2, 2, 200, 80), (17, 8, 2, 129, 128),
@@ -61,7 +60,7 @@ def attentions(at_end: bool) -> int:
         q, k, v = drawn(1, queries, heads, head_dim), *(drawn(1, kv_heads, slots, head_dim) for _ in range(2))
         mask = torch.arange(slots) <= torch.arange(slots - queries, slots)[:, None]
         tensors = [guarded(each, at_end) for each in (q, k, v, mask[None])]
-        assert torch.equal(attend(*tensors), attend(q, k, v, mask[None]))
+        assert torch.equal(attention(*tensors), attention(q, k, v, mask[None]))
         count += 1
     return count
 

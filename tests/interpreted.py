@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 import model
-from quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 # No bf16 where a kernel has a `tl.dot`, in which the interpreter takes it for whole numbers (Triton 3.7).
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

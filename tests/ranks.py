@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 import generate
-from checkpoint import load_model, random_model, read_config
-from cli import user_errors
+from checkpoint import load_model, random_model
+from cli.errors import user_errors
+from cli.ranks import from_rank_0, process_group, together
+from config import read_config
 from model import ONE_RANK
 from speculate import Speculation
 from steps import Sampling, compiled, decode
-from tp import from_rank_0, process_group, together
 
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.9, top_k=50)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 8]]
@@ -92,7 +93,7 @@ def memory_of_loading(path, ranks):
 
 def models(folder, names):
     """Load and run the models of the folder, and write there what this rank found."""
-    with process_group() as ranks, user_errors():
+    with process_group() as ranks, user_errors(signals_raise=False):
         torch.set_num_threads(1)
         found = {"memory": memory_of_loading(folder / "large", ranks)}
         for name in names:
@@ -122,7 +123,7 @@ def command_on_own_node(folder, *options):
 
 def compiled_texts(path, draft_path):
     """Print the greedy texts of compiled steps, plain with a shared draft too, and how much was accepted."""
-    with process_group() as ranks, user_errors():
+    with process_group() as ranks, user_errors(signals_raise=False):
         torch.set_num_threads(1)
         model, draft_model = (load_model(each, dtype=torch.float32, ranks=ranks) for each in (path, draft_path))
         for each in (model, draft_model):
@@ -138,7 +139,7 @@ def compiled_texts(path, draft_path):
 
 def failure():
     """Let rank 1 fail between two tokens, while the others wait for it."""
-    with process_group() as ranks, user_errors():
+    with process_group() as ranks, user_errors(signals_raise=False):
         model = load_model(DEMO, ranks=ranks)
         model.setup_caches(2, 128)
 
@@ -153,7 +154,7 @@ def failure():
 
 def mistake():
     """Let rank 1 alone find a mistake."""
-    with process_group() as ranks, user_errors():
+    with process_group() as ranks, user_errors(signals_raise=False):
         together(lambda: json.loads("not JSON" if ranks.rank else "0"), ranks)
 
 
@@ -161,7 +162,7 @@ def patience():
     """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
     init = dist.init_process_group
     dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=2))
-    with process_group() as ranks, user_errors():
+    with process_group() as ranks, user_errors(signals_raise=False):
         print(from_rank_0(lambda: time.sleep(4) or "hello", ranks))
 
 

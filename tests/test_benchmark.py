@@ -15,10 +15,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import meta_model, random_model
-from generate import generate
-from kernels import AtenInt4Linear, library
+from engine import generate
+from kernels.cpu import library
+from kernels.layers import AtenInt4
+from linears import Scheme
 from model import ONE_RANK, RopeScaling
-from quantize import Scheme
 from scripts import anatomy, benchmark, compare, products
 from scripts.benchmark import main
 from scripts.fresh import Fresh
@@ -171,7 +172,7 @@ def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
 def test_a_form_with_other_outputs_is_named_and_left_out(capsys, monkeypatch):
     monkeypatch.setattr(products, "MOST_COPIES", 1)
     monkeypatch.setattr(
-        products, "AtenInt4Linear", lambda codes, scales, zeros, bias: AtenInt4Linear(codes, scales, zeros + 1, bias)
+        products, "AtenInt4Linear", lambda codes, scales, zeros, bias: AtenInt4(codes, scales, zeros + 1, bias)
     )
     names = [rung.name for rung in products.rungs({"int4-g32": INT4}, RAW, "cpu", torch.bfloat16)]
     assert not [name for name in names if "ATen" in name] and "int4-g32, multiply and sum, 1 row" in names

@@ -1,4 +1,4 @@
-"""chat_template.py and chat.py: templates as `transformers` renders them, a conversation's ids, and the terminal."""
+"""cli/template.py and cli/chat.py: templates as `transformers` renders them, a conversation's ids, and the terminal."""
 
 import contextlib
 import fcntl
@@ -16,17 +16,19 @@ import termios
 import time
 from pathlib import Path
 
-import chat_template
 import pytest
 import torch
-from chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
-from chat_template import MAX_SECONDS, ChatTemplate, load_template
-from report import Row
 
 from checkpoint import load_model
-from generate import generate, main
+from cli import template as template_module
+from cli.chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
+from cli.renderer import MAX_SECONDS
+from cli.template import ChatTemplate, load_template
+from engine import generate
+from generate import main
+from rows import Row
 from speculate import Speculation
-from steps import Sampling
+from steps import Sampling, Text
 from tests.conftest import shared_data
 from tokenizer import TextStream, load_tokenizer
 
@@ -159,7 +161,7 @@ def test_a_template_whose_process_says_nothing_is_given_up(monkeypatch):
     template = ChatTemplate(CHATML, {}, "here")
     time.sleep(0.3)  # it has answered, and has nothing to do
     os.kill(template.process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(chat_template, "PATIENCE", 0.2)
+    monkeypatch.setattr(template_module, "PATIENCE", 0.2)
     with pytest.raises(ValueError, match=f"here: the chat template takes more than {MAX_SECONDS} s"):
         template.render(said("a"), add_generation_prompt=True)
     assert template.process.wait(timeout=5) < 0
@@ -313,9 +315,9 @@ def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder,
         assert answer(drafting, models[1], turn, 12, speculation=speculation).tokens == expected.tokens
     if drafter == "lookup":
         # What was answered is searched too: asked a third time, the question finds its answer in the history.
-        texts = [drafting.ids + drafting.ids[-15:-12]]
+        text = Text(0, drafting.ids + drafting.ids[-15:-12], room=9)
         speculation.begin(models[1], 1, 0)
-        assert speculation.look_up(texts, [9], [0], 3) == [drafting.ids[-12:-9]]
+        assert speculation.look_up([text], 3) == [drafting.ids[-12:-9]]
 
 
 def test_generated_ids_are_kept_though_the_text_would_be_encoded_otherwise(chat_folder):

@@ -16,23 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import checkpoint
-from checkpoint import (
-    DTYPES,
-    MAX_COUNT,
-    MAX_SIZE,
-    TensorFiles,
-    eos_token_ids,
-    load_model,
-    locked,
-    new_folder,
-    parse_config,
-    parse_dtype,
-    random_model,
-    read_config,
-    save_hub_checkpoint,
-    write_safetensors,
-)
+import files as files_module
+from checkpoint import TensorFiles, load_model, random_model, save_hub_checkpoint
+from config import DTYPES, MAX_COUNT, MAX_SIZE, eos_token_ids, parse_config, parse_dtype, read_config
+from files import locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from tests.conftest import LENGTH, REPO, HubCheckpoint
 
@@ -778,7 +765,7 @@ def test_transformers_reads_what_we_save(tmp_path: Path, hub_checkpoint: GetChec
     from transformers import AutoModelForCausalLM
 
     reference = hub_checkpoint(family)
-    model = load_model(reference.path, dtype=torch.float32)
+    model = load_model(reference.path, dtype=torch.float32, optimize=False)
     save_hub_checkpoint(model, read_config(reference.path), tmp_path, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -857,7 +844,7 @@ def test_a_folder_that_is_not_locked_yet_is_not_taken_for_abandoned(
         with locked(folder, wait):
             yield
 
-    monkeypatch.setattr(checkpoint, "locked", late)
+    monkeypatch.setattr(files_module, "locked", late)
     with new_folder(tmp_path / "out") as folder:
         (folder / "x").touch()
         assert len(others) == 1

@@ -18,22 +18,15 @@ import torch
 from tokenizers import decoders, normalizers
 
 import eval as eval_module
-from checkpoint import eos_token_ids, load_model
-from eval import (
-    Generation,
-    Window,
-    generate_texts,
-    harness_model,
-    kl_divergence,
-    log_probabilities,
-    loglikelihoods,
-    main,
-    parse_generation,
-    perplexity,
-    sliding_windows,
-)
-from generate import Sampling, generate
+import likelihood
+from checkpoint import load_model
+from config import eos_token_ids
+from engine import generate
+from eval import main
+from harness import Generation, generate_texts, harness_model, parse_generation
+from likelihood import Window, kl_divergence, log_probabilities, loglikelihoods, perplexity, sliding_windows
 from model import Transformer
+from steps import Sampling
 from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data
 from tests.test_tokenizer import llama2_style_backend
 from tokenizer import load_tokenizer
@@ -139,7 +132,7 @@ def test_kl_divergence_equals_its_definition_and_is_zero_for_the_same_model(gqa_
 def test_log_probabilities_come_in_pieces_of_bounded_size(gqa_model, monkeypatch):
     windows = sliding_windows(random_ids(100), 32, 16)
     [(whole, targets)] = log_probabilities(gqa_model, windows)
-    monkeypatch.setattr(eval_module, "PIECE_ELEMENTS", 7 * 96 + 5)
+    monkeypatch.setattr(likelihood, "PIECE_ELEMENTS", 7 * 96 + 5)
     pieces = list(log_probabilities(gqa_model, windows))
     assert [len(piece) for piece, _ in pieces] == [7] * 14 + [1]
     torch.testing.assert_close(torch.cat([piece for piece, _ in pieces]), whole, atol=1e-5, rtol=0)
@@ -409,7 +402,7 @@ def test_generation_kwargs_are_read_with_their_aliases():
     with pytest.raises(ValueError, match="generation_kwargs is None"):
         parse_generation(None, 300)
     drawn = parse_generation({"until": ["", "a"], "do_sample": True, "temperature": 0.5, "top_p": 0.9}, 300)
-    assert (drawn.until, drawn.max_new_tokens, drawn.sampling) == (("a",), 256, Sampling(0.5, top_p=0.9))
+    assert (drawn.until, drawn.max_new_tokens, drawn.sampling) == (("a",), 256, Sampling(0.5, 0, 0.9))
 
 
 @pytest.mark.parametrize(
@@ -610,7 +603,7 @@ def test_ctrl_c_ends_quietly(run_here, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     (tmp_path / "text").write_text("def main():")
-    monkeypatch.setattr(eval_module, "log_probabilities", interrupted)
+    monkeypatch.setattr(likelihood, "log_probabilities", interrupted)
     result = run_here("--text_file", tmp_path / "text", "--metrics_path", tmp_path / "metrics.json")
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert not (tmp_path / "metrics.json").exists()

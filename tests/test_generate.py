@@ -7,19 +7,20 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import generate as generate_module
+import engine as engine_module
 import steps as steps_module
 from checkpoint import load_model
-from generate import generate, warm_up
+from engine import Engine, generate, read_behind
+from generate import warm_up
+from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
-from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, read_behind, sample
+from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
 from tokenizer import load_tokenizer
 
@@ -44,7 +45,9 @@ def tiny_model(**changes):
     model = Transformer(ModelConfig(**sizes, rms_norm_eps=1e-5, rope_theta=10000.0))
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if name.endswith("norm.weight") else torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    optimize_(model)
+    return model
 
 
 @pytest.fixture
@@ -266,7 +269,7 @@ def watched_sizes(step=decode):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(monkeypatch, lag):
     """With a lag too, as on an accelerator, where a step is read after the next one is launched."""
-    monkeypatch.setattr(generate_module, "read_behind", lambda steps, lag, read=read_behind, to=lag: read(steps, to))
+    monkeypatch.setattr(engine_module, "read_behind", lambda steps, lag, read=read_behind, to=lag: read(steps, to))
     model = tiny_model()
     model.setup_caches(8, 128)
     plain = rows_of(generate(model, EIGHT, 40, GREEDY))
@@ -317,12 +320,12 @@ def test_nothing_recompiles_when_rows_leave(lengths, slots):
     model = tiny_model(num_hidden_layers=1)
     model.setup_caches(2, slots)
     prompts = [[3] * length for length in lengths]
-    launch = partial(generate, model, sampling=Sampling(0.9), decode=compiled(decode))
-    warm_up(launch, SimpleNamespace(batches=[prompts], max_seq_length=slots), None, quiet=True)
+    engine = Engine(model, Sampling(0.9), decode=compiled(decode))
+    warm_up(engine, SimpleNamespace(batches=[prompts], max_seq_length=slots), quiet=True)
     with torch.compiler.set_stance("fail_on_recompile"):
         for ends in ({}, {0: 4}, {1: 70}):
             ended = set()
-            for count, _ in enumerate(launch(prompts, 100, ended=ended), start=1):
+            for count, _ in enumerate(engine.run(prompts, 100, ended=ended), start=1):
                 ended |= {row for row, end in ends.items() if count >= end}
 
 
@@ -555,7 +558,10 @@ def test_a_closed_pipe_ends_quietly():
 # Imports
 
 
-MODULES = "model tokenizer checkpoint generate steps speculate report cli tp options chat chat_template interrupt"
+MODULES = (
+    "model linears kernels.optimize tokenizer config files checkpoint steps speculate engine generate rows likelihood "
+    "harness tp cli.report cli.errors cli.arguments cli.ranks cli.options cli.chat cli.template cli.renderer"
+)
 
 
 def test_importing_changes_nothing():

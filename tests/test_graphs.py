@@ -11,10 +11,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
 from checkpoint import random_model
-from kernels import constant, for_cuda
+from kernels.optimize import optimize_
+from linears import constant
 from model import Transformer
 from speculate import draft_and_verify, verify
-from steps import Sampling, compiled, decode, of_the_first_layer
+from steps import Sampling, compiled, decode, keep_first_layer_guards
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -29,11 +30,11 @@ DRAFT_MODEL = "a draft model"
 STEPS = {
     "decode": (decode, None, [GREEDY, None]),
     "decode, drawn": (decode, None, [DRAWN, torch.ones(1, V)]),
-    "round": (draft_and_verify, 2, [DRAFT_MODEL, K, GREEDY, None, None]),
+    "round": (draft_and_verify, 2, [DRAFT_MODEL, K, GREEDY, None]),
     "round, drawn": (
         draft_and_verify,
         2,
-        [DRAFT_MODEL, K, DRAWN, torch.ones(1, K, V), (torch.ones(1, K), torch.ones(1, V))],
+        [DRAFT_MODEL, K, DRAWN, (torch.ones(1, K, V), (torch.ones(1, K), torch.ones(1, V)))],
     ),
     "verify": (verify, 2, [torch.zeros(1, K, dtype=torch.long), GREEDY, None, None]),
     "verify, drawn": (
@@ -106,19 +107,10 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
 
 def on_cuda() -> Transformer:
     """A model as it is on a GPU, with int4 and int8 weights, its memory left out."""
-    cuda = for_cuda(torch.device("cuda"))
-    assert cuda is not None
-    model = random_model(RAW, "cpu", torch.bfloat16).to("meta")
-    model.setup_caches(1, 8192)
-    for block in model.layers:
-        block.self_attn.attend = cuda.attention
-        for parent, name in [(block.self_attn, "qkv_proj"), (block.mlp, "gate_up_proj"), (block.mlp, "down_proj")]:
-            N, K = getattr(parent, name).weight.shape
-            groups = torch.empty(N, K // 32, dtype=torch.bfloat16, device="meta")
-            codes = torch.empty(N, K, dtype=torch.uint8, device="meta")
-            setattr(parent, name, cuda.Int4Linear(codes, groups, groups, None))
-    codes = torch.empty(V, RAW["hidden_size"], dtype=torch.int8, device="meta")
-    model.lm_head = cuda.Int8Linear(codes, torch.empty(V, dtype=torch.bfloat16, device="meta"), None)
+    quantized = {"layout": "fused", "quantization": {"mode": "int4", "groupsize": 32}}
+    model = random_model(RAW | quantized, "cpu", torch.bfloat16, optimize=False)
+    optimize_(model, "cuda")
+    model.to("meta").setup_caches(1, 8192)
     return model
 
 
@@ -172,7 +164,7 @@ def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, secon
     """Though the guards of the first layer alone are kept."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    options = {"guard_filter_fn": of_the_first_layer}
+    options = {"guard_filter_fn": keep_first_layer_guards}
     run = torch.compile(decode, backend=counter, fullgraph=True, dynamic=False, options=options)
     for raw in (first, first, second):
         model = random_model({**RAW, **raw}, "cpu", torch.float32)
@@ -187,7 +179,7 @@ def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
     odd = random_model(RAW, "cpu", torch.float32)
     odd.setup_caches(1, 64)
     for name, (N, columns) in {"gate_up_proj": (320, 64), "down_proj": (64, 160)}.items():
-        getattr(odd.layers[1].mlp, name).weight = constant(torch.ones(N, columns))
+        getattr(odd.layers[1].mlp, name).stored.weight = constant(torch.ones(N, columns))
     message = "layer 1 has other tensors than layer 0"
     with torch.inference_mode():
         with pytest.raises(ValueError, match=message):

@@ -26,8 +26,9 @@ import checkpoint
 import eval as evaluation
 import generate
 import quantize
-from checkpoint import is_finite, new_folder
-from cli import one_line, user_errors, write_whole
+from checkpoint import is_finite
+from cli.errors import one_line, user_errors
+from files import new_folder, write_whole
 from scripts import convert_hf_checkpoint, faults
 from tests.conftest import REPO, assert_user_error, run_command, small_disk
 from tokenizer import Tokenizer

@@ -15,34 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import (
-    MAX_ROWS,
-    TALL,
-    StreamedInt4Linear,
-    StreamedInt8Linear,
-    StreamedLinear,
-    attention_of,
-    empty_weight,
-    packed_weight,
-)
-from model import Linear, attention
-from quantize import (
+from checkpoint import random_model
+from kernels import cpu, inductor
+from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, empty_weight, packed_weight
+from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
+from kernels.layers import MAX_ROWS, FusedLinear
+from kernels.optimize import FusedBlock, cpu_layer, optimize_
+from linears import (
     GROUP_SIZES,
-    Int4Linear,
     Scheme,
+    StoredInt4,
+    constant,
     dequantize_int4,
     dequantize_int8,
     quantize_int4,
     quantize_int8,
     quantize_linear,
-    unpack_nibbles,
 )
+from model import Linear, attention
 from tests.conftest import REPO
+from tests.test_graphs import RAW
 
 pytestmark = pytest.mark.skipif(
-    kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
+    cpu.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
 )
+
+
+def layer_for(weight: Tensor) -> torch.nn.Module | None:
+    """Return the layer whose kernel takes a weight in a model of the weight's dtype."""
+    stored = Linear(1, 1).requires_grad_(False)
+    stored.weight = constant(weight)
+    return cpu_layer(stored, weight.dtype)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -73,15 +76,15 @@ def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tens
 def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tuple[int, int]) -> None:
     N, K = shape
     x, weight, bias = normal(rows, K), normal(N, K, seed=1), normal(N, seed=2)
-    assert_product(StreamedLinear(weight, bias), x, weight, bias)
+    assert_product(CpuBf16(weight, bias), x, weight, bias)
     if K % 64 == 0:
         codes, scales = quantize_int8(weight)
-        assert_product(StreamedInt8Linear(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
-    if N % TALL == 0:
+        assert_product(CpuInt8(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
+    if N % INT4_BLOCK_ROWS == 0:
         for group_size in (size for size in GROUP_SIZES if K % size == 0):
             quantized = quantize_int4(weight, group_size)
             twin = dequantize_int4(*quantized, group_size)
-            assert_product(StreamedInt4Linear(*quantized, bias), x, twin, bias)
+            assert_product(CpuInt4(*quantized, bias), x, twin, bias)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -99,10 +102,10 @@ def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) ->
     """Cut into many pieces, which the threads take as they come; more threads than cores, so that some are late."""
     x, weight = normal(rows, 2048), normal(N, 2048, seed=1)
     layers: list[torch.nn.Module] = [
-        StreamedLinear(weight, None), StreamedInt8Linear(*quantize_int8(weight), None),
+        CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None),
     ]  # fmt: skip
-    if N % TALL == 0:
-        layers.append(StreamedInt4Linear(*quantize_int4(weight, 32), None))
+    if N % INT4_BLOCK_ROWS == 0:
+        layers.append(CpuInt4(*quantize_int4(weight, 32), None))
     for layer in layers:
         with on_threads(1):
             expected = layer(x)
@@ -115,8 +118,8 @@ def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) ->
 
 def test_each_row_is_multiplied_alone() -> None:
     x = normal(MAX_ROWS, 256)
-    layers = [StreamedLinear(normal(64, 256), None), StreamedInt8Linear(*quantize_int8(normal(64, 256)), None)]
-    layers.append(StreamedInt4Linear(*quantize_int4(normal(64, 256), 32), None))
+    layers = [CpuBf16(normal(64, 256), None), CpuInt8(*quantize_int8(normal(64, 256)), None)]
+    layers.append(CpuInt4(*quantize_int4(normal(64, 256), 32), None))
     for layer in layers:
         together = layer(x)
         for i in (0, 7, 8, MAX_ROWS - 1):
@@ -130,10 +133,10 @@ def test_each_row_is_multiplied_alone() -> None:
 def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
     one_each = torch.eye(192).bfloat16()  # a product with it is the weight itself
     codes, scales = quantize_int8(normal(64, 192))
-    assert torch.equal(StreamedInt8Linear(codes, scales, None)(one_each), dequantize_int8(codes, scales).bfloat16().T)
+    assert torch.equal(CpuInt8(codes, scales, None)(one_each), dequantize_int8(codes, scales).bfloat16().T)
     for group_size in (32, 64):
         quantized = quantize_int4(normal(64, 192), group_size)
-        unpacked = StreamedInt4Linear(*quantized, None)(one_each)
+        unpacked = CpuInt4(*quantized, None)(one_each)
         twin = dequantize_int4(*quantized, group_size).bfloat16().T
         assert torch.equal(unpacked, twin)
 
@@ -141,28 +144,28 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     x, weight = normal(MAX_ROWS + 1, 1024), normal(4176, 1024, seed=1)  # pieces are of 8 MiB in bf16
     codes, scales = quantize_int8(weight)
-    assert_product(StreamedInt8Linear(codes, scales, None), x, dequantize_int8(codes, scales), None)
+    assert_product(CpuInt8(codes, scales, None), x, dequantize_int8(codes, scales), None)
     quantized = quantize_int4(weight, 32)
-    assert_product(StreamedInt4Linear(*quantized, None), x, dequantize_int4(*quantized, 32), None)
+    assert_product(CpuInt4(*quantized, None), x, dequantize_int4(*quantized, 32), None)
 
 
 def test_no_rows_are_no_outputs() -> None:
     quantized = quantize_int4(normal(64, 256), 32)
-    for layer in (StreamedLinear(normal(64, 256), None), StreamedInt4Linear(*quantized, None)):
+    for layer in (CpuBf16(normal(64, 256), None), CpuInt4(*quantized, None)):
         assert layer(normal(3, 0, 256)).shape == (3, 0, 64)
 
 
 def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
     x, weight = normal(4, 512)[:, ::2], normal(64, 256, seed=1)
-    assert_product(StreamedLinear(weight, None), x, weight, None)
+    assert_product(CpuBf16(weight, None), x, weight, None)
 
 
 @pytest.mark.parametrize("K", [32, 96, 160, 224, 2080])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8, 16])
 def test_bf16_products_of_rows_that_no_loop_divides_equal_their_twins(rows: int, K: int) -> None:
     x, weight = normal(rows, K), normal(20, K, seed=1)
-    layer = kernels.linear_layer(weight, None)
-    assert isinstance(layer, StreamedLinear)
+    layer = layer_for(weight)
+    assert isinstance(layer, CpuBf16)
     assert_product(layer, x, weight, None)
 
 
@@ -170,27 +173,27 @@ def test_bf16_products_of_rows_too_large_for_the_first_cache_equal_their_twins()
     for rows, K in ((5, 4128), (8, 5632), (16, 2592)):
         x, weight = normal(rows, K), normal(12, K, seed=1)
         assert rows * K * x.itemsize > 40 << 10
-        assert_product(StreamedLinear(weight, None), x, weight, None)
+        assert_product(CpuBf16(weight, None), x, weight, None)
 
 
 def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
-    assert isinstance(kernels.linear_layer(weight, None), StreamedLinear)
+    assert isinstance(layer_for(weight), CpuBf16)
     strided = torch.empty(64, 256, dtype=torch.bfloat16)[:, ::2]
     for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta"), strided):
-        assert kernels.linear_layer(other, None) is None
+        assert layer_for(other) is None
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 96, 192])
 def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(group_size: int) -> None:
     x, weight, scheme = normal(3, 192), Linear(192, 64), Scheme("int4", group_size)
-    weight.weight = kernels.constant(normal(64, 192, seed=1))
+    weight.weight = constant(normal(64, 192, seed=1))
     stored = quantize_linear(weight, scheme)
-    assert isinstance(stored, Int4Linear)
+    assert isinstance(stored, StoredInt4)
     twin = stored.dequantize()
-    codes = unpack_nibbles(stored.weight, 192)
-    layer = kernels.int4_layer(codes, stored.scales, stored.zeros, None, group_size) or stored
-    assert_product(layer, x, twin, None)
+    layer = cpu_layer(stored, torch.bfloat16)
+    assert layer is None or group_size % 32 == 0
+    assert_product(layer or stored, x, twin, None)
 
 
 def memory_flags(address: int) -> list[str]:
@@ -298,25 +301,31 @@ def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
 
 
 def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
-    cpu = torch.device("cpu")
-    assert attention_of(torch.bfloat16, cpu, attention) is not attention
-    for dtype, device in ((torch.float32, cpu), (torch.bfloat16, torch.device("meta"))):
-        assert attention_of(dtype, device, attention) is attention
+    for dtype, expected in ((torch.bfloat16, cpu.attention), (torch.float32, inductor.attention)):
+        model = random_model(RAW, dtype=dtype)
+        assert {block.self_attn.attend for block in model.layers} == {expected}
+    q, (k, v) = normal(1, 3, 4, 64).float(), keys_and_values(1, 2, 64, 64)
+    mask = torch.ones(1, 3, 64, dtype=torch.bool)
+    assert torch.equal(inductor.attention(q, k.float(), v.float(), mask), attention(q, k.float(), v.float(), mask))
 
 
-def test_a_norm_is_left_to_a_product_on_a_gpu_alone(monkeypatch):
+def test_a_norm_is_left_to_a_product_on_a_gpu_alone():
     """And there of a row or two: elsewhere fp32 stays what it is, to the bit."""
+    for device_type, is_fused in (("cpu", False), ("cuda", True)):
+        model = random_model(RAW, dtype=torch.float32, optimize=False)
+        optimize_(model, device_type)
+        assert all(isinstance(block, FusedBlock) == is_fused for block in model.layers)
+        assert isinstance(model.layers[0].self_attn.qkv_proj, FusedLinear) == is_fused
 
-    def asked(x):
-        return x + 1 if kernels.in_one_loop(x) else x
+    def is_streamed(x):
+        return x + 1 if is_reduction(x) else x
 
-    found = []
-    for device, rows in (("cuda", 1), ("cpu", 1), ("cpu", kernels.MAX_REDUCTION_ROWS + 1)):
-        monkeypatch.setattr(kernels, "GPU", device)
+    sums = []
+    for rows in (1, MAX_REDUCTION_ROWS, MAX_REDUCTION_ROWS + 1):
         torch._dynamo.reset()
-        found.append(torch.compile(asked, fullgraph=True, backend="eager")(torch.zeros(rows, 4))[0, 0].item())
-    assert found == [0, 1, 0]
-    assert asked(torch.zeros(1, 4))[0, 0] == 0  # not compiled
+        sums.append(torch.compile(is_streamed, fullgraph=True, backend="eager")(torch.zeros(rows, 4))[0, 0].item())
+    assert sums == [1, 1, 0]
+    assert is_streamed(torch.zeros(1, 4))[0, 0] == 0  # not compiled
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("no-compiler", "there is no no-compiler"), ("false", "slower")])
@@ -325,6 +334,6 @@ def test_without_a_compiler_that_works_there_is_no_library(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    assert kernels.library.__wrapped__() is None
+    assert cpu.library.__wrapped__() is None
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("*/*"))

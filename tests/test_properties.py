@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from report import Row, held_back
 from torch import Tensor
 
 import steps
-from kernels import MAX_ROWS
-from quantize import dequantize_int4, pack_nibbles, unpack_nibbles
+from kernels.layers import MAX_ROWS
+from linears import dequantize_int4, pack_nibbles, unpack_nibbles
+from rows import Row, num_pending
 from steps import SLOTS_STEP, Sampling, draw, probabilities, prompt_chunks, sample, visible_slots
 from tokenizer import TextStream, Tokenizer, cut_whitespace
 
@@ -172,7 +172,7 @@ def test_what_is_held_back_is_all_that_could_become_a_stop(text: str, stops: lis
     assume(not any(stop in text for stop in stops))  # else it has ended already
     ends = [text[at:] for at in range(len(text))]
     sizes = [len(end) for end in ends if any(stop.startswith(end) for stop in stops)]
-    assert held_back(text, stops) == max(sizes, default=0)
+    assert num_pending(text, stops) == max(sizes, default=0)
 
 
 @thorough

@@ -1,4 +1,4 @@
-"""int8, int4 and GPTQ: the arithmetic, the linears, and the command."""
+"""int8, int4 and GPTQ: the arithmetic, the quantizable_linears, and the command."""
 
 import json
 import math
@@ -16,26 +16,27 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantize
-from checkpoint import load_model, meta_model, random_model, read_config, save_hub_checkpoint
-from generate import generate
+from checkpoint import load_model, meta_model, random_model, save_hub_checkpoint
+from config import read_config
+from engine import generate
 from gptq import Calibration, gptq, gptq_stack
-from kernels import MAX_ROWS, AtenInt4Linear, AtenInt8Linear
-from model import Linear, MoE, Transformer
-from quantize import (
+from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8
+from kernels.optimize import optimize_
+from linears import (
     GROUP_SIZES,
-    Int4Linear,
-    Int8Linear,
     Scheme,
+    StoredInt4,
+    StoredInt8,
     dequantize_int4,
     dequantize_int8,
-    linears,
     pack_nibbles,
+    quantizable_linears,
     quantize_int4,
     quantize_int8,
     quantize_linear,
-    repack_,
     unpack_nibbles,
 )
+from model import Experts, Linear, MoE, Transformer
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
 from tests.test_model import choices, keep_only_
@@ -59,12 +60,12 @@ def filled(N: int, K: int, bias: bool = False, seed: int = 0) -> Linear:
 
 
 def on_this_device(stored: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return what `repack_` makes of one linear in a model of this dtype."""
-    model = random_model(read_config(DEMO), dtype=dtype)
+    """Return what `optimize_` makes of one linear in a model of this dtype."""
+    model = random_model(read_config(DEMO), dtype=dtype, optimize=False)
     model.lm_head = stored  # type: ignore[assignment]
-    if stored.bias is not None:
+    if getattr(stored, "bias", None) is not None:
         stored.bias.data = stored.bias.data.to(dtype)
-    repack_(model)
+    optimize_(model)
     return model.lm_head
 
 
@@ -146,7 +147,7 @@ def test_a_quantized_linear_equals_its_explicit_dequantized_product(
 def test_each_row_of_a_stack_is_multiplied_with_its_experts_dequantized_weight(
     scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    child = Linear(shape[1], shape[0], num_experts=3)
+    child = Experts(3, shape[1], shape[0])
     child.weight.data = normal(3, *shape)
     if scheme is None:
         stored: nn.Module = child.to(dtype).requires_grad_(False)
@@ -194,25 +195,26 @@ def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
 
 def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
     """Else a graph compiled for a model, guarded by its first layer, would read another's scales as another dtype."""
-    model = random_model(read_config(DEMO), dtype=torch.float16)
+    model = random_model(read_config(DEMO), dtype=torch.float16, optimize=False)
     for i, block in enumerate(model.layers):
         for child in (block.mlp.gate_up_proj, block.mlp.down_proj):
             child.weight.data = normal(*child.weight.shape) * (1e-6 if i == 1 and child is block.mlp.down_proj else 1)
         block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Scheme("int8"))  # type: ignore[assignment]
         block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Scheme("int8"))  # type: ignore[assignment]
-    repack_(model)
-    assert {type(block.mlp.down_proj) for block in model.layers} == {Int8Linear}
-    assert {type(block.mlp.gate_up_proj) for block in model.layers} == {AtenInt8Linear}
+    optimize_(model)
+    assert {type(block.mlp.down_proj.stored) for block in model.layers} == {StoredInt8}
+    assert {type(block.mlp.gate_up_proj) for block in model.layers} == {AtenInt8}
 
 
 def test_the_kernels_run_where_the_shape_allows() -> None:
     def kind(scheme: Scheme, N: int, K: int) -> type:
-        return type(on_this_device(quantize_linear(filled(N, K), scheme), torch.float32))
+        layer = on_this_device(quantize_linear(filled(N, K), scheme), torch.float32)
+        return type(getattr(layer, "stored", layer))
 
-    assert kind(Scheme("int8"), 64, 128) is AtenInt8Linear
-    assert kind(Scheme("int8"), 63, 61) is Int8Linear
-    assert kind(Scheme("int4", 32), 64, 128) is AtenInt4Linear
-    assert kind(Scheme("int4", 32), 64, 172) is Int4Linear
+    assert kind(Scheme("int8"), 64, 128) is AtenInt8
+    assert kind(Scheme("int8"), 63, 61) is StoredInt8
+    assert kind(Scheme("int4", 32), 64, 128) is AtenInt4
+    assert kind(Scheme("int4", 32), 64, 172) is StoredInt4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,15 +260,10 @@ def test_gptq_refuses_inputs_that_are_not_finite() -> None:
 
 def test_the_hessians_are_of_the_inputs_that_the_linears_see(hub_checkpoint: GetCheckpoint) -> None:
     reference = hub_checkpoint("gqa")
-    model = load_model(reference.path, dtype=torch.float32)
+    model = load_model(reference.path, dtype=torch.float32, optimize=False)
     block, seen = model.layers[0], {}
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        child = block.get_submodule(name)
+    for name, child in quantizable_linears(block).items():
         child.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs[0].flatten(0, 1)}))
-    # Which are given the norm that they go through first.
-    norms = {"self_attn.qkv_proj": block.input_layernorm, "mlp.gate_up_proj": block.post_attention_layernorm}
-    for name, norm in norms.items():
-        norm.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output.flatten(0, 1)}))
     model(reference.tokens, torch.arange(reference.tokens.shape[1]))
     expected = {name: x.t() @ x for name, x in seen.items()}
     calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
@@ -286,12 +283,12 @@ def scarce_router_(model: Transformer) -> None:
 
 def test_gptq_calibrates_each_expert_on_the_tokens_that_go_to_it(hub_checkpoint: GetCheckpoint) -> None:
     reference = hub_checkpoint("mixtral")
-    model = load_model(reference.path, dtype=torch.float32)
+    model = load_model(reference.path, dtype=torch.float32, optimize=False)
     scarce_router_(model)
     block, seen = model.layers[0], {}
     hooks = [
         child.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs}))
-        for name, child in linears(block).items()
+        for name, child in quantizable_linears(block).items()
         if name.startswith("mlp")
     ]
     model(reference.tokens, torch.arange(reference.tokens.shape[1]))
@@ -300,7 +297,7 @@ def test_gptq_calibrates_each_expert_on_the_tokens_that_go_to_it(hub_checkpoint:
     calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
     encoders = calibration.encoders(block)
     for name, (x, experts) in seen.items():
-        encoder, weight = encoders[name], linears(block)[name].weight
+        encoder, weight = encoders[name], quantizable_linears(block)[name].weight
         assert isinstance(encoder, partial)
         codes, scales, zeros = encoder(weight, 32)
         for i in range(5):
@@ -361,7 +358,7 @@ def plain_twin(path: Path) -> Transformer:
     scheme = raw.pop("quantization")
     model = Transformer(meta_model({**raw, "tie_word_embeddings": False}).config)
     state = dict(stored)
-    for name, child in linears(model).items():
+    for name, child in quantizable_linears(model).items():
         codes, scales = stored[f"{name}.weight"], state.pop(f"{name}.scales")
         if codes.dtype == torch.int8:
             state[f"{name}.weight"] = codes.float() * scales.float()[..., None]
@@ -434,7 +431,7 @@ def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     raw = {"model_type": "mixtral", "vocab_size": 4096, "max_position_embeddings": 256, **sizes, **experts}
-    model = random_model(raw, dtype=torch.float32)
+    model = random_model(raw, dtype=torch.float32, optimize=False)
     save_hub_checkpoint(model, raw, source, torch.float32)
     for file in DEMO.glob("tokenizer*"):
         shutil.copyfile(file, source / file.name)
@@ -447,16 +444,16 @@ def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_
 
 def test_one_rounded_block_after_another_is_what_gptq_sees(stories: Path) -> None:
     # With the blocks before it left unquantized, a block's inputs and so its codes would be others.
-    model = load_model(stories, dtype=torch.float32)
+    model = load_model(stories, dtype=torch.float32, optimize=False)
     tokens = torch.randint(512, (4, 64), generator=torch.Generator().manual_seed(0))
     source = meta_model(read_config(stories))
     state = dict(model.named_parameters())
     calibration = Calibration(source, state["embed_tokens.weight"], tokens)
     parts = list(quantize.quantized_parts(source, state.__getitem__, Scheme("int4", 32), calibration))
     # The hidden states that came out at the end are those of the quantized model.
-    twin = load_model(stories, dtype=torch.float32)
+    twin = load_model(stories, dtype=torch.float32, optimize=False)
     merged = {name: value for part in parts for name, value in part.items()}
-    for name, child in linears(twin).items():
+    for name, child in quantizable_linears(twin).items():
         if name != "lm_head":
             codes = unpack_nibbles(merged[f"{name}.weight"].data, child.weight.shape[1])
             weight = dequantize_int4(codes, merged[f"{name}.scales"], merged[f"{name}.zeros"], 32)
@@ -659,4 +656,4 @@ def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
     model = random_model(raw, dtype=torch.float32)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0
-    assert isinstance(model.layers[0].mlp.down_proj, AtenInt4Linear) and isinstance(model.lm_head, AtenInt8Linear)
+    assert isinstance(model.layers[0].mlp.down_proj, AtenInt4) and isinstance(model.lm_head, AtenInt8)

@@ -1,13 +1,13 @@
 """report.py: the text of a row, as it is shown."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from report import Row, bytes_per_step, held_back, run_sample
 
 from checkpoint import load_model
-from generate import generate
+from cli.report import TextPrinter, bytes_per_step, run_batch
+from engine import Engine
+from rows import Row, num_pending
 from steps import Sampling, decode
 from tokenizer import TextStream, load_tokenizer
 
@@ -34,9 +34,9 @@ def test_text_that_only_begins_like_a_stop_is_shown_in_the_end():
 
 
 def test_held_back_is_the_longest_beginning_of_a_stop():
-    assert held_back("abc", ["cab", "bcd"]) == 2
-    assert held_back("abc", ["xyz"]) == 0
-    assert held_back("abc", []) == 0
+    assert num_pending("abc", ["cab", "bcd"]) == 2
+    assert num_pending("abc", ["xyz"]) == 0
+    assert num_pending("abc", []) == 0
 
 
 def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
@@ -48,9 +48,9 @@ def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
         sizes.append(len(tokens))
         return decode(model, tokens, *rest)
 
-    launch = partial(generate, model, sampling=Sampling(temperature=0), decode=watched)
+    engine = Engine(model, Sampling(temperature=0), decode=watched)
     prompts = [tokenizer.encode(text) for text in ("def main(", "import ")]
-    first, second = run_sample(prompts, launch, 20, tokenizer, (), [")"], quiet=True)
+    first, second = run_batch(engine, prompts, 20, [")"], TextPrinter(tokenizer, 2, echo=True, quiet=True))
     assert (first.finish_reason, second.finish_reason) == ("stop", "length")
     assert sizes == [2] * (len(first.tokens) - 1) + [1] * (20 - len(first.tokens))
     # Nor do its keys and values count in the steps after its end.

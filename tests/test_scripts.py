@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import load_model, read_config
+from checkpoint import load_model
+from config import read_config
 from scripts import soak
 from scripts.convert_hf_checkpoint import convert, main
 from tests.conftest import FAMILIES, LENGTH, REPO, HubCheckpoint, assert_user_error, run_command, small_disk

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 import generate as generate_module
 import speculate as speculate_module
-from generate import generate, warm_up
-from quantize import HEAD_SCHEME, Scheme, linears, quantize_linear, repack_
+from engine import generate
+from generate import warm_up
+from kernels.optimize import optimize_
+from linears import HEAD_SCHEME, Scheme, quantizable_linears, quantize_linear
 from speculate import (
     FIRST_WAIT,
     LONGEST_WAIT,
@@ -26,7 +28,7 @@ from speculate import (
     levels_below,
     verify,
 )
-from steps import Sampling, compiled, decode, likeliest, prefill, probabilities
+from steps import Noise, Sampling, Text, compiled, decode, likeliest, prefill, probabilities
 from tests.conftest import REPO, assert_user_error, run_command
 from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
 
@@ -53,9 +55,9 @@ def random_draft():
 
 
 def quantized(model, scheme):
-    for name, child in linears(model).items():
+    for name, child in quantizable_linears(model).items():
         model.set_submodule(name, quantize_linear(child, HEAD_SCHEME if name == "lm_head" else scheme))
-    repack_(model)
+    optimize_(model)
     return model
 
 
@@ -345,7 +347,7 @@ def test_a_second_turn_is_looked_up_in_the_first(target):
     text = [*range(1, 21), 40, 41]
     list(generate(target, [text], 1, GREEDY, speculation=speculation))
     list(generate(target, [[*text, 1, 2]], 1, GREEDY, cached=len(text), speculation=speculation))
-    assert speculation.look_up([[*text, 1, 2]], [9], [0], 3) == [[3, 4, 5]]
+    assert speculation.look_up([Text(0, [*text, 1, 2], 9)], 3) == [[3, 4, 5]]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
@@ -369,7 +371,8 @@ def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(ta
     texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
     for column in range(5):  # into the caches
         target(torch.tensor([[text[column]] for text in texts]), torch.tensor([column]))
-    speculation.round(target, texts, [9, 9], [0, 1], 2, GREEDY, None)
+    noise = Noise(2, [0, 1], None, target.device)
+    speculation.round(target, [Text(row, ids, 9) for row, ids in enumerate(texts)], 2, GREEDY, noise)
     assert [len(counts) for counts in updates] == [1]
 
 

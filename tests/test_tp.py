@@ -1,4 +1,4 @@
-"""tp.py: several ranks give what one gives, read only their share, refuse what cannot be shared, and end together."""
+"""Several ranks give what one gives, read only their share, refuse what cannot be shared, and end together."""
 
 import contextlib
 import json
@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save_file
 import eval as evaluate
 import generate
 import quantize
-import tp
-from checkpoint import load_model, meta_model, parse_config, read_config, tensor_specs, write_safetensors
+from checkpoint import load_model, meta_model, tensor_specs
+from cli import ranks as processes
+from cli.ranks import local_device, num_cores
+from config import parse_config, read_config
+from files import write_safetensors
+from linears import Scheme
 from model import ONE_RANK, Ranks
-from quantize import Scheme
-from scripts import project_tp
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
 from tests.conftest import free_port
-from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_device, num_cores
+from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -379,12 +381,12 @@ def test_ranks_wait_for_the_user_as_long_as_it_takes(tmp_path):
 @pytest.mark.parametrize("finishes", [True, False])
 def test_the_stores_end_ends_a_rank_unless_it_is_about_to_finish(monkeypatch, capsys, finishes):
     """Of two that have met for the last time, one may be gone with its store before the other has noted that."""
-    monkeypatch.setattr(tp, "MOMENT", 1)
+    monkeypatch.setattr(processes, "MOMENT", 1)
     ended, done = [], threading.Event()
-    monkeypatch.setattr(tp.os, "_exit", ended.append)
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
-    watch = threading.Thread(target=tp.end_with_the_others, args=(store, done))
+    watch = threading.Thread(target=processes.end_with_the_others, args=(store, done))
     watch.start()
     time.sleep(0.3)
     del server
@@ -393,16 +395,16 @@ def test_the_stores_end_ends_a_rank_unless_it_is_about_to_finish(monkeypatch, ca
         done.set()
     watch.join(timeout=10)
     assert not watch.is_alive()
-    assert (ended, capsys.readouterr().err) == (([], "") if finishes else ([1], f"{tp.GONE}\n"))
+    assert (ended, capsys.readouterr().err) == (([], "") if finishes else ([1], f"{processes.GONE}\n"))
 
 
 def test_a_rank_ends_with_its_launcher_though_its_terminal_is_gone(monkeypatch):
     """Both at once, as when a window is closed: what cannot be said must not keep the rank."""
     ended = []
-    monkeypatch.setattr(tp.os, "_exit", ended.append)
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
     with Path("/dev/full").open("w") as nowhere:
-        monkeypatch.setattr(tp.sys, "stderr", nowhere)
-        tp.end_with_the_launcher(os.getppid() + 1, threading.Event())
+        monkeypatch.setattr(processes.sys, "stderr", nowhere)
+        processes.end_with_the_launcher(os.getppid() + 1, threading.Event())
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             nowhere.close()
@@ -609,26 +611,3 @@ def test_a_draft_is_shared_where_reading_it_costs_more_than_its_sums(config):
     assert draft_ranks(config, None, int(0.9 * even), ranks) is ONE_RANK
     assert draft_ranks(config, None, int(1.1 * even), ranks) is ranks
     assert draft_ranks(config, Scheme("int4", 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The projection
-
-
-def test_the_projection_is_the_formula_by_hand():
-    config = parse_config(json.loads((ROOT / "configs" / "llama-3.1-70b.json").read_text()))
-    # 70.55e9 weights, the embedding not read; 1,024 positions of 80 layers' keys and values.
-    block_and_head = 70_553_706_496 - 128256 * 8192 - 161 * 8192
-    read = (block_and_head * 2 + 1024 * 80 * 2 * 8 * 128 * 2) / 8
-    found = project_tp.project(config, "bfloat16", 8, project_tp.INPUTS)
-    assert abs(found["bytes_per_rank_and_token"] - read) <= 1
-    assert found["tokens_per_s"] == round(1 / (read / (4.3e12 * 0.8) + 163 * 8e-6), 1)
-    assert not project_tp.project(config, "bfloat16", 1, project_tp.INPUTS)["fits"]
-
-
-def test_the_readme_and_the_results_hold_what_the_projection_gives(capsys, tmp_path):
-    [kept] = (ROOT / "results").glob("*_tp-projection.json")
-    project_tp.main(["--output_path", str(tmp_path / "projection.json")])
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
-    found, kept = (json.loads(path.read_text()) for path in (tmp_path / "projection.json", kept))
-    assert {**found, "command": None} == {**kept, "command": None}
