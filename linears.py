@@ -74,8 +74,11 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
     """Return the weight that codes, scales and zeros stand for: fp32 [N, K]."""
     K = codes.shape[-1]
-    groups = F.pad(codes, (0, -K % group_size)).unflatten(-1, (-1, group_size)).float()
-    return ((groups - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)[..., :K]
+    if K % group_size:  # not padded to whole groups: compiled by torch 2.13, the last one would be left unwritten
+        group_of = torch.arange(K, device=codes.device) // group_size
+        return (codes.float() - zeros[..., group_of]) * scales[..., group_of].float()
+    groups = codes.unflatten(-1, (-1, group_size)).float()
+    return ((groups - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
