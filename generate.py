@@ -147,6 +147,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         warm_up(engine, job, quiet=ranks.rank > 0)
     ready = time.perf_counter()
 
+    assert engine.generator is not None
     engine.generator.manual_seed(args.seed)
     if args.interactive:
         assert job.tokenizer is not None

@@ -125,11 +125,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    weight: Tensor
-
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight: Tensor = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,11 +137,9 @@ class Linear(nn.Module):
 class Experts(nn.Module):
     """A stack of X linear layers without bias, of which each row of x takes one."""
 
-    weight: Tensor
-
     def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.weight: Tensor = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         return by_expert(x, experts, lambda i, rows: F.linear(rows, self.weight[i]))
@@ -184,11 +180,9 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    weight: Tensor
-
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight: Tensor = nn.Parameter(torch.empty(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,12 +209,11 @@ class KVCache(nn.Module):
 
     def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] of each."""
-        B = k.shape[0]
-        rows = torch.arange(B, device=k.device).unsqueeze(-1)
+        rows = torch.arange(len(k), device=k.device).unsqueeze(-1)
         # Written to the cache itself: for a write through a view of it, torch 2.11 copies all slots.
         self.k[rows, :, positions] = k
         self.v[rows, :, positions] = v
-        return self.k[:B, :, :length], self.v[:B, :, :length]
+        return self.k[: len(k), :, :length], self.v[: len(k), :, :length]
 
 
 class BlockContext(NamedTuple):
@@ -348,8 +341,8 @@ class Transformer(nn.Module):
         rows = [i for i, row in enumerate(order) if i != row]
         for cache in (block.self_attn.cache for block in self.layers if rows):
             assert cache is not None
-            for held in (cache.k, cache.v):
-                held[rows] = held[[order[i] for i in rows]]
+            for slots in (cache.k, cache.v):
+                slots[rows] = slots[[order[i] for i in rows]]
 
     @property
     def device(self) -> torch.device:
@@ -382,11 +375,8 @@ class Transformer(nn.Module):
         cached = self.layers[0].self_attn.cache is not None
         # This reads the positions on the host, so only where no GPU would wait for it.
         if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            last = int(positions.max())
-            if last >= self.max_seq_length:
-                raise ValueError(
-                    f"position {last} is outside the caches of {self.max_seq_length} slots; set up longer ones"
-                )
+            if (last := int(positions.max())) >= self.max_seq_length:
+                raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; make more")
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]

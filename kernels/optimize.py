@@ -35,6 +35,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
     for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
         stored = model.get_submodule(name)
+        assert isinstance(stored, Stored)
         check_zeros(name, stored)
         # A router's product is small, and which experts it chooses must not depend on a kernel.
         takes_kernel = name.split(".")[-1] not in inexact and not name.endswith("mlp.gate")
@@ -52,7 +53,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
         model.layers = nn.ModuleList(FusedBlock(block) for block in model.layers)  # type: ignore[assignment]
 
 
-def is_exact(stored: Stored, dtype: torch.dtype) -> bool:
+def is_exact(stored: nn.Module, dtype: torch.dtype) -> bool:
     """Say whether the model's dtype holds the bf16 scales: float16 would lose small ones."""
     scales = getattr(stored, "scales", None)
     return scales is None or torch.equal(scales.to(dtype).to(scales), scales)

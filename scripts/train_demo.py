@@ -37,8 +37,8 @@ from cli.arguments import ArgumentParser, number
 from cli.errors import user_errors
 from config import parse_config
 from files import new_folder
-from gptq import CALIBRATION_MODULES
 from model import Transformer
+from quantize import CALIBRATION_MODULES
 
 # Never trained on: perplexity is taken here.
 HELD_OUT = (*CALIBRATION_MODULES, "queue.py", "sched.py", "shlex.py", "textwrap.py", "tomllib", "wave.py")

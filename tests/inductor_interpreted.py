@@ -13,12 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
-import kernels_triton
 import numpy as np
 import torch
 import triton.language as tl
+from bench.launches import pretend
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import triton_helpers
@@ -27,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, interpreter_builder
 
 import checkpoint
+from kernels import cuda
+from kernels.optimize import optimize_
 from model import Transformer
-from scripts.launches import pretend
 from speculate import draft_and_verify, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
 
@@ -103,9 +103,9 @@ def prepare() -> list[str]:
     InterpreterBuilder.create_dot, InterpreterBuilder.create_si_to_fp = dot, to_float
     AsyncCompile.triton = few_programs  # type: ignore[method-assign]
     operators: dict[str, Callable[..., Tensor]] = {
-        "cuda_int4_product": kernels_triton.int4_product,
-        "cuda_int8_product": kernels_triton.int8_product,
-        "cuda_attention": kernels_triton.split_attention,
+        "cuda_int4_product": cuda.int4_product,
+        "cuda_int8_product": cuda.int8_product,
+        "cuda_attention": cuda.split_attention,
     }
     for name, function in operators.items():
         torch.library.impl(f"kernels::{name}", "CPU")(function)
@@ -141,11 +141,12 @@ def random_state(raw: dict[str, Any]) -> dict[str, Tensor]:
 def models(changes: dict[str, Any], batch_size: int, dtype: torch.dtype) -> tuple[Transformer, Transformer]:
     """Make one as it is on CUDA, and its twin of plain fp32 layers: the same weights, the same in the caches."""
     raw, made = RAW | changes, []
-    for repack_, its_dtype in ((checkpoint.repack_, dtype), (lambda model: None, torch.float32)):
+    for its_dtype in (dtype, torch.float32):
         state = random_state(raw)
         state = {name: t.to(dtype).to(its_dtype) if t.dtype == torch.float32 else t for name, t in state.items()}
-        with patch.object(checkpoint, "repack_", repack_):
-            made.append(checkpoint.assign_parameters(checkpoint.meta_model(raw), state, "cpu"))
+        made.append(checkpoint.meta_model(raw))
+        checkpoint.load_parameters_(made[-1], state, "cpu")
+    optimize_(made[0], "cuda")
     ours, twin = made
     for model in made:
         model.setup_caches(batch_size, NUM_SLOTS)
@@ -237,7 +238,7 @@ def speculating(
     if draft is None:
         calls: list[tuple[Any, ...]] = [(*last, columns(B, K, FILLED + 1)[0], sampling, drawn, None)]
     else:
-        calls = [(*last, DRAFT, K, sampling, noise(B, K, V) if drawn else None, drawn)]
+        calls = [(*last, DRAFT, K, sampling, (noise(B, K, V), drawn) if drawn else None)]
     step = verify if draft is None else draft_and_verify
     return {"step": step, "calls": calls, "changes": changes, "batch_size": B, "draft": draft}
 

@@ -1,6 +1,6 @@
-"""Run the kernels of kernels_triton.py under Triton's interpreter, each beside its plain twin.
+"""Run the kernels of cuda.py under Triton's interpreter, each beside its plain twin.
 
-test_kernels_triton.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
+test_cuda.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
 imported. Prints a JSON object: of every case the largest difference from the twin over the twin's largest value.
 """
 
@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import kernels_triton
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 import model
+from kernels import cuda
 from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 # No bf16 where a kernel has a `tl.dot`, in which the interpreter takes it for whole numbers (Triton 3.7).
@@ -43,30 +42,30 @@ def twin(x: Tensor, weight: Tensor, given: dict[str, Any]) -> Tensor:
     wide = {name: value.float() for name, value in given.items() if isinstance(value, Tensor)}
     rows = F.rms_norm(x.float(), x.shape[-1:], wide["norm"], given["eps"]) if "norm" in wide else x.float()
     y = F.linear(rows, weight.float(), wide.get("bias"))
-    y = kernels.swiglu(*y.chunk(2, dim=-1)) if "gated" in given else y
+    y = model.swiglu(y) if "gated" in given else y
     return (y + wide.get("residual", 0)).to(x.dtype)
 
 
 def products() -> Iterator[tuple[str, Callable[[], float]]]:
     def int4(M: int, N: int, K: int, group_size: int, dtype: str, what: str = "") -> float:
         codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
-        layer = kernels_triton.Int4Linear(codes, scales.to(DTYPES[dtype]), zeros, None)
+        layer = cuda.CudaInt4(codes, scales.to(DTYPES[dtype]), zeros, None)
         x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
-        assert torch.equal(kernels_triton.unpack_int4(layer.weight, group_size), codes.int())
+        assert torch.equal(cuda.unpack_int4(layer.weight, group_size), codes.int())
         weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)
         assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
-        ours = kernels_triton.int4_product(x, layer.weight, layer.parameters_of_groups, **given)
+        ours = cuda.int4_product(x, layer.weight, layer.parameters_of_groups, **given)
         return distance(ours, twin(x, weight, given))
 
     def int8(M: int, N: int, K: int, dtype: str, what: str = "") -> float:
         codes, scales = quantize_int8(torch.randn(N, K))
         x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
-        ours = kernels_triton.int8_product(x, codes, scales.to(x.dtype), **given)
+        ours = cuda.int8_product(x, codes, scales.to(x.dtype), **given)
         return distance(ours, twin(x, dequantize_int8(codes, scales), given))
 
     def plain(M: int, N: int, K: int) -> float:
         x, weight = torch.randn(M, K), torch.randn(N, K)
-        return distance(kernels_triton.int8_product(x, weight, torch.ones(N)), twin(x, weight, {}))
+        return distance(cuda.int8_product(x, weight, torch.ones(N)), twin(x, weight, {}))
 
     yield "int8's kernel, of a plain weight, fp32", partial(plain, 5, 33, 300)
     for M, N, K, group_size, dtype in [
@@ -99,16 +98,16 @@ def attention(
     twin = model.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     unseen = ~mask.any(dim=1)[:, None, :, None].expand_as(k)
     k[unseen] = v[unseen] = torch.nan
-    return distance(kernels_triton.split_attention(q, k, v, mask), twin)
+    return distance(cuda.split_attention(q, k, v, mask), twin)
 
 
 def one_split() -> float:
-    programs, kernels_triton.PROGRAMS = kernels_triton.PROGRAMS, 1
+    programs, cuda.PROGRAMS = cuda.PROGRAMS, 1
     try:
-        blocks = kernels_triton.LOOK_AHEAD + 3
-        return attention(1, 1, 2, 1, 16, blocks * kernels_triton.SLOTS, [(blocks - 1) * kernels_triton.SLOTS])
+        blocks = cuda.LOOK_AHEAD + 3
+        return attention(1, 1, 2, 1, 16, blocks * cuda.SLOTS, [(blocks - 1) * cuda.SLOTS])
     finally:
-        kernels_triton.PROGRAMS = programs
+        cuda.PROGRAMS = programs
 
 
 def blind() -> float:
@@ -116,7 +115,7 @@ def blind() -> float:
     q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
     mask = torch.zeros(1, 2, 100, dtype=torch.bool)
     mask[:, 1, 40:90] = True
-    ours = kernels_triton.split_attention(q, k, v, mask)
+    ours = cuda.split_attention(q, k, v, mask)
     assert (ours[:, 0] == 0).all()
     return distance(ours[:, 1:], model.attention(q[:, 1:], k, v, mask[:, 1:]))
 
@@ -124,17 +123,17 @@ def blind() -> float:
 def nothing_seen() -> float:
     k = torch.full((1, 2, 70, 16), torch.nan)
     mask = torch.zeros(1, 1, 70, dtype=torch.bool)
-    return kernels_triton.split_attention(torch.randn(1, 1, 2, 16), k, k, mask).abs().amax().item()
+    return cuda.split_attention(torch.randn(1, 1, 2, 16), k, k, mask).abs().amax().item()
 
 
 def many_queries() -> float:
     """More queries than the kernel takes: torch's own, of which a GPU takes the memory-efficient kernel."""
-    S, T = kernels_triton.MAX_QUERIES + 1, 40
+    S, T = cuda.MAX_QUERIES + 1, 40
     q, k, v = torch.randn(2, S, 4, 16), torch.randn(2, 2, T, 16), torch.randn(2, 2, T, 16)
     mask = model.visible((torch.arange(S) + 5).expand(2, S).unsqueeze(-1), torch.arange(T), 9)
     twin = model.attention(q, k, v, mask)
     k[:, :, 30:] = v[:, :, 30:] = torch.nan
-    return distance(kernels_triton.attention(q, k, v, mask), twin)
+    return distance(cuda.attention(q, k, v, mask), twin)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], float]]]:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from checkpoint import load_model, random_model
 from engine import generate
-from kernels.optimize import cuda_kernels
+from kernels.optimize import cuda_kernels, optimize_
 from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from model import attention, visible
 from quantize import main as quantize
@@ -115,8 +115,10 @@ def test_drawn_text_is_the_same_compiled_and_not(models):
 
 
 def test_experts_give_the_logits_of_the_cpu():
-    on_cpu = random_model(MOE, "cpu", torch.float32)
+    on_cpu = random_model(MOE, "cpu", torch.float32, optimize=False)
     on_gpu = copy.deepcopy(on_cpu).to("cuda")
+    for model in (on_cpu, on_gpu):
+        optimize_(model)
     tokens = torch.arange(40).view(2, 20)
     with torch.inference_mode():
         at = torch.arange(20)
@@ -127,10 +129,10 @@ def test_experts_give_the_logits_of_the_cpu():
 @pytest.mark.parametrize("M", [1, 2, 6, 16])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(4096, 4096, 32), (4096, 11008, 32), (1001, 2048, 128)])
 def test_products_are_their_twins(M, N, K, group_size):
-    cuda = cuda_kernels(torch.device("cuda"))
+    cuda = cuda_kernels()
     x, weight = torch.randn(M, K), torch.randn(N, K) / K**0.5
     codes, scales, zeros = quantize_int4(weight, group_size)
-    layer = cuda.Int4Linear(codes, scales, zeros, None).cuda()
+    layer = cuda.CudaInt4(codes, scales, zeros, None).cuda()
     ours = cuda.int4_product(x.bfloat16().cuda(), layer.weight, layer.parameters_of_groups)
     assert relative(ours, x.bfloat16().double() @ dequantize_int4(codes, scales, zeros, group_size).double().T) < 1e-2
     codes, scales = quantize_int8(weight)
@@ -143,7 +145,7 @@ def test_products_are_their_twins(M, N, K, group_size):
 def test_products_do_what_stands_around_them(M, what):
     from tests.interpreted import around, twin
 
-    cuda = cuda_kernels(torch.device("cuda"))
+    cuda = cuda_kernels()
     given = around(M, 2050, 4096, "bf16", what)
     after = {name: value for name, value in given.items() if name not in ("norm", "eps")}
     x, weight = torch.randn(M, 4096).bfloat16(), torch.randn(2050, 4096) / 64
@@ -151,7 +153,7 @@ def test_products_do_what_stands_around_them(M, what):
     ours = cuda.int8_product(x.cuda(), codes.cuda(), scales.cuda(), **on_gpu(after))
     assert relative(ours, twin(x, dequantize_int8(codes, scales), after)) < 1e-2
     codes, scales, zeros = quantize_int4(weight, 32)
-    layer = cuda.Int4Linear(codes, scales, zeros, None).cuda()
+    layer = cuda.CudaInt4(codes, scales, zeros, None).cuda()
     given = given if M == 1 else after  # of one row it takes the norm too
     ours = cuda.int4_product(x.cuda(), layer.weight, layer.parameters_of_groups, **on_gpu(given))
     assert relative(ours, twin(x, dequantize_int4(codes, scales, zeros, 32), given)) < 1e-2
@@ -164,7 +166,7 @@ def on_gpu(given):
 @pytest.mark.parametrize(("S", "H", "K", "D"), [(1, 32, 32, 128), (1, 32, 8, 128), (6, 64, 8, 128), (16, 32, 8, 64)])
 @pytest.mark.parametrize(("end", "window"), [(17, None), (2000, None), (8192, None), (5000, 1024)])
 def test_attention_is_its_twin(S, H, K, D, end, window):
-    cuda, slots = cuda_kernels(torch.device("cuda")), 8192
+    cuda, slots = cuda_kernels(), 8192
     q = torch.randn(2, S, H, D, dtype=torch.bfloat16)
     k, v = (torch.randn(2, K, slots + 1, D, dtype=torch.bfloat16)[:, :, :slots] for _ in range(2))
     positions = torch.arange(end - S, end).view(1, S, 1).expand(2, -1, -1)
@@ -177,7 +179,7 @@ def test_attention_is_its_twin(S, H, K, D, end, window):
 
 def test_prefill_reaches_a_fused_attention():
     """Under no other kernel would torch do it: the plain one writes all the scores out."""
-    cuda = cuda_kernels(torch.device("cuda"))
+    cuda = cuda_kernels()
     q, k = torch.randn(1, 64, 8, 128), torch.randn(1, 2, 128, 128)
     q, k = q.bfloat16().cuda(), k.bfloat16().cuda()
     mask = visible(torch.arange(64).view(1, 64, 1), torch.arange(128), None).cuda()

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-import kernels
-import model
+from checkpoint import random_model
+from kernels.inductor import streamed_linear
+from kernels.optimize import cuda_kernels, optimize_
 from scripts.ahead import ARCHITECTURES, attentions, instructions, launches, products, variants
 from scripts.ahead import main as compile_all_ahead
 from scripts.launches import LAUNCHED
@@ -81,7 +82,7 @@ def test_a_weight_takes_few_instructions(compiled_kernels):
 
 
 def test_int4_takes_more_rows_of_a_weight_that_has_many():
-    cuda = kernels.for_cuda(torch.device("cuda"))
+    cuda = cuda_kernels()
     assert [cuda.int4_tile(N, 4096, 32)["ROWS"] for N in (1280, 2047, 2048, 4096)] == [4, 4, 8, 8]
 
 
@@ -114,7 +115,7 @@ def test_int8_of_a_row_is_scaled_after_the_sum():
 
     weight, scales = torch.randint(-127, 128, (8, 64), dtype=torch.int8), torch.rand(8)
     x = torch.randn(1, 64)
-    y = torch.compile(kernels.streamed_linear, backend=keep)(x, weight, scales=scales)
+    y = torch.compile(streamed_linear, backend=keep)(x, weight, scales=scales)
     assert torch.allclose(y, x @ (weight * scales.unsqueeze(1)).T, rtol=1e-4, atol=1e-3)
     products = [i for i, target in enumerate(seen) if "mul" in target]
     assert len(products) == 2 and products[0] < seen.index("sum") < products[1]
@@ -128,10 +129,15 @@ def test_weights_and_caches_are_loaded_16_bytes_a_thread(compiled_kernels):
 
 
 def test_on_cuda_a_model_gets_these_kernels():
-    """Chosen by the device alone, which the meta device can be taken for: no weight is read."""
-    cuda = kernels.for_cuda(torch.device("cuda"))
-    assert cuda is not None and kernels.for_cuda(torch.device("cpu")) is None
-    assert kernels.attention_of(torch.float32, torch.device("cuda"), model.attention) is cuda.attention
+    """Chosen by the type of the device alone: nothing is run."""
+    cuda = cuda_kernels()
+    int4 = {"layout": "fused", "quantization": {"mode": "int4", "groupsize": 32}}
+    fast = random_model(RAW | int4, dtype=torch.float32, optimize=False)
+    optimize_(fast, "cuda")
+    for block in fast.layers:
+        assert block.self_attn.attend is cuda.attention
+        assert isinstance(block.mlp.down_proj, cuda.CudaInt4)
+    assert isinstance(fast.lm_head, cuda.CudaInt8)
 
 
 PRODUCTS = ["2048 x 1024", "1024 x 1024", "11008 x 1024", "1024 x 11008"]
@@ -216,7 +222,7 @@ def test_a_mistake_of_who_counts_launches_is_one_line(tmp_path, capsys, changes,
 
 @pytest.mark.parametrize(("main", "options"), [(count_launches, ["--config", "absent.json"]), (compile_all_ahead, [])])
 def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, monkeypatch):
-    monkeypatch.setattr("cli.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("cli.arguments.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         main(options)
     error = capsys.readouterr().err
