@@ -201,11 +201,11 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
 
 def check_depth(files: TensorFiles, config: ModelConfig) -> None:
     """Raise ValueError where the weights have fewer layers than config.json says, before that many are made."""
-    found = {match[1] for name in files.files if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
-    if len(found) < config.num_hidden_layers:
+    layers = {match[1] for name in files.files if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
+    if len(layers) < config.num_hidden_layers:
         raise ValueError(
             f"{files.path}: config.json has num_hidden_layers {config.num_hidden_layers} and the weights have tensors "
-            f"of {len(found)} layers; is config.json the model's own?"
+            f"of {len(layers)} layers; is config.json the model's own?"
         )
 
 

@@ -198,10 +198,12 @@ def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int |
 
 def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read rope theta and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
-    key, rope = next(iter(given.items()), ("rope_parameters", {}))
-    if any(other != rope for other in given.values()):
-        raise ValueError(f"config.json: rope_scaling {rope!r} and rope_parameters {given['rope_parameters']!r} differ")
+    objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
+    key, rope = next(iter(objects.items()), ("rope_parameters", {}))
+    if any(other != rope for other in objects.values()):
+        raise ValueError(
+            f"config.json: rope_scaling {rope!r} and rope_parameters {objects['rope_parameters']!r} differ"
+        )
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
     rope = {"rope_theta": values["rope_theta"], **rope}
@@ -231,8 +233,8 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
     """Return the dtype the weights were saved in: `dtype`, or `torch_dtype` as older configs call it."""
-    given = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
-    name = next(given, "bfloat16")
+    names = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
+    name = next(names, "bfloat16")
     if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]

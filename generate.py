@@ -66,8 +66,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
         shared_by = draft_ranks(whole.config, quantization_scheme(raw), num_bytes, ranks)
         draft_model = load_one(args, args.draft_checkpoint_path, job, job.draft_dtype, shared_by)
     speculation = Speculation(draft_model, *([args.speculate_k] if args.speculate_k else []))
-    for each_model in filter(None, (model, draft_model)):
-        each_model.setup_caches(job.num_rows, job.max_seq_length + speculation.max_k)
+    for loaded in filter(None, (model, draft_model)):
+        loaded.setup_caches(job.num_rows, job.max_seq_length + speculation.max_k)
     return model, speculation
 
 

@@ -34,11 +34,11 @@ def parse_generation(kwargs: Any, max_seq_length: int) -> Generation:
 
     if not isinstance(kwargs, dict):
         raise ValueError(f"generation_kwargs is {kwargs!r}, expected names and values")
-    given = {name: value for name, value in kwargs.items() if value is not None}  # null is as good as silence
+    set_values = {name: value for name, value in kwargs.items() if value is not None}  # null is as good as silence
     try:
-        values = dict(normalize_gen_kwargs(given))  # its aliases and defaults are the same for every model
+        values = dict(normalize_gen_kwargs(set_values))  # its aliases and defaults are the same for every model
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"generation_kwargs: {given} has a value of another kind: {error}") from None
+        raise ValueError(f"generation_kwargs: {set_values} has a value of another kind: {error}") from None
     until, do_sample = values.pop("until"), values.pop("do_sample")
     if not isinstance(do_sample, bool) or not all(isinstance(stop, str) for stop in until):
         raise ValueError(f"generation_kwargs: do_sample {do_sample!r} and until {until!r}, expected a flag and texts")
@@ -151,8 +151,8 @@ def harness_model(
             for how, group in groups.items():
                 group.sort(key=lambda member: -len(member[1]))
                 for batch in in_batches(group, batch_size, "generate"):
-                    made = generate_texts(model, tokenizer, eos_ids, [ids for _, ids in batch], how)
-                    for (i, _), text in zip(batch, made, strict=True):
+                    continuations = generate_texts(model, tokenizer, eos_ids, [ids for _, ids in batch], how)
+                    for (i, _), text in zip(batch, continuations, strict=True):
                         texts[i] = text
             return texts
 

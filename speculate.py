@@ -263,8 +263,8 @@ class Speculation:
         self.pace = Pace(self.levels or levels_below(self.max_k))
         self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
         self.num_drafted = 0
-        seen = self.filled if len(self.filled) == num_rows else [0] * num_rows
-        self.filled = [min(filled, cached) for filled in seen]
+        before = self.filled if len(self.filled) == num_rows else [0] * num_rows
+        self.filled = [min(filled, cached) for filled in before]
         self.ngrams = [Ngrams() for _ in range(num_rows)]
 
     def plan(self, room: int) -> tuple[int, int]:

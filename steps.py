@@ -150,7 +150,7 @@ def check_layers(model: Transformer) -> None:
     for block in model.layers:
         tensors = [*block.named_parameters(), *block.named_buffers()]
         kinds = [(name, type(child)) for name, child in block.named_modules()]
-        forms.append((kinds, [(name, each.shape, each.stride(), each.dtype) for name, each in tensors]))
+        forms.append((kinds, [(name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors]))
     if odd := [i for i, form in enumerate(forms) if form != forms[0]]:
         raise ValueError(f"layer {odd[0]} has other tensors than layer 0; run it without compiling, or make them alike")
 
@@ -187,13 +187,13 @@ def compiled(
     allow_many_graphs()
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
-    checked = weakref.WeakSet[Transformer]()
+    alike = weakref.WeakSet[Transformer]()
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
-        for each in (model, *rest[:1]):  # draft_and_verify has its draft model there
-            if isinstance(each, Transformer) and each not in checked:
-                check_layers(each)
-                checked.add(each)
+        for argument in (model, *rest[:1]):  # draft_and_verify has its draft model there
+            if isinstance(argument, Transformer) and argument not in alike:
+                check_layers(argument)
+                alike.add(argument)
         if step is prefill:  # any number of columns
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(positions, 1)
@@ -248,8 +248,8 @@ def prompt_chunks(
         # Copies, since a compiled prefill would make another graph for a slice's strides.
         piece = slice(begin, end)
         filled = max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
-        yield copy_of(tokens[:, piece]), copy_of(positions[:, piece]), filled
+        yield contiguous_copy(tokens[:, piece]), contiguous_copy(positions[:, piece]), filled
 
 
-def copy_of(tensor: Tensor) -> Tensor:
+def contiguous_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)

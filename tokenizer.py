@@ -222,7 +222,7 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{path} cannot be read as a tokenizer.json ({error}); download it again") from None
     backend.no_truncation()  # both may be left in the file from training
     backend.no_padding()
-    to_bytes, strips_leading_space = decoding(path, backend)
+    to_bytes, strips_leading_space = read_decoder(path, backend)
     special_ids = mark_added_tokens_(backend, special_names(settings))
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
@@ -262,7 +262,7 @@ def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | Non
     return encoding.ids[0] if num_before else None
 
 
-def decoding(path: Path, backend: "tokenizers.Tokenizer") -> tuple[Callable[[str], bytes], bool]:
+def read_decoder(path: Path, backend: "tokenizers.Tokenizer") -> tuple[Callable[[str], bytes], bool]:
     """Return the function from a token's string to its bytes, and whether the text loses its leading space."""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = decoder.get("decoders", [decoder])

@@ -48,7 +48,7 @@ class SpecialNames:
         """
         names = self.controls if message["role"] == "assistant" else self.all
         content = message["content"].replace(MARK, "")
-        return {**message, "content": names.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)}
+        return {**message, "content": names.sub(lambda name: f"{name[0][0]}{MARK}{name[0][1:]}", content)}
 
 
 def encode_rendered(tokenizer: Tokenizer, names: re.Pattern[str], text: str, follows: bool) -> list[int]:
@@ -71,7 +71,7 @@ def encode_rendered(tokenizer: Tokenizer, names: re.Pattern[str], text: str, fol
 def encode_literal(tokenizer: Tokenizer, text: str, follows: bool) -> list[int]:
     text = text.replace(MARK, "")
     if follows and tokenizer.strips_leading_space:  # it would put a space before the text: here before a line's end
-        before, ids = (tokenizer.encode_text(each, False) for each in ("\n", "\n" + text))
+        before, ids = (tokenizer.encode_text(line, False) for line in ("\n", "\n" + text))
         if ids[: len(before)] == before:
             return ids[len(before) :]
     return tokenizer.encode_text(text, False)
@@ -89,8 +89,8 @@ def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer, system: str | None
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
     text = template.render([*system_messages(system), *turn], add_generation_prompt=False)
     _, mark, after = text.rpartition(MARK)  # no mark where the template leaves answers out
-    found = SpecialNames(tokenizer).controls.match(after.lstrip()) if mark else None
-    return (tokenizer.added_ids[found[0]],) if found else ()
+    match = SpecialNames(tokenizer).controls.match(after.lstrip()) if mark else None
+    return (tokenizer.added_ids[match[0]],) if match else ()
 
 
 class Turn(NamedTuple):
@@ -122,7 +122,7 @@ class Conversation:
         self.reserve = min(reserve, capacity // 4)
         self.names = SpecialNames(tokenizer)
         self.system = system_messages(system)
-        self.held: list[int] = []  # what the model's caches hold
+        self.cached_ids: list[int] = []  # what the model's caches hold
         self.reset()
 
     def reset(self) -> None:
@@ -151,8 +151,8 @@ class Conversation:
                 "shorten it"
             )
         self.messages, self.text, self.ids, self.seams = messages, text, ids, seams
-        cached = min(shared_length(ids, self.held), len(ids) - 1)
-        self.held = ids[:cached]
+        cached = min(shared_length(ids, self.cached_ids), len(ids) - 1)
+        self.cached_ids = ids[:cached]
         return Turn(ids, cached, (num_before - len(messages)) // 2)
 
     def answered(self, row: Row) -> None:
@@ -160,7 +160,7 @@ class Conversation:
         message = {"role": "assistant", "content": row.text}
         self.messages.append(message)
         if row.tokens:  # the last of them has been chosen, but was not run through the model
-            self.held = [*self.ids, *row.tokens[:-1]]
+            self.cached_ids = [*self.ids, *row.tokens[:-1]]
         if row.finish_reason != "stop":  # there the tokens go on beyond the text
             self.text += self.names.quote(message)["content"]
             self.ids = self.ids + (row.tokens[:-1] if row.finish_reason == "eos" else row.tokens)
@@ -172,7 +172,7 @@ class Conversation:
         if self.template:
             text = self.template.render(quoted, add_generation_prompt=True)
         else:  # messages and answers in turn
-            text = "".join(("\n" if i and i % 2 == 0 else "") + each["content"] for i, each in enumerate(quoted))
+            text = "".join(("\n" if i and i % 2 == 0 else "") + message["content"] for i, message in enumerate(quoted))
         seams = [(length, count) for length, count in self.seams if text.startswith(self.text[:length])]
         length, count = seams[-1]
         ids = self.ids[:count] + encode_rendered(self.tokenizer, self.names.all, text[length:], follows=length > 0)

@@ -79,18 +79,18 @@ def run_batch(
     return rows
 
 
-def count_of(count: int) -> str:
+def format_count(count: int) -> str:
     return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def report_rows(rows: list[Row], context: int) -> None:
     for row in rows:
         metrics = row.metrics()
-        line = f"{count_of(metrics['new_tokens'])}, ended by {row.finish_reason}"
+        line = f"{format_count(metrics['new_tokens'])}, ended by {row.finish_reason}"
         if row.finish_reason == "context":
             line += f": the model's context of {context} tokens is full"
         if metrics["ttft_ms"]:
-            prefilled = count_of(len(row.prompt_ids) - row.num_cached)
+            prefilled = format_count(len(row.prompt_ids) - row.num_cached)
             line += f"; {prefilled} prefilled, first after {metrics['ttft_ms']:.0f} ms"
         if metrics["decode_tokens_per_s"]:
             line += f", then {metrics['decode_tokens_per_s']:.1f} tok/s"

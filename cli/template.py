@@ -51,8 +51,13 @@ class ChatTemplate:
         Raises ValueError where the template refuses the conversation or has an error, or needs too much of anything.
         """
         # The variables that `transformers` gives it, with no tools and no documents.
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._ask({**self.special_tokens, **given})
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._ask({**self.special_tokens, **variables})
 
     def _ask(self, message: dict[str, Any]) -> str:
         assert self.process.stdin and self.process.stdout
@@ -99,15 +104,15 @@ def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Pat
             return path.read_text(encoding="utf-8"), path
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); download it again") from None
-    path, found = folder / "tokenizer_config.json", settings.get("chat_template")
-    if found is None:
+    path, source = folder / "tokenizer_config.json", settings.get("chat_template")
+    if source is None:
         path = folder / "chat_template.json"
-        found = read_settings(folder, path.name).get("chat_template")
-    if isinstance(found, list):  # several, each with its name
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        if "default" not in named:
-            raise ValueError(f"{path}: chat_template has {sorted(map(str, named))} and none is named 'default'")
-        found = named["default"]
-    if found is not None and not isinstance(found, str):
-        raise ValueError(f"{path}: chat_template is a {type(found).__name__}, expected a text or a list of named ones")
-    return found, path
+        source = read_settings(folder, path.name).get("chat_template")
+    if isinstance(source, list):  # several, each with its name
+        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        if "default" not in by_name:
+            raise ValueError(f"{path}: chat_template has {sorted(map(str, by_name))} and none is named 'default'")
+        source = by_name["default"]
+    if source is not None and not isinstance(source, str):
+        raise ValueError(f"{path}: chat_template is a {type(source).__name__}, expected a text or a list of named ones")
+    return source, path

@@ -383,10 +383,10 @@ def attend_split(  # type: ignore[no-untyped-def]
     for first in range(0, count, LOOK):
         j = first + tl.arange(0, LOOK)
         t = (j * splits + split)[:, None] * BLOCK + columns[None, :]
-        seen = tl.zeros((LOOK, BLOCK), tl.int32)
+        visible_slots = tl.zeros((LOOK, BLOCK), tl.int32)
         for i in range(S):
-            seen |= tl.load(mask + i * T + t, mask=t < T, other=0).to(tl.int32)
-        any_seen = tl.max(seen, axis=1) > 0
+            visible_slots |= tl.load(mask + i * T + t, mask=t < T, other=0).to(tl.int32)
+        any_seen = tl.max(visible_slots, axis=1) > 0
         begin = tl.minimum(begin, tl.min(tl.where(any_seen, j, count)))
         end = tl.maximum(end, tl.max(tl.where(any_seen, j + 1, 0)))
 
@@ -435,8 +435,10 @@ def combine_splits(  # type: ignore[no-untyped-def]
     best = tl.max(top, axis=0)
     share = tl.exp2(top - tl.where(best == -float("inf"), 0.0, best))
     weight = tl.sum(share * tl.load(total + at, mask=there, other=0), axis=0)
-    found = tl.load(partial + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
-    result = tl.sum(found * share[:, None], axis=0) / tl.where(weight == 0, 1.0, weight)  # 0 for a query that sees none
+    values = tl.load(partial + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    result = tl.sum(values * share[:, None], axis=0) / tl.where(
+        weight == 0, 1.0, weight
+    )  # 0 for a query that sees none
     to = (((head // kv_heads) * S + row // G) * kv_heads + head % kv_heads) * G + row % G
     tl.store(y + to * D + d, result.to(y.dtype.element_ty), mask=d < D)
 
@@ -478,10 +480,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     G = q.shape[2] // k.shape[1]
     if q.shape[1] <= MAX_QUERIES:
         return torch.ops.kernels.cuda_attention(q, k, v, mask)
-    seen = mask.any(dim=1)[:, None, :, None]
+    visible_slots = mask.any(dim=1)[:, None, :, None]
     # The only fused kernel of torch's that takes a mask on every GPU is the memory-efficient one, which does not take
     # grouped heads: K and V are repeated, a copy that is small beside the products of a prompt.
-    k, v = (torch.where(seen, t, 0).repeat_interleave(G, dim=1) for t in (k, v))
+    k, v = (torch.where(visible_slots, t, 0).repeat_interleave(G, dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
 
 

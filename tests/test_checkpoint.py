@@ -39,12 +39,7 @@ MISTRAL: dict[str, Any] = {**LLAMA, "model_type": "mistral"}
 MIXTRAL: dict[str, Any] = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN2: dict[str, Any] = {**LLAMA, "model_type": "qwen2"}
 QWEN3: dict[str, Any] = {**LLAMA, "model_type": "qwen3"}
-LLAMA3_ROPE = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
 
 def write_checkpoint(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -580,10 +575,7 @@ def test_random_weights_follow_the_seed_and_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
-            ["lacks", "model.layers.1.mlp.up_proj.weight"],
-        ),
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["lacks", "model.layers.1.mlp.up_proj.weight"]),
         (lambda t: t.pop("lm_head.weight"), ["lacks", "lm_head.weight"]),
         (lambda t: t.pop("model.norm.weight"), ["lacks", "model.norm.weight"]),
         (

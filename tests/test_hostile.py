@@ -639,11 +639,7 @@ def test_kills_leave_a_whole_folder_or_none_and_a_second_run_succeeds(tmp_path: 
 def test_a_killed_runs_folder_is_removed_by_the_next_and_a_living_runs_is_not(tmp_path: Path) -> None:
     (tmp_path / ".out.0123abcd.tmp").mkdir()
     (tmp_path / ".out.mine.tmp").mkdir()
-    with (
-        new_folder(tmp_path / "other") as other,
-        new_folder(tmp_path / "out") as first,
-        new_folder(tmp_path / "out"),
-    ):
+    with new_folder(tmp_path / "other") as other, new_folder(tmp_path / "out") as first, new_folder(tmp_path / "out"):
         assert first.is_dir() and other.is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine.tmp", "other", "out"]
 
