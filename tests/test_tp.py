@@ -626,9 +626,9 @@ def test_the_projection_is_the_formula_by_hand():
     assert not project_tp.project(config, "bfloat16", 1, project_tp.INPUTS)["fits"]
 
 
-def test_the_readme_and_the_results_hold_what_the_projection_gives(capsys, tmp_path):
+def test_the_docs_and_the_results_hold_what_the_projection_gives(capsys, tmp_path):
     [kept] = (ROOT / "results").glob("*_tp-projection.json")
     project_tp.main(["--output_path", str(tmp_path / "projection.json")])
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+    assert capsys.readouterr().out in (ROOT / "docs" / "gpus.md").read_text()
     found, kept = (json.loads(path.read_text()) for path in (tmp_path / "projection.json", kept))
     assert {**found, "command": None} == {**kept, "command": None}
