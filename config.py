@@ -201,9 +201,8 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
     key, rope = next(iter(objects.items()), ("rope_parameters", {}))
     if any(other != rope for other in objects.values()):
-        raise ValueError(
-            f"config.json: rope_scaling {rope!r} and rope_parameters {objects['rope_parameters']!r} differ"
-        )
+        other = objects["rope_parameters"]
+        raise ValueError(f"config.json: rope_scaling {rope!r} and rope_parameters {other!r} differ")
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
     rope = {"rope_theta": values["rope_theta"], **rope}

@@ -374,9 +374,9 @@ class Transformer(nn.Module):
         """Return what each block needs to know of positions [B, S]; slots: as in `forward`."""
         cached = self.layers[0].self_attn.cache is not None
         # This reads the positions on the host, so only where no GPU would wait for it.
-        if cached and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            if (last := int(positions.max())) >= self.max_seq_length:
-                raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; make more")
+        on_host = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cached and on_host and (last := int(positions.max())) >= self.max_seq_length:
+            raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; set up more")
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]

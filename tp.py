@@ -75,7 +75,7 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
 
 # The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break
 # even where the bytes that a rank need not read take as long as they do: on H200s, at an assumed 3.4 TB/s and 8 us each
-# (see the README).
+# (see docs/gpus.md).
 BYTES_READ_PER_SUM = 3.4e12 * 8e-6
 
 

@@ -57,7 +57,7 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._ask({**self.special_tokens, **variables})
+        return self._ask({**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt})
 
     def _ask(self, message: dict[str, Any]) -> str:
         assert self.process.stdin and self.process.stdout

@@ -436,9 +436,7 @@ def combine_splits(  # type: ignore[no-untyped-def]
     share = tl.exp2(top - tl.where(best == -float("inf"), 0.0, best))
     weight = tl.sum(share * tl.load(total + at, mask=there, other=0), axis=0)
     values = tl.load(partial + at[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
-    result = tl.sum(values * share[:, None], axis=0) / tl.where(
-        weight == 0, 1.0, weight
-    )  # 0 for a query that sees none
+    result = tl.sum(values * share[:, None], axis=0) / tl.where(weight == 0, 1.0, weight)  # 0 for a blind query
     to = (((head // kv_heads) * S + row // G) * kv_heads + head % kv_heads) * G + row % G
     tl.store(y + to * D + d, result.to(y.dtype.element_ty), mask=d < D)
 

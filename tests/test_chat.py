@@ -797,16 +797,3 @@ def test_help_fits_one_screen(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert 24 <= len(lines) <= 40
     assert max(map(len, lines)) <= 100
-
-
-def test_the_readme_shows_what_is_printed():
-    """Blocks with «$ »: the command, and all that it writes to stdout."""
-    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(shown) >= 2
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for command, expected in shown:
-        result = subprocess.run(
-            command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert result.stdout == expected
