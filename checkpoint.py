@@ -14,6 +14,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import DTYPES, parse_config, parse_dtype, quantization_scheme, read_config
+from config import eos_token_ids as eos_token_ids  # which programs import from here
 from files import Spec, own_file, read_json, write_safetensors
 from kernels.cpu import empty_weight
 from kernels.optimize import optimize_
 from linears import replace_linears_
-from model import ONE_RANK, ModelConfig, Ranks, Transformer, rope_frequencies
+from model import ONE_RANK, Linear, ModelConfig, Ranks, Transformer, rope_frequencies
 from tp import check_sizes, local_part
 
 # A weight of one of these is cast to the run dtype; codes of a quantized weight are never cast.
@@ -48,6 +50,8 @@ COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 
 # A parameter of the model that is several of the Hub's tensors stacked along the output features.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Buffers that old releases of transformers stored, and the heads of classifiers and reward models.
+UNUSED_NAMES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|v_head)\.")
 # A stack of experts: such tensors of one expert after the other, by Mixtral's names.
 EXPERTS_STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
@@ -100,6 +104,7 @@ class TensorFiles:
         # A file in the format before torch 1.6 cannot be mapped but is read whole, so the last one is kept.
         self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         self.files: dict[str, str] = self._index()
+        self.aliases: dict[str, str] = {}  # names that are used -> those that are stored, where they differ
 
     def _index(self) -> dict[str, str]:
         patterns = ["model.safetensors"] + ["pytorch_model.bin"] * self.allow_pickle
@@ -151,9 +156,19 @@ class TensorFiles:
             ) from None
 
     def get(self, name: str) -> Tensor:
-        file = self.files[name]
+        file, stored = self.files[name], self.aliases.get(name, name)
         with self._open(file) as tensors:
-            return tensors[name] if file.endswith(".bin") else tensors.get_tensor(name)
+            return tensors[stored] if file.endswith(".bin") else tensors.get_tensor(stored)
+
+    def alias(self, name: str, stored: str) -> None:
+        """Let a tensor that is stored under one name be read under another."""
+        self.files[name] = self.files.pop(stored)
+        self.aliases[name] = stored
+
+    def dtype(self) -> torch.dtype | None:
+        """Return the dtype of the first tensor of floats, None where there is none."""
+        dtypes = (self.get(name).dtype for name in self.files)
+        return next((dtype for dtype in dtypes if dtype in DTYPES.values()), None)
 
 
 def is_zip(path: Path) -> bool:
@@ -212,12 +227,16 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
     """Raise ValueError where a tensor is missing, or is not the model's. A tied head may be there or not."""
     missing = sorted(set(expected) - set(files.files))
-    # Old releases of transformers stored the rotary frequencies.
-    unexpected = sorted(n for n in set(files.files) - {*expected, *tied} if not n.endswith(".rotary_emb.inv_freq"))
+    others = sorted(set(files.files) - {*expected, *tied})
+    unexpected = [name for name in others if not UNUSED_NAMES.search(name)]
+    unused = [name for name in others if UNUSED_NAMES.search(name)]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        print(f"{files.path}: ignored {unused[0]}{more}, which no text depends on", file=sys.stderr)
 
 
 def meta_model(raw_config: dict[str, Any], ranks: Ranks = ONE_RANK) -> Transformer:
@@ -246,11 +265,14 @@ class ModelReader:
     def __init__(self, checkpoint_path: Path, dtype: torch.dtype, allow_pickle: bool = False, ranks: Ranks = ONE_RANK):
         """Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for."""
         self.path, self.ranks = checkpoint_path, ranks
-        raw = read_config(checkpoint_path)
-        self.is_fused = raw.get("layout") == "fused"
+        self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
+        self.is_fused = self.raw.get("layout") == "fused"
         self.files = TensorFiles(checkpoint_path, allow_pickle)
-        check_depth(self.files, parse_config(raw))
-        model = meta_model(raw)
+        config = parse_config(self.raw)
+        check_depth(self.files, config)
+        if not self.is_fused:
+            self._adopt_names(config)
+        model = meta_model(self.raw)
         self.config = model.config
         self.specs = tensor_specs(model, dtype)
         if self.is_fused:
@@ -258,6 +280,24 @@ class ModelReader:
         else:
             tied = ["lm_head.weight"] if model.tied else []
             check_names(self.files, [part for name in self.specs for part in hub_names(name, self.config)], tied)
+
+    def _adopt_names(self, config: ModelConfig) -> None:
+        """Take in what other programs write: names without `model.`, and a tied head that is stored."""
+        files, embedding, head = self.files, "model.embed_tokens.weight", "lm_head.weight"
+        if "layers.0.input_layernorm.weight" in files.files:
+            for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
+                files.alias(f"model.{name}", name)
+        if not config.tie_word_embeddings or head not in files.files:
+            return
+        if embedding not in files.files:  # safetensors.torch.save_model keeps one of two names
+            files.alias(embedding, head)
+        elif not torch.equal(files.get(embedding), files.get(head)):
+            self.raw = {**self.raw, "tie_word_embeddings": False}
+            if self.ranks.rank == 0:
+                print(
+                    f"{self.path}: {head} is used, which is not the embedding, though tie_word_embeddings is true",
+                    file=sys.stderr,
+                )
 
     def read(self, name: str) -> Tensor:
         """Read this rank's share of a parameter. Raises ValueError where it is mis-shaped or not finite."""
@@ -286,6 +326,15 @@ class ModelReader:
         return unstacked(name, whole, self.config).split(rows)
 
 
+def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], allow_pickle: bool = False) -> torch.dtype:
+    """Return the dtype of a checkpoint: config.json's, else its weights', else, without weights, bfloat16."""
+    dtype = parse_dtype(raw)
+    if dtype is None:
+        with contextlib.suppress(FileNotFoundError):
+            dtype = TensorFiles(checkpoint_path, allow_pickle).dtype()
+    return dtype or torch.bfloat16
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Say whether no value is NaN or infinite; codes never are. Unlike isfinite(), one pass at memory speed."""
     return not tensor.is_floating_point() or all(math.isfinite(bound) for bound in tensor.aminmax())
@@ -305,9 +354,9 @@ def load_model(
     """
     path = Path(checkpoint_path)
     raw = read_config(path)
-    dtype = parse_dtype(raw) if dtype is None else dtype
+    dtype = checkpoint_dtype(path, raw) if dtype is None else dtype
     reader = ModelReader(path, dtype, ranks=ranks)
-    model = meta_model(raw, ranks)
+    model = meta_model(reader.raw, ranks)
     hidden = True if ranks.rank else None  # None: shown on a terminal
     bar = tqdm(reader.specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
     load_parameters_(model, {name: reader.read(name).to(device) for name in bar}, device)
@@ -381,6 +430,8 @@ def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dt
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors and config.json in the Hub's layout into the folder `path`."""
     tensors: dict[str, Tensor] = {}
+    if not isinstance(model.layers[0].self_attn.qkv_proj, Linear):
+        raise ValueError("the model has kernels' layers, which have no form on disk; load it with optimize=False")
     for name, value in model.named_parameters():  # a tied head is named once
         parts = unstacked(name, value.detach(), model.config).split(part_rows(name, model.config, value.shape[0]))
         tensors |= zip(hub_names(name, model.config), parts, strict=True)

@@ -230,13 +230,16 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling("llama3", number("factor"), low, high, original)
 
 
-def parse_dtype(raw: dict[str, Any]) -> torch.dtype:
-    """Return the dtype the weights were saved in: `dtype`, or `torch_dtype` as older configs call it."""
+def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype that config.json names: `dtype`, or `torch_dtype` as older ones call it.
+
+    None where it names none.
+    """
     names = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
-    name = next(names, "bfloat16")
-    if not isinstance(name, str) or name not in DTYPES:
+    name = next(names, None)
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
         raise ValueError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return None if name is None else DTYPES[name]
 
 
 def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:

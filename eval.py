@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import checkpoint_dtype, load_model
 from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
 from cli.errors import user_errors
-from config import DTYPES, eos_token_ids, parse_config, parse_dtype, read_config
+from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
 from files import write_whole
 from harness import harness_model, load_tasks
@@ -94,7 +94,7 @@ def check(args: argparse.Namespace) -> Job:
     unpredicted = "" if ids[:1] == [tokenizer.bos_id] else tokenizer.decode(ids[:1])
     task_window = args.max_seq_length or config.max_position_embeddings
     return Job(
-        DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
+        DTYPES[args.dtype] if args.dtype else checkpoint_dtype(args.checkpoint_path, raw),
         tokenizer,
         eos_token_ids(args.checkpoint_path),
         ids,

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import ModelReader, meta_model, tensor_specs, write_fused_config
+from checkpoint import ModelReader, checkpoint_dtype, meta_model, tensor_specs, write_fused_config
 from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
 from cli.errors import user_errors
-from config import parse_dtype, read_config
+from config import read_config
 from engine import check_ids
 from files import new_folder, sibling, write_safetensors
 from gptq import Calibration
@@ -153,10 +153,11 @@ def run(args: argparse.Namespace) -> None:
     if raw.get("quantization") is not None:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
     check_device(args.device)
-    dtype = parse_dtype(raw)
+    dtype = checkpoint_dtype(args.checkpoint_path, raw)
     reader = ModelReader(args.checkpoint_path, dtype)  # first: it says at once if layers are missing
+    raw = reader.raw
     source = meta_model(raw)
-    raw |= {"layout": "fused", "quantization": {"mode": scheme.mode, "groupsize": scheme.group_size}}
+    raw = raw | {"layout": "fused", "quantization": {"mode": scheme.mode, "groupsize": scheme.group_size}}
     target = meta_model(raw)
     new_specs = tensor_specs(target, dtype)
     output_path = args.output_path or sibling(args.checkpoint_path, f"-{scheme}")

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import NoReturn
 
 INTERRUPTED, TERMINATED = 130, 143  # the exit statuses that a shell gives to SIGINT and SIGTERM
@@ -65,7 +66,13 @@ def catch_signals() -> contextlib.ExitStack:
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, handler)
                 stack.callback(signal.signal, number, signal.SIG_DFL)
+                sys.excepthook = report_exception
     return stack
+
+
+def report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if kind is not KeyboardInterrupt:  # which came where `user_errors` begins or ends
+        sys.__excepthook__(kind, error, trace)
 
 
 def fail(message: str) -> NoReturn:

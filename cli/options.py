@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import checkpoint_dtype
 from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
 from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.template import ChatTemplate, load_template
-from config import DTYPES, eos_token_ids, parse_config, parse_dtype, quantization_scheme, read_config
+from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
 from engine import check_ids
 from linears import Scheme
 from model import ModelConfig, Ranks
@@ -180,7 +181,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     return Job(
         config,
         device,
-        DTYPES[args.dtype] if args.dtype else parse_dtype(raw),
+        DTYPES[args.dtype] if args.dtype else checkpoint_dtype(args.checkpoint_path, raw),
         tokenizer,
         eos_ids,
         batches,
@@ -270,7 +271,7 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
                 f"the draft {path} has another vocabulary than the model, and must have the same; ids that differ: "
                 f"{len(differ)}, the first is {differ[0]}, {theirs.get(differ[0])!r} and {ours.get(differ[0])!r}"
             )
-    return DTYPES[args.dtype] if args.dtype else parse_dtype(raw)
+    return DTYPES[args.dtype] if args.dtype else checkpoint_dtype(path, raw)
 
 
 def read_prompts(
