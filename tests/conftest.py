@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +31,14 @@ def free_port() -> int:
 # torchrun's own is the same for all that run on a machine, and two processes of pytest may each run one.
 with contextlib.suppress(OSError):
     os.environ["PET_MASTER_PORT"] = str(free_port())
+
+# Seconds until what a test waits for is taken to hang, on however busy a machine. No test measures with it: what is to
+# be quick is compared with something that was measured beside it.
+HANG = 3600
+
+# Hypothesis has limits of its own, for an example and for the drawing of several.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
@@ -171,7 +180,7 @@ def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
 
 

@@ -16,7 +16,7 @@ from cli import user_errors
 from model import ONE_RANK
 from speculate import Speculation
 from steps import Sampling, compiled, decode
-from tp import from_rank_0, process_group, together
+from tp import from_rank_0, patient_group, process_group, together
 
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.9, top_k=50)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [9, 8]]
@@ -159,10 +159,11 @@ def mistake():
 
 def patience():
     """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
-    init = dist.init_process_group
-    dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=2))
     with process_group() as ranks, user_errors():
-        print(from_rank_0(lambda: time.sleep(4) or "hello", ranks))
+        patient_group()  # now, since meeting for it may take a busy machine longer than what follows
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
 
 
 def as_rank(rank, count, num_nodes, port, folder, job, arguments):

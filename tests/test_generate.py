@@ -545,7 +545,9 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
 
 def test_a_closed_pipe_ends_quietly():
     command = f"{sys.executable} generate.py --seed 1 | head -c 4"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=conftest.HANG, cwd=ROOT, check=False
+    )
     assert result.stdout.startswith("def")
     assert "Traceback" not in result.stderr
     assert "BrokenPipe" not in result.stderr

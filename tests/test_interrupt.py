@@ -9,7 +9,7 @@ import pytest
 
 import interrupt
 from cli import user_errors
-from tests.conftest import REPO
+from tests.conftest import HANG, REPO
 
 SCRIPTS = "ahead benchmark convert_hf_checkpoint download faults launches project_tp quality soak train_demo"
 # What a command imports, sooner or later, or says at its end.
@@ -30,7 +30,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it
             if name == moment or moment in line.partition("import time:")[0]:
                 break
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=HANG)
     said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
     # At its end Python gives the signal back to the system, which ends the process as quietly.
     assert process.returncode in ((130, 0, -signal.SIGINT) if moment == "peak memory" else (130,))
@@ -72,7 +72,7 @@ with user_errors():
 
 def test_ctrl_c_in_a_callback_whose_exceptions_python_forgets_ends_the_command_too():
     command = [sys.executable, "-c", CALLBACK]
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\n")
 
 

@@ -38,7 +38,7 @@ from quantize import (
     quantize_linear,
     unpack_nibbles,
 )
-from tests.conftest import REPO
+from tests.conftest import HANG, REPO
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
@@ -89,7 +89,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     """With pages around each that may not be read; prefetches may go there."""
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
     assert (result.returncode, result.stdout) == (0, f"{2 * (12 * MAX_ROWS + 4)}\n"), result.stderr
 
 
