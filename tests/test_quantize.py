@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import quantize
 from checkpoint import load_model, meta_model, random_model, read_config, save_hub_checkpoint
-from generate import generate
+from generate import generate, main
 from gptq import Calibration, gptq, gptq_stack
 from kernels import MAX_ROWS, AtenInt4Linear, AtenInt8Linear
 from model import Linear, MoE, Transformer
@@ -37,7 +36,7 @@ from quantize import (
     unpack_nibbles,
 )
 from steps import Sampling, compiled, decode, prefill
-from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
+from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, run_forked, shared_data, small_disk
 from tests.test_model import choices, keep_only_
 from tokenizer import load_tokenizer
 
@@ -492,14 +491,10 @@ def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
 # The command
 
 
-def run_quantize(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return run_command("quantize.py", *args, cwd=cwd, **env)
-
-
 def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
     source = tmp_path / "model"
     shutil.copytree(DEMO, source)
-    result = run_quantize("--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
+    result = run_command("quantize.py", "--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
     assert lines["down_proj"] == "int4, groups of 256 2.359 0.604"
@@ -510,7 +505,7 @@ def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
     assert before == pytest.approx((source / "model.safetensors").stat().st_size / 1e6, abs=0.02)
     assert after == pytest.approx((output / "model.safetensors").stat().st_size / 1e6, abs=0.02)
     assert {file.name for file in source.iterdir()} == {file.name for file in output.iterdir()}
-    result = run_command("generate.py", "--checkpoint_path", output, "--max_new_tokens", 5, cwd=tmp_path)
+    result = run_forked(main, "--checkpoint_path", output, "--max_new_tokens", 5, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -563,7 +558,7 @@ def test_a_mistake_is_one_line(
 
 def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     path = quantized(DEMO, tmp_path / "once", "--mode", "int8")
-    result = run_quantize("--checkpoint_path", path, "--mode", "int4", cwd=tmp_path)
+    result = run_forked(quantize.main, "--checkpoint_path", path, "--mode", "int4", cwd=tmp_path)
     assert_user_error(result, path, "quantized already")
     assert [file.name for file in tmp_path.iterdir()] == ["once"]
 
@@ -574,8 +569,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
             source = tmp_path / f"model{room}"
             shutil.copytree(DEMO, source)
             (source / "tokenizer.json").write_bytes(bytes(2**21))
-            result = run_quantize(
-                "--checkpoint_path", source, "--mode", "int4", "--output_path", disk / "out", cwd=tmp_path
+            result = run_forked(
+                quantize.main,
+                "--checkpoint_path",
+                source,
+                "--mode",
+                "int4",
+                "--output_path",
+                disk / "out",
+                cwd=tmp_path,
             )
             assert_user_error(result, "disk")
             assert not list(disk.iterdir())

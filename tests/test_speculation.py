@@ -27,7 +27,7 @@ from speculate import (
     verify,
 )
 from steps import Sampling, compiled, decode, likeliest, prefill, probabilities
-from tests.conftest import REPO, assert_user_error, run_command
+from tests.conftest import REPO, assert_user_error, run_forked
 from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
 
 DEMO, DEMO_DRAFT = REPO / "checkpoints" / "demo", REPO / "checkpoints" / "demo-draft"
@@ -585,9 +585,9 @@ def test_the_command_prints_the_plain_text_up_to_a_stop_inside_a_round(tmp_path,
     path = tmp_path / "metrics.json"
     options = ("--prompt", "import ", "--temperature", 0, "--dtype", "float32", "--max_new_tokens", 150)
     options += ("--ignore_eos", "--stop", "__repr__", "--metrics_path", path)
-    plain = run_command("generate.py", *options, cwd=REPO)
+    plain = run_forked(generate_module.main, *options, cwd=REPO)
     expected = json.loads(path.read_text())["samples"][0]
-    result = run_command("generate.py", *options, *how, "--speculate_k", 4, cwd=REPO)
+    result = run_forked(generate_module.main, *options, *how, "--speculate_k", 4, cwd=REPO)
     assert result.returncode == 0, result.stderr
     metrics = json.loads(path.read_text())
     [row] = metrics["samples"]
@@ -640,8 +640,8 @@ def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch,
 def test_random_weights_need_only_the_configs(tmp_path):
     target, draft_model = write_config(tmp_path / "a"), write_config(tmp_path / "b", num_hidden_layers=1)
     options = ("--random_weights", "--prompt_length", 4, "--max_new_tokens", 30, "--ignore_eos")
-    result = run_command(
-        "generate.py", *options, "--checkpoint_path", target, "--draft_checkpoint_path", draft_model, cwd=REPO
+    result = run_forked(
+        generate_module.main, *options, "--checkpoint_path", target, "--draft_checkpoint_path", draft_model, cwd=REPO
     )
     assert result.returncode == 0, result.stderr
     assert "30 tokens" in result.stderr
@@ -652,14 +652,14 @@ def test_another_vocabulary_is_refused_by_content(tmp_path):
     piece = (DEMO / "tokenizer.model").read_bytes()
     assert piece.count(b"return") > 0
     (other / "tokenizer.model").write_bytes(piece.replace(b"return", b"nruter"))
-    result = run_command("generate.py", "--draft_checkpoint_path", other, cwd=REPO)
+    result = run_forked(generate_module.main, "--draft_checkpoint_path", other, cwd=REPO)
     assert_user_error(result, other, "another vocabulary", "nruter", "return")
 
 
 def test_another_number_of_ids_is_refused_where_there_is_no_tokenizer(tmp_path):
     options = ("--random_weights", "--prompt_length", 4, "--checkpoint_path", write_config(tmp_path / "a"))
     other = write_config(tmp_path / "b", vocab_size=5000)
-    result = run_command("generate.py", *options, "--draft_checkpoint_path", other, cwd=REPO)
+    result = run_forked(generate_module.main, *options, "--draft_checkpoint_path", other, cwd=REPO)
     assert_user_error(result, "5000 ids", "4096")
 
 
@@ -673,4 +673,4 @@ def test_another_number_of_ids_is_refused_where_there_is_no_tokenizer(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
-    assert_user_error(run_command("generate.py", *arguments, cwd=REPO), message)
+    assert_user_error(run_forked(generate_module.main, *arguments, cwd=REPO), message)
