@@ -170,7 +170,7 @@ def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(monkeypatch,
     """The sizes under which the graphs are made leave no trace: as many tokens as slots, a full cache, pieces."""
     monkeypatch.setattr(steps_module, "PREFILL_CHUNK", 66)
     torch._dynamo.reset()
-    model = tiny_model(**KINDS[kind])
+    model = tiny_model(**KINDS[kind], num_hidden_layers=1)
     steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
     model.setup_caches(1, 70)
     list(generate(model, [[1] * first], 2, GREEDY, **steps))

@@ -149,6 +149,18 @@ def folder(tmp_path_factory, hub_checkpoint):
         output = ["--output_path", str(models / f"mixtral_tied-{mode}")]
         source = str(hub_checkpoint("mixtral_tied").path)
         quantize.main(["--checkpoint_path", source, "--mode", mode, *options, *output])
+    # Compiled, whatever it says: the first two layers.
+    shutil.copytree(DEMO, folder / "short")
+    short = read_config(DEMO) | {"num_hidden_layers": 2}
+    (folder / "short" / "config.json").write_text(json.dumps(short))
+    weights = load_file(DEMO / "model.safetensors")
+    kept = {
+        name: t for name, t in weights.items() if "layers." not in name or ".layers.0." in name or ".layers.1." in name
+    }
+    save_file(kept, folder / "short" / "model.safetensors", {"format": "pt"})
+    for mode, *options in EXPERTS_QUANTIZED:
+        output = ["--output_path", str(folder / f"short-{mode}")]
+        quantize.main(["--checkpoint_path", str(folder / "short"), "--mode", mode, *options, *output])
     raw = {**json.loads((ROOT / "configs" / "tinyllama-1.1b.json").read_text()), "layout": "fused"}
     raw["num_hidden_layers"] = 2
     (folder / "large").mkdir()
@@ -209,12 +221,10 @@ def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_s
     assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ways)
 
 
-def test_compiled_and_quantized_and_with_a_quantized_draft_the_text_is_the_eager_one(folder, alone, tmp_path):
-    ended = on_all(
-        tmp_path, 2, on_ranks.compiled_texts, folder / "models" / "demo-int4", folder / "models" / "draft-int8"
-    )
+def test_compiled_and_quantized_and_with_a_quantized_draft_the_text_is_the_eager_one(folder, tmp_path):
+    ended = on_all(tmp_path, 2, on_ranks.compiled_texts, folder / "short-int4", folder / "short-int8")
     assert [rank.status for rank in ended] == [0, 0], ended
-    expected = alone["demo-int4"]["greedy"][:1]
+    expected = on_ranks.logits_and_greedy(folder / "short-int4", ONE_RANK)["greedy"][:1]
     for rank in ended:
         plain, speculated, num_accepted = json.loads(rank.stdout)
         assert plain == speculated == expected
