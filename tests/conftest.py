@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +33,14 @@ def free_port() -> int:
 # torchrun's own is the same for all that run on a machine, and two processes of pytest may each run one.
 with contextlib.suppress(OSError):
     os.environ["PET_MASTER_PORT"] = str(free_port())
+
+# Seconds until what a test waits for is taken to hang, on however busy a machine. No test measures with it: what is to
+# be quick is compared with something that was measured beside it.
+HANG = 3600
+
+# Hypothesis has limits of its own, for an example and for the drawing of several.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
@@ -151,6 +162,18 @@ def gqa_config(hub_checkpoint: Callable[[str], HubCheckpoint]) -> dict[str, Any]
     return json.loads((hub_checkpoint("gqa").path / "config.json").read_text())
 
 
+# The files that take longest, which begin first: else one of them would go on alone at the end.
+LONGEST = [
+    "tp", "benchmark", "inductor_interpreted", "speculation", "quantize", "model", "generate", "kernels_triton",
+    "readme",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
@@ -171,8 +194,36 @@ def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
+
+
+def run_forked(main: Callable[[list[str]], Any], *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command's main in a child that is forked, which spares a test the seconds of importing torch again."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        if (child := os.fork()) == 0:
+            status: Any = 1
+            try:
+                os.chdir(cwd)
+                for descriptor, opened in enumerate(
+                    (os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())
+                ):
+                    os.dup2(opened, descriptor)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # pytest has its own
+                main(list(map(str, args)))
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status if isinstance(status, int) else 1 if status else 0)
+        _, ended = os.waitpid(child, 0)
+        for file in (stdout, stderr):
+            file.seek(0)
+        said = (file.read().decode() for file in (stdout, stderr))
+        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(ended), *said)
 
 
 def assert_user_error(result: subprocess.CompletedProcess[str], *fragments: str | Path) -> None:

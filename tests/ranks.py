@@ -13,7 +13,7 @@ import torch.distributed as dist
 import generate
 from checkpoint import load_model, random_model
 from cli.errors import user_errors
-from cli.ranks import from_rank_0, process_group, together
+from cli.ranks import from_rank_0, patient_group, process_group, together
 from config import read_config
 from model import ONE_RANK
 from speculate import Speculation
@@ -122,18 +122,24 @@ def command_on_own_node(folder, *options):
 
 
 def compiled_texts(path, draft_path):
-    """Print the greedy texts of compiled steps, plain with a shared draft too, and how much was accepted."""
+    """Print the greedy texts of compiled steps, plain with a shared draft too, and how much was accepted.
+
+    Rank 0 compiles first, beside ranks that do not: they find in inductor's cache the kernels that it has made.
+    """
     with process_group() as ranks, user_errors(signals_raise=False):
         torch.set_num_threads(1)
         model, draft_model = (load_model(each, dtype=torch.float32, ranks=ranks) for each in (path, draft_path))
         for each in (model, draft_model):
             each.setup_caches(1, 128)
-        speculation = Speculation(draft_model, levels=(1,))
-        speculation.compile_()
-        texts = [
-            rows_of(generate.generate(model, PROMPTS[:1], 10, GREEDY, decode=compiled(decode), speculation=how))
-            for how in (None, speculation)
-        ]
+        speculation, step = Speculation(draft_model, levels=(1,)), decode
+        for turn in range(2):
+            if turn == min(ranks.rank, 1):
+                speculation.compile_()
+                step = compiled(decode)
+            texts = [
+                rows_of(generate.generate(model, PROMPTS[:1], 10, GREEDY, decode=step, speculation=how))
+                for how in (None, speculation)
+            ]
         print(json.dumps([*texts, sum(speculation.accept_counts[0][1:])]))
 
 
@@ -160,10 +166,11 @@ def mistake():
 
 def patience():
     """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
-    init = dist.init_process_group
-    dist.init_process_group = lambda *args, **options: init(*args, **options, timeout=timedelta(seconds=2))
     with process_group() as ranks, user_errors(signals_raise=False):
-        print(from_rank_0(lambda: time.sleep(4) or "hello", ranks))
+        patient_group()  # now, since meeting for it may take a busy machine longer than what follows
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
 
 
 def as_rank(rank, count, num_nodes, port, folder, job, arguments):

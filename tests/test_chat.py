@@ -29,7 +29,7 @@ from generate import main
 from rows import Row
 from speculate import Speculation
 from steps import Sampling, Text
-from tests.conftest import shared_data
+from tests.conftest import HANG, shared_data
 from tokenizer import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def test_templates_render_as_transformers_renders_them(name):
         ("{% include '/etc/passwd' %}", "no loader"),
         # too much: of numbers, text, time and memory, in Python's own loops and within one call of its C code
         ("{{ range(10**6) | list }}", "too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99 }}{% endfor %}{% endfor %}", "16777216"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "16777216"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "3 s"),
         ("{{ 9 ** (9 ** 9) }}", "3 s"),
         ("{{ 'x' * 10 ** 12 }}", "MemoryError"),
@@ -142,11 +142,13 @@ def test_templates_render_as_transformers_renders_them(name):
 )
 def test_what_a_template_does_wrong_is_one_line_within_seconds(source, word):
     began = time.monotonic()
+    ChatTemplate(CHATML, {}, "here").render(said("a", "b"), add_generation_prompt=True)
+    usual, began = time.monotonic() - began, time.monotonic()
     with pytest.raises(ValueError, match="here: the chat template") as raised:
         template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, "here")
         template.render(said("a", "b") + said("c", "d")[1:], add_generation_prompt=True)
     assert word in str(raised.value)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 2 * MAX_SECONDS + 20 * usual
 
 
 def test_the_seconds_of_a_template_are_those_it_runs_and_not_those_between_messages():
@@ -164,7 +166,7 @@ def test_a_template_whose_process_says_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(template_module, "PATIENCE", 0.2)
     with pytest.raises(ValueError, match=f"here: the chat template takes more than {MAX_SECONDS} s"):
         template.render(said("a"), add_generation_prompt=True)
-    assert template.process.wait(timeout=5) < 0
+    assert template.process.wait(timeout=HANG) < 0
 
 
 def write_folder(path, **files):
@@ -524,7 +526,7 @@ SHORT = ("--temperature", 0, "--max_new_tokens", 6, "--dtype", "float32")
 def run_piped(text, *arguments, launcher=()):
     command = [sys.executable, *launcher, str(ROOT / "generate.py"), *map(str, arguments)]
     return subprocess.run(
-        command, input=text, capture_output=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, input=text, capture_output=True, timeout=HANG, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
 
 
@@ -625,7 +627,7 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
-    def until(self, text, seconds=60):
+    def until(self, text, seconds=HANG):
         """Wait for a text; return what was shown before it."""
         deadline = time.monotonic() + seconds
         while text.encode() not in self.shown:
@@ -636,14 +638,14 @@ class Terminal:
 
     def until_more(self, size):
         while len(self.shown) < size:
-            assert select.select([self.fd], [], [], 60)[0]
+            assert select.select([self.fd], [], [], HANG)[0]
             self.shown += os.read(self.fd, 65536)
 
     def end(self):
         with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
             while os.read(self.fd, 65536):
                 pass
-        return self.process.wait(60)
+        return self.process.wait(HANG)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import engine as engine_module
+import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
 from engine import Engine, generate, read_behind
@@ -173,7 +174,7 @@ def test_nothing_recompiles_up_to_the_last_slot_whatever_came_first(monkeypatch,
     """The sizes under which the graphs are made leave no trace: as many tokens as slots, a full cache, pieces."""
     monkeypatch.setattr(steps_module, "PREFILL_CHUNK", 66)
     torch._dynamo.reset()
-    model = tiny_model(**KINDS[kind])
+    model = tiny_model(**KINDS[kind], num_hidden_layers=1)
     steps = {"prefill": compiled(prefill), "decode": compiled(decode)}
     model.setup_caches(1, 70)
     list(generate(model, [[1] * first], 2, GREEDY, **steps))
@@ -399,6 +400,10 @@ def run_command(*arguments, **environment):
     return conftest.run_command("generate.py", *arguments, cwd=ROOT, **environment)
 
 
+def run_here(*arguments):
+    return conftest.run_forked(generate_module.main, *arguments, cwd=ROOT)
+
+
 def test_no_argument_is_needed():
     result = run_command()
     assert result.returncode == 0, result.stderr
@@ -409,7 +414,7 @@ def test_no_argument_is_needed():
 
 def test_metrics_hold_what_the_design_names(tmp_path):
     path = tmp_path / "metrics.json"
-    result = run_command("--temperature", 0, "--max_new_tokens", 20, "--prompt", "import ", "--metrics_path", path)
+    result = run_here("--temperature", 0, "--max_new_tokens", 20, "--prompt", "import ", "--metrics_path", path)
     metrics = json.loads(path.read_text())
     assert {
         "samples", "load_s", "compile_s", "weight_bytes", "bytes_per_step", "bandwidth_gb_per_s", "peak_memory_bytes",
@@ -432,18 +437,18 @@ def test_the_demo_ends_at_eos_and_goes_on_when_told(tmp_path):
     path = tmp_path / "metrics.json"
     prompt = "def clear(self):\n    self.data = None\n"
     options = ("--prompt", prompt, "--max_new_tokens", 300, "--seed", 3, "--num_samples", 4, "--metrics_path", path)
-    assert run_command(*options).returncode == 0
+    assert run_here(*options).returncode == 0
     ended = [row for row in json.loads(path.read_text())["samples"] if row["finish_reason"] == "eos"]
     assert ended
     assert all(row["tokens"].index(2) == row["new_tokens"] - 1 for row in ended)
-    assert run_command(*options, "--ignore_eos").returncode == 0
+    assert run_here(*options, "--ignore_eos").returncode == 0
     rows = json.loads(path.read_text())["samples"]
     assert {row["finish_reason"] for row in rows} == {"length"}
 
 
 def test_the_context_ends_a_text_with_a_word(tmp_path):
     path = tmp_path / "metrics.json"
-    result = run_command("--prompt_length", 1000, "--ignore_eos", "--metrics_path", path)
+    result = run_here("--prompt_length", 1000, "--ignore_eos", "--metrics_path", path)
     [row] = json.loads(path.read_text())["samples"]
     assert (row["new_tokens"], row["finish_reason"]) == (24, "context")
     assert "context of 1024 tokens is full" in result.stderr
@@ -452,14 +457,14 @@ def test_the_context_ends_a_text_with_a_word(tmp_path):
 def test_a_batch_prints_each_row_as_its_own_run_would(tmp_path):
     (tmp_path / "prompts.txt").write_text("def \nimport \nclass A")
     options = ("--temperature", 0, "--max_new_tokens", 12, "--dtype", "float32")
-    batch = run_command("--prompt_file", tmp_path / "prompts.txt", *options)
-    single = [run_command("--prompt", p, *options).stdout for p in ("def ", "import ", "class A")]
+    batch = run_here("--prompt_file", tmp_path / "prompts.txt", *options)
+    single = [run_here("--prompt", p, *options).stdout for p in ("def ", "import ", "class A")]
     assert batch.stdout == "".join(single)
 
 
 def test_texts_are_numbered_over_all_batches():
     prompts = ("--prompt", "a", "--prompt", "b", "--prompt", "c")
-    said = run_command(*prompts, "--batch_size", 2, "--max_new_tokens", 2).stderr
+    said = run_here(*prompts, "--batch_size", 2, "--max_new_tokens", 2).stderr
     found = re.findall(r"^--- .*|ended by", said, re.M)
     assert found == ["--- 1 of 3", "--- 2 of 3", *["ended by"] * 2, "--- 3 of 3", "ended by"]
 
@@ -477,7 +482,7 @@ def test_a_prompt_file_is_a_prompt_a_line(tmp_path):
     path = tmp_path / "metrics.json"
     (tmp_path / "prompts.txt").write_bytes("\ufeffa\x0cb\r\n\nc".encode())
     options = ("--prompt_file", tmp_path / "prompts.txt", "--max_new_tokens", 1, "--metrics_path", path)
-    assert run_command(*options).returncode == 0
+    assert run_here(*options).returncode == 0
     encode = load_tokenizer(DEMO).encode
     counts = [row["prompt_tokens"] for row in json.loads(path.read_text())["samples"]]
     assert counts == [len(encode("a\x0cb")), 1, len(encode("c"))]
@@ -485,22 +490,22 @@ def test_a_prompt_file_is_a_prompt_a_line(tmp_path):
 
 def test_compiled_text_equals_eager(tmp_path):
     options = ("--dtype", "float32", "--seed", 5, "--max_new_tokens", 60)
-    compiled_run = run_command(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
+    compiled_run = run_here(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
     assert compiled_run.returncode == 0, compiled_run.stderr
-    assert compiled_run.stdout == run_command(*options).stdout
+    assert compiled_run.stdout == run_here(*options).stdout
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def test_random_weights_need_only_a_config(tmp_path):
     (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
-    result = run_command("--checkpoint_path", tmp_path, "--random_weights", "--prompt_length", 4, "--max_new_tokens", 3)
+    result = run_here("--checkpoint_path", tmp_path, "--random_weights", "--prompt_length", 4, "--max_new_tokens", 3)
     assert result.returncode == 0, result.stderr
     assert "3 tokens" in result.stderr
 
 
 def test_an_empty_prompt_is_the_bos_alone(tmp_path):
     path = tmp_path / "metrics.json"
-    assert run_command("--prompt", "", "--max_new_tokens", 2, "--metrics_path", path).returncode == 0
+    assert run_here("--prompt", "", "--max_new_tokens", 2, "--metrics_path", path).returncode == 0
     assert json.loads(path.read_text())["samples"][0]["prompt_tokens"] == 1
 
 
@@ -538,7 +543,7 @@ def test_an_empty_prompt_is_the_bos_alone(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
-    result = run_command(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
@@ -548,7 +553,9 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments, message):
 
 def test_a_closed_pipe_ends_quietly():
     command = f"{sys.executable} generate.py --seed 1 | head -c 4"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=conftest.HANG, cwd=ROOT, check=False
+    )
     assert result.stdout.startswith("def")
     assert "Traceback" not in result.stderr
     assert "BrokenPipe" not in result.stderr

@@ -32,7 +32,7 @@ from checkpoint import is_finite
 from cli.errors import one_line, user_errors
 from files import new_folder, write_whole
 from scripts import convert_hf_checkpoint
-from tests.conftest import REPO, assert_user_error, run_command, small_disk
+from tests.conftest import HANG, REPO, assert_user_error, run_command, small_disk
 from tokenizer import Tokenizer
 
 SOURCE = REPO / "checkpoints/demo-draft"
@@ -580,7 +580,7 @@ def catches_sigterm(process: Any) -> bool:
 def wait_for(condition: Callable[[], bool], child: Any) -> None:
     began = time.monotonic()
     while not condition():
-        assert child.is_alive() and time.monotonic() - began < 60
+        assert child.is_alive() and time.monotonic() - began < HANG
         time.sleep(0.001)
 
 
@@ -645,7 +645,7 @@ def test_a_killed_runs_folder_is_removed_by_the_next_and_a_living_runs_is_not(tm
 
 
 def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    seen = [outcome for _, _, outcome, _ in faults.mutations(300, tmp_path / "forms")]
+    seen = [outcome for _, _, outcome, _ in faults.mutations(300, tmp_path / "forms", patience_s=HANG)]
     assert set(seen) == {"read", "refused"}
 
 
@@ -696,7 +696,7 @@ def test_memory_that_does_not_suffice_is_one_line(folder: Path, command: str) ->
     }[command]
     run = [sys.executable, "-c", LIMITED, command, str(room), *COMMANDS[command](folder)[1][:2], *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(run, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(run, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
     assert_user_error(result, "memory")
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cli.errors import user_errors
-from tests.conftest import REPO
+from tests.conftest import HANG, REPO
 
 SCRIPTS = "convert_hf_checkpoint download train_demo"
 # What a command imports, sooner or later, or says at its end.
@@ -29,7 +29,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it
             if name == moment or moment in line.partition("import time:")[0]:
                 break
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=HANG)
     said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
     # Before and after its work it is the signal itself that ends the process.
     assert process.returncode in ((130, 0, -signal.SIGINT) if moment == "peak memory" else (-signal.SIGINT,))
@@ -59,7 +59,7 @@ def test_a_background_jobs_ctrl_c_stays_ignored_while_a_command_imports_and_whil
         with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             next(line for line in process.stderr if line.rpartition("|")[2].strip() == "argparse")
             process.send_signal(signal.SIGINT)
-            stdout, _ = process.communicate(timeout=60)
+            stdout, _ = process.communicate(timeout=HANG)
         assert process.returncode == 0 and stdout.startswith("usage: ")
         with user_errors():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -33,7 +33,7 @@ from linears import (
     quantize_linear,
 )
 from model import Linear, attention
-from tests.conftest import REPO
+from tests.conftest import HANG, REPO
 from tests.test_graphs import RAW
 
 pytestmark = pytest.mark.skipif(
@@ -92,7 +92,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     """With pages around each that may not be read; prefetches may go there."""
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
     assert (result.returncode, result.stdout) == (0, f"{2 * (12 * MAX_ROWS + 4)}\n"), result.stderr
 
 

@@ -16,7 +16,7 @@ from scripts.ahead import main as compile_all_ahead
 from scripts.launches import LAUNCHED
 from scripts.launches import launches as counted
 from scripts.launches import main as count_launches
-from tests.conftest import REPO
+from tests.conftest import HANG, REPO
 from tests.test_benchmark import RAW
 
 pytest.importorskip("triton", reason="triton is not installed; it has no build for this system")
@@ -28,7 +28,7 @@ def said_by(module, *args, **env):
     """Run one of the modules beside this one as a process; return what it printed."""
     result = subprocess.run(
         [sys.executable, "-m", f"tests.{module}", *map(str, args)], cwd=REPO, capture_output=True, text=True,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        timeout=HANG, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -153,7 +153,7 @@ def launched(tmp_path_factory):
            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "torch_dtype": "bfloat16"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
     command = [sys.executable, str(REPO / "scripts/launches.py"), "--config", str(folder / "config.json")]
-    result = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     [path] = folder.glob("*-launches.json")

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import quantize
 from checkpoint import load_model, meta_model, random_model, save_hub_checkpoint
 from config import read_config
 from engine import generate
+from generate import main
 from gptq import Calibration, gptq, gptq_stack
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8
 from kernels.optimize import optimize_
@@ -38,7 +38,7 @@ from linears import (
 )
 from model import Experts, Linear, MoE, Transformer
 from steps import Sampling, compiled, decode, prefill
-from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data, small_disk
+from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, run_forked, shared_data, small_disk
 from tests.test_model import choices, keep_only_
 from tokenizer import load_tokenizer
 
@@ -413,9 +413,10 @@ def assert_compiled_once_and_equal(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_compiled_equals_eager_and_compiles_once(tmp_path: Path, scheme: Scheme) -> None:
-    model = load_model(quantized(DEMO, tmp_path / "out", *arguments(scheme)), dtype=torch.float32)
-    assert_compiled_once_and_equal(model)
+def test_compiled_equals_eager_and_compiles_once(scheme: Scheme) -> None:
+    quantization = {"mode": scheme.mode} | ({"groupsize": scheme.group_size} if scheme.group_size else {})
+    raw = {**read_config(DEMO), "num_hidden_layers": 2, "layout": "fused", "quantization": quantization}
+    assert_compiled_once_and_equal(random_model(raw, dtype=torch.float32))
 
 
 def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
@@ -489,14 +490,10 @@ def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
 # The command
 
 
-def run_quantize(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return run_command("quantize.py", *args, cwd=cwd, **env)
-
-
 def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
     source = tmp_path / "model"
     shutil.copytree(DEMO, source)
-    result = run_quantize("--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
+    result = run_command("quantize.py", "--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
     assert lines["down_proj"] == "int4, groups of 256 2.359 0.604"
@@ -507,7 +504,7 @@ def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
     assert before == pytest.approx((source / "model.safetensors").stat().st_size / 1e6, abs=0.02)
     assert after == pytest.approx((output / "model.safetensors").stat().st_size / 1e6, abs=0.02)
     assert {file.name for file in source.iterdir()} == {file.name for file in output.iterdir()}
-    result = run_command("generate.py", "--checkpoint_path", output, "--max_new_tokens", 5, cwd=tmp_path)
+    result = run_forked(main, "--checkpoint_path", output, "--max_new_tokens", 5, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -560,7 +557,7 @@ def test_a_mistake_is_one_line(
 
 def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     path = quantized(DEMO, tmp_path / "once", "--mode", "int8")
-    result = run_quantize("--checkpoint_path", path, "--mode", "int4", cwd=tmp_path)
+    result = run_forked(quantize.main, "--checkpoint_path", path, "--mode", "int4", cwd=tmp_path)
     assert_user_error(result, path, "quantized already")
     assert [file.name for file in tmp_path.iterdir()] == ["once"]
 
@@ -571,8 +568,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
             source = tmp_path / f"model{room}"
             shutil.copytree(DEMO, source)
             (source / "tokenizer.json").write_bytes(bytes(2**21))
-            result = run_quantize(
-                "--checkpoint_path", source, "--mode", "int4", "--output_path", disk / "out", cwd=tmp_path
+            result = run_forked(
+                quantize.main,
+                "--checkpoint_path",
+                source,
+                "--mode",
+                "int4",
+                "--output_path",
+                disk / "out",
+                cwd=tmp_path,
             )
             assert_user_error(result, "disk")
             assert not list(disk.iterdir())

@@ -108,11 +108,7 @@ def save_sharded_bin(source: Path, path: Path) -> None:
 @pytest.mark.parametrize("family", ["gqa", "tied"])
 @pytest.mark.parametrize("save", [save_single, save_sharded, save_bin, save_legacy_bin, save_sharded_bin])
 def test_every_layout_converts_to_the_same_model(
-    tmp_path: Path,
-    hub_checkpoint: GetCheckpoint,
-    run_here: RunCommand,
-    save: Callable[[Path, Path], None],
-    family: str,
+    tmp_path: Path, hub_checkpoint: GetCheckpoint, run_here: RunCommand, save: Callable[[Path, Path], None], family: str
 ) -> None:
     reference = hub_checkpoint(family)
     save(reference.path, tmp_path / "model")
