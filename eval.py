@@ -21,10 +21,10 @@ import torch
 
 from checkpoint import checkpoint_dtype, load_model
 from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
-from cli.errors import user_errors
+from cli.errors import outlive_readers, user_errors
 from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
-from files import write_whole
+from files import check_writable, write_whole
 from harness import harness_model, load_tasks
 from likelihood import MAX_WINDOW, check_window, default_window, perplexity, sliding_windows
 from model import Transformer
@@ -79,8 +79,8 @@ def check(args: argparse.Namespace) -> Job:
     if args.max_seq_length:
         check_window(args.max_seq_length, config)
     check_device(args.device)
-    if (path := args.metrics_path) and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--metrics_path {path} cannot be written: expected a file in a folder that exists")
+    if args.metrics_path:
+        check_writable("--metrics_path", args.metrics_path)
     if args.include_path and not args.include_path.is_dir():
         raise FileNotFoundError(f"--include_path {args.include_path} is not a folder; expected one with tasks' yaml")
     tokenizer = load_tokenizer(args.checkpoint_path)
@@ -139,6 +139,8 @@ def print_tasks(results: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     job = check(args)
+    if args.metrics_path:
+        outlive_readers()
     model = load_model(args.checkpoint_path, args.device, job.dtype)
     metrics: dict[str, Any] = {}
     if job.ids:

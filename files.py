@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,15 +74,36 @@ def name_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError where `write_whole` could not write what an option asks for."""
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        mode = target.stat().st_mode
+        # The bits and not os.access, which grants root everything: a file that is protected is meant to be.
+        if not mode & 0o222:
+            raise ValueError(f"{option} {path} is protected against writing; change that, or name another file")
+        if stat.S_ISDIR(mode) or stat.S_ISSOCK(mode):
+            what = "folder" if stat.S_ISDIR(mode) else "socket"
+            raise ValueError(f"{option} {path} cannot be written: it is a {what}, expected a file")
+        if not stat.S_ISREG(mode):
+            return
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that can be written to")
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with name_file(path):
+    """Write a file that is there whole or not at all; a link's target, and into what is a device or a pipe."""
+    target = Path(os.path.realpath(path))
+    with name_file(path):
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], Tensor]) -> None:

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, meta_model, random_model, tensor_specs
 from cli.chat import Conversation, chat
-from cli.errors import user_errors
+from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
@@ -120,7 +121,10 @@ def run_batches(args: argparse.Namespace, job: Job, engine: Engine, ranks: Ranks
         with torch.profiler.profile() if is_traced else contextlib.nullcontext() as profiler:
             rows = run_batch(engine, prompts, args.max_new_tokens, args.stop, printer)
         if profiler:
-            profiler.export_chrome_trace(str(args.profile))
+            with tempfile.TemporaryDirectory() as folder:
+                trace = Path(folder, "trace.json")
+                profiler.export_chrome_trace(str(trace))
+                write_whole(args.profile, trace.read_text())
         if engine.speculation:
             for row, counts in zip(rows, engine.speculation.accept_counts, strict=True):
                 row.accept_counts, row.num_drafted = counts, engine.speculation.num_drafted
@@ -135,6 +139,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     # Where other files differ between nodes, rank 0's are used.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
+    if args.metrics_path or args.profile:
+        outlive_readers()
     began = time.perf_counter()
     model, speculation = together(partial(load, args, job, ranks), ranks)
     loaded = time.perf_counter()

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 INTERRUPTED, TERMINATED = 130, 143  # the exit statuses that a shell gives to SIGINT and SIGTERM
 
@@ -73,6 +73,35 @@ def catch_signals() -> contextlib.ExitStack:
 def report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if kind is not KeyboardInterrupt:  # which came where `user_errors` begins or ends
         sys.__excepthook__(kind, error, trace)
+
+
+class OutlivingStream:
+    """A text stream whose reader may leave: what is written then is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._outlive(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self._outlive(self.stream.flush)
+
+    def _outlive(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def outlive_readers() -> None:
+    """Let a run that also writes a file go on when the reader of its text leaves, as in `| head -1`."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), OutlivingStream):
+            setattr(sys, name, OutlivingStream(getattr(sys, name)))
 
 
 def fail(message: str) -> NoReturn:

@@ -19,6 +19,7 @@ from cli.ranks import local_device
 from cli.template import ChatTemplate, load_template
 from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
 from engine import check_ids
+from files import check_writable
 from linears import Scheme
 from model import ModelConfig, Ranks
 from steps import Sampling
@@ -152,8 +153,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         check_compiler()
     for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
         # Rank 0 alone writes: another node need not have the folder.
-        if ranks.rank == 0 and path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that can be written to")
+        if ranks.rank == 0 and path:
+            check_writable(option, path)
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
     check_chat(args, config)

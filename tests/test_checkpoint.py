@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import struct
 import threading
 import weakref
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import files as files_module
+import quantize
 from checkpoint import TensorFiles, load_model, random_model, save_hub_checkpoint
 from config import DTYPES, MAX_COUNT, MAX_SIZE, eos_token_ids, parse_config, parse_dtype, read_config
 from files import locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from scripts.convert_hf_checkpoint import convert
 from tests.conftest import LENGTH, REPO, HubCheckpoint
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
@@ -213,12 +216,12 @@ def test_rope_theta_of_a_million_token_context_is_read() -> None:
 @pytest.mark.parametrize(
     ("raw", "dtype"),
     [
-        ({}, torch.bfloat16),
+        ({}, None),
         ({"dtype": None, "torch_dtype": "float32"}, torch.float32),
         ({"dtype": "float16", "torch_dtype": "float32"}, torch.float16),
     ],
 )
-def test_dtype_goes_before_torch_dtype_and_null_is_silence(raw: dict[str, Any], dtype: torch.dtype) -> None:
+def test_dtype_goes_before_torch_dtype_and_null_is_silence(raw: dict[str, Any], dtype: torch.dtype | None) -> None:
     assert parse_dtype(raw) == dtype
 
 
@@ -868,3 +871,97 @@ def test_a_file_is_mapped_only_while_its_tensors_live(
     assert str(file) in maps.read_text()
     del held
     assert str(file) not in maps.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What other programs store
+
+
+def rewrite(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Copy a checkpoint, its tensors changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def logits_in_every_form(path: Path, tokens: Tensor) -> list[Tensor]:
+    """Return the fp32 logits of a folder and of what the converter makes of it."""
+    convert(path, path.with_name("converted"))
+    positions = torch.arange(tokens.shape[1])
+    return [
+        load_model(folder, dtype=torch.float32)(tokens, positions) for folder in (path, path.with_name("converted"))
+    ]
+
+
+def test_a_stored_head_that_differs_from_a_tied_embedding_is_used_and_named(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, capsys: Any
+) -> None:
+    reference = hub_checkpoint("tied")
+    head = torch.randn(reference.logits.shape[-1], 64, generator=torch.Generator().manual_seed(5))
+    path = rewrite(reference.path, tmp_path / "model", lambda tensors: tensors | {"lm_head.weight": head})
+    untied = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "untied").mkdir()
+    shutil.copyfile(path / "model.safetensors", tmp_path / "untied/model.safetensors")
+    (tmp_path / "untied/config.json").write_text(json.dumps(untied))
+    positions = torch.arange(LENGTH)
+    expected = load_model(tmp_path / "untied", dtype=torch.float32)(reference.tokens, positions)
+    capsys.readouterr()
+    for logits in logits_in_every_form(path, reference.tokens):
+        assert torch.equal(logits, expected)
+    assert "lm_head.weight is used, which is not the embedding" in capsys.readouterr().err
+    quantize.main(["--checkpoint_path", str(path), "--mode", "int8", "--output_path", str(tmp_path / "int8")])
+    rounded = load_model(tmp_path / "int8", dtype=torch.float32)(reference.tokens, positions)
+    assert (rounded - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_a_stored_head_that_equals_a_tied_embedding_says_nothing(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, capsys: Any
+) -> None:
+    reference = hub_checkpoint("tied")
+    path = rewrite(
+        reference.path,
+        tmp_path / "model",
+        lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+    )
+    model = load_model(path, dtype=torch.float32)
+    assert model.tied and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {name.removeprefix("model."): value for name, value in tensors.items()},
+        lambda tensors: {name.replace("model.embed_tokens", "lm_head"): value for name, value in tensors.items()},
+    ],
+    ids=["names without model.", "only the head is stored"],
+)
+def test_names_that_other_programs_write_are_read(hub_checkpoint: GetCheckpoint, tmp_path: Path, change: Any) -> None:
+    reference = hub_checkpoint("tied")
+    path = rewrite(reference.path, tmp_path / "model", change)
+    for logits in logits_in_every_form(path, reference.tokens):
+        torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.rotary_emb.cos_cached", "score.weight", "v_head.bias"])
+def test_tensors_that_no_text_depends_on_are_ignored_with_a_line(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    reference = hub_checkpoint("gqa")
+    path = rewrite(reference.path, tmp_path / "model", lambda tensors: tensors | {name: torch.ones(3)})
+    logits = load_model(path, dtype=torch.float32)(reference.tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
+    assert capsys.readouterr().err == f"{path}: ignored {name}, which no text depends on\n"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_without_a_dtype_in_the_config_the_weights_own_is_taken(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    source = hub_checkpoint("gqa").path
+    path = rewrite(source, tmp_path / "model", lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype")}))
+    assert load_model(path).embed_tokens.weight.dtype == dtype
+    convert(path, tmp_path / "converted")
+    assert load_model(tmp_path / "converted").embed_tokens.weight.dtype == dtype
