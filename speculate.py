@@ -113,7 +113,6 @@ def verify(
     sampling: Sampling,
     noise: tuple[Tensor, Tensor] | None,
     q: Tensor | None,
-    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
 ) -> Tensor:
     """Run the text's last token and its k drafts through the target.
 
@@ -137,12 +136,11 @@ def draft_and_verify(
     sampling: Sampling,
     draft_noise: Tensor | None,
     accept_noise: tuple[Tensor, Tensor] | None,
-    accept: Callable[..., tuple[Tensor, Tensor]] = accept,
 ) -> Tensor:
     """Draft k ids per row with draft_model and verify them with model; returns what `verify` does."""
     drafted, q = draft(draft_model, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
     drafted = model.ranks.broadcast(drafted)  # where each rank drafts alone, they may differ
-    return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q, accept)
+    return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
