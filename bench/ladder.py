@@ -1,166 +1,124 @@
 """The rungs that run in one process, such as decode, prefill and positions, for every form of the weights.
 
-benchmark.py measures them.
+bench.run measures them.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from bench import anatomy, products, speculation
+from bench.rung import Rung
+from bench.runner import PROMPT, Runner, make_steps
+from bench.subject import Subject
 from checkpoint import meta_model, quantization_scheme, random_model
 from model import Ranks, Transformer
-from scripts import anatomy, products, speculation
-from scripts.measure import (
-    Rung,
-    Steps,
-    decode_rate,
-    kv_bytes,
-    make_steps,
-    median_ms,
-    prefill_flops,
-    prefill_rate,
-    run_dtype,
-    step_at,
-    verify_at,
-    weight_forms,
-)
 from speculate import levels_below
 from tp import draft_ranks
 
 PREFILL = (128, 512, 2048)
 POSITIONS = (128, 2048, 8192)
+LONGEST = max(POSITIONS) + 64
 VERIFIED = 5  # tokens in one forward
 ROWS = 8  # of a batch
+MODES = ("eager", "compile")
 
 
-class Bench:
-    """The models that the groups share: the config's own dtype and each scheme of --quantize, with random weights."""
+class Ladder:
+    """The groups of rungs, and the models that they share."""
 
-    def __init__(self, args: argparse.Namespace, raw: dict[str, Any], device: str, ranks: Ranks):
-        self.args, self.device, self.ranks = args, device, ranks
-        self.dtype = run_dtype(args, raw)
-        self.raw, self.forms = raw, weight_forms(args, raw)
-        self.steps = make_steps(device)
+    def __init__(self, subject: Subject, device: str, ranks: Ranks, new_tokens: int, max_k: int):
+        self.subject, self.device, self.ranks = subject, device, ranks
+        self.new_tokens, self.max_k = new_tokens, max_k
         # One length for all, since the compiled steps are made for it.
-        self.length = 64 * (2 + max(args.new_tokens, speculation.SHORTEST, *PREFILL) // 64)
+        self.length = 64 * (2 + max(new_tokens, speculation.SHORTEST, *PREFILL) // 64)
 
     @cached_property
     def models(self) -> dict[str, Transformer]:
-        return {
-            name: random_model(form, self.device, self.dtype, ranks=self.ranks) for name, form in self.forms.items()
-        }
+        forms, dtype = self.subject.forms, self.subject.dtype
+        return {name: random_model(form, self.device, dtype, ranks=self.ranks) for name, form in forms.items()}
 
-    def on(
-        self, weights: str, length: int, measure: Callable[..., float], *args: Any, num_rows: int = 1
-    ) -> Callable[[], float]:
-        """Return a measurement of a model with caches of `length`."""
+    def runner(self, mode: str, weights: str, length: int = 0, num_rows: int = 1) -> Runner:
+        return Runner(self.models[weights], make_steps(mode, self.device), length or self.length, num_rows)
 
-        def run() -> float:
-            model = self.models[weights]
-            cache = model.layers[0].self_attn.cache
-            if cache is None or model.max_seq_length != length or cache.k.shape[0] != num_rows:
-                model.setup_caches(num_rows, length)
-            self.ranks.all_reduce(torch.ones(1, device=self.device))  # they begin together
-            return measure(model, *args)
-
-        return run
-
-    def each(self) -> Iterator[tuple[str, Steps, str, Transformer]]:
-        """Yield every way to run every form of the weights: what its rungs are called, its steps, scheme and model."""
-        for mode, steps in self.steps.items():
-            for weights, model in self.models.items():
-                yield f"{mode}, {weights}" if weights else mode, steps, weights, model
+    def ways(self) -> Iterator[tuple[str, str, str]]:
+        """Yield every way to run every form of the weights: what its rungs are called, its mode and its scheme."""
+        for mode in MODES:
+            for weights in self.models:
+                yield f"{mode}, {weights}" if weights else mode, mode, weights
 
     def products(self) -> Iterator[Rung]:
-        return products.rungs(self.args.quantize, self.raw, self.device, self.dtype)
+        return products.rungs(self.subject, self.device)
 
     def kernels(self) -> Iterator[Rung]:
-        return anatomy.kernels(self, max(POSITIONS) + 64)  # as the positions, whose graphs inductor has kept
+        return anatomy.kernel_rungs(self.long_runners())
 
     def options(self) -> Iterator[Rung]:
-        return anatomy.options(self, max(POSITIONS) + 64)
+        return anatomy.option_rungs(self.long_runners(), self.device)
+
+    def long_runners(self) -> dict[str, Runner]:
+        """Return the compiled runners as the positions have them, whose graphs inductor has kept."""
+        return {weights: self.runner("compile", weights, LONGEST) for weights in self.models}
 
     def decode(self) -> Iterator[Rung]:
-        for name, steps, weights, model in self.each():
-            measure = self.on(weights, self.length, decode_rate, steps, self.args.new_tokens)
+        for name, mode, weights in self.ways():
+            runner = self.runner(mode, weights)
+            read = runner.step_bytes(len(PROMPT) + self.new_tokens // 2 - 1)  # of a text half as long as it gets
             against = "eager" if name != "eager" else ""
-            yield Rung(name, "tok/s", measure, weights, read_bytes=self.token_bytes(model), against=against)
+            yield Rung(name, "tok/s", partial(runner.decode, self.new_tokens), weights, read, against=against)
         for weights in self.models:
             name = f"compile, {weights}" if weights else "compile"
             yield Rung(f"{name} + speculation", "tok/s", self.speculating(weights), weights, against=name)
 
-    def token_bytes(self, model: Transformer) -> float:
-        """Return what a token of the decode rungs reads: the weights, and a text half as long as it gets."""
-        return model.step_weight_bytes + kv_bytes(model, 6 + self.args.new_tokens // 2)
-
     def speculating(self, weights: str) -> Callable[[], float]:
         """Return a measurement of decode with drafts of 2 layers in the same weights, accepted by chance."""
-        raw = self.forms[weights] | {"num_hidden_layers": min(2, self.forms[weights]["num_hidden_layers"])}
+        raw = self.subject.forms[weights]
+        raw = raw | {"num_hidden_layers": min(2, raw["num_hidden_layers"])}
         small = meta_model(raw)
         shared_by = draft_ranks(small.config, quantization_scheme(raw), small.step_weight_bytes, self.ranks)
-        duel = None
+        num_tokens, levels = max(speculation.SHORTEST, self.new_tokens), levels_below(self.max_k)
+        duel: speculation.Duel | None = None
 
-        def measure(model: Transformer) -> float:
+        def measure() -> float:
             nonlocal duel
-            num_tokens = max(speculation.SHORTEST, self.args.new_tokens)
-            levels = levels_below(max(self.args.speculate_k))
             if duel is None:
-                draft_model = random_model(raw, self.device, self.dtype, seed=1, ranks=shared_by)
-                draft_model.setup_caches(1, self.length)
-                by_chance = speculation.accept_by_chance
-                duel = speculation.Duel("", model, draft_model, [speculation.PROMPT], num_tokens, by_chance, [levels])
+                draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
+                duel = speculation.Duel(
+                    "", self.models[weights], draft_model, [PROMPT], num_tokens, levels=[levels],
+                    accept=speculation.accept_by_chance, length=self.length,
+                )  # fmt: skip
                 duel.warm_up()
-            return duel.take(levels, num_tokens)["tok_per_s"]
+            return duel.sample(levels, num_tokens)["tok_per_s"]
 
-        return self.on(weights, self.length, measure)
+        return measure
 
     def batch(self) -> Iterator[Rung]:
-        for name, steps, weights, _ in self.each():
+        for name, mode, weights in self.ways():
             for num_rows in (1, ROWS):
-                measure = self.on(
-                    weights, self.length, decode_rate, steps, self.args.new_tokens, num_rows, num_rows=num_rows
-                )
+                run = partial(self.runner(mode, weights, num_rows=num_rows).decode, self.new_tokens)
                 against = f"{name}, batch of 1" if num_rows > 1 else ""
-                yield Rung(f"{name}, batch of {num_rows}", "tok/s", measure, weights, against=against)
+                yield Rung(f"{name}, batch of {num_rows}", "tok/s", run, weights, against=against)
 
     def prefill(self) -> Iterator[Rung]:
         for size in PREFILL:
-            for name, steps, weights, model in self.each():
-                measure = self.on(weights, self.length, prefill_rate, steps, size)
-                yield Rung(f"{name}, prefill of {size}", "tok/s", measure, weights, flops=prefill_flops(model, size))
+            for name, mode, weights in self.ways():
+                runner = self.runner(mode, weights)
+                run, flops = partial(runner.prefill, size), runner.prefill_flops(size)
+                yield Rung(f"{name}, prefill of {size}", "tok/s", run, weights, flops=flops)
 
     def positions(self) -> Iterator[Rung]:
-        def measure(run_decode: Callable[..., Any], position: int, model: Transformer) -> float:
-            return median_ms(step_at(model, run_decode, position), self.device)
-
-        longest = max(POSITIONS) + 64
-        for name, steps, weights, model in self.each():
+        for name, mode, weights in self.ways():
+            runner = self.runner(mode, weights, LONGEST)
             for position in POSITIONS:
-                run = self.on(weights, longest, partial(measure, steps.decode, position))
-                read = model.step_weight_bytes + kv_bytes(model, position + 1)
+                run, read = partial(runner.step_ms, position), runner.step_bytes(position)
                 first = f"{name}, step at {POSITIONS[0]}" if position != POSITIONS[0] else ""
-                yield Rung(f"{name}, step at {position}", "ms", run, weights, read_bytes=read, against=first)
-        for mode, steps in self.steps.items():
-            run = self.on("", 256, partial(measure, steps.decode, POSITIONS[0]))
-            first = f"{mode}, step at {POSITIONS[0]}"
-            yield Rung(f"{first}, cache of 256 instead of {longest}", "ms", run, against=first)
+                yield Rung(f"{name}, step at {position}", "ms", run, weights, read, against=first)
+        for mode in MODES:
+            first, run = f"{mode}, step at {POSITIONS[0]}", partial(self.runner(mode, "", 256).step_ms, POSITIONS[0])
+            yield Rung(f"{first}, cache of 256 instead of {LONGEST}", "ms", run, against=first)
 
     def verify(self) -> Iterator[Rung]:
-        def one(steps: Steps, model: Transformer) -> float:
-            return median_ms(step_at(model, steps.decode, 128), self.device)
-
-        def several(steps: Steps, model: Transformer) -> float:
-            return median_ms(verify_at(model, steps.verify, 128, VERIFIED), self.device)
-
-        for name, steps, weights, _ in self.each():
-            first = f"{name}, 1 token"
-            yield Rung(first, "ms", self.on(weights, self.length, partial(one, steps)), weights)
-            run = self.on(weights, self.length, partial(several, steps))
+        for name, mode, weights in self.ways():
+            runner, first = self.runner(mode, weights), f"{name}, 1 token"
+            yield Rung(first, "ms", partial(runner.step_ms, 128), weights)
+            run = partial(runner.verify_ms, 128, VERIFIED)
             yield Rung(f"{name}, verify of {VERIFIED} tokens", "ms", run, weights, against=first)

@@ -45,6 +45,11 @@ def header(module: str, device: str | None = None, **versions: str) -> dict[str,
     return {"command": command(module), **where, "versions": versions}
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, ...")
+
+
 def add_output_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
 

@@ -1,41 +1,29 @@
-"""Measure speculation: one target decoding plainly and with drafts, in turns; benchmark.py drives it.
+"""Speculation: one target decoding plainly and with drafts, in turns; bench.run --speculate measures it.
 
 Random weights have no drafts worth accepting. For them each draft is accepted by chance, which times the machinery and
 writes nonsense; that is here, and no command of the project can reach it.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import speculate
+from bench.results import ROOT
+from bench.runner import GREEDY, PROMPT, Runner, make_steps, seconds
+from bench.subject import Subject
 from checkpoint import load_model, random_model, read_config
-from generate import generate
 from model import Transformer
-from scripts.measure import GREEDY, PROMPT, decode_mode, seconds, step_at
-from speculate import (
-    Speculation,
-    accept,
-    count_leading,
-    draft,
-    draft_and_verify,
-    expected_tokens,
-    levels_below,
-    verify,
-)
-from steps import compiled, decode, likeliest, prefill, visible_slots
+from speculate import count_leading, expected_tokens, levels_below
+from steps import likeliest
 from tokenizer import load_tokenizer
 
 ACCEPTANCE = 0.7
@@ -61,9 +49,6 @@ def accept_by_chance(
     return count_leading(accepted), torch.where(F.pad(accepted, (0, 1)), F.pad(drafted, (0, 1)), likeliest(logits))
 
 
-compiled_once = cache(compiled)  # duels share their graphs
-
-
 @dataclass
 class Duel:
     """Decode of one target, plain and with speculation, in turns."""
@@ -73,56 +58,42 @@ class Duel:
     draft_model: Transformer
     prompts: list[list[int]]
     num_tokens: int  # after each of them
-    accept: Callable[..., tuple[Tensor, Tensor]] = accept
-    levels: list[tuple[int, ...]] = field(default_factory=list)  # a speculation each: one number is a fixed k
-    eager: bool = False
-    num_taken: int = 0
+    levels: list[tuple[int, ...]]  # a speculation each: one number is a fixed k
+    mode: str = "compile"
+    accept: Callable[..., tuple[Tensor, Tensor]] = speculate.accept
+    length: int = 0  # of the caches; 0: as long as the texts need
+    num_samples: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.device = str(self.target.device)
-        mode = decode_mode(self.device)
-        make = (lambda step, mode=None: step) if self.eager else compiled_once
-
-        def accepting(step: Callable[..., Any]) -> Callable[..., Any]:
-            return make(step if self.accept is accept else partial(step, accept=self.accept), mode)
-
-        self.run_prefill, self.run_decode = make(prefill), make(decode, mode)
-        self.run_round = accepting(draft_and_verify)
-        self.run_draft, self.run_verify = make(draft, mode), accepting(verify)  # its parts, to be timed
         self.max_k = max(max(levels) for levels in self.levels)
-
-    def setup_caches(self) -> None:
-        length = 64 * (2 + (max(map(len, self.prompts)) + self.num_tokens + self.max_k) // 64)
-        for model in (self.target, self.draft_model):
-            model.setup_caches(1, length)
+        needed = max(map(len, self.prompts)) + self.num_tokens + self.max_k
+        length = self.length or 64 * (2 + needed // 64)
+        self.runner = Runner(self.target, make_steps(self.mode, str(self.target.device)), length)
+        self.draft_model.setup_caches(1, length)
 
     def warm_up(self) -> None:
         """Run each number of drafts once, which compiles it."""
         for k in {k for levels in self.levels for k in levels if k}:
-            self.take((k,), 4 * (k + 1))
+            self.sample((k,), 4 * (k + 1))
         for levels in self.levels:
             self.costs(levels, 1)
 
-    def take(self, levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+    def sample(self, levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
         """Decode, with as many drafts as `levels` allows; none is plain decoding."""
-        speculation = Speculation(
-            self.draft_model, self.max_k, levels, draft_and_verify=self.run_round, prefill=self.run_prefill
-        )
-        torch.manual_seed(self.num_taken)  # where chance accepts, the n-th sample of every duel has the same luck
-        self.num_taken += 1
+        speculation = self.runner.speculation(self.draft_model, max_k=self.max_k, levels=levels) if levels else None
+        torch.manual_seed(self.num_samples)  # where chance accepts, the n-th sample of every duel has the same luck
+        self.num_samples += 1
         elapsed, num_timed, num_drafted, counts = 0.0, 0, 0, [0] * (self.max_k + 1)
         for prompt in self.prompts:
-            steps = generate(
-                self.target, [prompt], num_tokens, GREEDY, prefill=self.run_prefill, decode=self.run_decode,
-                speculation=speculation if levels else None,
-            )  # fmt: skip
-            arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
+            steps = self.runner.generate([prompt], num_tokens, speculation=speculation)
+            with patch.object(speculate, "accept", self.accept):
+                arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
             # From the first round's end, since it prefills the draft, to the last but one's, since that may be cut.
             elapsed += arrivals[-2] - arrivals[1]
             num_timed += sum(lengths[2:-1])
-            [taken] = speculation.accept_counts if levels else [[len(arrivals) - 1]]
-            counts = [*map(sum, zip_longest(counts, taken, fillvalue=0))]
-            num_drafted += speculation.num_drafted if levels else 0
+            [row_counts] = speculation.accept_counts if speculation else [[len(arrivals) - 1]]
+            counts = [*map(sum, zip_longest(counts, row_counts, fillvalue=0))]
+            num_drafted += speculation.num_drafted if speculation else 0
         return {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
 
     @torch.inference_mode()
@@ -131,32 +102,31 @@ class Duel:
         if len(levels) != 1:
             return {}
         [k] = levels
+        runner, vocab_size = self.runner, self.target.config.vocab_size
         end = len(self.prompts[0]) + self.num_tokens // 2
-        tokens, at = torch.tensor([[1, 1]], device=self.device), torch.tensor([[end - 2, end - 1]], device=self.device)
-        slots = visible_slots(torch.arange(self.target.max_seq_length, device=self.device), end + k)
-        drafting = self.draft_model, tokens, at, slots, GREEDY, None, k, self.target.config.vocab_size
-        drafted, _ = self.run_draft(*drafting)
+        drafting = self.draft_model, *runner.last_two(end, k), GREEDY, None, k, vocab_size
+        drafted, _ = runner.steps.draft(*drafting)
         parts = {
-            "decode_ms": step_at(self.target, self.run_decode, end - 1),
-            "draft_ms": lambda: self.run_draft(*drafting),
-            "verify_ms": lambda: self.run_verify(self.target, tokens, at, slots, drafted, GREEDY, None, None),
+            "decode_ms": runner.step_at(end - 1),
+            "draft_ms": lambda: runner.steps.draft(*drafting),
+            "verify_ms": runner.verify_at(end, drafted),
         }
-        return {
-            name: statistics.median(seconds(part, self.device) * 1e3 for _ in range(count))
-            for name, part in parts.items()
-        }
+        with patch.object(speculate, "accept", self.accept):
+            return {
+                name: statistics.median(seconds(part, runner.device) * 1e3 for _ in range(count))
+                for name, part in parts.items()
+            }
 
     def run(self, num_samples: int) -> list[dict[str, Any]]:
-        self.setup_caches()
         self.warm_up()
         rungs: list[tuple[int, ...]] = [(), *self.levels]
         samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
         for turn in range(num_samples + 1):
-            for rung, taken in samples.items():
-                sample = self.take(rung, self.num_tokens) | self.costs(rung, self.num_tokens // 8)
+            for rung in rungs:
+                sample = self.sample(rung, self.num_tokens) | self.costs(rung, self.num_tokens // 8)
                 if turn > 0:  # the first warms up
-                    taken.append(sample)
-        return [self.summary(rung, taken, samples[()]) for rung, taken in samples.items()]
+                    samples[rung].append(sample)
+        return [self.summary(rung, samples[rung], samples[()]) for rung in rungs]
 
     def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
         # By turns, since the machine's own speed moves between them.
@@ -168,8 +138,8 @@ class Duel:
             return entry
         [k] = levels
         figures = [formula(sample, k) for sample in samples]
-        entry |= {"k": k} | {name: statistics.median(each[name] for each in figures) for name in figures[0]}
-        shares = [speedup / each["formula"] for speedup, each in zip(speedups, figures, strict=True)]
+        entry |= {"k": k} | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
+        shares = [speedup / figure["formula"] for speedup, figure in zip(speedups, figures, strict=True)]
         return entry | {"share_of_formula": statistics.median(shares)}
 
 
@@ -183,25 +153,22 @@ def formula(sample: dict[str, Any], k: int) -> dict[str, float]:
     return {"a": a, "c": c, "verify_steps": verify_steps, "formula": expected_tokens(a, k) / (c * k + 1)}
 
 
-def make_duels(
-    raw: dict[str, Any], name: str, device: str, dtype: torch.dtype, num_tokens: int, ks: list[int]
-) -> Iterator[Duel]:
-    """Make the duels of the demo, with real drafts, and of the config `raw`, with drafts by chance."""
+def make_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
+    """Make the duels of the demo, with real drafts, and of the subject, with drafts by chance."""
     demo, demo_draft = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
     prompts = [load_tokenizer(demo).encode(text) for text in TEXTS]
-    fixed = [(k,) for k in ks]
     adaptive, short, long = levels_below(max(ks)), max(SHORTEST, num_tokens), max(200, num_tokens)
+    levels = [*((k,) for k in ks), adaptive]
     target, draft_model = load_model(demo, device), load_model(demo_draft, device)
     random_draft = random_model(read_config(demo_draft), device)
-    for eager in (True, False):
-        how, levels = "eager" if eager else "compiled", [*fixed, adaptive]
-        yield Duel(f"demo, its draft, {how}", target, draft_model, prompts, long, levels=levels, eager=eager)
-        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompts, long, levels=[adaptive], eager=eager)
-    target = random_model(raw, device, dtype)
-    draft_model = random_model(raw | {"num_hidden_layers": 2}, device, dtype, seed=1)
-    by_chance = f"{name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}"
-    yield Duel(by_chance, target, draft_model, [PROMPT], short, accept_by_chance, [*fixed, adaptive])
-    yield Duel(f"{name}, 2 random layers", target, draft_model, [PROMPT], long, levels=[adaptive])
+    for mode, how in (("eager", "eager"), ("compile", "compiled")):
+        yield Duel(f"demo, its draft, {how}", target, draft_model, prompts, long, levels, mode)
+        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompts, long, [adaptive], mode)
+    target = random_model(subject.raw, device, subject.dtype)
+    draft_model = random_model(subject.raw | {"num_hidden_layers": 2}, device, subject.dtype, seed=1)
+    by_chance = f"{subject.name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}"
+    yield Duel(by_chance, target, draft_model, [PROMPT], short, levels, accept=accept_by_chance)
+    yield Duel(f"{subject.name}, 2 random layers", target, draft_model, [PROMPT], long, [adaptive])
 
 
 def describe(entry: dict[str, Any]) -> str:
