@@ -1,40 +1,35 @@
 """Compile the kernels of kernels_triton.py for GPUs that are not here, and report what each one takes of a GPU.
 
-    python scripts/ahead.py
+    python -m bench.footprint
 
 Of every kernel at the sizes of Llama-2-7B, Llama-3.1-8B, Llama-3.2-1B, Llama-3.1-70B, and of a rank of eight that share
 the last, for sm_80 and sm_90: registers and spilled bytes as `ptxas` says, shared memory, how wide the loads are, and
 of a product how many instructions a weight takes, by the number of columns. Nothing runs. The table goes to
-results/<date>_<what compiled it>.json.
+results/<date>_<what compiled it>_ahead.json.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     import interrupt
 
     interrupt.end_quietly()
 
 import argparse
-import datetime
-import json
 import math
-import platform
 import re
-import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from cli import ArgumentParser, need_triton, user_errors, write_whole
+from bench import results
+from cli import ArgumentParser, need_triton, user_errors
 from model import visible
 
 ARCHITECTURES = (80, 90)
@@ -52,121 +47,106 @@ TILES: dict[str, Callable[[dict[str, int]], tuple[int, int]]] = {
     "int4_rows": lambda tile: (tile["ROWS"], tile["BLOCK"] * 8),
     "int8_rows": lambda tile: (tile["ROWS"], tile["BLOCK"]),
 }
-TRITON_TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8",
-}  # fmt: skip
 
 
-@dataclass
-class Variant:
-    """Of a kernel, as `variant` says, that some step needs."""
+class Driver:
+    """Stands in for Triton's driver of a GPU, which would look for one."""
 
-    kernel: Any
-    of: dict[str, Any]
-    used_by: list[str] = field(default_factory=list)
-    columns: set[int] = field(default_factory=set)
+    def __init__(self, architecture: int):
+        self.architecture = architecture
 
-    def compile_ahead(self, architecture: int) -> dict[str, Any]:
-        return compile_ahead(self.kernel, self.of, architecture, sorted(self.columns))
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
 
+        return GPUTarget("cuda", self.architecture, 32)
 
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
+    def get_current_device(self) -> int:
+        return self.architecture  # by which Triton keeps what it has compiled
 
-    def __init__(self, kernel: Any):
-        self.kernel, self.launches = kernel, list[tuple[Any, tuple[Any, ...], dict[str, int]]]()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **tile: self.launches.append((self.kernel, args, tile))
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def launches(function: str, *args: Any, **around: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, int]]]:
-    """Return which kernels a function of kernels_triton.py launches: each with its arguments and its tile."""
+def launches(architecture: int, function: str, *args: Any, **around: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the kernels that a function of kernels_triton.py launches, compiled and not run, and their tiles."""
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     import kernels_triton
 
-    found = []
-    kernels = {name: value for name, value in vars(kernels_triton).items() if isinstance(value, JITFunction)}
-    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
-    vars(kernels_triton).update(recorders)
-    try:
+    kernels: list[tuple[Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **tile: Any) -> Any:
+        kernels.append((run(kernel, *args, grid=grid, warmup=True, **tile), tile))
+        return kernels[-1][0]
+
+    with patch.object(driver, "_active", Driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
         getattr(kernels_triton, function)(*args, **around)
-    finally:
-        vars(kernels_triton).update(kernels)
-    for recorder in recorders.values():
-        found += recorder.launches
-    return found
+    return kernels
 
 
-def variant(kernel: Any, args: tuple[Any, ...], tile: dict[str, int]) -> dict[str, Any]:
-    """Return what Triton's launcher would compile for a launch: types, constants and which numbers 16 divides."""
-    constants: dict[str, Any] = {name: value for name, value in tile.items() if name in kernel.arg_names}
-    types, aligned = {}, []
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        special = not kernel.params[i].do_not_specialize
-        if isinstance(value, Tensor):
-            types[name] = TRITON_TYPES[value.dtype]
-        elif value is None or (value == 1 and special):
-            constants[name] = value
-        else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-        # What torch allocates is.
-        if isinstance(value, Tensor) or (special and isinstance(value, int) and value % 16 == 0):
-            aligned.append(i)
-    options = {name: value for name, value in tile.items() if name not in constants}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
+# ---------------------------------------------------------------------------------------------------------------------
+# What a kernel takes
 
 
-def compile_ahead(kernel: Any, of: dict[str, Any], architecture: int, columns: Iterable[int] = ()) -> dict[str, Any]:
-    """Compile a variant of a kernel; return what it takes. columns: of the weights that a product is used for."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@dataclass
+class Variant:
+    """A kernel as Triton compiles it for some launches: of these types, constants and numbers that 16 divides."""
 
-    aligned = {(i,): [["tt.divisibility", 16]] for i in of["aligned"]}
-    source = ASTSource(fn=kernel, signature=of["signature"], constexprs=of["constants"], attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=of["options"])
-    ptx = built.asm["ptx"]
-    said, code = assembled(ptx)
-    loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
-    wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
-    threads = 32 * built.metadata.num_warps
-    took = {
-        "registers": int(found(r"Used (\d+) registers", said)),
-        "spilled_bytes": int(found(r"(\d+) bytes spill stores", said)) + int(found(r"(\d+) bytes spill loads", said)),
-        "shared_bytes": built.metadata.shared,
-        "threads": threads,
-        "loads_of_16_bytes": len(wide),
-        "narrower_loads": len(loads) - len(wide),
-    }
-    if kernel.__name__ in TILES:
-        rows, width = TILES[kernel.__name__](of["constants"])
-        once, in_turn = instructions(code)
-        took["instructions_a_weight"] = {
-            K: round((once + math.ceil(K / width) * in_turn) * threads / (rows * K), 2) for K in columns
+    kernel: Any
+    tile: dict[str, Any]
+    used_by: list[str] = field(default_factory=list)
+    columns: set[int] = field(default_factory=set)  # of the weights, where it is a product
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        names = self.kernel.src.fn.arg_names
+        constants = {names[i]: value for (i,), value in self.kernel.src.constants.items()}
+        options = {name: value for name, value in self.tile.items() if name not in constants}
+        return {"constants": constants, "options": options}
+
+    def footprint(self) -> dict[str, Any]:
+        ptx, threads = self.kernel.asm["ptx"], 32 * self.kernel.metadata.num_warps
+        said, code = assemble(ptx)
+        loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
+        wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
+        spilled = [int(search(rf"(\d+) bytes spill {what}", said)) for what in ("stores", "loads")]
+        footprint = {
+            "registers": int(search(r"Used (\d+) registers", said)),
+            "spilled_bytes": sum(spilled),
+            "shared_bytes": self.kernel.metadata.shared,
+            "threads": threads,
+            "loads_of_16_bytes": len(wide),
+            "narrower_loads": len(loads) - len(wide),
         }
-    return took
+        if self.kernel.name in TILES:
+            rows, width = TILES[self.kernel.name](self.settings["constants"])
+            once, in_turn = count_instructions(code)
+            footprint["instructions_a_weight"] = {
+                K: round((once + math.ceil(K / width) * in_turn) * threads / (rows * K), 2) for K in sorted(self.columns)
+            }
+        return footprint
 
 
-def assembled(ptx: str) -> tuple[str, str]:
+def assemble(ptx: str) -> tuple[str, str]:
     """Return what ptxas says of a kernel, and the instructions that it makes of it."""
     import triton
 
     programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        source, built = Path(folder, "kernel.ptx"), Path(folder, "kernel")
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel")
         source.write_text(ptx)
-        target = found(r"\.target (\w+)", ptx)
+        target = search(r"\.target (\w+)", ptx)
         commands: list[list[str | Path]] = [
-            [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", built], [programs / "nvdisasm", "-c", built]
-        ]  # fmt: skip
-        said, code = (subprocess.run(each, check=True, capture_output=True, text=True) for each in commands)
+            [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", binary],
+            [programs / "nvdisasm", "-c", binary],
+        ]
+        said, code = (subprocess.run(args, check=True, capture_output=True, text=True) for args in commands)
     return said.stderr, code.stdout
 
 
-def instructions(code: str) -> tuple[int, int]:
+def count_instructions(code: str) -> tuple[int, int]:
     """Return how many instructions a kernel has outside of its longest innermost loop, and how many in it.
 
     A loop is from where jumps lead back to, to the last of these. What follows the last EXIT is never reached.
@@ -192,17 +172,23 @@ def instructions(code: str) -> tuple[int, int]:
     return end - max(inner), max(inner)
 
 
-def found(pattern: str, text: str) -> str:
+def search(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
-    assert match is not None, f"ptxas says no {pattern!r}: {text}"
+    assert match is not None, f"{pattern!r} is missing: {text}"
     return match[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model calls
+
+Call = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # what it is for, the function, its arguments
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
+def products(model: str, rows: int) -> Iterator[Call]:
     hidden, qkv, gate_up, down, *_ = MODELS[model]
     normed = {"norm": meta(hidden), "eps": 1e-5} if rows == 1 else {}
     shapes: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -220,64 +206,50 @@ def products(model: str, rows: int) -> Iterator[tuple[str, str, tuple[Any, ...],
             yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, *tensors), around
 
 
-def attentions(
-    model: str, queries: int, slots: int = 8192
-) -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
+def attention(model: str, queries: int, slots: int = 8192) -> Call:
     *_, H, K, D = MODELS[model]
     cache = [meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
     mask = visible(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
-    name = f"{model} attention, {queries} queries"
-    yield name, "split_attention", (meta(1, queries, H, D), *cache, mask), {}
+    return f"{model} attention, {queries} queries", "split_attention", (meta(1, queries, H, D), *cache, mask), {}
 
 
-def variants(models: Iterable[str], rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
-    kinds: dict[str, Variant] = {}
+def variants(models: Iterable[str], architecture: int, rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
+    kernels: dict[Any, Variant] = {}
     for model in models:
-        calls = [call for num_rows in rows for call in [*products(model, num_rows), *attentions(model, num_rows)]]
-        for name, function, args, around in calls:
-            for kernel, arguments, tile in launches(function, *args, **around):
-                of = variant(kernel, arguments, tile)
-                kind = kinds.setdefault(f"{kernel.__name__} {of}", Variant(kernel, of))
-                kind.used_by.append(name)
-                kind.columns.add(args[0].shape[-1])
-    return list(kinds.values())
+        for name, function, args, around in (
+            call for count in rows for call in [*products(model, count), attention(model, count)]
+        ):
+            for kernel, tile in launches(architecture, function, *args, **around):
+                variant = kernels.setdefault(kernel, Variant(kernel, tile))
+                variant.used_by.append(name)
+                variant.columns.add(args[0].shape[-1])
+    return list(kernels.values())
 
 
 def run(args: argparse.Namespace) -> None:
-    need_triton("ahead.py")
+    need_triton("bench.footprint")
     import triton
 
+    path = results.new_path(args.output_dir, f"triton-{triton.__version__}", "ahead")
     entries = []
-    for each in variants(args.models):
-        for architecture in ARCHITECTURES:
-            entry = {"kernel": each.kernel.__name__, "sm": architecture, **each.compile_ahead(architecture)}
+    for architecture in ARCHITECTURES:
+        for variant in variants(args.models, architecture):
+            entry = {"kernel": variant.kernel.name, "sm": architecture, **variant.footprint()}
             counts = [f"{count} at {K}" for K, count in entry.get("instructions_a_weight", {}).items()]
             print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry),
-                  f"{', '.join(counts)}{' instructions a weight' * bool(counts):22}", each.used_by[0])  # fmt: skip
-            entries.append(entry | {**{n: each.of[n] for n in ("constants", "options")}, "used_by": each.used_by})
-    path = args.output_dir / f"{datetime.date.today()}_triton-{triton.__version__}_ahead.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "command": shlex.join(["python", "scripts/ahead.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "ran_on_a_gpu": False,
-        "kernels": entries,
-    }
-    write_whole(path, json.dumps(report, indent=1) + "\n")
+                  f"{', '.join(counts)}{' instructions a weight' * bool(counts):22}", variant.used_by[0])  # fmt: skip
+            entries.append({**entry, **variant.settings, "used_by": variant.used_by})
+    results.write(path, {**results.header("footprint", triton=triton.__version__), "kernels": entries})
     print(f"wrote {path}", file=sys.stderr)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
                         help=f"of {', '.join(MODELS)} (all)")  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "results", help="(results)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
+    results.add_output_dir(parser)
     with user_errors():
-        run(parse_args(argv))
+        run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """llama.cpp beside us, for bench.run --compare: our model as a GGUF file, and the C functions of llama-cpp-python."""
 
 import ctypes
-import importlib
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.peers import Peer, missing
+from bench.runner import Peer
 from model import ModelConfig, Transformer
 
 # Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
@@ -19,10 +19,16 @@ GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
+def missing(packages: dict[str, str]) -> list[str]:
+    """Return the pip names of those modules that are not installed."""
+    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+
+
 def load_api() -> Any:
-    api = importlib.import_module("llama_cpp")
-    api.llama_log_set(QUIET, ctypes.c_void_p())
-    return api
+    import llama_cpp
+
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p())
+    return llama_cpp
 
 
 def obstacle(device: str, config: ModelConfig) -> str:

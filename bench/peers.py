@@ -15,18 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bench import gpt_fast, llama_cpp
 from bench.ladder import Ladder
 from bench.rung import Rung, can_run
-from bench.runner import NUM_STEPS, PROMPT, Runner, decode_mode, seconds
+from bench.runner import Peer, Runner, decode_mode
 from bench.subject import Subject
 from checkpoint import quantization_scheme
 
 POSITION, PREFILL = 1900, 512
-
-
-def missing(packages: dict[str, str]) -> list[str]:
-    """Return the pip names of those modules that are not installed."""
-    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
 
 
 class Contender(Protocol):
@@ -35,53 +31,6 @@ class Contender(Protocol):
     def decode(self, num_tokens: int) -> float: ...
     def at(self, position: int) -> float: ...
     def prefill(self, length: int) -> float: ...
-
-
-class Peer:
-    """One that is called a forward a token: ids [1, S] in, the likeliest next one out, [1, 1]."""
-
-    def __init__(self, device: str):
-        self.device, self.num_filled = device, 0  # slots of its cache
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Run ids after those that the cache holds."""
-        raise NotImplementedError
-
-    def step(self, ids: Tensor) -> Tensor:
-        """As `forward`, of one id."""
-        return self.forward(ids)
-
-    def keep(self, length: int) -> None:
-        """Forget what the cache holds from position `length` on."""
-        raise NotImplementedError
-
-    def repeat(self, ids: Tensor, count: int) -> float:
-        """Decode `count` tokens after ids [1, 1]; return how many a second."""
-
-        def run() -> None:
-            nonlocal ids
-            for _ in range(count):
-                ids = self.step(ids)
-
-        return count / seconds(run, self.device)
-
-    def decode(self, num_tokens: int) -> float:
-        self.keep(0)
-        return self.repeat(self.forward(torch.tensor([PROMPT], device=self.device)), num_tokens - 1)
-
-    def at(self, position: int) -> float:
-        if self.num_filled < position:
-            self.keep(0)
-            self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
-        for count in (1, NUM_STEPS):  # the first warms up
-            self.keep(position)
-            rate = self.repeat(torch.tensor([[1]], device=self.device), count)
-        return rate
-
-    def prefill(self, length: int) -> float:
-        prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
-        self.keep(0)
-        return length / seconds(lambda: self.forward(prompt), self.device)
 
 
 class Transformers(Peer):
@@ -148,15 +97,13 @@ class CompiledTransformers(Peer):
 
 def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Contender]]:
     """Yield everyone's name, the form of the weights and who runs it; ours of each form comes first."""
-    from bench import gpt_fast, llama_cpp
-
     subject, device = ladder.subject, ladder.device
     config, dtype = ladder.models[""].config, subject.dtype_name
     length = 64 * (2 + max(ladder.new_tokens, POSITION, PREFILL) // 64)
     for weights in (w for w in subject.forms if w in ("", *llama_cpp.FILE_TYPES)):
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
-    if lacking := missing({"transformers": "transformers"}):
-        print(f"transformers is not compared: pip install {' '.join(lacking)}", file=sys.stderr)
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not compared: pip install transformers", file=sys.stderr)
     else:
         eager = Transformers(subject, device)
         yield f"transformers, {dtype}", "", eager

@@ -67,8 +67,8 @@ def write(path: Path, report: dict[str, Any]) -> None:
     write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
-def finish(path: Path, report: dict[str, Any], faults: list[Any]) -> None:
-    """Write the report of a check, print its faults and end the process: status 1 where there are any."""
+def finish(path: Path, report: dict[str, Any]) -> None:
+    """Write the report of a check, print its faults and end the process, with status 1 where there are any."""
     write(path, report)
-    print(*faults, f"{len(faults)} faults; wrote {path}", sep="\n", file=sys.stderr)
-    sys.exit(1 if faults else 0)
+    print(*report["faults"], f"{len(report['faults'])} faults; wrote {path}", sep="\n", file=sys.stderr)
+    sys.exit(1 if report["faults"] else 0)

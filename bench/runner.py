@@ -1,4 +1,4 @@
-"""How a model is run and timed: its caches, its steps, plain or compiled, the warm-up and the clock."""
+"""How decoding is timed: of our model by `Runner`, with its caches and its steps, and of another project's by `Peer`."""
 
 import functools
 import statistics
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from generate import generate
 from model import Transformer
@@ -133,19 +134,19 @@ class Runner:
             slots = self.slots(position + 1)
         return torch.inference_mode()(lambda: self.steps.decode(self.model, tokens, at, slots, GREEDY, None))
 
-    def verify_at(self, end: int, drafted: torch.Tensor) -> Callable[[], Any]:
+    def verify_at(self, end: int, drafted: Tensor) -> Callable[[], Any]:
         """Return the verifying of drafts [1, k] behind a text that ends at `end` to call."""
         self.prepare()
         with torch.inference_mode():
             text = self.last_two(end, drafted.shape[1])
         return torch.inference_mode()(lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
 
-    def last_two(self, end: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def last_two(self, end: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last two ids of a text and their positions, [1, 2] each, and the slots that k drafts need."""
         tokens, at = torch.tensor([[1, 1]], device=self.device), torch.tensor([[end - 2, end - 1]], device=self.device)
         return tokens, at, self.slots(end + k)
 
-    def slots(self, length: int) -> torch.Tensor:
+    def slots(self, length: int) -> Tensor:
         return visible_slots(torch.arange(self.length, device=self.device), length)
 
     def step_bytes(self, position: int) -> int:
@@ -162,3 +163,50 @@ class Runner:
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         weights = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
         return config.num_hidden_layers * (2 * weights + 2 * q_size * length) / self.model.ranks.count
+
+
+class Peer:
+    """One that is called a forward a token: ids [1, S] in, the likeliest next one out, [1, 1]."""
+
+    def __init__(self, device: str):
+        self.device, self.num_filled = device, 0  # slots of its cache
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Run ids after those that the cache holds."""
+        raise NotImplementedError
+
+    def step(self, ids: Tensor) -> Tensor:
+        """As `forward`, of one id."""
+        return self.forward(ids)
+
+    def keep(self, length: int) -> None:
+        """Forget what the cache holds from position `length` on."""
+        raise NotImplementedError
+
+    def repeat(self, ids: Tensor, count: int) -> float:
+        """Decode `count` tokens after ids [1, 1]; return how many a second."""
+
+        def run() -> None:
+            nonlocal ids
+            for _ in range(count):
+                ids = self.step(ids)
+
+        return count / seconds(run, self.device)
+
+    def decode(self, num_tokens: int) -> float:
+        self.keep(0)
+        return self.repeat(self.forward(torch.tensor([PROMPT], device=self.device)), num_tokens - 1)
+
+    def at(self, position: int) -> float:
+        if self.num_filled < position:
+            self.keep(0)
+            self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
+        for count in (1, NUM_STEPS):  # the first warms up
+            self.keep(position)
+            rate = self.repeat(torch.tensor([[1]], device=self.device), count)
+        return rate
+
+    def prefill(self, length: int) -> float:
+        prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
+        self.keep(0)
+        return length / seconds(lambda: self.forward(prompt), self.device)
