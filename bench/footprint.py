@@ -123,9 +123,8 @@ class Variant:
         if self.kernel.name in TILES:
             rows, width = TILES[self.kernel.name](self.settings["constants"])
             once, in_turn = count_instructions(code)
-            footprint["instructions_a_weight"] = {
-                K: round((once + math.ceil(K / width) * in_turn) * threads / (rows * K), 2) for K in sorted(self.columns)
-            }
+            totals = {K: once + math.ceil(K / width) * in_turn for K in sorted(self.columns)}
+            footprint["instructions_a_weight"] = {K: round(n * threads / (rows * K), 2) for K, n in totals.items()}
         return footprint
 
 

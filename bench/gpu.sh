@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with a GPU is for: the tests that need one, then the speed of each model against the roof of the GPU.
 #
-#     scripts/gpu.sh [FOLDER]
+#     bench/gpu.sh [FOLDER]
 #
 # The tests' report and the results go to FOLDER (results), each as soon as it is there. A step that fails or takes too
 # long is named, and the next one begins; what the time no longer allows is named too. Exit status: how many were not done.
@@ -40,7 +40,7 @@ measure() {
     local most=$1 config=$2 name
     shift 2
     name=$(basename "$config" .json)
-    step "$most" "$name: $*" "$PYTHON" scripts/benchmark.py --config "$config" --device "$DEVICE" --samples "$SAMPLES" \
+    step "$most" "$name: $*" "$PYTHON" -m bench.run --config "$config" --device "$DEVICE" --samples "$SAMPLES" \
         --output_dir "$folder" --name "$name-${1#--}" --only "$@"
 }
 

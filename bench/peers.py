@@ -67,7 +67,8 @@ class CompiledTransformers(Peer):
         from transformers import StaticCache
 
         super().__init__(eager.device)
-        self.model, self.cache = eager.model, StaticCache(config=eager.model.config, max_cache_len=length)
+        self.model: Any = eager.model
+        self.cache: Any = StaticCache(config=eager.model.config, max_cache_len=length)
         self.compiled = torch.compile(self.likeliest, mode=decode_mode(self.device), dynamic=False)
 
     def likeliest(self, ids: Tensor) -> Tensor:
@@ -108,11 +109,11 @@ def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> 
         eager = Transformers(subject, device)
         yield f"transformers, {dtype}", "", eager
         yield f"transformers compiled, {dtype}", "", CompiledTransformers(eager, length)
-    for weights, form in subject.forms.items() if gpt_fast_checkout else ():
+    for weights, form in subject.forms.items():
         scheme = quantization_scheme(form)
-        if reason := gpt_fast.obstacle(config, scheme, device):
+        if gpt_fast_checkout and (reason := gpt_fast.obstacle(config, scheme, device)):
             print(f"gpt-fast, {weights or dtype} is not compared: {reason}", file=sys.stderr)
-        else:
+        elif gpt_fast_checkout:
             runner = gpt_fast.GptFast(gpt_fast_checkout, config, scheme, device, subject.dtype, length)
             yield f"gpt-fast, {weights or dtype}", weights, runner
     if reason := llama_cpp.obstacle(device, config):

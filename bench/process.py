@@ -140,8 +140,9 @@ class Processes:
 def seconds_to_output(arguments: list[str], num_bytes: int) -> float:
     """Start Python with these arguments; return the seconds until it has written more than num_bytes to stdout."""
     began = time.perf_counter()
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
-    with subprocess.Popen([sys.executable, *arguments], **pipes) as process:
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
         size = 0
         while size <= num_bytes:
             piece = process.stdout.read(4096)

@@ -84,7 +84,11 @@ def run(args: argparse.Namespace) -> None:
     }
     print(table(rows))
     if args.output_path:
-        report = {"what": "computed, not measured", "command": results.command("projection"), "formula": FORMULA}
+        report: dict[str, Any] = {
+            "what": "computed, not measured",
+            "command": results.command("projection"),
+            "formula": FORMULA,
+        }
         report |= {"inputs": INPUTS, "bytes_per_weight": MODES, "projection": rows}
         results.write(args.output_path, report)
 

@@ -41,8 +41,8 @@ def command(module: str) -> str:
 def header(module: str, device: str | None = None, **versions: str) -> dict[str, Any]:
     """Return what a result file says first. device: what was measured on; None: nothing ran on one."""
     where = {"hardware": hardware(device)} if device else {"ran_on_a_gpu": False}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()} | versions
-    return {"command": command(module), **where, "versions": versions}
+    system = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
+    return {"command": command(module), **where, "versions": system | versions}
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""How decoding is timed: of our model by `Runner`, with its caches and its steps, and of another project's by `Peer`."""
+"""How decoding is timed: `Runner` does it with our model, its caches and its steps, `Peer` with another project's."""
 
 import functools
 import statistics

@@ -27,8 +27,8 @@ from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, R
 
 import checkpoint
 import kernels_triton
+from bench.launches import pretend
 from model import Transformer
-from scripts.launches import pretend
 from speculate import draft_and_verify, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
 

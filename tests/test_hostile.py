@@ -1,6 +1,6 @@
 """A checkpoint is a stranger's folder: whatever stands in it is read, or refused in one line with exit status 2.
 
-Every case runs the commands themselves, in this process. scripts/faults.py goes on where this table ends.
+Every case runs the commands themselves, in this process. bench/faults.py goes on where this table ends.
 """
 
 import json
@@ -26,9 +26,10 @@ import checkpoint
 import eval as evaluation
 import generate
 import quantize
+from bench import faults
 from checkpoint import is_finite, new_folder
 from cli import one_line, user_errors, write_whole
-from scripts import convert_hf_checkpoint, faults
+from scripts import convert_hf_checkpoint
 from tests.conftest import REPO, assert_user_error, run_command, small_disk
 from tokenizer import Tokenizer
 
@@ -585,7 +586,7 @@ def wait_for(condition: Callable[[], bool], child: Any) -> None:
 def test_sigterm_while_a_folder_is_written_is_a_line_and_leaves_nothing(tmp_path: Path, command: str) -> None:
     faults.write_source(tmp_path / "source", num_layers=60)
     output = tmp_path / "new" / "output"
-    child = faults.started(faults.commands(tmp_path / "source", output)[command], tmp_path / "said")
+    child = faults.start_child(faults.commands(tmp_path / "source", output)[command], tmp_path / "said")
     wait_for(lambda: any((tmp_path / "new").glob(".output.*.tmp/model.safetensors")), child)
     os.kill(child.pid, signal.SIGTERM)
     child.join()
@@ -600,7 +601,7 @@ def test_sigterm_ends_a_run_with_a_line_and_no_metrics(tmp_path: Path, command: 
     endless = {"generate": ["--num_samples", "100000"], "eval": ["--text_file", str(tmp_path / "text")]}[command]
     module = {"generate": generate, "eval": evaluation}[command]
     args = [*endless, "--metrics_path", str(tmp_path / "metrics.json")]
-    child = faults.started(lambda: module.main(args), tmp_path / "said")
+    child = faults.start_child(lambda: module.main(args), tmp_path / "said")
     wait_for(lambda: catches_sigterm(child), child)
     time.sleep(0.3)
     os.kill(child.pid, signal.SIGTERM)

@@ -25,7 +25,6 @@ import tp
 from checkpoint import load_model, meta_model, parse_config, read_config, tensor_specs, write_safetensors
 from model import ONE_RANK, Ranks
 from quantize import Scheme
-from scripts import project_tp
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
 from tests.conftest import free_port
@@ -609,26 +608,3 @@ def test_a_draft_is_shared_where_reading_it_costs_more_than_its_sums(config):
     assert draft_ranks(config, None, int(0.9 * even), ranks) is ONE_RANK
     assert draft_ranks(config, None, int(1.1 * even), ranks) is ranks
     assert draft_ranks(config, Scheme("int4", 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The projection
-
-
-def test_the_projection_is_the_formula_by_hand():
-    config = parse_config(json.loads((ROOT / "configs" / "llama-3.1-70b.json").read_text()))
-    # 70.55e9 weights, the embedding not read; 1,024 positions of 80 layers' keys and values.
-    block_and_head = 70_553_706_496 - 128256 * 8192 - 161 * 8192
-    read = (block_and_head * 2 + 1024 * 80 * 2 * 8 * 128 * 2) / 8
-    found = project_tp.project(config, "bfloat16", 8, project_tp.INPUTS)
-    assert abs(found["bytes_per_rank_and_token"] - read) <= 1
-    assert found["tokens_per_s"] == round(1 / (read / (4.3e12 * 0.8) + 163 * 8e-6), 1)
-    assert not project_tp.project(config, "bfloat16", 1, project_tp.INPUTS)["fits"]
-
-
-def test_the_readme_and_the_results_hold_what_the_projection_gives(capsys, tmp_path):
-    [kept] = (ROOT / "results").glob("*_tp-projection.json")
-    project_tp.main(["--output_path", str(tmp_path / "projection.json")])
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
-    found, kept = (json.loads(path.read_text()) for path in (tmp_path / "projection.json", kept))
-    assert {**found, "command": None} == {**kept, "command": None}

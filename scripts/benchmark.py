@@ -1,0 +1,9 @@
+"""Run bench/run.py from any folder: `python scripts/benchmark.py OPTIONS` is `python -m bench.run OPTIONS`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    runpy.run_module("bench.run", run_name="__main__", alter_sys=True)
