@@ -107,15 +107,15 @@ def write_steps(model: Transformer, codes: list[str], settings: dict[str, Any]) 
         f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
     }
     written = {}
-    for name, (step, args) in calls.items():
-        codes.clear()
-        try:
-            with fresh_cache():  # in which there is no code yet
+    with fresh_cache():  # in which there is no code yet
+        for name, (step, args) in calls.items():
+            codes.clear()
+            try:
                 compiled(step, "reduce-overhead", settings)(model, *args)
-        except RuntimeError:  # once the code is written, there is no GPU to load it
-            if not codes:
-                raise
-        [written[name]] = codes
+            except RuntimeError:  # once the code is written, there is no GPU to load it
+                if not codes:
+                    raise
+            [written[name]] = codes
     return written
 
 
