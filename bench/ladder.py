@@ -120,5 +120,5 @@ class Ladder:
         for name, mode, weights in self.ways():
             runner, first = self.runner(mode, weights), f"{name}, 1 token"
             yield Rung(first, "ms", partial(runner.step_ms, 128), weights)
-            run = partial(runner.verify_ms, 128, VERIFIED)
+            run = partial(runner.verify_ms, 129, VERIFIED - 1)
             yield Rung(f"{name}, verify of {VERIFIED} tokens", "ms", run, weights, against=first)

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.runner import Peer
+from checkpoint import hub_names, part_rows
 from model import ModelConfig, Transformer
 
 # Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
@@ -89,29 +91,19 @@ def interleave_heads(weight: Tensor, num_heads: int) -> Tensor:
     return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def gguf_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Return the tensors by llama.cpp's names."""
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    sizes = [n * model.config.head_dim for n in (heads, kv_heads, kv_heads)]
-    tensors: dict[str, Tensor] = {"token_embd": model.embed_tokens.weight, "output_norm": model.norm.weight}
-    if not model.tied:
-        tensors["output"] = model.lm_head.weight
-    for i, block in enumerate(model.layers):
-        q, k, v = block.self_attn.qkv_proj.weight.split(sizes)
-        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
-        parts: dict[str, Tensor] = {
-            "attn_norm": block.input_layernorm.weight,
-            "attn_q": interleave_heads(q, heads),
-            "attn_k": interleave_heads(k, kv_heads),
-            "attn_v": v,
-            "attn_output": block.self_attn.o_proj.weight,
-            "ffn_norm": block.post_attention_layernorm.weight,
-            "ffn_gate": gate,
-            "ffn_up": up,
-            "ffn_down": block.mlp.down_proj.weight,
-        }
-        tensors |= {f"blk.{i}.{name}": part for name, part in parts.items()}
-    return tensors
+def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors by llama.cpp's names, which gguf knows from the Hub's."""
+    import gguf
+
+    config = model.config
+    num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # a tied head is named once
+        parts = weight.detach().cpu().split(part_rows(name, config, len(weight)))
+        for hub_name, part in zip(hub_names(name, config), parts, strict=True):
+            layer = hub_name.split(".")[-2]
+            part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part
+            yield names.get_name(hub_name, (".weight",)), part
 
 
 def write_gguf(model: Transformer, path: Path) -> None:
@@ -125,32 +117,30 @@ def write_gguf(model: Transformer, path: Path) -> None:
             f"llama.cpp's files need {need / 1e9:.1f} GB in {path.parent} and {free / 1e9:.1f} are free; set TMPDIR"
         )
     writer = gguf.GGUFWriter(path, "llama")
-    for add, value in (
-        (writer.add_block_count, config.num_hidden_layers),
-        (writer.add_context_length, config.max_position_embeddings),
-        (writer.add_embedding_length, config.hidden_size),
-        (writer.add_feed_forward_length, config.intermediate_size),
-        (writer.add_head_count, config.num_attention_heads),
-        (writer.add_head_count_kv, config.num_key_value_heads),
-        (writer.add_key_length, config.head_dim),
-        (writer.add_value_length, config.head_dim),
-        (writer.add_rope_dimension_count, config.head_dim),
-        (writer.add_rope_freq_base, config.rope_theta),
-        (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
-        (writer.add_vocab_size, config.vocab_size),
-        (writer.add_tokenizer_model, "no_vocab"),
-    ):
-        add(value)
+    for name, value in {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "rope_dimension_count": config.head_dim,
+        "rope_freq_base": config.rope_theta,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "no_vocab",
+    }.items():
+        getattr(writer, f"add_{name}")(value)
     kind = gguf.GGMLQuantizationType[GGUF_NAMES[model.embed_tokens.weight.dtype]]
-    for name, tensor in gguf_tensors(model).items():
+    for name, tensor in gguf_tensors(model):
         if tensor.ndim == 1:
-            writer.add_tensor(f"{name}.weight", tensor.detach().float().cpu().numpy())
+            writer.add_tensor(name, tensor.float().numpy())
         else:  # as bytes: numpy has no bf16
-            raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+            writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
     writer.close()
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,32 +25,23 @@ from checkpoint import quantization_scheme
 POSITION, PREFILL = 1900, 512
 
 
-class Contender(Protocol):
-    """`Runner` is one too. Each method returns tokens a second."""
-
-    def decode(self, num_tokens: int) -> float: ...
-    def at(self, position: int) -> float: ...
-    def prefill(self, length: int) -> float: ...
-
-
 class Transformers(Peer):
-    """transformers' eager model with random weights in the subject's shapes."""
+    """transformers' model with random weights in the subject's shapes, eager, with its default cache."""
 
-    def __init__(self, subject: Subject, device: str):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+    def __init__(self, model: Any, device: str):
         super().__init__(device)
-        config = AutoConfig.for_model(**subject.raw)
-        with torch.device(device):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=subject.dtype).eval()
+        self.model = model
         self.cache: Any = None
+
+    def likeliest(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
         self.num_filled += ids.shape[1]
-        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
+        return self.likeliest(ids)
 
     def keep(self, length: int) -> None:
         if length == 0:
@@ -60,25 +51,15 @@ class Transformers(Peer):
         self.num_filled = length
 
 
-class CompiledTransformers(Peer):
-    """The same model with a static cache, a step of one token compiled."""
+class CompiledTransformers(Transformers):
+    """The same with a static cache of `length`, a step of one token compiled."""
 
-    def __init__(self, eager: Transformers, length: int):
+    def __init__(self, model: Any, device: str, length: int):
         from transformers import StaticCache
 
-        super().__init__(eager.device)
-        self.model: Any = eager.model
-        self.cache: Any = StaticCache(config=eager.model.config, max_cache_len=length)
-        self.compiled = torch.compile(self.likeliest, mode=decode_mode(self.device), dynamic=False)
-
-    def likeliest(self, ids: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
-
-    @torch.inference_mode()
-    def forward(self, ids: Tensor) -> Tensor:
-        self.num_filled += ids.shape[1]
-        return self.likeliest(ids)
+        super().__init__(model, device)
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.compiled = torch.compile(self.likeliest, mode=decode_mode(device), dynamic=False)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -92,11 +73,18 @@ class CompiledTransformers(Peer):
             layer.cumulative_length.fill_(length)
 
 
+def make_transformers(subject: Subject, device: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**subject.raw), dtype=subject.dtype).eval()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The rungs
 
 
-def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Contender]]:
+def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
     """Yield everyone's name, the form of the weights and who runs it; ours of each form comes first."""
     subject, device = ladder.subject, ladder.device
     config, dtype = ladder.models[""].config, subject.dtype_name
@@ -106,9 +94,9 @@ def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> 
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not compared: pip install transformers", file=sys.stderr)
     else:
-        eager = Transformers(subject, device)
-        yield f"transformers, {dtype}", "", eager
-        yield f"transformers compiled, {dtype}", "", CompiledTransformers(eager, length)
+        model = make_transformers(subject, device)
+        yield f"transformers, {dtype}", "", Transformers(model, device)
+        yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
     for weights, form in subject.forms.items():
         scheme = quantization_scheme(form)
         if gpt_fast_checkout and (reason := gpt_fast.obstacle(config, scheme, device)):

@@ -121,10 +121,9 @@ class Runner:
     def step_ms(self, position: int, count: int = 10) -> float:
         return median_ms(self.step_at(position), self.device, count)
 
-    def verify_ms(self, position: int, num_tokens: int) -> float:
-        """Return the milliseconds of one forward over `num_tokens` tokens from a position on, accepting included."""
-        drafted = torch.ones(1, num_tokens - 1, dtype=torch.long, device=self.device)
-        return median_ms(self.verify_at(position + 1, drafted), self.device)
+    def verify_ms(self, end: int, k: int) -> float:
+        """Return the milliseconds of one forward over the last token of a text and k drafts, accepting included."""
+        return median_ms(self.verify_at(end, torch.ones(1, k, dtype=torch.long, device=self.device)), self.device)
 
     def step_at(self, position: int) -> Callable[[], Any]:
         """Return a decode step at a position to call, whatever the cache holds before it."""

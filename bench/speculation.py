@@ -130,17 +130,15 @@ class Duel:
 
     def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
         # By turns, since the machine's own speed moves between them.
-        speedups = [one["tok_per_s"] / other["tok_per_s"] for one, other in zip(samples, plain, strict=True)]
-        entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
-        entry |= {"tok_per_s": statistics.median(sample["tok_per_s"] for sample in samples)}
-        entry |= {"speedup": statistics.median(speedups)}
-        if len(levels) != 1:
-            return entry
-        [k] = levels
-        figures = [formula(sample, k) for sample in samples]
-        entry |= {"k": k} | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
-        shares = [speedup / figure["formula"] for speedup, figure in zip(speedups, figures, strict=True)]
-        return entry | {"share_of_formula": statistics.median(shares)}
+        figures = [{"tok_per_s": mine["tok_per_s"], "speedup": mine["tok_per_s"] / other["tok_per_s"]}
+                   for mine, other in zip(samples, plain, strict=True)]  # fmt: skip
+        if len(levels) == 1:
+            for figure, sample in zip(figures, samples, strict=True):
+                figure |= formula(sample, levels[0])
+                figure["share_of_formula"] = figure["speedup"] / figure["formula"]
+        entry = {"target": self.name, "levels": levels, "samples": samples}
+        entry |= {"k": levels[0]} if len(levels) == 1 else {}
+        return entry | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
 
 
 def formula(sample: dict[str, Any], k: int) -> dict[str, float]:

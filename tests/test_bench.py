@@ -326,11 +326,11 @@ def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_
 
 
 def test_transformers_runs_every_measurement_from_the_same_position(model):
-    eager = peers.Transformers(replace(subject(), dtype=torch.float32), "cpu")
+    eager = peers.Transformers(peers.make_transformers(replace(subject(), dtype=torch.float32), "cpu"), "cpu")
     randomize_(eager.model, seed=1)
     assert {p.dtype for p in eager.model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in eager.model.parameters()) == sum(p.numel() for p in model.parameters())
-    compiled = peers.CompiledTransformers(eager, 256)
+    compiled = peers.CompiledTransformers(eager.model, "cpu", 256)
     for theirs in (eager, compiled):
         assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
         assert theirs.num_filled == theirs.cache.get_seq_length() == 100 + NUM_STEPS
