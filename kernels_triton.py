@@ -4,7 +4,7 @@
 plain twin of each product is a plain layer with the dequantized weight, that of attention `model.attention`.
 
 No GPU has run them yet. Triton's interpreter has, against their twins, and Triton compiles them for sm_80 and sm_90
-(scripts/ahead.py).
+(bench/footprint.py).
 """
 
 from collections.abc import Callable

@@ -136,7 +136,7 @@ class Duel:
             for figure, sample in zip(figures, samples, strict=True):
                 figure |= formula(sample, levels[0])
                 figure["share_of_formula"] = figure["speedup"] / figure["formula"]
-        entry = {"target": self.name, "levels": levels, "samples": samples}
+        entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
         entry |= {"k": levels[0]} if len(levels) == 1 else {}
         return entry | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
 

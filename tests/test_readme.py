@@ -27,7 +27,7 @@ def project(tmp_path):
     """A folder that looks like the project's, so that what the commands write stays there."""
     (tmp_path / "checkpoints").mkdir()
     for name in (
-        "generate.py", "quantize.py", "eval.py", "scripts", "README.md", "checkpoints/demo",
+        "generate.py", "quantize.py", "eval.py", "scripts", "bench", "README.md", "checkpoints/demo",
         "checkpoints/demo-draft",
     ):  # fmt: skip
         (tmp_path / name).symlink_to(ROOT / name)
