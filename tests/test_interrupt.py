@@ -23,7 +23,8 @@ MOMENTS += [(f"-m bench.{name}", "torch._C") for name in BENCHES.split()]
 
 @pytest.mark.parametrize(("script", "moment"), MOMENTS)
 def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it_ends(script, moment):
-    command = [sys.executable, "-X", "importtime", *script.split(), *(["--max_new_tokens", "1"] if "generate" in script else [])]
+    options = ["--max_new_tokens", "1"] if "generate" in script else []
+    command = [sys.executable, "-X", "importtime", *script.split(), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=REPO, env=environment, text=True, **pipes) as process:
