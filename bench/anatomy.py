@@ -67,12 +67,12 @@ def kernel_rungs(runners: dict[str, Runner]) -> Iterator[Rung]:
 
     def measure(runner: Runner, kernels: list[dict[str, Any]]) -> float:
         kernels[:] = profile_step(runner.step_at(POSITION), runner.device)
-        return runner.step_ms(POSITION, TIMED)  # without the profiler, which takes time itself
+        return runner.time_step(POSITION, TIMED)  # without the profiler, which takes time itself
 
     for weights, runner in runners.items():
         kernels: list[dict[str, Any]] = []
         run = partial(measure, runner, kernels)
-        read = runner.step_bytes(POSITION)
+        read = runner.count_step_bytes(POSITION)
         yield Rung(weights or "plain weights", "ms", run, weights, read_bytes=read, kernels=kernels)
 
 
@@ -83,10 +83,10 @@ def option_rungs(runners: dict[str, Runner], device: str) -> Iterator[Rung]:
         for name, settings in OPTIONS[torch.device(device).type].items()
     }
     for weights, runner in runners.items():
-        plain, read = weights or "plain weights", runner.step_bytes(POSITION)
-        yield Rung(plain, "ms", partial(runner.step_ms, POSITION, TIMED), weights, read_bytes=read)
+        plain, read = weights or "plain weights", runner.count_step_bytes(POSITION)
+        yield Rung(plain, "ms", partial(runner.time_step, POSITION, TIMED), weights, read_bytes=read)
         for name, step in steps.items():
-            run = partial(replace(runner, steps=replace(runner.steps, decode=step)).step_ms, POSITION, TIMED)
+            run = partial(replace(runner, steps=replace(runner.steps, decode=step)).time_step, POSITION, TIMED)
             title = f"{plain}, {name}"
             if can_run(title, run):
                 yield Rung(title, "ms", run, weights, read_bytes=read, against=plain)

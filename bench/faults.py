@@ -43,7 +43,7 @@ SOURCE = results.ROOT / "checkpoints/demo-draft"
 fork = multiprocessing.get_context("fork")  # a child need not import torch again
 
 
-def commands(source: Path, output: Path) -> dict[str, Callable[[], None]]:
+def make_commands(source: Path, output: Path) -> dict[str, Callable[[], None]]:
     """Return the commands that write a folder, from `source` to `output`."""
     int4 = ["--checkpoint_path", str(source), "--output_path", str(output), "--mode", "int4"]
     return {
@@ -94,7 +94,7 @@ def write_forms(folder: Path) -> list[Path]:
     write_tokenizer_json(json_tokenizer / "tokenizer.json")
     outputs = [folder / name for name in ("convert", "quantize")]
     for path in outputs:
-        commands(SOURCE, path)[path.name]()
+        make_commands(SOURCE, path)[path.name]()
     return [single, sharded, pickled, json_tokenizer, *outputs]
 
 
@@ -162,7 +162,7 @@ def try_mutation(forms: list[Path], seed: int) -> tuple[str, str, float]:
     return file.name, outcome, time.process_time() - began
 
 
-def mutations(count: int, folder: Path, patience_s: int = 300) -> Iterator[tuple[int, str, str, float]]:
+def try_mutations(count: int, folder: Path, patience_s: int = 300) -> Iterator[tuple[int, str, str, float]]:
     """Yield seed, file, outcome and seconds of each mutation, made by a child that another replaces if it crashes.
 
     SIGALRM lets it crash where it does not answer.
@@ -196,7 +196,7 @@ def mutations(count: int, folder: Path, patience_s: int = 300) -> Iterator[tuple
 def report_mutations(count: int, folder: Path) -> dict[str, Any]:
     files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     faults, longest = [], 0.0
-    for seed, file, outcome, seconds in tqdm(mutations(count, folder / "forms"), total=count, disable=None):
+    for seed, file, outcome, seconds in tqdm(try_mutations(count, folder / "forms"), total=count, disable=None):
         is_fault = outcome not in ("read", "refused")
         files[file]["fault" if is_fault else outcome] += 1
         faults += [{"seed": seed, "file": file, "outcome": outcome}] * is_fault
@@ -218,7 +218,7 @@ def write_source(folder: Path, num_layers: int) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def contents(folder: Path) -> dict[str, bytes] | None:
+def read_folder(folder: Path) -> dict[str, bytes] | None:
     """Return every file of a folder, None where it is not there."""
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
 
@@ -226,20 +226,20 @@ def contents(folder: Path) -> dict[str, bytes] | None:
 def kill(name: str, folder: Path, whole: dict[str, bytes] | None, after_s: float) -> str:
     """Kill a command so long after it began to write; return what it left: "nothing", "whole" or a fault."""
     output = folder / "output"
-    command = commands(folder / "source", output)[name]
+    command = make_commands(folder / "source", output)[name]
     child = start_child(command)
     while child.is_alive() and not output.exists() and not any(folder.glob(".output.*.tmp")):
         time.sleep(0.0005)
     time.sleep(after_s)
     child.kill()
     child.join()
-    left = contents(output)
+    left = read_folder(output)
     if left not in (None, whole):
         return "a folder that is not whole"
     shutil.rmtree(output, ignore_errors=True)
     second = start_child(command)
     second.join()
-    if second.exitcode or contents(output) != whole:
+    if second.exitcode or read_folder(output) != whole:
         return f"a second run that ends with status {second.exitcode}"
     if (names := {file.name for file in folder.iterdir()}) != {"source", "output"}:
         return f"{sorted(names)} after a second run"
@@ -247,15 +247,15 @@ def kill(name: str, folder: Path, whole: dict[str, bytes] | None, after_s: float
     return "nothing" if left is None else "whole"
 
 
-def kills(count: int, folder: Path, num_layers: int, seed: int = 0) -> Iterator[tuple[str, float, str]]:
+def try_kills(count: int, folder: Path, num_layers: int, seed: int = 0) -> Iterator[tuple[str, float, str]]:
     """Yield the command, seconds after its first byte and what it left, of so many kills of each command in turn."""
     write_source(folder / "source", num_layers)
     chance = random.Random(seed)
     whole, lengths_s = {}, {}
-    for name, command in commands(folder / "source", folder / "output").items():
+    for name, command in make_commands(folder / "source", folder / "output").items():
         child, began = start_child(command), time.perf_counter()
         child.join()
-        lengths_s[name], whole[name] = time.perf_counter() - began, contents(folder / "output")
+        lengths_s[name], whole[name] = time.perf_counter() - began, read_folder(folder / "output")
         assert child.exitcode == 0, f"{name} fails even if nobody kills it"
         shutil.rmtree(folder / "output")
     for _ in range(count):
@@ -267,7 +267,7 @@ def kills(count: int, folder: Path, num_layers: int, seed: int = 0) -> Iterator[
 def report_kills(count: int, folder: Path) -> dict[str, Any]:
     outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     moments = []
-    for name, after_s, left in tqdm(kills(count, folder, num_layers=60), total=2 * count, disable=None):
+    for name, after_s, left in tqdm(try_kills(count, folder, num_layers=60), total=2 * count, disable=None):
         outcomes[name][left] += 1
         moments.append({"command": name, "after_s": round(after_s, 4), "left": left})
     faults = [moment for moment in moments if moment["left"] not in ("nothing", "whole")]
@@ -279,8 +279,8 @@ def report_kills(count: int, folder: Path) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    header = results.header("faults", "cpu")
-    path = results.new_path(args.output_dir, results.slug(header["hardware"]), args.what)
+    header = results.make_header("faults", "cpu")
+    path = results.new_path(args.output_dir, results.make_slug(header["hardware"]), args.what)
     torch.set_num_threads(1)  # a forked child has no others
     report = {"mutations": report_mutations, "kills": report_kills}[args.what]
     with tempfile.TemporaryDirectory() as folder:

@@ -67,7 +67,7 @@ class Driver:
         return 0
 
 
-def launches(architecture: int, function: str, *args: Any, **around: Any) -> list[tuple[Any, dict[str, Any]]]:
+def record_launches(architecture: int, function: str, *args: Any, **around: Any) -> list[tuple[Any, dict[str, Any]]]:
     """Return the kernels that a function of kernels_triton.py launches, compiled and not run, and their tiles."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -106,14 +106,14 @@ class Variant:
         options = {name: value for name, value in self.tile.items() if name not in constants}
         return {"constants": constants, "options": options}
 
-    def footprint(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         ptx, threads = self.kernel.asm["ptx"], 32 * self.kernel.metadata.num_warps
-        said, code = assemble(ptx)
+        messages, code = assemble(ptx)
         loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
         wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
-        spilled = [int(search(rf"(\d+) bytes spill {what}", said)) for what in ("stores", "loads")]
+        spilled = [int(search(rf"(\d+) bytes spill {what}", messages)) for what in ("stores", "loads")]
         footprint = {
-            "registers": int(search(r"Used (\d+) registers", said)),
+            "registers": int(search(r"Used (\d+) registers", messages)),
             "spilled_bytes": sum(spilled),
             "shared_bytes": self.kernel.metadata.shared,
             "threads": threads,
@@ -141,8 +141,8 @@ def assemble(ptx: str) -> tuple[str, str]:
             [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", binary],
             [programs / "nvdisasm", "-c", binary],
         ]
-        said, code = (subprocess.run(args, check=True, capture_output=True, text=True) for args in commands)
-    return said.stderr, code.stdout
+        messages, code = (subprocess.run(args, check=True, capture_output=True, text=True) for args in commands)
+    return messages.stderr, code.stdout
 
 
 def count_instructions(code: str) -> tuple[int, int]:
@@ -183,42 +183,42 @@ def search(pattern: str, text: str) -> str:
 Call = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # what it is for, the function, its arguments
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def make_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def products(model: str, rows: int) -> Iterator[Call]:
+def list_products(model: str, rows: int) -> Iterator[Call]:
     hidden, qkv, gate_up, down, *_ = MODELS[model]
-    normed = {"norm": meta(hidden), "eps": 1e-5} if rows == 1 else {}
+    normed = {"norm": make_meta(hidden), "eps": 1e-5} if rows == 1 else {}
     shapes: dict[str, tuple[int, int, dict[str, Any]]] = {
         "qkv": (qkv, hidden, normed),
         "gate_up": (gate_up, hidden, normed | {"gated": True}),
-        "down": (hidden, down, {"residual": meta(rows, hidden)}),
+        "down": (hidden, down, {"residual": make_meta(rows, hidden)}),
     }
     for layer, (N, K, around) in shapes.items():
-        x = meta(rows, K)
+        x = make_meta(rows, K)
         for group_size in (32, 128):
-            tensors = meta(N, K // 8, dtype=torch.int32), meta(N, K // group_size, dtype=torch.int32)
+            tensors = make_meta(N, K // 8, dtype=torch.int32), make_meta(N, K // group_size, dtype=torch.int32)
             yield f"{model} {layer}, int4 g{group_size}, {rows} rows", "int4_product", (x, *tensors), around
         if rows > 2:
-            tensors = meta(N, K, dtype=torch.int8), meta(N)
+            tensors = make_meta(N, K, dtype=torch.int8), make_meta(N)
             yield f"{model} {layer}, int8, {rows} rows", "int8_product", (x, *tensors), around
 
 
-def attention(model: str, queries: int, slots: int = 8192) -> Call:
+def make_attention(model: str, queries: int, slots: int = 8192) -> Call:
     *_, H, K, D = MODELS[model]
-    cache = [meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
+    cache = [make_meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
     mask = visible(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
-    return f"{model} attention, {queries} queries", "split_attention", (meta(1, queries, H, D), *cache, mask), {}
+    return f"{model} attention, {queries} queries", "split_attention", (make_meta(1, queries, H, D), *cache, mask), {}
 
 
-def variants(models: Iterable[str], architecture: int, rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
+def compile_variants(models: Iterable[str], architecture: int, rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
     kernels: dict[Any, Variant] = {}
     for model in models:
         for name, function, args, around in (
-            call for count in rows for call in [*products(model, count), attention(model, count)]
+            call for count in rows for call in [*list_products(model, count), make_attention(model, count)]
         ):
-            for kernel, tile in launches(architecture, function, *args, **around):
+            for kernel, tile in record_launches(architecture, function, *args, **around):
                 variant = kernels.setdefault(kernel, Variant(kernel, tile))
                 variant.used_by.append(name)
                 variant.columns.add(args[0].shape[-1])
@@ -232,13 +232,13 @@ def run(args: argparse.Namespace) -> None:
     path = results.new_path(args.output_dir, f"triton-{triton.__version__}", "ahead")
     entries = []
     for architecture in ARCHITECTURES:
-        for variant in variants(args.models, architecture):
-            entry = {"kernel": variant.kernel.name, "sm": architecture, **variant.footprint()}
+        for variant in compile_variants(args.models, architecture):
+            entry = {"kernel": variant.kernel.name, "sm": architecture, **variant.measure()}
             counts = [f"{count} at {K}" for K, count in entry.get("instructions_a_weight", {}).items()]
             print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry),
                   f"{', '.join(counts)}{' instructions a weight' * bool(counts):22}", variant.used_by[0])  # fmt: skip
             entries.append({**entry, **variant.settings, "used_by": variant.used_by})
-    results.write(path, {**results.header("footprint", triton=triton.__version__), "kernels": entries})
+    results.write(path, {**results.make_header("footprint", triton=triton.__version__), "kernels": entries})
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -48,11 +48,11 @@ def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
         sys.modules.update(ours)
 
 
-def obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
+def find_obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
     """Return what gpt-fast lacks for a model, "" where it runs it."""
     unknown = ("attention_bias", "qkv_bias", "qk_norm", "mlp_bias", "sliding_window", "num_local_experts")
-    if lacking := [name for name in unknown if getattr(config, name)]:
-        return f"it has no {lacking[0]}"
+    if missing := [name for name in unknown if getattr(config, name)]:
+        return f"it has no {missing[0]}"
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         return f"it takes heads of {config.hidden_size // config.num_attention_heads} channels, not {config.head_dim}"
     if config.rope_scaling is not None and config.rope_scaling.rope_type != "llama3":

@@ -47,7 +47,7 @@ class Ladder:
                 yield f"{mode}, {weights}" if weights else mode, mode, weights
 
     def products(self) -> Iterator[Rung]:
-        return products.rungs(self.subject, self.device)
+        return products.make_rungs(self.subject, self.device)
 
     def kernels(self) -> Iterator[Rung]:
         return anatomy.kernel_rungs(self.long_runners())
@@ -62,7 +62,7 @@ class Ladder:
     def decode(self) -> Iterator[Rung]:
         for name, mode, weights in self.ways():
             runner = self.runner(mode, weights)
-            read = runner.step_bytes(len(PROMPT) + self.new_tokens // 2 - 1)  # of a text half as long as it gets
+            read = runner.count_step_bytes(len(PROMPT) + self.new_tokens // 2 - 1)  # of a text half as long as it gets
             against = "eager" if name != "eager" else ""
             yield Rung(name, "tok/s", partial(runner.decode, self.new_tokens), weights, read, against=against)
         for weights in self.models:
@@ -102,23 +102,23 @@ class Ladder:
         for size in PREFILL:
             for name, mode, weights in self.ways():
                 runner = self.runner(mode, weights)
-                run, flops = partial(runner.prefill, size), runner.prefill_flops(size)
+                run, flops = partial(runner.prefill, size), runner.count_prefill_flops(size)
                 yield Rung(f"{name}, prefill of {size}", "tok/s", run, weights, flops=flops)
 
     def positions(self) -> Iterator[Rung]:
         for name, mode, weights in self.ways():
             runner = self.runner(mode, weights, LONGEST)
             for position in POSITIONS:
-                run, read = partial(runner.step_ms, position), runner.step_bytes(position)
+                run, read = partial(runner.time_step, position), runner.count_step_bytes(position)
                 first = f"{name}, step at {POSITIONS[0]}" if position != POSITIONS[0] else ""
                 yield Rung(f"{name}, step at {position}", "ms", run, weights, read, against=first)
         for mode in MODES:
-            first, run = f"{mode}, step at {POSITIONS[0]}", partial(self.runner(mode, "", 256).step_ms, POSITIONS[0])
+            first, run = f"{mode}, step at {POSITIONS[0]}", partial(self.runner(mode, "", 256).time_step, POSITIONS[0])
             yield Rung(f"{first}, cache of 256 instead of {LONGEST}", "ms", run, against=first)
 
     def verify(self) -> Iterator[Rung]:
         for name, mode, weights in self.ways():
             runner, first = self.runner(mode, weights), f"{name}, 1 token"
-            yield Rung(first, "ms", partial(runner.step_ms, 128), weights)
-            run = partial(runner.verify_ms, 129, VERIFIED - 1)
+            yield Rung(first, "ms", partial(runner.time_step, 128), weights)
+            run = partial(runner.time_verify, 129, VERIFIED - 1)
             yield Rung(f"{name}, verify of {VERIFIED} tokens", "ms", run, weights, against=first)

@@ -106,7 +106,7 @@ def write_steps(model: Transformer, codes: list[str], settings: dict[str, Any]) 
         "decode": (decode, (one, one, slots, GREEDY, None)),
         f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
     }
-    written = {}
+    sources = {}
     with fresh_cache():  # in which there is no code yet
         for name, (step, args) in calls.items():
             codes.clear()
@@ -115,14 +115,14 @@ def write_steps(model: Transformer, codes: list[str], settings: dict[str, Any]) 
             except RuntimeError:  # once the code is written, there is no GPU to load it
                 if not codes:
                     raise
-            [written[name]] = codes
-    return written
+            [sources[name]] = codes
+    return sources
 
 
 def run(args: argparse.Namespace) -> None:
     need_triton("bench.launches")
     subject = read_subject(args)
-    num_layers = [meta_model(form).config.num_hidden_layers for form in subject.forms.values()][0]  # noqa: RUF015
+    num_layers = max(meta_model(form).config.num_hidden_layers for form in subject.forms.values())
     what = "-".join([subject.name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
     path = results.new_path(args.output_dir, what)
     codes = pretend()
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
             entry = {"weights": weights or "plain", "step": step, "launches": total}
             entries.append(entry | {"a_layer": layers[0], "besides": besides})
     report = {"config": subject.name, "dtype": subject.dtype_name, "num_layers": num_layers, "options": args.options}
-    results.write(path, {**results.header("launches"), **report, "steps": entries})
+    results.write(path, {**results.make_header("launches"), **report, "steps": entries})
     print(f"wrote {path}", file=sys.stderr)
 
 

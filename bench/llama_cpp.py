@@ -21,7 +21,7 @@ GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
-def missing(packages: dict[str, str]) -> list[str]:
+def list_missing(packages: dict[str, str]) -> list[str]:
     """Return the pip names of those modules that are not installed."""
     return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
 
@@ -33,10 +33,10 @@ def load_api() -> Any:
     return llama_cpp
 
 
-def obstacle(device: str, config: ModelConfig) -> str:
+def find_obstacle(device: str, config: ModelConfig) -> str:
     """Return what llama.cpp lacks to be compared, "" where it is there."""
-    if lacking := missing({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}):
-        return f"pip install {' '.join(lacking)}"
+    if packages_needed := list_missing({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}):
+        return f"pip install {' '.join(packages_needed)}"
     if device.startswith("cuda") and not load_api().llama_supports_gpu_offload():
         return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
     special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
@@ -107,7 +107,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_gguf(model: Transformer, path: Path) -> None:
-    """Write a model that is not quantized, of a config in which `obstacle` sees none; it gets no vocabulary."""
+    """Write a model that is not quantized, of a config in which `find_obstacle` sees none; it gets no vocabulary."""
     import gguf
 
     config = model.config

@@ -84,7 +84,7 @@ def make_transformers(subject: Subject, device: str) -> Any:
 # The rungs
 
 
-def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
+def make_contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
     """Yield everyone's name, the form of the weights and who runs it; ours of each form comes first."""
     subject, device = ladder.subject, ladder.device
     config, dtype = ladder.models[""].config, subject.dtype_name
@@ -99,12 +99,12 @@ def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> 
         yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
     for weights, form in subject.forms.items():
         scheme = quantization_scheme(form)
-        if gpt_fast_checkout and (reason := gpt_fast.obstacle(config, scheme, device)):
+        if gpt_fast_checkout and (reason := gpt_fast.find_obstacle(config, scheme, device)):
             print(f"gpt-fast, {weights or dtype} is not compared: {reason}", file=sys.stderr)
         elif gpt_fast_checkout:
             runner = gpt_fast.GptFast(gpt_fast_checkout, config, scheme, device, subject.dtype, length)
             yield f"gpt-fast, {weights or dtype}", weights, runner
-    if reason := llama_cpp.obstacle(device, config):
+    if reason := llama_cpp.find_obstacle(device, config):
         print(f"llama.cpp is not compared: {reason}", file=sys.stderr)
         return
     plain = folder / "plain.gguf"
@@ -116,10 +116,10 @@ def contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> 
             yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(folder / f"{kind}.gguf", device, length)
 
 
-def rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[Rung]:
+def make_rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[Rung]:
     everyone = [
         (name, weights, contender)
-        for name, weights, contender in contenders(ladder, folder, gpt_fast_checkout)
+        for name, weights, contender in make_contenders(ladder, folder, gpt_fast_checkout)
         if isinstance(contender, Runner) or can_run(name, partial(contender.decode, 2))
     ]
     # Those of one form of the weights follow each other, before the machine's speed has changed much: ours, to which
@@ -128,7 +128,7 @@ def rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Itera
     everyone.sort(key=lambda one: (forms.index(one[1]), not one[0].startswith(("ours", "llama.cpp"))))
     for method, label, size in (
         ("decode", "decode", ladder.new_tokens),
-        ("at", f"decode at {POSITION}", POSITION),
+        ("decode_at", f"decode at {POSITION}", POSITION),
         ("prefill", f"prefill of {PREFILL}", PREFILL),
     ):
         first: dict[str, str] = {}  # ours, by the form of the weights

@@ -32,7 +32,7 @@ import torch
 
 from bench.results import ROOT
 from bench.rung import Rung
-from bench.runner import PROMPT, Runner, make_steps, seconds
+from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject
 from checkpoint import DTYPES, random_model
 from cli import fail
@@ -49,7 +49,7 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes(device: str) -> int:
+def read_peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -66,11 +66,11 @@ def run(job: dict[str, Any]) -> dict[str, float]:
     runner = Runner(model, make_steps(job["mode"], device), PROMPT_LENGTH + 64)
     runner.prepare()
     forget_peak()
-    decode_s = seconds(runner.step_at(len(PROMPT)), device)
+    decode_s = time_call(runner.step_at(len(PROMPT)), device)
     prefill_s = PROMPT_LENGTH / runner.prefill(PROMPT_LENGTH)
     runner.decode(16)
     times = {"decode_s": decode_s, "prefill_s": prefill_s}
-    return times | {"peak_bytes": peak_bytes(device), "weight_bytes": model.weight_bytes}
+    return times | {"peak_bytes": read_peak(device), "weight_bytes": model.weight_bytes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,20 +88,20 @@ class Processes:
         """Time to the first token of the demo, from the start of the command."""
         demo = [str(ROOT / "generate.py"), "--prompt", "def", "--max_new_tokens", "8", "--device", self.device]
         imports = "`import torch`"
-        yield Rung(imports, "s", partial(seconds_to_output, ["-c", "import torch; print('done', flush=True)"], 0))
-        yield Rung("first token of the demo, eager", "s", partial(seconds_to_output, demo, len("def")), against=imports)
+        yield Rung(imports, "s", partial(time_output, ["-c", "import torch; print('done', flush=True)"], 0))
+        yield Rung("first token of the demo, eager", "s", partial(time_output, demo, len("def")), against=imports)
 
     def memory(self) -> Iterator[Rung]:
         for mode in ("eager", "compile"):
             for weights in self.subject.forms:
                 name = f"{mode}, {weights}" if weights else mode
-                yield Rung(f"{name}, peak memory", "GB", partial(self.peak_gb, weights, mode), weights)
+                yield Rung(f"{name}, peak memory", "GB", partial(self.measure_peak, weights, mode), weights)
 
-    def peak_gb(self, weights: str, mode: str) -> float:
+    def measure_peak(self, weights: str, mode: str) -> float:
         cache = self.folder / f"{weights}-memory"
         if mode == "compile" and not cache.exists():  # what compiling anew takes would else be in the first sample only
-            self.process(weights, mode, cache)
-        return self.process(weights, mode, cache)["peak_bytes"] / 1e9
+            self.run_process(weights, mode, cache)
+        return self.run_process(weights, mode, cache)["peak_bytes"] / 1e9
 
     def compile(self) -> Iterator[Rung]:
         """Seconds of the first decode step and of the first prefill: compiled anew, and from inductor's cache."""
@@ -112,21 +112,21 @@ class Processes:
             first = f"{DEPTH} layers" if not weights and depth > DEPTH else ""
             for cache in ("cold", "warm"):
                 for step in ("decode", "prefill"):
-                    measure = partial(self.first_step_s, step, weights, depth, cache)
+                    measure = partial(self.time_first_step, step, weights, depth, cache)
                     against = first and f"{cache}, {step}, {first}"
                     yield Rung(f"{cache}, {step}, {label}", "s", measure, weights, against=against)
 
-    def first_step_s(self, step: str, weights: str, depth: int, cache: str) -> float:
+    def time_first_step(self, step: str, weights: str, depth: int, cache: str) -> float:
         times = self.unread.setdefault((weights, depth, cache), {})
         if step not in times:  # else the other step's rung has run the process
             folder = self.folder / f"{weights}-{depth}"
             if cache == "cold":
                 shutil.rmtree(folder, ignore_errors=True)
-            result = self.process(weights, "compile", folder, depth)
+            result = self.run_process(weights, "compile", folder, depth)
             times |= {"decode": result["decode_s"], "prefill": result["prefill_s"]}
         return times.pop(step)
 
-    def process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
+    def run_process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
         raw = self.subject.forms[weights] | ({"num_hidden_layers": depth} if depth else {})
         job = {"config": raw, "device": self.device, "dtype": self.subject.dtype_name, "mode": mode}
         command = [sys.executable, "-m", "bench.process", json.dumps(job)]
@@ -137,7 +137,7 @@ class Processes:
         return json.loads(result.stdout.splitlines()[-1])
 
 
-def seconds_to_output(arguments: list[str], num_bytes: int) -> float:
+def time_output(arguments: list[str], num_bytes: int) -> float:
     """Start Python with these arguments; return the seconds until it has written more than num_bytes to stdout."""
     began = time.perf_counter()
     command = [sys.executable, *arguments]
@@ -149,9 +149,9 @@ def seconds_to_output(arguments: list[str], num_bytes: int) -> float:
             if not piece:
                 raise RuntimeError(f"{shlex.join(arguments)} ended early:\n{process.communicate()[1].decode()}")
             size += len(piece)
-        taken = time.perf_counter() - began
+        elapsed = time.perf_counter() - began
         process.communicate()
-    return taken
+    return elapsed
 
 
 if __name__ == "__main__":

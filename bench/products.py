@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from bench.rung import Rung, leave_out
-from bench.runner import decode_mode, median_ms
+from bench.runner import decode_mode, time_median
 from bench.subject import Subject
 from checkpoint import meta_model, quantization_scheme
 from kernels import AtenInt4Linear, AtenInt8Linear, constant, linear
@@ -148,7 +148,7 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     return meaning, (codes, scales.to(weight.dtype), zeros), forms
 
 
-def rungs(subject: Subject, device: str) -> Iterator[Rung]:
+def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
     """Yield a rung for each form of the weights and number of rows; what fails or is wrong is named and left out."""
     block = linears(meta_model(subject.raw).layers[0])
     shapes = [layer.weight.shape for layer in block.values() if layer.weight.ndim == 2]
@@ -216,4 +216,4 @@ def compile_chain(
 
 @torch.inference_mode()
 def block_ms(run: Callable[[], Any], device: str, copies: int) -> float:
-    return median_ms(run, device) / copies
+    return time_median(run, device) / copies

@@ -66,7 +66,7 @@ def project(config: ModelConfig, mode: str, num_gpus: int, inputs: dict[str, flo
     }
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def format_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the projection in Markdown; «–» where the weights do not fit."""
     cells = [["", *(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS)]]
     cells += [[name, *(f"{p['tokens_per_s']:.0f}" if p["fits"] else "–" for p in row)] for name, row in rows.items()]
@@ -82,11 +82,11 @@ def run(args: argparse.Namespace) -> None:
         for name, config in configs.items()
         for mode in MODES
     }
-    print(table(rows))
+    print(format_table(rows))
     if args.output_path:
         report: dict[str, Any] = {
             "what": "computed, not measured",
-            "command": results.command("projection"),
+            "command": results.name_command("projection"),
             "formula": FORMULA,
         }
         report |= {"inputs": INPUTS, "bytes_per_weight": MODES, "projection": rows}

@@ -35,7 +35,7 @@ from tokenizer import load_tokenizer
 SCHEMES = [Scheme("int8"), *(Scheme(mode, size) for mode in ("int4", "int4-gptq") for size in (32, 64, 128))]
 
 
-def texts(path: Path | None) -> tuple[str, str]:
+def read_texts(path: Path | None) -> tuple[str, str]:
     """Return the text to calibrate on and the text to evaluate on."""
     if path is None:
         rest = [name for name in HELD_OUT if name not in CALIBRATION_MODULES]
@@ -54,7 +54,7 @@ def replace_head(model: Transformer, plain: Transformer, scheme: Scheme | None) 
     return model
 
 
-def models(path: Path, plain: Transformer, calibration: str) -> Iterator[tuple[str, Transformer]]:
+def quantize_models(path: Path, plain: Transformer, calibration: str) -> Iterator[tuple[str, Transformer]]:
     """Quantize in every way and yield each model by name; then int4 with other output heads."""
     yield "bfloat16", plain
     with tempfile.TemporaryDirectory() as folder:
@@ -76,13 +76,13 @@ def models(path: Path, plain: Transformer, calibration: str) -> Iterator[tuple[s
 
 
 def run(args: argparse.Namespace) -> None:
-    path = results.new_path(args.output_dir, results.slug(results.hardware("cpu")), f"quality-{args.name}")
-    calibration, text = texts(args.text_file)
+    path = results.new_path(args.output_dir, results.make_slug(results.name_hardware("cpu")), f"quality-{args.name}")
+    calibration, text = read_texts(args.text_file)
     ids = load_tokenizer(args.checkpoint_path).encode(text)[: args.num_tokens]
     plain = load_model(args.checkpoint_path, dtype=torch.bfloat16)
     rows = []
     lines = ["| | MB | MB a step | perplexity | to bf16 | KL |", "|---|---|---|---|---|---|"]
-    for name, model in tqdm(models(args.checkpoint_path, plain, calibration), total=13, disable=None):
+    for name, model in tqdm(quantize_models(args.checkpoint_path, plain, calibration), total=13, disable=None):
         likelihood = perplexity(model, ids, batch_size=4)
         row = {"name": name, "weight_bytes": model.weight_bytes, "step_bytes": model.step_weight_bytes}
         row |= {"perplexity": likelihood.perplexity, "kl": kl_divergence(plain, model, ids, batch_size=4)}
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
             f"| {name} | {row['weight_bytes'] / 1e6:.2f} | {row['step_bytes'] / 1e6:.2f} | {row['perplexity']:.3f} "
             f"| {change:+.2%} | {row['kl']:.4f} |"
         )
-    results.write(path, {**results.header("quality", "cpu"), "checkpoint": args.checkpoint_path.name, "rows": rows})
+    header = results.make_header("quality", "cpu")
+    results.write(path, {**header, "checkpoint": args.checkpoint_path.name, "rows": rows})
     print(*lines, sep="\n")
     print(f"wrote {path}", file=sys.stderr)
 

@@ -17,32 +17,32 @@ from cli import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def processor(cpuinfo: str) -> str:
+def name_processor(cpuinfo: str) -> str:
     """Return the processor's name from /proc/cpuinfo, which on ARM has none: then its kind, such as aarch64."""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def hardware(device: str) -> str:
+def name_hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    return f"{processor(info.read_text() if info.is_file() else '')} {torch.get_num_threads()} threads"
+    return f"{name_processor(info.read_text() if info.is_file() else '')} {torch.get_num_threads()} threads"
 
 
-def slug(text: str) -> str:
+def make_slug(text: str) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
-def command(module: str) -> str:
+def name_command(module: str) -> str:
     return shlex.join(["python", "-m", f"bench.{module}", *sys.argv[1:]])
 
 
-def header(module: str, device: str | None = None, **versions: str) -> dict[str, Any]:
+def make_header(module: str, device: str | None = None, **versions: str) -> dict[str, Any]:
     """Return what a result file says first. device: what was measured on; None: nothing ran on one."""
-    where = {"hardware": hardware(device)} if device else {"ran_on_a_gpu": False}
+    where = {"hardware": name_hardware(device)} if device else {"ran_on_a_gpu": False}
     system = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
-    return {"command": command(module), **where, "versions": system | versions}
+    return {"command": name_command(module), **where, "versions": system | versions}
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

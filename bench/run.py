@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bench import peers, results, speculation
 from bench.ladder import Ladder
 from bench.process import Processes
-from bench.rung import Rung, left_out, line, measure_roof
+from bench.rung import Rung, format_line, measure_roof, omissions
 from bench.subject import Subject, add_options, read_subject
 from checkpoint import meta_model
 from cli import ArgumentParser, check_device, number, user_errors
@@ -47,15 +47,15 @@ class Report:
     """What has been measured, on the disk after every part; only rank 0 writes."""
 
     def __init__(self, path: Path, content: dict[str, Any], ranks: Ranks):
-        left_out.clear()
+        omissions.clear()
         self.path, self.content, self.writes = path, content, ranks.rank == 0
         self.parts: list[str] = []  # that are in it
 
     def add(self, part: str, lines: list[str]) -> None:
         """Write what the content has now, and print the lines of its latest part."""
         self.parts.append(part)
-        if left_out:
-            self.content["left_out"] = left_out
+        if omissions:
+            self.content["left_out"] = omissions
         if self.writes:
             results.write(self.path, self.content)
             print("\n".join([part, *lines]), flush=True)
@@ -69,7 +69,7 @@ class Report:
         self.content["rungs"] += [{"group": group, **entry} for entry in entries]
         if roofs:
             self.content["roofs"][group] = roofs
-        self.add(group, [*map(line, entries)])
+        self.add(group, [*map(format_line, entries)])
         if self.writes and group == "decode":
             draw(self.content, self.path.with_suffix(".svg"))
 
@@ -142,7 +142,7 @@ def groups_of_rungs(
     for group in (g for g in GROUPS if g in names):
         yield group, list(getattr(processes if group in PROCESS_GROUPS else ladder, group)())
     if args.compare:
-        yield "compare", list(peers.rungs(ladder, folder, args.gpt_fast))
+        yield "compare", list(peers.make_rungs(ladder, folder, args.gpt_fast))
 
 
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
@@ -161,9 +161,9 @@ def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Rank
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     subject, device = together(partial(check, args, ranks), ranks)
-    content = {**results.header("run", args.device), "config": subject.name, "tp": ranks.count}
+    content = {**results.make_header("run", args.device), "config": subject.name, "tp": ranks.count}
     name = args.name or default_name(args) + (f"-tp{ranks.count}" if ranks.count > 1 else "")
-    path = results.new_path(args.output_dir, results.slug(content["hardware"]), name)
+    path = results.new_path(args.output_dir, results.make_slug(content["hardware"]), name)
     report = Report(path, content, ranks)
     try:
         measure(args, subject, device, ranks, report)

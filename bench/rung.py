@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from bench.runner import seconds
+from bench.runner import time_call
 from kernels import empty_weight
 
-left_out: list[str] = []  # of this process, and why
+omissions: list[str] = []  # of this process, and why
 
 
 def leave_out(title: str, error: Exception) -> None:
     """Say on stderr, and in the results, that something is not measured."""
-    left_out.append(f"{title}: {type(error).__name__}: {error}".partition("\n")[0])
-    print(f"left out: {left_out[-1]}", file=sys.stderr)
+    omissions.append(f"{title}: {type(error).__name__}: {error}".partition("\n")[0])
+    print(f"left out: {omissions[-1]}", file=sys.stderr)
 
 
 def can_run(title: str, call: Callable[[], Any]) -> bool:
@@ -45,8 +45,8 @@ def measure_roof(device: str) -> dict[str, float]:
     stream, multiply = (lambda: copy.copy_(data)) if on_gpu else data.sum, lambda: a @ a
     for run in (stream, multiply) if on_gpu else ():  # the first loads the library
         run()
-    stream_s = min(seconds(stream, device) for _ in range(3))
-    product_s = min(seconds(multiply, device) for _ in range(3))
+    stream_s = min(time_call(stream, device) for _ in range(3))
+    product_s = min(time_call(multiply, device) for _ in range(3))
     name, num_bytes = ("copy_gb_per_s", 2 * data.nbytes) if on_gpu else ("read_gb_per_s", data.nbytes)
     return {name: num_bytes / stream_s / 1e9, "gemm_tflop_per_s": 2 * size**3 / product_s / 1e12}
 
@@ -90,7 +90,7 @@ class Rung:
         return entry | ({"kernels": self.kernels} if self.kernels else {})
 
 
-def line(entry: dict[str, Any]) -> str:
+def format_line(entry: dict[str, Any]) -> str:
     text = f"  {entry['name']:46} {entry['median']:9.2f} {entry['unit']:5}"
     if "gb_per_s" in entry:
         text += f" {entry['gb_per_s']:7.1f} GB/s"

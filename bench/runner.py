@@ -20,7 +20,7 @@ PROMPT = [1, 2, 3, 4, 5, 6]
 NUM_STEPS = 30  # of a sample at a position, when others are compared
 
 
-def seconds(run: Callable[[], Any], device: str) -> float:
+def time_call(run: Callable[[], Any], device: str) -> float:
     """Time a call; on a GPU from when it has nothing else to do until it is done."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
@@ -30,7 +30,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
-def median_ms(run: Callable[[], Any], device: str, count: int = 10) -> float:
+def time_median(run: Callable[[], Any], device: str, count: int = 10) -> float:
     """Return the median milliseconds of `count` calls, after one that warms up.
 
     On a GPU, of three runs of `count` calls, between which it is not waited for: as when text is generated.
@@ -42,7 +42,7 @@ def median_ms(run: Callable[[], Any], device: str, count: int = 10) -> float:
             run()
 
     several()
-    return statistics.median(seconds(several, device) / calls for _ in range(runs)) * 1e3
+    return statistics.median(time_call(several, device) / calls for _ in range(runs)) * 1e3
 
 
 def decode_mode(device: str) -> str | None:
@@ -110,20 +110,20 @@ class Runner:
         """Return prompt tokens a second until the first new token is known."""
         prompt = [i % self.model.config.vocab_size for i in range(length)]
         new_ids = self.generate([prompt], 1)
-        return length / seconds(lambda: list(new_ids), "cpu")
+        return length / time_call(lambda: list(new_ids), "cpu")
 
-    def at(self, position: int) -> float:
+    def decode_at(self, position: int) -> float:
         """Return tokens a second of steps that all stand at one position."""
         step = self.step_at(position)
         step()
-        return NUM_STEPS / seconds(lambda: [step() for _ in range(NUM_STEPS)], self.device)
+        return NUM_STEPS / time_call(lambda: [step() for _ in range(NUM_STEPS)], self.device)
 
-    def step_ms(self, position: int, count: int = 10) -> float:
-        return median_ms(self.step_at(position), self.device, count)
+    def time_step(self, position: int, count: int = 10) -> float:
+        return time_median(self.step_at(position), self.device, count)
 
-    def verify_ms(self, end: int, k: int) -> float:
+    def time_verify(self, end: int, k: int) -> float:
         """Return the milliseconds of one forward over the last token of a text and k drafts, accepting included."""
-        return median_ms(self.verify_at(end, torch.ones(1, k, dtype=torch.long, device=self.device)), self.device)
+        return time_median(self.verify_at(end, torch.ones(1, k, dtype=torch.long, device=self.device)), self.device)
 
     def step_at(self, position: int) -> Callable[[], Any]:
         """Return a decode step at a position to call, whatever the cache holds before it."""
@@ -148,7 +148,7 @@ class Runner:
     def slots(self, length: int) -> Tensor:
         return visible_slots(torch.arange(self.length, device=self.device), length)
 
-    def step_bytes(self, position: int) -> int:
+    def count_step_bytes(self, position: int) -> int:
         """Return the bytes that a step at a position reads, of this rank: weights, keys and values."""
         model, length = self.model, position + 1
         slots = len(visible_slots(torch.arange(length + SLOTS_STEP), length))
@@ -156,7 +156,7 @@ class Runner:
         kv_bytes = slots * model.config.num_hidden_layers * per_slot * model.embed_tokens.weight.itemsize
         return model.step_weight_bytes + kv_bytes
 
-    def prefill_flops(self, length: int) -> float:
+    def count_prefill_flops(self, length: int) -> float:
         """Return the operations a token of a prompt, of this rank: of the blocks and of causal attention."""
         config = self.model.config
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -190,13 +190,13 @@ class Peer:
             for _ in range(count):
                 ids = self.step(ids)
 
-        return count / seconds(run, self.device)
+        return count / time_call(run, self.device)
 
     def decode(self, num_tokens: int) -> float:
         self.keep(0)
         return self.repeat(self.forward(torch.tensor([PROMPT], device=self.device)), num_tokens - 1)
 
-    def at(self, position: int) -> float:
+    def decode_at(self, position: int) -> float:
         if self.num_filled < position:
             self.keep(0)
             self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
@@ -208,4 +208,4 @@ class Peer:
     def prefill(self, length: int) -> float:
         prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
         self.keep(0)
-        return length / seconds(lambda: self.forward(prompt), self.device)
+        return length / time_call(lambda: self.forward(prompt), self.device)

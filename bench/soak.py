@@ -40,7 +40,7 @@ SAMPLING = Sampling(temperature=0.8, top_k=200)
 MAX_GROWTH, MAX_SLOWDOWN = 0.02, 0.10
 
 
-def turns(device: str, mode: str) -> Callable[[int], Iterator[list[list[int]]]]:
+def make_turns(device: str, mode: str) -> Callable[[int], Iterator[list[list[int]]]]:
     """Return the function from a turn's number to its new ids, as they come."""
     model, draft_model = (load_model(path, device) for path in (DEMO, DRAFT))
     runner = Runner(model, make_steps(mode, device), model.config.max_position_embeddings)
@@ -60,26 +60,26 @@ def turns(device: str, mode: str) -> Callable[[int], Iterator[list[list[int]]]]:
     return turn
 
 
-def resident_bytes(device: str) -> int:
+def read_memory(device: str) -> int:
     """Return the memory that this process holds: the host's, and what torch has taken of the GPU's."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     on_gpu = torch.cuda.memory_reserved(device) if torch.device(device).type == "cuda" else 0
     return pages * 4096 + on_gpu
 
 
-def num_graphs() -> int:
+def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
 def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
     """Run the turns, after a round of all that are different; return what they took, and what of it is a fault."""
-    turn = turns(device, mode)
+    turn = make_turns(device, mode)
     texts, tokens, seconds, memory, changed = [], [], [], [], []
-    graphs_at_first = graphs_before = num_graphs()
+    graphs_at_first = graphs_before = count_graphs()
     for i in tqdm(range(NUM_DIFFERENT + num_turns), desc="soak", unit="turn", disable=None):
         if i == NUM_DIFFERENT:
             gc.collect()
-            graphs_before = num_graphs()
+            graphs_before = count_graphs()
         began = time.perf_counter()
         text = [token for [ids] in turn(i) for token in ids]
         if i < NUM_DIFFERENT:
@@ -87,14 +87,14 @@ def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
             continue
         seconds.append(time.perf_counter() - began)
         tokens.append(len(text))
-        memory.append(resident_bytes(device))
+        memory.append(read_memory(device))
         if text != texts[i % NUM_DIFFERENT]:
             changed.append(i)
     window = min(NUM_DIFFERENT, num_turns)
     windows = [slice(i, i + window) for i in range(0, num_turns, window)]
     rates = [sum(tokens[span]) / sum(seconds[span]) for span in windows]
     levels = [statistics.median(memory[span]) for span in windows]
-    growth, slowdown, new_graphs = levels[-1] / levels[0] - 1, 1 - rates[-1] / rates[0], num_graphs() - graphs_before
+    growth, slowdown, new_graphs = levels[-1] / levels[0] - 1, 1 - rates[-1] / rates[0], count_graphs() - graphs_before
     bounds = {
         f"memory grew by {growth:.1%}": growth > MAX_GROWTH,
         f"the last {window} turns were {slowdown:.1%} slower than the first": slowdown > MAX_SLOWDOWN,
@@ -117,8 +117,8 @@ def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     check_device(args.device)
-    header = results.header("soak", args.device)
-    path = results.new_path(args.output_dir, results.slug(header["hardware"]), "soak")
+    header = results.make_header("soak", args.device)
+    path = results.new_path(args.output_dir, results.make_slug(header["hardware"]), "soak")
     report = soak(args.turns, args.device, "eager" if args.eager else "compile")
     print(
         f"{report['turns']} turns, {report['tokens']} tokens: memory {report['memory_growth']:+.2%}, tokens/s "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import speculate
 from bench.results import ROOT
-from bench.runner import GREEDY, PROMPT, Runner, make_steps, seconds
+from bench.runner import GREEDY, PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject
 from checkpoint import load_model, random_model, read_config
 from model import Transformer
@@ -76,7 +76,7 @@ class Duel:
         for k in {k for levels in self.levels for k in levels if k}:
             self.sample((k,), 4 * (k + 1))
         for levels in self.levels:
-            self.costs(levels, 1)
+            self.time_parts(levels, 1)
 
     def sample(self, levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
         """Decode, with as many drafts as `levels` allows; none is plain decoding."""
@@ -97,7 +97,7 @@ class Duel:
         return {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
 
     @torch.inference_mode()
-    def costs(self, levels: tuple[int, ...], count: int) -> dict[str, float]:
+    def time_parts(self, levels: tuple[int, ...], count: int) -> dict[str, float]:
         """Time a plain step and the two parts of a round, each in a run of its own, half-way in a text."""
         if len(levels) != 1:
             return {}
@@ -113,7 +113,7 @@ class Duel:
         }
         with patch.object(speculate, "accept", self.accept):
             return {
-                name: statistics.median(seconds(part, runner.device) * 1e3 for _ in range(count))
+                name: statistics.median(time_call(part, runner.device) * 1e3 for _ in range(count))
                 for name, part in parts.items()
             }
 
@@ -123,25 +123,25 @@ class Duel:
         samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
         for turn in range(num_samples + 1):
             for rung in rungs:
-                sample = self.sample(rung, self.num_tokens) | self.costs(rung, self.num_tokens // 8)
+                sample = self.sample(rung, self.num_tokens) | self.time_parts(rung, self.num_tokens // 8)
                 if turn > 0:  # the first warms up
                     samples[rung].append(sample)
-        return [self.summary(rung, samples[rung], samples[()]) for rung in rungs]
+        return [self.summarize(rung, samples[rung], samples[()]) for rung in rungs]
 
-    def summary(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
+    def summarize(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
         # By turns, since the machine's own speed moves between them.
         figures = [{"tok_per_s": mine["tok_per_s"], "speedup": mine["tok_per_s"] / other["tok_per_s"]}
                    for mine, other in zip(samples, plain, strict=True)]  # fmt: skip
         if len(levels) == 1:
             for figure, sample in zip(figures, samples, strict=True):
-                figure |= formula(sample, levels[0])
+                figure |= apply_formula(sample, levels[0])
                 figure["share_of_formula"] = figure["speedup"] / figure["formula"]
         entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
         entry |= {"k": levels[0]} if len(levels) == 1 else {}
         return entry | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
 
 
-def formula(sample: dict[str, Any], k: int) -> dict[str, float]:
+def apply_formula(sample: dict[str, Any], k: int) -> dict[str, float]:
     """Return what the paper's formula promises (section 3.3), and what it is made of."""
     accepted = sum(n * count for n, count in enumerate(sample["accept_counts"]))
     full, rounds = sample["accept_counts"][k], sample["num_drafted"] // k  # where a plain step ends a text it is none

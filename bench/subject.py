@@ -25,7 +25,7 @@ class Subject:
         return str(self.dtype).removeprefix("torch.")
 
 
-def scheme(text: str) -> tuple[str, dict[str, Any]]:
+def read_scheme(text: str) -> tuple[str, dict[str, Any]]:
     """Read a scheme of --quantize, such as int4-g32, into config.json's `quantization`."""
     mode, _, size = text.rpartition("-g") if re.search(r"-g\d+$", text) else (text, "", "")
     quantization = {"mode": mode, "groupsize": int(size) if size else None}
@@ -39,8 +39,9 @@ def scheme(text: str) -> tuple[str, dict[str, Any]]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a config.json; the weights are random")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the config's own")
-    parser.add_argument("--quantize", type=scheme, nargs="*", default=[scheme("int8"), scheme("int4-g32")],
-                        metavar="SCHEME", help="forms of the weights besides --dtype (int8 int4-g32)")  # fmt: skip
+    schemes = [read_scheme("int8"), read_scheme("int4-g32")]
+    parser.add_argument("--quantize", type=read_scheme, nargs="*", default=schemes, metavar="SCHEME",
+                        help="forms of the weights besides --dtype (int8 int4-g32)")  # fmt: skip
 
 
 def read_subject(args: argparse.Namespace) -> Subject:

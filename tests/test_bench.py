@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import anatomy, gpt_fast, llama_cpp, peers, products, projection, results, run, soak
 from bench.process import Processes
 from bench.run import main
-from bench.rung import Rung, line
+from bench.rung import Rung, format_line
 from bench.runner import GREEDY, NUM_STEPS, PROMPT, Runner, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, parse_config, random_model
@@ -152,7 +152,7 @@ INT4 = {"mode": "int4", "groupsize": 32}
 
 def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(products, "MOST_COPIES", 2)
-    rungs = list(products.rungs(subject({"int8": {"mode": "int8"}, "int4-g32": INT4}), "cpu"))
+    rungs = list(products.make_rungs(subject({"int8": {"mode": "int8"}, "int4-g32": INT4}), "cpu"))
     names = [rung.name for rung in rungs]
     norms = ["norm, multiply and sum", "norm folded into the sum"]
     forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
@@ -172,7 +172,7 @@ def test_a_form_with_other_outputs_is_named_and_left_out(capsys, monkeypatch):
     monkeypatch.setattr(
         products, "AtenInt4Linear", lambda codes, scales, zeros, bias: AtenInt4Linear(codes, scales, zeros + 1, bias)
     )
-    names = [rung.name for rung in products.rungs(subject({"int4-g32": INT4}), "cpu")]
+    names = [rung.name for rung in products.make_rungs(subject({"int4-g32": INT4}), "cpu")]
     assert not [name for name in names if "ATen" in name] and "int4-g32, multiply and sum, 1 row" in names
     assert "left out: int4-g32, ATen: ValueError: its outputs are wrong by" in capsys.readouterr().err
 
@@ -257,17 +257,17 @@ def test_what_a_step_is_made_of_is_counted_a_step(capsys):
     calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
     product = "kernels::bf16_product" if library() else "aten::mm"
     assert calls[product] == 2 * 4 + 1
-    whole = runner.step_ms(128) * 1e3
+    whole = runner.time_step(128) * 1e3
     assert whole / 10 < sum(kernel["us"] for kernel in kernels) < whole * 10  # the profiler takes time too
     assert [kernel["us"] for kernel in kernels] == sorted((kernel["us"] for kernel in kernels), reverse=True)
     entry = Rung("step", "ms", lambda: 0.0, samples=[2.0], kernels=kernels).entry({}, [])
     entry["kernels"] = [{"name": "a_kernel", "calls": 32, "us": 500.0}]
-    assert line(entry).splitlines()[1] == "        500.0 us,  25%, in   32 of a_kernel"
+    assert format_line(entry).splitlines()[1] == "        500.0 us,  25%, in   32 of a_kernel"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):
     large = torch.ones(2**28)  # 1 GiB here, which getrusage would tell the child as its own
-    found = Processes(subject(), "cpu", tmp_path).process("", "eager", tmp_path)
+    found = Processes(subject(), "cpu", tmp_path).run_process("", "eager", tmp_path)
     assert found["weight_bytes"] < found["peak_bytes"] < large.nbytes
     assert found["decode_s"] > 0 and found["prefill_s"] > 0
 
@@ -320,7 +320,9 @@ def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_
     llama_cpp.quantize_gguf(gguf_file, tmp_path / kind, file_type)
     assert (tmp_path / kind).stat().st_size < 0.5 * gguf_file.stat().st_size
     theirs = llama_cpp.LlamaCpp(tmp_path / kind, "cpu", 256)
-    assert all(rate > 0 for rate in (theirs.decode(8), theirs.at(100), theirs.prefill(64), theirs.at(100)))
+    assert all(
+        rate > 0 for rate in (theirs.decode(8), theirs.decode_at(100), theirs.prefill(64), theirs.decode_at(100))
+    )
     assert theirs.num_filled == 100 + NUM_STEPS
     theirs.close()
 
@@ -332,7 +334,9 @@ def test_transformers_runs_every_measurement_from_the_same_position(model):
     assert sum(p.numel() for p in eager.model.parameters()) == sum(p.numel() for p in model.parameters())
     compiled = peers.CompiledTransformers(eager.model, "cpu", 256)
     for theirs in (eager, compiled):
-        assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+        assert all(
+            rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
+        )
         assert theirs.num_filled == theirs.cache.get_seq_length() == 100 + NUM_STEPS
     texts = []
     for theirs in (eager, compiled):
@@ -346,10 +350,10 @@ def test_transformers_runs_every_measurement_from_the_same_position(model):
 
 
 def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
-    monkeypatch.setattr(llama_cpp, "missing", lambda packages: [])
+    monkeypatch.setattr(llama_cpp, "list_missing", lambda packages: [])
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace())
     scaled = replace(meta_model(RAW).config, rope_scaling=RopeScaling("linear", 2.0))
-    assert llama_cpp.obstacle("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
+    assert llama_cpp.find_obstacle("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
 
 
 @pytest.mark.skipif("GPT_FAST" not in os.environ, reason="set GPT_FAST to a checkout of gpt-fast")
@@ -359,7 +363,9 @@ def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(sc
     config = meta_model(RAW).config
     theirs = gpt_fast.GptFast(Path(os.environ["GPT_FAST"]), config, scheme, "cpu", torch.float32, 256)
     assert sys.modules["model"] is ours and sys.modules.get("GPTQ", ours) is ours
-    assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+    assert all(
+        rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
+    )
     assert theirs.num_filled == theirs.at_next.item() == 100 + NUM_STEPS
     if scheme is None:
         randomize_(theirs.model, seed=1)
@@ -382,12 +388,12 @@ def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(sc
     ],
 )  # fmt: skip
 def test_what_gpt_fast_cannot_run_is_said(changes, scheme, device, words):
-    reason = gpt_fast.obstacle(replace(meta_model(RAW).config, **changes), scheme, device)
+    reason = gpt_fast.find_obstacle(replace(meta_model(RAW).config, **changes), scheme, device)
     assert words in reason and bool(words) == bool(reason)
 
 
 def test_what_is_not_installed_is_named_by_its_package():
-    assert llama_cpp.missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+    assert llama_cpp.list_missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,9 +434,9 @@ def test_results_that_are_there_are_kept(tmp_path):
 
 
 def test_a_processor_without_a_name_is_called_by_its_kind():
-    assert results.processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
-    assert results.processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
-    assert results.processor("")
+    assert results.name_processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
+    assert results.name_processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
+    assert results.name_processor("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,7 +465,7 @@ def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch):
         return turn
 
     monkeypatch.setattr(soak, "NUM_DIFFERENT", 5)
-    monkeypatch.setattr(soak, "turns", worse)
+    monkeypatch.setattr(soak, "make_turns", worse)
     monkeypatch.setattr(soak, "time", SimpleNamespace(perf_counter=lambda: clock))  # a busy machine's own is uneven
     found = soak.soak(20, "cpu", "eager")
     assert found["changed_texts"] == [17]

@@ -11,7 +11,7 @@ import torch
 import kernels
 import model
 from bench import footprint, launches
-from bench.footprint import ARCHITECTURES, count_instructions, variants
+from bench.footprint import ARCHITECTURES, compile_variants, count_instructions
 from bench.launches import LAUNCHED, list_launches
 from tests.conftest import REPO
 from tests.test_bench import RAW
@@ -48,9 +48,11 @@ def test_kernels_match_their_twins(distances, kind, count):
 def compiled_kernels():
     kernels = []
     for sm in ARCHITECTURES:
-        made = variants(["Llama-2-7B", "Llama-3.1-8B"], sm, rows=(1, 6))
-        made += [kind for kind in variants(["Llama-3.1-70B/8"], sm, rows=(1,)) if kind.kernel.name == "int4_row"]
-        kernels += [(kind.kernel.name, sm, kind.footprint(), kind.used_by) for kind in made]
+        made = compile_variants(["Llama-2-7B", "Llama-3.1-8B"], sm, rows=(1, 6))
+        made += [
+            kind for kind in compile_variants(["Llama-3.1-70B/8"], sm, rows=(1,)) if kind.kernel.name == "int4_row"
+        ]
+        kernels += [(kind.kernel.name, sm, kind.measure(), kind.used_by) for kind in made]
     return kernels
 
 
@@ -226,9 +228,10 @@ def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, m
 
 
 def test_our_operators_launch_what_is_counted_for_them():
-    calls = {"cuda_attention": footprint.attention("Llama-2-7B", 1)}
-    calls |= {f"cuda_{call[1]}": call for call in footprint.products("Llama-2-7B", 6)}
+    calls = {"cuda_attention": footprint.make_attention("Llama-2-7B", 1)}
+    calls |= {f"cuda_{call[1]}": call for call in footprint.list_products("Llama-2-7B", 6)}
     counts = {
-        operator: len(footprint.launches(90, *call[1:2], *call[2], **call[3])) for operator, call in calls.items()
+        operator: len(footprint.record_launches(90, *call[1:2], *call[2], **call[3]))
+        for operator, call in calls.items()
     }
     assert counts == {operator: len(kernels) for operator, kernels in LAUNCHED.items()}
