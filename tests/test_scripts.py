@@ -317,7 +317,7 @@ def test_a_write_that_fails_half_way_is_one_line_and_leaves_nothing_behind(
     command = [sys.executable, str(REPO / CONVERT), "--checkpoint_dir", str(source), "--output_dir", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=1200
     )
     assert_user_error(result, "File too large", "model.safetensors")
     assert tree(tmp_path) == []
@@ -336,7 +336,7 @@ def peak_bytes(source: Path, output: Path) -> int:
     command = [sys.executable, "-c", PEAK, str(REPO / CONVERT), "--checkpoint_dir", str(source)]
     command += ["--output_dir", str(output), "--dtype", "bfloat16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=1200)
     return int(result.stdout) * 1024
 
 
