@@ -265,13 +265,13 @@ def try_kills(count: int, folder: Path, num_layers: int, seed: int = 0) -> Itera
 
 
 def report_kills(count: int, folder: Path) -> dict[str, Any]:
-    outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    moments = []
-    for name, after_s, left in tqdm(try_kills(count, folder, num_layers=60), total=2 * count, disable=None):
-        outcomes[name][left] += 1
-        moments.append({"command": name, "after_s": round(after_s, 4), "left": left})
+    tries = tqdm(try_kills(count, folder, num_layers=60), total=2 * count, disable=None)
+    moments = [{"command": name, "after_s": round(after_s, 4), "left": left} for name, after_s, left in tries]
+    commands = {moment["command"]: collections.Counter[str]() for moment in moments}
+    for moment in moments:
+        commands[moment["command"]][moment["left"]] += 1
     faults = [moment for moment in moments if moment["left"] not in ("nothing", "whole")]
-    return {**outcomes, "faults": faults, "kills": moments}
+    return {**commands, "faults": faults, "kills": moments}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,15 +22,6 @@ from quantize import Scheme
 FILES = ("tokenizer", "model", "quantize")  # of the checkout, which are called as ours are
 
 
-def load(folder: Path, name: str) -> ModuleType:
-    """Import a file of the checkout under a name of its own, which torch.compile looks its functions up by."""
-    spec = importlib.util.spec_from_file_location(f"gpt_fast_{name}", folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @contextlib.contextmanager
 def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
     """Give its model.py and quantize.py, which meanwhile find each other where ours are."""
@@ -39,8 +29,10 @@ def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
     # Its quantize.py goes on without this one, which would bring in its generate.py, and settings of inductor with it.
     sys.modules["GPTQ"] = None  # type: ignore[assignment]
     try:
-        for name in FILES:
-            sys.modules[name] = load(folder, name)
+        for name in FILES:  # under a name of its own too, by which torch.compile looks functions up
+            spec: Any = importlib.util.spec_from_file_location(f"gpt_fast_{name}", folder / f"{name}.py")
+            sys.modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
         yield sys.modules["model"], sys.modules["quantize"]
     finally:
         for name in (*FILES, "GPTQ"):
