@@ -4,7 +4,7 @@
 `F.linear` with the dequantized weight, that of attention `model.attention`.
 
 No GPU has run them yet. Triton's interpreter has, against their twins, and Triton compiles them for sm_80 and sm_90
-(`python -m bench.ahead`).
+(`python -m bench.footprint`).
 """
 
 from collections.abc import Callable

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from bench.launches import pretend
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import triton_helpers
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, ReduceOps, interpreter_builder
 
 import checkpoint
+from bench.launches import pretend
 from kernels import cuda
 from kernels.optimize import optimize_
 from model import Transformer

@@ -588,7 +588,7 @@ def wait_for(condition: Callable[[], bool], child: Any) -> None:
 def test_sigterm_while_a_folder_is_written_is_a_line_and_leaves_nothing(tmp_path: Path, command: str) -> None:
     faults.write_source(tmp_path / "source", num_layers=60)
     output = tmp_path / "new" / "output"
-    child = faults.start_child(faults.commands(tmp_path / "source", output)[command], tmp_path / "said")
+    child = faults.start_child(faults.make_commands(tmp_path / "source", output)[command], tmp_path / "said")
     wait_for(lambda: any((tmp_path / "new").glob(".output.*.tmp/model.safetensors")), child)
     os.kill(child.pid, signal.SIGTERM)
     child.join()
@@ -632,7 +632,7 @@ def test_sigterm_in_a_thread_or_where_signals_are_to_end_the_process_is_left_alo
 def test_kills_leave_a_whole_folder_or_none_and_a_second_run_succeeds(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     assert threads == 1, "a forked child has no others"
-    for command, after_s, left in faults.kills(2, tmp_path, num_layers=20):
+    for command, after_s, left in faults.try_kills(2, tmp_path, num_layers=20):
         assert left in ("nothing", "whole"), (command, after_s)
 
 
@@ -645,7 +645,7 @@ def test_a_killed_runs_folder_is_removed_by_the_next_and_a_living_runs_is_not(tm
 
 
 def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    seen = [outcome for _, _, outcome, _ in faults.mutations(300, tmp_path / "forms", patience_s=HANG)]
+    seen = [outcome for _, _, outcome, _ in faults.try_mutations(300, tmp_path / "forms")]
     assert set(seen) == {"read", "refused"}
 
 

@@ -10,17 +10,20 @@ import pytest
 from cli.errors import user_errors
 from tests.conftest import HANG, REPO
 
-SCRIPTS = "convert_hf_checkpoint download train_demo"
+SCRIPTS = "benchmark convert_hf_checkpoint download train_demo"
+BENCHES = "faults footprint launches process projection quality run soak"
 # What a command imports, sooner or later, or says at its end.
 GENERATE = ("argparse", "torch._C", "torch", "safetensors", "tp", "peak memory")
 MOMENTS = [("generate.py", moment) for moment in GENERATE]
 MOMENTS += [("quantize.py", "tqdm"), ("eval.py", "difflib")]
 MOMENTS += [(f"scripts/{name}.py", "torch._C" if name != "download" else "argparse") for name in SCRIPTS.split()]
+MOMENTS += [(f"-m bench.{name}", "torch._C") for name in BENCHES.split()]
 
 
 @pytest.mark.parametrize(("script", "moment"), MOMENTS)
 def test_ctrl_c_ends_a_command_without_a_traceback_while_it_imports_and_while_it_ends(script, moment):
-    command = [sys.executable, "-X", "importtime", script, *(["--max_new_tokens", "1"] if "generate" in script else [])]
+    options = ["--max_new_tokens", "1"] if "generate" in script else []
+    command = [sys.executable, "-X", "importtime", *script.split(), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=REPO, env=environment, text=True, **pipes) as process:

@@ -8,16 +8,14 @@ import sys
 import pytest
 import torch
 
+from bench import footprint, launches
+from bench.footprint import ARCHITECTURES, compile_variants, count_instructions
+from bench.launches import LAUNCHED, list_launches
 from checkpoint import random_model
 from kernels.inductor import streamed_linear
 from kernels.optimize import cuda_kernels, optimize_
-from scripts.ahead import ARCHITECTURES, attentions, instructions, launches, products, variants
-from scripts.ahead import main as compile_all_ahead
-from scripts.launches import LAUNCHED
-from scripts.launches import launches as counted
-from scripts.launches import main as count_launches
 from tests.conftest import HANG, REPO
-from tests.test_benchmark import RAW
+from tests.test_bench import RAW
 
 pytest.importorskip("triton", reason="triton is not installed; it has no build for this system")
 
@@ -49,9 +47,14 @@ def test_kernels_match_their_twins(distances, kind, count):
 
 @pytest.fixture(scope="module")
 def compiled_kernels():
-    made = variants(["Llama-2-7B", "Llama-3.1-8B"], rows=(1, 6))
-    made += [kind for kind in variants(["Llama-3.1-70B/8"], rows=(1,)) if kind.kernel.__name__ == "int4_row"]
-    return [(kind.kernel.__name__, sm, kind.compile_ahead(sm), kind.used_by) for kind in made for sm in ARCHITECTURES]
+    kernels = []
+    for sm in ARCHITECTURES:
+        made = compile_variants(["Llama-2-7B", "Llama-3.1-8B"], sm, rows=(1, 6))
+        made += [
+            kind for kind in compile_variants(["Llama-3.1-70B/8"], sm, rows=(1,)) if kind.kernel.name == "int4_row"
+        ]
+        kernels += [(kind.kernel.name, sm, kind.measure(), kind.used_by) for kind in made]
+    return kernels
 
 
 def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
@@ -100,9 +103,9 @@ def test_instructions_are_counted_in_the_longest_innermost_loop(body, expected):
     for word in body.split():
         jump = f"@P0 BRA `(.L_{word[1:]}) ;" if word[0] == "J" else {"I": "FFMA R0 ;", "E": "EXIT ;"}.get(word)
         lines.append(word if jump is None else f"        /*{16 * len(lines):04x}*/                   {jump}")
-    assert instructions("\n".join(lines)) == expected
+    assert count_instructions("\n".join(lines)) == expected
     with pytest.raises(ValueError, match="no loop"):
-        instructions(lines[0])
+        count_instructions(lines[0])
 
 
 def test_int8_of_a_row_is_scaled_after_the_sum():
@@ -152,8 +155,9 @@ def launched(tmp_path_factory):
            "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256, "max_position_embeddings": 2048,
            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "torch_dtype": "bfloat16"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
-    command = [sys.executable, str(REPO / "scripts/launches.py"), "--config", str(folder / "config.json")]
-    result = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True, timeout=HANG)
+    command = [sys.executable, "-m", "bench.launches", "--config", str(folder / "config.json")]
+    command += ["--output_dir", str(folder)]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     [path] = folder.glob("*-launches.json")
@@ -198,7 +202,7 @@ class Runner:
         return (buf1, )
 """
     layer = ["topk", "attend_split", "combine_splits", "mm", "for", "reduction 5 x 128"]
-    assert counted(code) == ([layer], ["pointwise 64"])
+    assert list_launches(code) == ([layer], ["pointwise 64"])
 
 
 @pytest.mark.parametrize(
@@ -215,12 +219,12 @@ def test_a_mistake_of_who_counts_launches_is_one_line(tmp_path, capsys, changes,
     raw = {name: value for name, value in (RAW | changes).items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(SystemExit) as end:
-        count_launches(["--config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out"), *options])
+        launches.main(["--config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out"), *options])
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("main", "options"), [(count_launches, ["--config", "absent.json"]), (compile_all_ahead, [])])
+@pytest.mark.parametrize(("main", "options"), [(launches.main, ["--config", "absent.json"]), (footprint.main, [])])
 def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, monkeypatch):
     monkeypatch.setattr("cli.arguments.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
@@ -230,8 +234,10 @@ def test_without_triton_a_command_that_needs_it_says_so(main, options, capsys, m
 
 
 def test_our_operators_launch_what_is_counted_for_them():
-    calls = {"cuda_attention": next(attentions("Llama-2-7B", 1))}
-    calls |= {f"cuda_{call[1]}": call for call in products("Llama-2-7B", 6)}
-    assert {operator: len(launches(*call[1:2], *call[2], **call[3])) for operator, call in calls.items()} == {
-        operator: len(kernels) for operator, kernels in LAUNCHED.items()
+    calls = {"cuda_attention": footprint.make_attention("Llama-2-7B", 1)}
+    calls |= {f"cuda_{call[1]}": call for call in footprint.list_products("Llama-2-7B", 6)}
+    counts = {
+        operator: len(footprint.record_launches(90, *call[1:2], *call[2], **call[3]))
+        for operator, call in calls.items()
     }
+    assert counts == {operator: len(kernels) for operator, kernels in LAUNCHED.items()}

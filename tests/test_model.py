@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import load_model
 from config import parse_config, read_config
@@ -287,7 +287,7 @@ def test_compiled_product_equals_eager_at_every_size(size: int, rows: int) -> No
     bias = torch.randn(24, generator=generator)
     torch._dynamo.reset()
     plain = Linear(size, 24, bias=True).requires_grad_(False)
-    plain.weight.data, plain.bias.data = weight, bias
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
     y = torch.compile(CompiledLinear(plain, on_gpu=False), fullgraph=True, dynamic=False)(x)
     torch.testing.assert_close(y, plain(x), atol=1e-3, rtol=1e-5)
 

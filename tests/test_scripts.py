@@ -8,9 +8,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from checkpoint import load_model
 from config import read_config
-from scripts import soak
 from scripts.convert_hf_checkpoint import convert, main
 from tests.conftest import FAMILIES, LENGTH, REPO, HubCheckpoint, assert_user_error, run_command, small_disk
 
@@ -316,7 +314,7 @@ def test_a_write_that_fails_half_way_is_one_line_and_leaves_nothing_behind(
     command = [sys.executable, str(REPO / CONVERT), "--checkpoint_dir", str(source), "--output_dir", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=1200
     )
     assert_user_error(result, "File too large", "model.safetensors")
     assert tree(tmp_path) == []
@@ -335,7 +333,7 @@ def peak_bytes(source: Path, output: Path) -> int:
     command = [sys.executable, "-c", PEAK, str(REPO / CONVERT), "--checkpoint_dir", str(source)]
     command += ["--output_dir", str(output), "--dtype", "bfloat16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=1200)
     return int(result.stdout) * 1024
 
 
@@ -369,37 +367,3 @@ def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path: Path) -> 
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 230e6
     shutil.rmtree(tmp_path / "out")  # pytest would keep it for days
     assert held < largest + 110e6, f"{held / 1e6:.0f} MB, where the largest tensor has {largest / 1e6:.0f} MB"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# soak.py
-
-
-def test_a_short_soak_finds_that_the_same_turns_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "NUM_DIFFERENT", 3)
-    found = soak.soak(6, "cpu", compile_steps=False)
-    assert (found["turns"], found["graphs"], found["changed_texts"]) == (6, {"warm-up": 0, "after": 0}, [])
-    assert 6 * 8 <= found["tokens"] <= 6 * 64
-    assert len(found["memory_bytes"]) == len(found["tokens_per_s"]) == 2
-
-
-def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[bytearray] = []
-    clock = 0.0
-
-    def worse(*_: Any) -> Callable[[int], Iterator[list[int]]]:
-        def turn(i: int) -> Iterator[list[int]]:
-            nonlocal clock
-            clock += 1.0 if i < 15 else 1.2
-            held.append(bytearray(b"x" * 2**23))
-            yield [i if i == 17 else i % 5]
-
-        return turn
-
-    monkeypatch.setattr(soak, "NUM_DIFFERENT", 5)
-    monkeypatch.setattr(soak, "turns", worse)
-    monkeypatch.setattr(soak, "time", SimpleNamespace(perf_counter=lambda: clock))  # a busy machine's own is uneven
-    found = soak.soak(20, "cpu", compile_steps=False)
-    assert found["changed_texts"] == [17]
-    assert found["slowdown"] == pytest.approx(1 / 6)
-    assert [fault.split()[0] for fault in found["faults"]] == ["memory", "the", "1"]

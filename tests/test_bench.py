@@ -1,11 +1,10 @@
-"""The benchmark, run as its user runs it on a tiny config, and what it compares us with."""
+"""bench.run, as its user runs it on a tiny config, and what it compares us with."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +13,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import anatomy, gpt_fast, llama_cpp, peers, products, projection, results, run, soak
+from bench.process import Processes
+from bench.run import main
+from bench.rung import Rung, format_line
+from bench.runner import GREEDY, NUM_STEPS, PROMPT, Runner, make_steps
+from bench.subject import Subject
 from checkpoint import meta_model, random_model
+from config import parse_config
 from engine import generate
 from kernels.cpu import library
 from kernels.layers import AtenInt4
 from linears import Scheme
 from model import ONE_RANK, RopeScaling
-from scripts import anatomy, benchmark, compare, products
-from scripts.benchmark import main
-from scripts.fresh import Fresh
-from scripts.gpt_fast import GptFast, why_no_gpt_fast
-from scripts.measure import GREEDY, NUM_STEPS, PROMPT, Rung, line, median_ms, processor, step_at
 from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
 
@@ -58,6 +59,12 @@ def command(config, *arguments, ranks=1):
     return [sys.executable, *launcher, *script, "--device", "cpu", *map(str, arguments)]
 
 
+def subject(forms=None, **changes):
+    raw = RAW | changes
+    quantized = {name: raw | {"layout": "fused", "quantization": form} for name, form in (forms or {}).items()}
+    return Subject("tiny", raw, torch.bfloat16, {"": raw, **quantized})
+
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -74,7 +81,7 @@ def mistake(capsys, *arguments):
 def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
     options = ["--samples", 1, "--only", "decode", "--quantize", "--speculate_k", 1, "--new_tokens", 8]
     done = subprocess.run(
-        command(config, *options, ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command(config, *options, ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     [path] = config.parent.glob("*_decode-tp2.json")
@@ -99,7 +106,7 @@ def test_an_interrupted_run_keeps_the_groups_it_finished_and_says_where(config):
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     [path] = config.parent.glob("*_decode-start.json")
     assert errors.splitlines()[-1] == f"interrupted; start in {path}"
@@ -116,14 +123,12 @@ def test_steps_interrupted_in_their_first_turn_keep_what_was_measured(tmp_path, 
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "measure_roof", lambda device: {"read_gb_per_s": 1.0})
-    args = Namespace(samples=3, device="cpu", name="steps", output_dir=tmp_path, config=Path("tiny.json"))
-    results = benchmark.Results(args, ONE_RANK, "positions")
-    results.report |= {"rungs": [], "roofs": {}}
+    monkeypatch.setattr(run, "measure_roof", lambda device: {"read_gb_per_s": 1.0})
+    report = run.Report(tmp_path / "steps.json", {"rungs": [], "roofs": {}}, ONE_RANK)
     rungs = [Rung("done", "ms", lambda: 2.0, read_bytes=1e6), Rung("begun", "ms", interrupted)]
     with pytest.raises(KeyboardInterrupt):
-        benchmark.measure_group("positions", rungs, args, results, "cpu")
-    [rung] = json.loads(results.path.read_text())["rungs"]
+        run.measure_group("positions", rungs, 3, report, "cpu")
+    [rung] = json.loads(report.path.read_text())["rungs"]
     assert rung["name"] == "done" and rung["samples"] == [2.0] and rung["share_of_roof"] == pytest.approx(0.5)
 
 
@@ -144,17 +149,12 @@ def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
 # Fresh processes
 
 
-def fresh(tmp_path, **changes):
-    args = Namespace(device="cpu", dtype=None, quantize={})
-    return Fresh(args, RAW | changes, tmp_path)
-
-
 INT4 = {"mode": "int4", "groupsize": 32}
 
 
 def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(products, "MOST_COPIES", 2)
-    rungs = list(products.rungs({"int8": {"mode": "int8"}, "int4-g32": INT4}, RAW, "cpu", torch.bfloat16))
+    rungs = list(products.make_rungs(subject({"int8": {"mode": "int8"}, "int4-g32": INT4}), "cpu"))
     names = [rung.name for rung in rungs]
     norms = ["norm, multiply and sum", "norm folded into the sum"]
     forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
@@ -174,7 +174,7 @@ def test_a_form_with_other_outputs_is_named_and_left_out(capsys, monkeypatch):
     monkeypatch.setattr(
         products, "AtenInt4Linear", lambda codes, scales, zeros, bias: AtenInt4(codes, scales, zeros + 1, bias)
     )
-    names = [rung.name for rung in products.rungs({"int4-g32": INT4}, RAW, "cpu", torch.bfloat16)]
+    names = [rung.name for rung in products.make_rungs(subject({"int4-g32": INT4}), "cpu")]
     assert not [name for name in names if "ATen" in name] and "int4-g32, multiply and sum, 1 row" in names
     assert "left out: int4-g32, ATen: ValueError: its outputs are wrong by" in capsys.readouterr().err
 
@@ -230,7 +230,7 @@ def test_a_step_that_fails_without_a_setting_ends_the_run(config, monkeypatch, c
     def broken(*args, **kwargs):
         raise RuntimeError("no step")
 
-    monkeypatch.setattr(anatomy, "step_at", broken)
+    monkeypatch.setattr(Runner, "step_at", broken)
     with pytest.raises(RuntimeError, match="no step"):
         main(["--config", str(config), "--output_dir", str(config.parent), "--device", "cpu", "--samples", "1",
               "--only", "options", "--quantize"])  # fmt: skip
@@ -246,7 +246,7 @@ def test_the_settings_that_are_tried_are_inductors(device):
 
 def test_without_matplotlib_the_ladder_is_measured_and_not_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    benchmark.draw({"rungs": []}, tmp_path / "ladder.svg")
+    run.draw({"rungs": []}, tmp_path / "ladder.svg")
     assert capsys.readouterr().err == "the ladder is not drawn: pip install matplotlib\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -254,32 +254,32 @@ def test_without_matplotlib_the_ladder_is_measured_and_not_drawn(tmp_path, monke
 def test_what_a_step_is_made_of_is_counted_a_step(capsys):
     """On this device as many products as the block has linears, and the head; the longest is named first."""
     model = random_model(RAW, "cpu", torch.bfloat16)
-    model.setup_caches(1, 192)
-    kernels = anatomy.profiled(step_at(model, decode, 128), "cpu")
+    runner = Runner(model, make_steps("eager", "cpu"), 192)
+    kernels = anatomy.profile_step(runner.step_at(128), "cpu")
     calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
     product = "kernels::bf16_product" if library() else "aten::mm"
     assert calls[product] == 2 * 4 + 1
-    whole = median_ms(step_at(model, decode, 128), "cpu") * 1e3
+    whole = runner.time_step(128) * 1e3
     assert whole / 10 < sum(kernel["us"] for kernel in kernels) < whole * 10  # the profiler takes time too
     assert [kernel["us"] for kernel in kernels] == sorted((kernel["us"] for kernel in kernels), reverse=True)
-    entry = anatomy.Anatomy("step", "ms", lambda: 0.0, samples=[2.0], kernels=kernels).entry({}, [])
+    entry = Rung("step", "ms", lambda: 0.0, samples=[2.0], kernels=kernels).entry({}, [])
     entry["kernels"] = [{"name": "a_kernel", "calls": 32, "us": 500.0}]
-    assert line(entry).splitlines()[1] == "        500.0 us,  25%, in   32 of a_kernel"
+    assert format_line(entry).splitlines()[1] == "        500.0 us,  25%, in   32 of a_kernel"
 
 
 def test_the_peak_of_a_fresh_process_is_its_own(tmp_path):
     large = torch.ones(2**28)  # 1 GiB here, which getrusage would tell the child as its own
-    found = fresh(tmp_path).process("", False, tmp_path)
+    found = Processes(subject(), "cpu", tmp_path).run_process("", "eager", tmp_path)
     assert found["weight_bytes"] < found["peak_bytes"] < large.nbytes
     assert found["decode_s"] > 0 and found["prefill_s"] > 0
 
 
 def test_compile_times_of_all_layers_are_compared_with_those_of_four(tmp_path):
-    rungs = {rung.name: rung.against for rung in fresh(tmp_path, num_hidden_layers=22).compile()}
+    rungs = {rung.name: rung.against for rung in Processes(subject(num_hidden_layers=22), "cpu", tmp_path).compile()}
     assert rungs["cold, decode, 22 layers"] == "cold, decode, 4 layers"
     assert {against for against in rungs.values() if against} <= set(rungs)
     assert len(rungs) == 8
-    assert len(list(fresh(tmp_path).compile())) == 4, "two layers alone"
+    assert len(list(Processes(subject(), "cpu", tmp_path).compile())) == 4, "two layers alone"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,36 +302,43 @@ def greedy(model, num_tokens):
 def gguf_file(model, tmp_path):
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    compare.write_gguf(model, tmp_path / "model.gguf")
+    llama_cpp.write_gguf(model, tmp_path / "model.gguf")
     return tmp_path / "model.gguf"
 
 
 def test_llama_cpp_writes_our_greedy_text_from_the_file_we_make(model, gguf_file):
-    theirs = compare.LlamaCpp(gguf_file, "cpu", 256)
+    theirs = llama_cpp.LlamaCpp(gguf_file, "cpu", 256)
     ours = greedy(model, 40)
-    assert theirs.greedy(PROMPT, 40) == ours
+    ids = [theirs.forward(torch.tensor([PROMPT]))]
+    while len(ids) < 40:
+        ids.append(theirs.step(ids[-1]))
+    assert [token.item() for token in ids] == ours
     assert len(set(ours)) > 10, "a text in which positions matter"
     theirs.close()
 
 
-@pytest.mark.parametrize(("kind", "file_type"), compare.FILE_TYPES.values())
+@pytest.mark.parametrize(("kind", "file_type"), llama_cpp.FILE_TYPES.values())
 def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_path, kind, file_type):
-    compare.quantize_gguf(gguf_file, tmp_path / kind, file_type)
+    llama_cpp.quantize_gguf(gguf_file, tmp_path / kind, file_type)
     assert (tmp_path / kind).stat().st_size < 0.5 * gguf_file.stat().st_size
-    theirs = compare.LlamaCpp(tmp_path / kind, "cpu", 256)
-    assert all(rate > 0 for rate in (theirs.decode(8), theirs.at(100), theirs.prefill(64), theirs.at(100)))
+    theirs = llama_cpp.LlamaCpp(tmp_path / kind, "cpu", 256)
+    assert all(
+        rate > 0 for rate in (theirs.decode(8), theirs.decode_at(100), theirs.prefill(64), theirs.decode_at(100))
+    )
     assert theirs.num_filled == 100 + NUM_STEPS
     theirs.close()
 
 
 def test_transformers_runs_every_measurement_from_the_same_position(model):
-    eager = compare.Transformers(RAW, "cpu", torch.float32)
+    eager = peers.Transformers(peers.make_transformers(replace(subject(), dtype=torch.float32), "cpu"), "cpu")
     randomize_(eager.model, seed=1)
     assert {p.dtype for p in eager.model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in eager.model.parameters()) == sum(p.numel() for p in model.parameters())
-    compiled = compare.CompiledTransformers(eager, 256)
+    compiled = peers.CompiledTransformers(eager.model, "cpu", 256)
     for theirs in (eager, compiled):
-        assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+        assert all(
+            rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
+        )
         assert theirs.num_filled == theirs.cache.get_seq_length() == 100 + NUM_STEPS
     texts = []
     for theirs in (eager, compiled):
@@ -345,10 +352,10 @@ def test_transformers_runs_every_measurement_from_the_same_position(model):
 
 
 def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
-    monkeypatch.setattr(compare, "missing", lambda packages: [])
+    monkeypatch.setattr(llama_cpp, "list_missing", lambda packages: [])
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace())
     scaled = replace(meta_model(RAW).config, rope_scaling=RopeScaling("linear", 2.0))
-    assert compare.why_no_llama_cpp("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
+    assert llama_cpp.find_obstacle("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
 
 
 @pytest.mark.skipif("GPT_FAST" not in os.environ, reason="set GPT_FAST to a checkout of gpt-fast")
@@ -356,9 +363,11 @@ def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
 def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(scheme):
     ours = sys.modules["model"]
     config = meta_model(RAW).config
-    theirs = GptFast(Path(os.environ["GPT_FAST"]), config, scheme, "cpu", torch.float32, 256)
+    theirs = gpt_fast.GptFast(Path(os.environ["GPT_FAST"]), config, scheme, "cpu", torch.float32, 256)
     assert sys.modules["model"] is ours and sys.modules.get("GPTQ", ours) is ours
-    assert all(rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.at(100), theirs.at(100)))
+    assert all(
+        rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
+    )
     assert theirs.num_filled == theirs.at_next.item() == 100 + NUM_STEPS
     if scheme is None:
         randomize_(theirs.model, seed=1)
@@ -381,12 +390,12 @@ def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(sc
     ],
 )  # fmt: skip
 def test_what_gpt_fast_cannot_run_is_said(changes, scheme, device, words):
-    reason = why_no_gpt_fast(replace(meta_model(RAW).config, **changes), scheme, device)
+    reason = gpt_fast.find_obstacle(replace(meta_model(RAW).config, **changes), scheme, device)
     assert words in reason and bool(words) == bool(reason)
 
 
 def test_what_is_not_installed_is_named_by_its_package():
-    assert compare.missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+    assert llama_cpp.list_missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,16 +427,72 @@ def test_a_mistake_is_one_line_and_nothing_is_written(config, capsys, monkeypatc
 
 
 def test_results_that_are_there_are_kept(tmp_path):
-    args = Namespace(device="cpu", name="decode", output_dir=tmp_path, config=Path("tiny.json"))
-    results = benchmark.Results(args, ONE_RANK, "decode")
-    results.write()
-    before = results.path.read_text()
+    path = results.new_path(tmp_path, "decode")
+    results.write(path, {"rungs": []})
+    before = path.read_text()
     with pytest.raises(ValueError, match="exists already; remove it, or choose another --name"):
-        benchmark.Results(args, ONE_RANK, "decode")
-    assert results.path.read_text() == before
+        results.new_path(tmp_path, "decode")
+    assert path.read_text() == before
 
 
 def test_a_processor_without_a_name_is_called_by_its_kind():
-    assert processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
-    assert processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
-    assert processor("")
+    assert results.name_processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
+    assert results.name_processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
+    assert results.name_processor("")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.soak
+
+
+def test_a_short_soak_finds_that_the_same_turns_give_the_same_texts(monkeypatch):
+    monkeypatch.setattr(soak, "NUM_DIFFERENT", 3)
+    found = soak.soak(6, "cpu", "eager")
+    assert (found["turns"], found["graphs"], found["changed_texts"]) == (6, {"warm-up": 0, "after": 0}, [])
+    assert 6 * 8 <= found["tokens"] <= 6 * 64
+    assert len(found["memory_bytes"]) == len(found["tokens_per_s"]) == 2
+
+
+def test_a_soak_sees_what_grows_and_slows_and_changes(monkeypatch):
+    held = []
+    clock = 0.0
+
+    def worse(*_):
+        def turn(i):
+            nonlocal clock
+            clock += 1.0 if i < 15 else 1.2
+            held.append(bytearray(b"x" * 2**23))
+            yield [[i if i == 17 else i % 5]]
+
+        return turn
+
+    monkeypatch.setattr(soak, "NUM_DIFFERENT", 5)
+    monkeypatch.setattr(soak, "make_turns", worse)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(perf_counter=lambda: clock))  # a busy machine's own is uneven
+    found = soak.soak(20, "cpu", "eager")
+    assert found["changed_texts"] == [17]
+    assert found["slowdown"] == pytest.approx(1 / 6)
+    assert [fault.split()[0] for fault in found["faults"]] == ["memory", "the", "1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The projection
+
+
+def test_the_projection_is_the_formula_by_hand():
+    config = parse_config(json.loads((REPO / "configs" / "llama-3.1-70b.json").read_text()))
+    # 70.55e9 weights, the embedding not read; 1,024 positions of 80 layers' keys and values.
+    block_and_head = 70_553_706_496 - 128256 * 8192 - 161 * 8192
+    read = (block_and_head * 2 + 1024 * 80 * 2 * 8 * 128 * 2) / 8
+    figures = projection.project(config, "bfloat16", 8, projection.INPUTS)
+    assert abs(figures["bytes_per_rank_and_token"] - read) <= 1
+    assert figures["tokens_per_s"] == round(1 / (read / (4.3e12 * 0.8) + 163 * 8e-6), 1)
+    assert not projection.project(config, "bfloat16", 1, projection.INPUTS)["fits"]
+
+
+def test_the_readme_and_the_results_hold_what_the_projection_gives(capsys, tmp_path):
+    [kept] = (REPO / "results").glob("*_tp-projection.json")
+    projection.main(["--output_path", str(tmp_path / "projection.json")])
+    assert capsys.readouterr().out in (REPO / "README.md").read_text()
+    found, kept = (json.loads(path.read_text()) for path in (tmp_path / "projection.json", kept))
+    assert {**found, "command": None} == {**kept, "command": None}

@@ -1,49 +1,41 @@
 """The forms that the products of a block can take on a device: which of them a backend repacks to is measured.
 
-benchmark.py measures them, as the group «products»: all linears of one block after another, compiled, on as many copies
+bench.run measures them, as the group «products»: all linears of one block after another, compiled, on as many copies
 as no cache holds.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from bench.rung import Rung, leave_out
+from bench.runner import decode_mode, time_median
+from bench.subject import Subject
 from checkpoint import meta_model
-from kernels import (
-    MAX_REDUCTION_ROWS,
-    AtenInt4Linear,
-    AtenInt8Linear,
-    constant,
-    empty_weight,
-    for_cuda,
-    int4_layer,
-    int8_layer,
-    linear,
-    linear_layer,
-    streamed_linear,
-)
-from model import RMSNorm
-from quantize import (
+from config import quantization_scheme
+from kernels.cpu import empty_weight
+from kernels.inductor import MAX_REDUCTION_ROWS, num_partial_sums, streamed_linear, streamed_product
+from kernels.layers import AtenInt4, AtenInt8
+from kernels.optimize import Stored, cpu_layer, cuda_kernels, gpu_layer
+from linears import (
     Scheme,
+    StoredInt4,
+    StoredInt8,
+    constant,
     dequantize_int4,
     dequantize_int8,
-    linears,
     pack_nibbles,
-    parse_scheme,
+    quantizable_linears,
     quantize_int4,
     quantize_int8,
     unpack_nibbles,
 )
-from scripts.measure import Rung, decode_mode, leave_out, median_ms
+from model import Linear, RMSNorm
 from steps import allow_many_graphs
 
 ROWS = (1, 5)  # of x: a decode step, and what speculation verifies
@@ -89,33 +81,60 @@ class Chain(nn.Module):
         return [layer(x) for layer, x in zip(self.layers, self.inputs, strict=True)]
 
 
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply a row or two by a multiply and a sum, and more by GEMM."""
+    if x.shape[0] > MAX_REDUCTION_ROWS:
+        return F.linear(x, weight)
+    parts = 1 if weight.device.type == "cuda" else num_partial_sums(weight.shape[1])
+    return streamed_product(x, weight, parts).type_as(x)
+
+
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return linear(x, dequantize_int8(codes, scales).to(x.dtype))
+    return multiply(x, dequantize_int8(codes, scales).to(x.dtype))
 
 
 def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     K = x.shape[-1]
-    return linear(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
+    return multiply(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
 
 
-def streamed(x: Tensor, weight: Tensor, scales: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
+def stream(x: Tensor, weight: Tensor, scales: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
     """Multiply as a layer does on a GPU: a row or two with everything in one loop. scales: of a weight in int8."""
     if x.shape[0] <= MAX_REDUCTION_ROWS:
         return streamed_linear(x, weight, None, scales, norm)
     x = x if norm is None else norm(x)
-    return linear(x, weight) if scales is None else multiply_int8(x, weight, scales)
+    return multiply(x, weight) if scales is None else multiply_int8(x, weight, scales)
 
 
 def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
-    """Make the layer of ATen's int4 kernel for CUDA: even columns in a byte's high half, zeros as AtenInt4Linear."""
+    """Make the layer of ATen's int4 kernel for CUDA: even columns in a byte's high half, zeros as AtenInt4."""
     weight = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
     parameters = torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1).contiguous()
     group_size = codes.shape[1] // scales.shape[1]
 
-    def multiply(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
+    def multiply_packed(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm(x, weight, group_size, parameters)
 
-    return Product(multiply, constant(weight), constant(parameters))
+    return Product(multiply_packed, constant(weight), constant(parameters))
+
+
+def own_layer(scheme: Scheme | None, weight: Tensor, *parameters: Tensor) -> nn.Module | None:
+    """Return the layer that a model gets on this device for a weight, or for codes and what they need."""
+    stored: Stored
+    if scheme is None:
+        stored = Linear(1, 1)
+        stored.weight = constant(weight)
+        dtype = weight.dtype
+    elif scheme.group_size is None:
+        stored = StoredInt8(weight.shape)
+        stored.weight, stored.scales = constant(weight), constant(parameters[0])
+        dtype = parameters[0].dtype
+    else:
+        stored = StoredInt4(weight.shape, scheme.group_size)
+        stored.weight = constant(pack_nibbles(weight))
+        stored.scales, stored.zeros = map(constant, parameters)
+        dtype = parameters[0].dtype
+    return gpu_layer(stored, dtype, cuda_kernels()) if weight.device.type == "cuda" else cpu_layer(stored, dtype)
 
 
 def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Form]]:
@@ -124,94 +143,86 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     The first form is a multiply and a sum, which torch.compile fuses into one loop for few rows; «ours» is the kernel
     that a model gets on this device, if there is one.
     """
-    on_cuda = for_cuda(weight.device) is not None  # which also defines the operators of Triton's kernels
+    # Which also defines the operators of Triton's kernels.
+    on_cuda = weight.device.type == "cuda" and cuda_kernels() is not None
+    ours = partial(own_layer, scheme)
     norm = RMSNorm(weight.shape[1], EPS)
     norm.weight = constant(weight.new_ones(weight.shape[1]))
 
     def behind_norm(form: Form, folded: bool) -> Form:
         return lambda *tensors: Normed(layer, norm, folded) if (layer := form(*tensors)) else None
 
-    one_loop = partial(Product, streamed)
+    one_loop = partial(Product, stream)
     norms = {
         "norm, multiply and sum": behind_norm(one_loop, False),
         "norm folded into the sum": behind_norm(one_loop, True),
     }
     if scheme is None:
-        plain: dict[str, Form] = {"multiply and sum": partial(Product, linear), "GEMM": partial(Product, F.linear)}
+        forms: dict[str, Form] = {"multiply and sum": partial(Product, multiply), "GEMM": partial(Product, F.linear)}
         if on_cuda:  # which takes a weight of any kind
             ones = constant(weight.new_ones(len(weight)))
-            plain["int8's kernel"] = lambda weight: Product(torch.ops.kernels.cuda_int8_product, weight, ones)
-        return weight.float(), (weight,), plain | norms | {"ours": partial(linear_layer, bias=None)}
+            forms["int8's kernel"] = lambda weight: Product(torch.ops.kernels.cuda_int8_product, weight, ones)
+        return weight.float(), (weight,), forms | norms | {"ours": ours}
     if scheme.group_size is None:
         codes, scales = quantize_int8(weight)
-        forms: dict[str, Form] = {
-            "multiply and sum": partial(Product, multiply_int8),
-            "ATen": partial(AtenInt8Linear, bias=None),
-            "ours": partial(int8_layer, bias=None),
-            **norms,
-        }
+        forms = {"multiply and sum": partial(Product, multiply_int8), "ATen": partial(AtenInt8, bias=None)}
         if on_cuda:
             forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)
-        return dequantize_int8(codes, scales), (codes, scales.to(weight.dtype)), forms
+        return dequantize_int8(codes, scales), (codes, scales.to(weight.dtype)), forms | norms | {"ours": ours}
     codes, scales, zeros = quantize_int4(weight, scheme.group_size)
-    ours = partial(int4_layer, bias=None, group_size=scheme.group_size)
     forms = {
         "multiply and sum": lambda codes, *rest: Product(multiply_int4, constant(pack_nibbles(codes)), *rest),
-        "ATen": tinygemm if on_cuda else partial(AtenInt4Linear, bias=None),
+        "ATen": tinygemm if on_cuda else partial(AtenInt4, bias=None),
         "ours": ours,
     }
     if on_cuda:
-        forms |= {
-            "norm, ours": behind_norm(ours, folded=False),
-            "norm folded into ours": behind_norm(ours, folded=True),
-        }
+        forms |= {"norm, ours": behind_norm(ours, False), "norm folded into ours": behind_norm(ours, True)}
     meaning = dequantize_int4(codes, scales, zeros, scheme.group_size)
     return meaning, (codes, scales.to(weight.dtype), zeros), forms
 
 
-def rungs(quantize: dict[str, dict[str, Any]], raw: dict[str, Any], device: str, dtype: torch.dtype) -> Iterator[Rung]:
+def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
     """Yield a rung for each form of the weights and number of rows; what fails or is wrong is named and left out."""
-    shapes = [layer.weight.shape for layer in linears(meta_model(raw).layers[0]).values() if layer.weight.ndim == 2]
+    block = quantizable_linears(meta_model(subject.raw).layers[0])
+    shapes = [layer.weight.shape for layer in block.values() if layer.weight.ndim == 2]
     generator = torch.Generator(device).manual_seed(0)
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(subject.dtype)
 
-    weights = [drawn(*shape) for shape in shapes]
-    inputs = [[F.rms_norm(drawn(rows, weight.shape[1]), weight.shape[1:]) for weight in weights] for rows in ROWS]
-    for name, scheme in {"": None, **{name: parse_scheme(each) for name, each in quantize.items()}}.items():
+    weights = [random(*shape) for shape in shapes]
+    inputs = [[F.rms_norm(random(rows, weight.shape[1]), weight.shape[1:]) for weight in weights] for rows in ROWS]
+    for name, raw in subject.forms.items():
+        scheme = quantization_scheme(raw)
         meanings, tensors, forms = zip(*(forms_of(weight, scheme) for weight in weights), strict=True)
+        first = ", ".join(filter(None, [name, next(iter(forms[0]))]))
         for form in forms[0]:
             title = ", ".join(filter(None, [name, form]))
             try:
-                layers = block(form, forms, tensors)
+                layers = make_layers(form, forms, tensors)
                 num_bytes = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
                 copies = min(MOST_COPIES, math.ceil(BYTES[torch.device(device).type] / num_bytes))
                 for _ in range(copies - 1):
-                    layers += block(form, forms, tensors)
-                runs = [chain(layers, of_rows, meanings, device) for of_rows in inputs]
+                    layers += make_layers(form, forms, tensors)
+                chains = [compile_chain(layers, row_inputs, meanings, device) for row_inputs in inputs]
             except (NotImplementedError, RuntimeError, ValueError) as error:
                 leave_out(title, error)
                 continue
-            for rows, run in zip(ROWS, runs, strict=True):
-                of_rows = f"{rows} row{'s' * (rows > 1)}"
-                first = ", ".join(filter(None, [name, next(iter(forms[0])), of_rows]))
-                measure = partial(block_ms, run, device, copies)
-                yield Rung(
-                    f"{title}, {of_rows}", "ms", measure, name, read_bytes=num_bytes,
-                    against=first if form != next(iter(forms[0])) else "",
-                )  # fmt: skip
+            for rows, chain in zip(ROWS, chains, strict=True):
+                label, measure = f"{rows} row{'s' * (rows > 1)}", partial(block_ms, chain, device, copies)
+                against = f"{first}, {label}" if title != first else ""
+                yield Rung(f"{title}, {label}", "ms", measure, name, read_bytes=num_bytes, against=against)
 
 
-def block(form: str, forms: tuple[dict[str, Form], ...], tensors: tuple[tuple[Tensor, ...], ...]) -> list[nn.Module]:
+def make_layers(form: str, forms: tuple[dict[str, Form], ...], tensors: tuple[tuple[Tensor, ...], ...]) -> Any:
     """Make the layers of a block in a form, in memory of their own. Raises ValueError where one has no such form."""
     layers = []
-    for of_layer, held in zip(forms, tensors, strict=True):
-        N, K = held[0].shape
+    for layer_forms, parts in zip(forms, tensors, strict=True):
+        N, K = parts[0].shape
         if form == "ATen" and (N % 16 or K % 32):
             raise ValueError(f"ATen's kernels crash on sizes like {N} x {K}")
-        copied = [constant(empty_weight(each.shape, each.dtype, each.device).copy_(each)) for each in held]
-        layer = of_layer[form](*copied)
+        copies = [constant(empty_weight(part.shape, part.dtype, part.device).copy_(part)) for part in parts]
+        layer = layer_forms[form](*copies)
         if layer is None:
             raise ValueError(f"no kernel takes {N} x {K} here")
         layers.append(layer)
@@ -219,13 +230,15 @@ def block(form: str, forms: tuple[dict[str, Form], ...], tensors: tuple[tuple[Te
 
 
 @torch.inference_mode()
-def chain(layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor, ...], device: str) -> Any:
+def compile_chain(
+    layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor, ...], device: str
+) -> Callable[[], Any]:
     """Compile blocks of layers, each block for the same inputs. Raises ValueError where the first block's are wrong."""
-    mode = decode_mode(device)
-    options: dict[str, Any] = {"triton.cudagraphs": mode is not None, "coordinate_descent_tuning": mode is not None}
-    blocks = Chain(layers, inputs * (len(layers) // len(inputs)))
+    on_gpu = decode_mode(device) is not None
+    chain = Chain(layers, inputs * (len(layers) // len(inputs)))
     allow_many_graphs()
-    run = torch.compile(blocks, fullgraph=True, dynamic=False, options=options)
+    options: dict[str, Any] = {"triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu}
+    run = torch.compile(chain, fullgraph=True, dynamic=False, options=options)
     for y, x, meaning in zip(run(), inputs, meanings, strict=False):
         expected = x.float() @ meaning.T
         wrong = ((y.float() - expected).abs().max() / expected.abs().max()).item()
@@ -236,4 +249,4 @@ def chain(layers: list[nn.Module], inputs: list[Tensor], meanings: tuple[Tensor,
 
 @torch.inference_mode()
 def block_ms(run: Callable[[], Any], device: str, copies: int) -> float:
-    return median_ms(run, device) / copies
+    return time_median(run, device) / copies

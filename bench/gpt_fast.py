@@ -1,4 +1,4 @@
-"""gpt-fast beside us, for benchmark.py --compare: the model and the quantized linears of a checkout, random weights.
+"""gpt-fast beside us, for bench.run --compare: the model and the quantized linears of a checkout, random weights.
 
 A step of decoding is compiled as its generate.py does it, and its token is the likeliest, as everyone's is.
 """
@@ -9,29 +9,17 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from bench.runner import Peer, decode_mode
+from linears import Scheme
 from model import ModelConfig
-from quantize import Scheme
-from scripts.measure import Forwards, decode_mode
 
 FILES = ("tokenizer", "model", "quantize")  # of the checkout, which are called as ours are
-
-
-def load(folder: Path, name: str) -> ModuleType:
-    """Import a file of the checkout under a name of its own, which torch.compile looks its functions up by."""
-    spec = importlib.util.spec_from_file_location(f"gpt_fast_{name}", folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager
@@ -41,8 +29,10 @@ def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
     # Its quantize.py goes on without this one, which would bring in its generate.py, and settings of inductor with it.
     sys.modules["GPTQ"] = None  # type: ignore[assignment]
     try:
-        for name in FILES:
-            sys.modules[name] = load(folder, name)
+        for name in FILES:  # under a name of its own too, by which torch.compile looks functions up
+            spec: Any = importlib.util.spec_from_file_location(f"gpt_fast_{name}", folder / f"{name}.py")
+            sys.modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
         yield sys.modules["model"], sys.modules["quantize"]
     finally:
         for name in (*FILES, "GPTQ"):
@@ -50,11 +40,11 @@ def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
         sys.modules.update(ours)
 
 
-def why_no_gpt_fast(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
+def find_obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
     """Return what gpt-fast lacks for a model, "" where it runs it."""
     unknown = ("attention_bias", "qkv_bias", "qk_norm", "mlp_bias", "sliding_window", "num_local_experts")
-    if found := [name for name in unknown if getattr(config, name)]:
-        return f"it has no {found[0]}"
+    if missing := [name for name in unknown if getattr(config, name)]:
+        return f"it has no {missing[0]}"
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         return f"it takes heads of {config.hidden_size // config.num_attention_heads} channels, not {config.head_dim}"
     if config.rope_scaling is not None and config.rope_scaling.rope_type != "llama3":
@@ -63,13 +53,13 @@ def why_no_gpt_fast(config: ModelConfig, scheme: Scheme | None, device: str) -> 
     return "its int4 is for GPUs alone" if on_cpu else ""
 
 
-class GptFast(Forwards):
+class GptFast(Peer):
     """scheme: int8 or int4, None for none; length: of the caches."""
 
     def __init__(
         self, folder: Path, config: ModelConfig, scheme: Scheme | None, device: str, dtype: torch.dtype, length: int
     ):
-        self.device, self.num_filled = device, 0
+        super().__init__(device)
         scaling = config.rope_scaling
         with checkout(folder) as (theirs, linears), torch.device("meta"):
             self.model: Any = theirs.Transformer(theirs.ModelArgs(
@@ -78,10 +68,10 @@ class GptFast(Forwards):
                 intermediate_size=config.intermediate_size, rope_base=config.rope_theta, norm_eps=config.rms_norm_eps,
                 rope_scaling=None if scaling is None else vars(scaling),
             ))  # fmt: skip
-            if scheme is not None and scheme.group_size is None:
-                linears.WeightOnlyInt8QuantHandler(self.model).convert_for_runtime()
-            elif scheme is not None:
-                linears.WeightOnlyInt4QuantHandler(self.model, scheme.group_size).convert_for_runtime()
+            if scheme is not None:
+                int8, int4 = linears.WeightOnlyInt8QuantHandler, linears.WeightOnlyInt4QuantHandler
+                handler = int4(self.model, scheme.group_size) if scheme.group_size else int8(self.model)
+                handler.convert_for_runtime()
         self.model.to(dtype).to_empty(device=device).eval()
         for tensor in chain(self.model.parameters(), self.model.buffers()):
             if tensor.is_floating_point():

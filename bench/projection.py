@@ -1,28 +1,26 @@
 """Compute, not measure, how fast tensor parallelism could decode on several GPUs, from bytes and latencies.
 
-    python scripts/project_tp.py --output_path results/tp.json
+    python -m bench.projection --output_path results/tp.json
 
 A token takes (bytes that a rank reads) / (bandwidth x share of it reached) + (number of meetings) x (latency of one).
 """
 
-import sys
-from pathlib import Path
+import signal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from checkpoint import parse_config
-from cli import ArgumentParser, user_errors, write_whole
+from bench import results
+from cli.arguments import ArgumentParser
+from cli.errors import user_errors
+from config import parse_config
 from model import ModelConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 INPUTS = {
     "bandwidth_bytes_per_s": 4.3e12,  # assumed, of a copy on an H200, bytes read and written: 90 % of the rated 4.8
     "share_of_bandwidth": 0.8,  # assumed
@@ -54,7 +52,6 @@ def project(config: ModelConfig, mode: str, num_gpus: int, inputs: dict[str, flo
     table = config.vocab_size * E / num_gpus
     read = per_rank * weight_bytes + table * head_bytes
     read += inputs["text_tokens"] * layers * 2 * K * D * 2 / shared_kv
-    held = read + 2 * table
     # Two sums a layer, that of the embedding, the gather of the head, the broadcast of the ids.
     meetings = 0 if num_gpus == 1 else 2 * layers + 3
     within = num_gpus <= inputs["gpus_per_node"]
@@ -63,52 +60,46 @@ def project(config: ModelConfig, mode: str, num_gpus: int, inputs: dict[str, flo
     return {
         "gpus": num_gpus,
         "bytes_per_rank_and_token": int(read),
-        "fits": held < 0.95 * inputs["memory_bytes"],
+        "fits": read + 2 * table < 0.95 * inputs["memory_bytes"],
         "reading_ms": round(reading_s * 1e3, 3),
         "meeting_ms": round(meeting_s * 1e3, 3),
         "tokens_per_s": round(1 / (reading_s + meeting_s), 1),
     }
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def format_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the projection in Markdown; «–» where the weights do not fit."""
-    lines = [
-        "| | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS) + " |",
-        "|---" * (len(NUM_GPUS) + 1) + "|",
-    ]
-    for name, row in rows.items():
-        cells = [f"{each['tokens_per_s']:.0f}" if each["fits"] else "–" for each in row]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [["", *(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS)]]
+    cells += [[name, *(f"{p['tokens_per_s']:.0f}" if p["fits"] else "–" for p in row)] for name, row in rows.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(cells[0]) + "|", *lines[1:]])
 
 
 def run(args: argparse.Namespace) -> None:
-    configs = {name: parse_config(json.loads((ROOT / "configs" / f"{name}.json").read_text())) for name in args.models}
+    folder = results.ROOT / "configs"
+    configs = {name: parse_config(json.loads((folder / f"{name}.json").read_text())) for name in args.models}
     rows = {
         f"{name} {mode}": [project(config, mode, n, INPUTS) for n in NUM_GPUS]
         for name, config in configs.items()
         for mode in MODES
     }
-    print(table(rows))
+    print(format_table(rows))
     if args.output_path:
-        found = {
+        report: dict[str, Any] = {
             "what": "computed, not measured",
-            "command": "python scripts/project_tp.py --output_path " + str(args.output_path),
+            "command": results.name_command("projection"),
             "formula": FORMULA,
-            "inputs": INPUTS,
-            "bytes_per_weight": MODES,
-            "projection": rows,
         }
-        write_whole(args.output_path, json.dumps(found, indent=1) + "\n")
+        report |= {"inputs": INPUTS, "bytes_per_weight": MODES, "projection": rows}
+        results.write(args.output_path, report)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["llama-3.1-70b", "llama-3.1-405b"], help="files of configs/")
     parser.add_argument("--output_path", type=Path, metavar="FILE", help="write formula, inputs and figures as JSON")
-    args = parser.parse_args(argv)
     with user_errors():
-        run(args)
+        run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""scripts/gpu.sh without a GPU: what it does where steps fail or the time is over."""
+"""bench/gpu.sh without a GPU: what it does where steps fail or the time is over."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def start(tmp_path, limit, device="cpu"):
 
 def script(tmp_path, limit):
     process = start(tmp_path, limit)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
@@ -45,7 +45,7 @@ def test_what_the_time_does_not_allow_is_named(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_ends_before_it_measures(tmp_path):
     process = start(tmp_path, 120, "cuda")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert errors.splitlines()[1:] == ["error: torch finds no GPU here; nothing was measured"]
 
@@ -55,6 +55,6 @@ def test_ctrl_c_ends_the_step_and_those_that_would_follow(tmp_path):
     assert process.stderr is not None
     assert "packages" in process.stderr.readline()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "==" not in errors and "not done" not in errors

@@ -1,0 +1,153 @@
+"""Count the kernels that a step launches on a GPU, in the code that inductor writes for one, without a GPU.
+
+    python -m bench.launches --config configs/llama-2-7b.json
+
+inductor is told that the CPU is an H100, and the model that it is on CUDA: nothing is run, and of a model two layers
+are made. For every form of the weights, of a decode step and of the forward that verifies drafts: which kernels a layer
+launches, and how many there are besides. Few of them read weights, and each takes its microseconds. The table goes to
+results/<date>_<config>-<options>-launches.json.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.utils import fresh_cache
+
+from bench import results
+from bench.anatomy import OPTIONS
+from bench.footprint import Driver
+from bench.runner import GREEDY
+from bench.subject import add_options, read_subject
+from checkpoint import meta_model, random_model
+from cli.arguments import ArgumentParser, need_triton
+from cli.errors import user_errors
+from kernels.optimize import optimize_
+from model import Transformer
+from speculate import verify
+from steps import compiled, decode
+
+H100 = DeviceProperties(
+    type="cuda", index=0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
+)  # fmt: skip
+NUM_LAYERS, NUM_SLOTS, NUM_DRAFTS = 2, 2048, 4
+KINDS = {"poi": "pointwise", "red": "reduction", "per": "reduction"}  # others by inductor's word for them
+# What our operators launch.
+LAUNCHED = {
+    "cuda_attention": ["attend_split", "combine_splits"],
+    "cuda_int4_product": ["int4_product"],
+    "cuda_int8_product": ["int8_product"],
+}
+
+
+def pretend() -> list[str]:
+    """Let what follows in this process be compiled for a GPU; return the list that inductor's code is put in."""
+    import triton
+
+    import kernels.cuda  # noqa: F401  # which defines the operators
+
+    # That nothing can be run, here and in the processes that inductor starts.
+    os.environ["PYTHONWARNINGS"] = "ignore:Could not find an active CPU backend"
+    warnings.filterwarnings("ignore", "Could not find an active CPU backend")
+    codes: list[str] = []
+    GraphLowering.save_output_code = staticmethod(codes.append)
+    DeviceProperties.create = classmethod(lambda cls, device: H100)  # type: ignore[assignment]
+    triton.runtime.driver.set_active(Driver(90))
+    config.cpu_backend = "triton"
+    ir.is_cpu = lambda x: False  # which it asks before it computes something twice
+    # On CUDA an input that begins at a multiple of 16 bytes is taken to do so always, and is loaded 16 bytes wide.
+    torch._inductor.graph.should_assume_input_aligned = torch._inductor.utils.tensor_is_aligned  # type: ignore[assignment]
+    return codes
+
+
+def list_launches(code: str) -> tuple[list[list[str]], list[str]]:
+    """Return what each layer launches, and what is launched besides, in the order of the code."""
+    bodies = dict(re.findall(r"^(?:    )?def (\w*subgraph\w*|call)\(.*?\n(.*?)(?=^\S|^    def |\Z)", code, re.M | re.S))
+    names: dict[str, list[str]] = {function: [] for function in bodies}
+    for function, body in bodies.items():
+        for line in body.splitlines():
+            if match := re.match(r"\s*(?:triton_)?([a-z]+)_\w+\.run\(.*?((?:, \d+)*), stream", line):
+                sizes = " x ".join(match[2].split(", ")[1:])
+                names[function].append(f"{KINDS.get(match[1], match[1])} {sizes}".strip())
+            elif match := re.match(r"\s*(?:\w+ = )?(?:torch\.ops\.\w+|aten|extern_kernels)\.(\w+)[\w.]*\(", line):
+                names[function] += LAUNCHED.get(match[1], [match[1]])
+    layers = [names[function] for function in re.findall(r"(\w*subgraph\w*)\(\w*args\w*\)", bodies["call"])]
+    return layers, names["call"]
+
+
+@torch.inference_mode()
+def write_steps(model: Transformer, codes: list[str], settings: dict[str, Any]) -> dict[str, str]:
+    """Return the code that inductor writes for each step; settings: of inductor, to be tried."""
+    model.setup_caches(1, NUM_SLOTS)
+    one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
+    drafted, slots = torch.zeros(1, NUM_DRAFTS, dtype=torch.long), torch.arange(NUM_SLOTS)
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "decode": (decode, (one, one, slots, GREEDY, None)),
+        f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
+    }
+    sources = {}
+    with fresh_cache():  # in which there is no code yet
+        for name, (step, args) in calls.items():
+            codes.clear()
+            try:
+                compiled(step, "reduce-overhead", settings)(model, *args)
+            except RuntimeError:  # once the code is written, there is no GPU to load it
+                if not codes:
+                    raise
+            [sources[name]] = codes
+    return sources
+
+
+def run(args: argparse.Namespace) -> None:
+    need_triton("bench.launches")
+    subject = read_subject(args)
+    num_layers = max(meta_model(form).config.num_hidden_layers for form in subject.forms.values())
+    what = "-".join([subject.name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
+    path = results.new_path(args.output_dir, what)
+    codes = pretend()
+    settings = {name: value for option in args.options for name, value in OPTIONS["cuda"][option].items()}
+    entries = []
+    for weights, form in subject.forms.items():
+        model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
+        optimize_(model, "cuda")
+        for step, code in write_steps(model, codes, settings).items():
+            layers, besides = list_launches(code)
+            if layers != layers[:1] * NUM_LAYERS:
+                raise RuntimeError(f"the layers of a {step} step launch different kernels")
+            total = num_layers * len(layers[0]) + len(besides)
+            title = f"{weights or 'plain weights'}, {step}"
+            print(f"{title}: {len(layers[0])} a layer, {len(besides)} besides, {total} a step")
+            print("".join(f"    {kernel}\n" for kernel in layers[0]), end="", flush=True)
+            entry = {"weights": weights or "plain", "step": step, "launches": total}
+            entries.append(entry | {"a_layer": layers[0], "besides": besides})
+    report = {"config": subject.name, "dtype": subject.dtype_name, "num_layers": num_layers, "options": args.options}
+    results.write(path, {**results.make_header("launches"), **report, "steps": entries})
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS["cuda"], default=[], metavar="OPTION",
+                        help=f"settings of inductor: any of «{'», «'.join(OPTIONS['cuda'])}» (none)")  # fmt: skip
+    results.add_output_dir(parser)
+    with user_errors():
+        run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

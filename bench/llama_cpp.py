@@ -1,0 +1,153 @@
+"""llama.cpp beside us, for bench.run --compare: our model as a GGUF file, and the C functions of llama-cpp-python."""
+
+import ctypes
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.runner import Peer
+from checkpoint import hub_names, part_rows
+from model import ModelConfig, Transformer
+
+# Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
+FILE_TYPES = {"int8": ("Q8_0", 7), "int4-g32": ("Q4_0", 2)}
+GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+
+
+def list_missing(packages: dict[str, str]) -> list[str]:
+    """Return the pip names of those modules that are not installed."""
+    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+
+
+def load_api() -> Any:
+    import llama_cpp
+
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p())
+    return llama_cpp
+
+
+def find_obstacle(device: str, config: ModelConfig) -> str:
+    """Return what llama.cpp lacks to be compared, "" where it is there."""
+    if packages_needed := list_missing({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}):
+        return f"pip install {' '.join(packages_needed)}"
+    if device.startswith("cuda") and not load_api().llama_supports_gpu_offload():
+        return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
+    special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
+    needed = [f"{name} {value}" for name in special if (value := getattr(config, name))]
+    return f"its file would need {needed[0]}" if needed else ""
+
+
+class LlamaCpp(Peer):
+    """llama.cpp on a GGUF file."""
+
+    def __init__(self, path: Path, device: str, length: int):
+        super().__init__("cpu")  # the logits are read on the host: nothing is left to wait for
+        self.api = load_api()
+        options = self.api.llama_model_default_params()
+        options.n_gpu_layers = -1 if device.startswith("cuda") else 0
+        self.model = self.api.llama_model_load_from_file(str(path).encode(), options)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        context = self.api.llama_context_default_params()
+        context.n_ctx = context.n_batch = length
+        context.n_threads = context.n_threads_batch = torch.get_num_threads()
+        self.context = self.api.llama_init_from_model(self.model, context)
+        self.vocab_size = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        tokens = (ctypes.c_int32 * ids.shape[1])(*ids[0].tolist())
+        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama_decode gave {status}")
+        self.num_filled += len(tokens)
+        logits = self.api.llama_get_logits_ith(self.context, -1)
+        return torch.tensor([[np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()]])
+
+    def keep(self, length: int) -> None:
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, length, -1)
+        self.num_filled = min(self.num_filled, length)
+
+    def close(self) -> None:
+        self.api.llama_free(self.context)
+        self.api.llama_model_free(self.model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model as a GGUF file
+
+
+def interleave_heads(weight: Tensor, num_heads: int) -> Tensor:
+    """Order the rows of q or k [heads * D, E] as llama.cpp's rope takes them: pairs beside each other.
+
+    Ours turns channel i with i + D/2, the Hub's way.
+    """
+    return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors by llama.cpp's names, which gguf knows from the Hub's."""
+    import gguf
+
+    config = model.config
+    num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # a tied head is named once
+        parts = weight.detach().cpu().split(part_rows(name, config, len(weight)))
+        for hub_name, part in zip(hub_names(name, config), parts, strict=True):
+            layer = hub_name.split(".")[-2]
+            part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part
+            yield names.get_name(hub_name, (".weight",)), part
+
+
+def write_gguf(model: Transformer, path: Path) -> None:
+    """Write a model that is not quantized, of a config in which `find_obstacle` sees none; it gets no vocabulary."""
+    import gguf
+
+    config = model.config
+    need, free = model.weight_bytes * 2, shutil.disk_usage(path.parent).free  # it and its two quantized forms
+    if free < need:
+        raise ValueError(
+            f"llama.cpp's files need {need / 1e9:.1f} GB in {path.parent} and {free / 1e9:.1f} are free; set TMPDIR"
+        )
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "rope_dimension_count": config.head_dim,
+        "rope_freq_base": config.rope_theta,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "no_vocab",
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    kind = gguf.GGMLQuantizationType[GGUF_NAMES[model.embed_tokens.weight.dtype]]
+    for name, tensor in gguf_tensors(model):
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor.float().numpy())
+        else:  # as bytes: numpy has no bf16
+            writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def quantize_gguf(source: Path, path: Path, file_type: int) -> None:
+    """Have llama.cpp quantize a file by its own recipe, which keeps the output head of 4-bit ones at 6 bits."""
+    api = load_api()
+    options = api.llama_model_quantize_default_params()
+    options.ftype, options.nthread = file_type, torch.get_num_threads()
+    if api.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp cannot quantize {source}")

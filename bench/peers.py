@@ -1,0 +1,139 @@
+"""What stands beside us in a comparison: transformers, llama.cpp and gpt-fast, on the same shapes, threads and device.
+
+bench.run --compare measures it. None of them is required. Each is called a forward a token, so that no sampler or text
+is timed; the argmax over the logits is, everywhere. transformers runs eager with its default cache, and compiled with a
+static one, llama.cpp its `llama_decode`, gpt-fast, of which a checkout has to be given, its compiled model.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import gpt_fast, llama_cpp
+from bench.ladder import Ladder
+from bench.rung import Rung, can_run
+from bench.runner import Peer, Runner, decode_mode
+from bench.subject import Subject
+from config import quantization_scheme
+
+POSITION, PREFILL = 1900, 512
+
+
+class Transformers(Peer):
+    """transformers' model with random weights in the subject's shapes, eager, with its default cache."""
+
+    def __init__(self, model: Any, device: str):
+        super().__init__(device)
+        self.model = model
+        self.cache: Any = None
+
+    def likeliest(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        self.num_filled += ids.shape[1]
+        return self.likeliest(ids)
+
+    def keep(self, length: int) -> None:
+        if length == 0:
+            self.cache = None
+        elif too_many := self.num_filled - length:
+            self.cache.crop(-too_many)
+        self.num_filled = length
+
+
+class CompiledTransformers(Transformers):
+    """The same with a static cache of `length`, a step of one token compiled."""
+
+    def __init__(self, model: Any, device: str, length: int):
+        from transformers import StaticCache
+
+        super().__init__(model, device)
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.compiled = torch.compile(self.likeliest, mode=decode_mode(device), dynamic=False)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        self.num_filled += 1
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(ids).clone()
+
+    def keep(self, length: int) -> None:
+        self.num_filled = length
+        for layer in self.cache.layers:  # what is behind it is masked, and written before it is seen
+            layer.cumulative_length.fill_(length)
+
+
+def make_transformers(subject: Subject, device: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**subject.raw), dtype=subject.dtype).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rungs
+
+
+def make_contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
+    """Yield everyone's name, the form of the weights and who runs it; ours of each form comes first."""
+    subject, device = ladder.subject, ladder.device
+    config, dtype = ladder.models[""].config, subject.dtype_name
+    length = 64 * (2 + max(ladder.new_tokens, POSITION, PREFILL) // 64)
+    for weights in (w for w in subject.forms if w in ("", *llama_cpp.FILE_TYPES)):
+        yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not compared: pip install transformers", file=sys.stderr)
+    else:
+        model = make_transformers(subject, device)
+        yield f"transformers, {dtype}", "", Transformers(model, device)
+        yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
+    for weights, form in subject.forms.items():
+        scheme = quantization_scheme(form)
+        if gpt_fast_checkout and (reason := gpt_fast.find_obstacle(config, scheme, device)):
+            print(f"gpt-fast, {weights or dtype} is not compared: {reason}", file=sys.stderr)
+        elif gpt_fast_checkout:
+            runner = gpt_fast.GptFast(gpt_fast_checkout, config, scheme, device, subject.dtype, length)
+            yield f"gpt-fast, {weights or dtype}", weights, runner
+    if reason := llama_cpp.find_obstacle(device, config):
+        print(f"llama.cpp is not compared: {reason}", file=sys.stderr)
+        return
+    plain = folder / "plain.gguf"
+    llama_cpp.write_gguf(ladder.models[""], plain)
+    yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
+    for weights, (kind, file_type) in llama_cpp.FILE_TYPES.items():
+        if weights in subject.forms:
+            llama_cpp.quantize_gguf(plain, folder / f"{kind}.gguf", file_type)
+            yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(folder / f"{kind}.gguf", device, length)
+
+
+def make_rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[Rung]:
+    everyone = [
+        (name, weights, contender)
+        for name, weights, contender in make_contenders(ladder, folder, gpt_fast_checkout)
+        if isinstance(contender, Runner) or can_run(name, partial(contender.decode, 2))
+    ]
+    # Those of one form of the weights follow each other, before the machine's speed has changed much: ours, to which
+    # the ratios are, then llama.cpp, and then those that take longest.
+    forms = list(dict.fromkeys(weights for _, weights, _ in everyone))
+    everyone.sort(key=lambda one: (forms.index(one[1]), not one[0].startswith(("ours", "llama.cpp"))))
+    for method, label, size in (
+        ("decode", "decode", ladder.new_tokens),
+        ("decode_at", f"decode at {POSITION}", POSITION),
+        ("prefill", f"prefill of {PREFILL}", PREFILL),
+    ):
+        first: dict[str, str] = {}  # ours, by the form of the weights
+        for name, weights, contender in everyone:
+            title = f"{name}, {label}"
+            against = first.setdefault(weights, title)
+            run = partial(getattr(contender, method), size)
+            yield Rung(title, "tok/s", run, weights, against=against if against != title else "")

@@ -1,0 +1,211 @@
+"""How decoding is timed: `Runner` does it with our model, its caches and its steps, `Peer` with another project's."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import generate
+from model import Transformer
+from speculate import Speculation, draft, draft_and_verify, verify
+from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
+
+GREEDY = Sampling(temperature=0)
+PROMPT = [1, 2, 3, 4, 5, 6]
+NUM_STEPS = 30  # of a sample at a position, when others are compared
+
+
+def time_call(run: Callable[[], Any], device: str) -> float:
+    """Time a call; on a GPU from when it has nothing else to do until it is done."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def time_median(run: Callable[[], Any], device: str, count: int = 10) -> float:
+    """Return the median milliseconds of `count` calls, after one that warms up.
+
+    On a GPU, of three runs of `count` calls, between which it is not waited for: as when text is generated.
+    """
+    calls, runs = (count, 3) if device.startswith("cuda") else (1, count)
+
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    several()
+    return statistics.median(time_call(several, device) / calls for _ in range(runs)) * 1e3
+
+
+def decode_mode(device: str) -> str | None:
+    return "reduce-overhead" if device.startswith("cuda") else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    prefill: Callable[..., Any]
+    decode: Callable[..., Any]
+    verify: Callable[..., Any]
+    draft: Callable[..., Any]
+    draft_and_verify: Callable[..., Any]
+
+
+@functools.cache
+def make_steps(mode: str, device: str) -> Steps:
+    """Return the steps, eager or compiled; all models of a process share their graphs."""
+    if mode == "eager":
+        return Steps(prefill, decode, verify, draft, draft_and_verify)
+    replay = decode_mode(device)
+    return Steps(compiled(prefill), *(compiled(step, replay) for step in (decode, verify, draft, draft_and_verify)))
+
+
+@dataclass
+class Runner:
+    """A model, its steps, and caches of `length` for `num_rows`, which it gets when it is run."""
+
+    model: Transformer
+    steps: Steps
+    length: int
+    num_rows: int = 1
+
+    def __post_init__(self) -> None:
+        self.device = str(self.model.device)
+
+    def prepare(self) -> None:
+        """Set up the caches, where another runner of the model has left others, and let the ranks begin together."""
+        cache = self.model.layers[0].self_attn.cache
+        if cache is None or self.model.max_seq_length != self.length or cache.k.shape[0] != self.num_rows:
+            self.model.setup_caches(self.num_rows, self.length)
+        self.model.ranks.all_reduce(torch.ones(1, device=self.device))
+
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, sampling: Sampling = GREEDY, **options: Any
+    ) -> Iterator[list[list[int]]]:
+        self.prepare()
+        steps: dict[str, Any] = {"prefill": self.steps.prefill, "decode": self.steps.decode}
+        return generate(self.model, prompts, num_tokens, sampling, **steps | options)
+
+    def speculation(self, draft_model: Transformer | None, **options: Any) -> Speculation:
+        steps = self.steps
+        return Speculation(
+            draft_model, draft_and_verify=steps.draft_and_verify, verify=steps.verify, prefill=steps.prefill, **options
+        )
+
+    def decode(self, num_tokens: int) -> float:
+        """Return tokens a second, of all rows together, of plain greedy decoding after a prompt of 6 tokens."""
+        prompts = [PROMPT] * self.num_rows
+        # The prompt is not timed, and need not be compiled.
+        arrivals = [time.perf_counter() for _ in self.generate(prompts, num_tokens, prefill=prefill)]
+        return self.num_rows * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+
+    def prefill(self, length: int) -> float:
+        """Return prompt tokens a second until the first new token is known."""
+        prompt = [i % self.model.config.vocab_size for i in range(length)]
+        new_ids = self.generate([prompt], 1)
+        return length / time_call(lambda: list(new_ids), "cpu")
+
+    def decode_at(self, position: int) -> float:
+        """Return tokens a second of steps that all stand at one position."""
+        step = self.step_at(position)
+        step()
+        return NUM_STEPS / time_call(lambda: [step() for _ in range(NUM_STEPS)], self.device)
+
+    def time_step(self, position: int, count: int = 10) -> float:
+        return time_median(self.step_at(position), self.device, count)
+
+    def time_verify(self, end: int, k: int) -> float:
+        """Return the milliseconds of one forward over the last token of a text and k drafts, accepting included."""
+        return time_median(self.verify_at(end, torch.ones(1, k, dtype=torch.long, device=self.device)), self.device)
+
+    def step_at(self, position: int) -> Callable[[], Any]:
+        """Return a decode step at a position to call, whatever the cache holds before it."""
+        self.prepare()
+        with torch.inference_mode():
+            tokens, at = (torch.tensor([n], device=self.device) for n in (1, position))
+            slots = self.slots(position + 1)
+        return torch.inference_mode()(lambda: self.steps.decode(self.model, tokens, at, slots, GREEDY, None))
+
+    def verify_at(self, end: int, drafted: Tensor) -> Callable[[], Any]:
+        """Return the verifying of drafts [1, k] behind a text that ends at `end` to call."""
+        self.prepare()
+        with torch.inference_mode():
+            text = self.last_two(end, drafted.shape[1])
+        return torch.inference_mode()(lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
+
+    def last_two(self, end: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last two ids of a text and their positions, [1, 2] each, and the slots that k drafts need."""
+        tokens, at = torch.tensor([[1, 1]], device=self.device), torch.tensor([[end - 2, end - 1]], device=self.device)
+        return tokens, at, self.slots(end + k)
+
+    def slots(self, length: int) -> Tensor:
+        return visible_slots(torch.arange(self.length, device=self.device), length)
+
+    def count_step_bytes(self, position: int) -> int:
+        """Return the bytes that a step at a position reads, of this rank: weights, keys and values."""
+        model, length = self.model, position + 1
+        slots = len(visible_slots(torch.arange(length + SLOTS_STEP), length))
+        per_slot = 2 * model.layers[0].self_attn.num_local_kv_heads * model.config.head_dim
+        kv_bytes = slots * model.config.num_hidden_layers * per_slot * model.embed_tokens.weight.itemsize
+        return model.step_weight_bytes + kv_bytes
+
+    def count_prefill_flops(self, length: int) -> float:
+        """Return the operations a token of a prompt, of this rank: of the blocks and of causal attention."""
+        config = self.model.config
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        weights = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+        return config.num_hidden_layers * (2 * weights + 2 * q_size * length) / self.model.ranks.count
+
+
+class Peer:
+    """One that is called a forward a token: ids [1, S] in, the likeliest next one out, [1, 1]."""
+
+    def __init__(self, device: str):
+        self.device, self.num_filled = device, 0  # slots of its cache
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Run ids after those that the cache holds."""
+        raise NotImplementedError
+
+    def step(self, ids: Tensor) -> Tensor:
+        """As `forward`, of one id."""
+        return self.forward(ids)
+
+    def keep(self, length: int) -> None:
+        """Forget what the cache holds from position `length` on."""
+        raise NotImplementedError
+
+    def repeat(self, ids: Tensor, count: int) -> float:
+        """Decode `count` tokens after ids [1, 1]; return how many a second."""
+
+        def run() -> None:
+            nonlocal ids
+            for _ in range(count):
+                ids = self.step(ids)
+
+        return count / time_call(run, self.device)
+
+    def decode(self, num_tokens: int) -> float:
+        self.keep(0)
+        return self.repeat(self.forward(torch.tensor([PROMPT], device=self.device)), num_tokens - 1)
+
+    def decode_at(self, position: int) -> float:
+        if self.num_filled < position:
+            self.keep(0)
+            self.forward(torch.ones(1, position, dtype=torch.long, device=self.device))
+        for count in (1, NUM_STEPS):  # the first warms up
+            self.keep(position)
+            rate = self.repeat(torch.tensor([[1]], device=self.device), count)
+        return rate
+
+    def prefill(self, length: int) -> float:
+        prompt = torch.ones(1, length, dtype=torch.long, device=self.device)
+        self.keep(0)
+        return length / time_call(lambda: self.forward(prompt), self.device)
