@@ -86,77 +86,95 @@ def generate_texts(
     return [row.text for row in rows]
 
 
+class HarnessRequests:
+    """The harness's kinds of request, answered as its own `hf` model does, so that the figures compare.
+
+    A text that is too long loses its beginning, BOS too, and a rolling loglikelihood scores the BOS of its text like a
+    token.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, eos_ids: tuple[int, ...], max_seq_length: int, batch_size: int
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
+        self.window, self.num_rows = max_seq_length, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.eos_ids[0] if self.eos_ids else self.prefix_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eos_ids[0] if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        ids = self.tokenizer.encode(string, bos=add_special_tokens is not False)
+        check_ids(ids, self.model.config.vocab_size, "a text")
+        return ids
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        # The bar is that of the tokenizing; scoring has a bar of its own.
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        for (_, text), _, continuation in requests:
+            if not 1 <= len(continuation) <= self.window:
+                raise ValueError(
+                    f"the continuation {text[:40]!r} has {len(continuation)} tokens of its own, expected 1 to "
+                    f"{self.window}, the longest window"
+                )
+        windows = [Window((context + ids)[-self.window - 1 :], len(ids)) for _, context, ids in requests]
+        return loglikelihoods(self.model, windows, self.num_rows)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.window, context_len=1):
+                context, targets = make_disjoint_window(pair)
+                windows.append(Window(context + targets, len(targets)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_p, _) in zip(owners, loglikelihoods(self.model, windows, self.num_rows), strict=True):
+            totals[owner] += log_p
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = [""] * len(requests)
+        groups: dict[Generation, list[tuple[int, list[int]]]] = {}
+        for i, request in enumerate(requests):
+            how = parse_generation(request.args[1], self.window)
+            ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            groups.setdefault(how, []).append((i, ids[how.max_new_tokens - self.window :]))
+        for how, group in groups.items():
+            group.sort(key=lambda member: -len(member[1]))
+            for batch in in_batches(group, self.num_rows, "generate"):
+                prompts = [ids for _, ids in batch]
+                continuations = generate_texts(self.model, self.tokenizer, self.eos_ids, prompts, how)
+                for (i, _), text in zip(batch, continuations, strict=True):
+                    texts[i] = text
+        return texts
+
+
 def harness_model(
     model: Transformer, tokenizer: Tokenizer, eos_ids: tuple[int, ...], max_seq_length: int, batch_size: int = 1
 ) -> "LM":
     """Make the model one that lm_eval.simple_evaluate takes.
 
-    It tokenizes, cuts and windows as the harness's own `hf` model does, so that the figures compare: a text that is
-    too long loses its beginning, BOS too, and a rolling loglikelihood scores the BOS of its text like a token.
     max_seq_length: the most tokens the model is given at once. Raises ValueError where there is neither BOS nor EOS.
     """
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     if tokenizer.bos_id is None and not eos_ids:
         raise ValueError("the model has neither a BOS nor an EOS token, which tasks need before a text's first token")
 
-    class HarnessModel(TemplateLM):
-        @property
-        def eot_token_id(self) -> int:
-            return eos_ids[0] if eos_ids else self.prefix_token_id
+    class HarnessModel(HarnessRequests, TemplateLM):
+        pass
 
-        @property
-        def prefix_token_id(self) -> int:
-            return eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            ids = tokenizer.encode(string, bos=add_special_tokens is not False)
-            check_ids(ids, model.config.vocab_size, "a text")
-            return ids
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)  # the tokenizing; scoring has a bar of its own
-
-        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-            for (_, text), _, continuation in requests:
-                if not 1 <= len(continuation) <= max_seq_length:
-                    raise ValueError(
-                        f"the continuation {text[:40]!r} has {len(continuation)} tokens of its own, expected 1 to "
-                        f"{max_seq_length}, the longest window"
-                    )
-            windows = [Window((context + ids)[-max_seq_length - 1 :], len(ids)) for _, context, ids in requests]
-            return loglikelihoods(model, windows, batch_size)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            windows, owners = [], []
-            for owner, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                for pair in get_rolling_token_windows(ids, self.prefix_token_id, max_seq_length, context_len=1):
-                    context, targets = make_disjoint_window(pair)
-                    windows.append(Window(context + targets, len(targets)))
-                    owners.append(owner)
-            totals = [0.0] * len(requests)
-            for owner, (log_p, _) in zip(owners, loglikelihoods(model, windows, batch_size), strict=True):
-                totals[owner] += log_p
-            return totals
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            texts = [""] * len(requests)
-            groups: dict[Generation, list[tuple[int, list[int]]]] = {}
-            for i, request in enumerate(requests):
-                how = parse_generation(request.args[1], max_seq_length)
-                ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
-                groups.setdefault(how, []).append((i, ids[how.max_new_tokens - max_seq_length :]))
-            for how, group in groups.items():
-                group.sort(key=lambda member: -len(member[1]))
-                for batch in in_batches(group, batch_size, "generate"):
-                    continuations = generate_texts(model, tokenizer, eos_ids, [ids for _, ids in batch], how)
-                    for (i, _), text in zip(batch, continuations, strict=True):
-                        texts[i] = text
-            return texts
-
-    return HarnessModel()
+    return HarnessModel(model, tokenizer, eos_ids, max_seq_length, batch_size)
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None, max_seq_length: int) -> list[Any]:

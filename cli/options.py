@@ -38,6 +38,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=31),
         add_help=False,
     )
+    add_prompt_options(parser)
+    add_sampling_options(parser)
+    add_draft_options(parser)
+    add_run_options(parser)
+    args = parser.parse_args(argv)
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1000 if args.interactive else 200
+    args.prompt = [read_stdin() if text == "-" else text for text in args.prompt or []]
+    return args
+
+
+def add_prompt_options(parser: ArgumentParser) -> None:
     what = parser.add_argument_group("what to generate")
     what.add_argument("--checkpoint_path", type=checkpoint_folder, default=DEMO, metavar="DIR",
                       help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
@@ -57,6 +70,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                       help="copies of a single prompt, or how many of several at a time (all)")  # fmt: skip
     what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
     what.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-text token")
+
+
+def add_sampling_options(parser: ArgumentParser) -> None:
     how = parser.add_argument_group("sampling")
     how.add_argument("--temperature", type=number(float, 0), default=DEFAULTS.temperature, metavar="T",
                      help=f"0 is argmax ({DEFAULTS.temperature:g})")  # fmt: skip
@@ -69,6 +85,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
     )
+
+
+def add_draft_options(parser: ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculation (the text stays the model's own)")
     source = drafts.add_mutually_exclusive_group()
     source.add_argument("--draft_checkpoint_path", type=checkpoint_folder, metavar="DIR",
@@ -79,6 +98,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     drafts.add_argument(
         "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
     )
+
+
+def add_run_options(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("-h", "--help", action="help", help="show this and exit")
     run.add_argument("--compile", action="store_true", help="compile decode")
@@ -90,12 +112,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                      help="for speed work: with --prompt_length the folder needs only config.json")  # fmt: skip
     run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")
-    args = parser.parse_args(argv)
-    args.seed = secrets.randbits(32) if args.seed is None else args.seed
-    if args.max_new_tokens is None:
-        args.max_new_tokens = 1000 if args.interactive else 200
-    args.prompt = [read_stdin() if text == "-" else text for text in args.prompt or []]
-    return args
 
 
 def read_stdin() -> str:
