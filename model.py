@@ -164,17 +164,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class Embedding(nn.Module):
-    def __init__(self, num_embeddings: int, embedding_dim: int, ranks: Ranks):
+    def __init__(self, num_local_ids: int, embedding_dim: int, ranks: Ranks):
         super().__init__()
         self.ranks = ranks
-        self.weight = nn.Parameter(torch.empty(num_embeddings // ranks.count, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_local_ids, embedding_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.ranks.count == 1:
             return F.embedding(tokens, self.weight)
-        num_local = self.weight.shape[0]
-        local = tokens - self.ranks.rank * num_local
-        mine = (local >= 0) & (local < num_local)
+        local = tokens - self.ranks.rank * len(self.weight)
+        mine = (local >= 0) & (local < len(self.weight))
         x = F.embedding(torch.where(mine, local, 0), self.weight)
         return self.ranks.all_reduce(torch.where(mine.unsqueeze(-1), x, 0))
 
@@ -319,11 +318,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks = ONE_RANK):
         super().__init__()
         self.config, self.ranks = config, ranks
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ranks)
+        num_local_ids = -(-config.vocab_size // ranks.count)  # the last rank's share may be padded
+        self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # a ModuleList's items are typed as Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size // ranks.count)
+        self.lm_head = Linear(config.hidden_size, num_local_ids)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
@@ -394,7 +394,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.ranks.all_gather(self.lm_head(self.norm(hidden)))
+        return self.ranks.all_gather(self.lm_head(self.norm(hidden)))[..., : self.config.vocab_size]
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.

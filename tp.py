@@ -47,6 +47,11 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     if how == "row" and part.ndim == 1:  # a bias, or the scales of int8's output channels
         return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
     dim = 1 if how == "row" else 0
+    if how == "vocabulary":  # the last ranks' shares may be padded, with ids that no text has
+        size = -(-part.shape[0] // ranks.count)
+        share = part[ranks.rank * size : (ranks.rank + 1) * size]
+        padding = size - len(share)
+        return torch.cat((share, share.new_zeros(padding, *share.shape[1:]))) if padding else share.contiguous()
     num_pieces = min(ranks.count, config.num_key_value_heads) if how == "kv_heads" else ranks.count
     size = part.shape[dim] // num_pieces
     return part.narrow(dim, ranks.rank * num_pieces // ranks.count * size, size).contiguous()
@@ -55,7 +60,7 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
 def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
     """Raise ValueError, with both numbers, where a model cannot be cut for `count` ranks."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+    for name in ("num_attention_heads", "intermediate_size"):
         if (size := getattr(config, name)) % count:
             raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
     if kv_heads % count and count % kv_heads:

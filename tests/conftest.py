@@ -69,6 +69,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biased": ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "odd_vocabulary": ("llama", {"vocab_size": 101, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "mistral_window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
