@@ -486,7 +486,7 @@ def test_a_prompt_file_is_a_prompt_a_line(tmp_path):
 
 def test_compiled_text_equals_eager(tmp_path):
     options = ("--dtype", "float32", "--seed", 5, "--max_new_tokens", 60)
-    compiled_run = run_here(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
+    compiled_run = run_command(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
     assert compiled_run.returncode == 0, compiled_run.stderr
     assert compiled_run.stdout == run_here(*options).stdout
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
