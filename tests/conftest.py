@@ -200,11 +200,15 @@ def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess
 
 
 def run_forked(main: Callable[[list[str]], Any], *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command's main in a child that is forked, which spares a test the seconds of importing torch again."""
+    """Run a command's main in a child that is forked, which spares a test the seconds of importing torch again.
+
+    It may not compile: inductor would wait there for threads that this process has.
+    """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         if (child := os.fork()) == 0:
             status: Any = 1
             try:
+                signal.alarm(HANG)
                 os.chdir(cwd)
                 for descriptor, opened in enumerate(
                     (os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())

@@ -27,6 +27,7 @@ from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
+SMALL = ROOT / "checkpoints" / "demo-draft"  # of two layers, which compile sooner
 STORIES = ROOT.parent / "shared" / "data" / "stories260k"
 GREEDY = Sampling(temperature=0)
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
@@ -472,6 +473,7 @@ def test_texts_are_numbered_over_all_batches():
 def test_batches_of_every_size_are_compiled_before_the_clock_starts(tmp_path):
     (tmp_path / "prompts.txt").write_text("def\nimport\nclass")
     options = ("--prompt_file", tmp_path / "prompts.txt", "--batch_size", 2, "--max_new_tokens", 8, "--compile")
+    options += ("--checkpoint_path", SMALL)
     result = run_command(*options, TORCH_LOGS="recompiles")
     assert result.returncode == 0, result.stderr
     assert "Recompiling" in result.stderr  # the second size is another graph
@@ -489,8 +491,8 @@ def test_a_prompt_file_is_a_prompt_a_line(tmp_path):
 
 
 def test_compiled_text_equals_eager(tmp_path):
-    options = ("--dtype", "float32", "--seed", 5, "--max_new_tokens", 60)
-    compiled_run = run_here(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
+    options = ("--dtype", "float32", "--seed", 5, "--max_new_tokens", 60, "--checkpoint_path", SMALL)
+    compiled_run = run_command(*options, "--compile", "--compile_prefill", "--profile", tmp_path / "trace.json")
     assert compiled_run.returncode == 0, compiled_run.stderr
     assert compiled_run.stdout == run_here(*options).stdout
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
