@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
 INTERRUPTED, TERMINATED = 130, 143  # the exit statuses that a shell gives to SIGINT and SIGTERM
@@ -26,45 +26,46 @@ def user_errors(signals_raise: bool = True) -> Iterator[None]:
     Ctrl-C and a closed pipe end quietly, SIGTERM with a line and status 143, each after what was begun is removed.
     signals_raise: False leaves both signals alone, for a rank that may be waiting for the others.
     """
+    received: list[int] = []
     try:
-        with catch_signals() if signals_raise else contextlib.nullcontext():
+        with catch_signals(received) if signals_raise else contextlib.nullcontext():
             yield
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except SystemExit as end:
-        if end.code == TERMINATED:
-            print("ended by SIGTERM", file=sys.stderr)
+    except GeneratorExit:  # a signal came where this begins or ends
         raise
-    except BrokenPipeError:  # the reader of our stdout left, as in `| head -1`
-        drop_stdout()
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except (RuntimeError, MemoryError) as error:
+    except BaseException as error:
+        if signal.SIGTERM in received:  # whatever it became: C code may replace the exception that a signal raises
+            print("ended by SIGTERM", file=sys.stderr)
+            sys.exit(TERMINATED)
+        if signal.SIGINT in received or isinstance(error, KeyboardInterrupt):
+            print(file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        if isinstance(error, BrokenPipeError):  # the reader of our stdout left, as in `| head -1`
+            drop_stdout()
+            sys.exit(0)
+        if isinstance(error, ValueError | OSError):
+            fail(str(error))
         reason = next((line for line in str(error).splitlines() if "allocate" in line), None)
-        if reason is None and not isinstance(error, MemoryError):
-            raise
-        fail(f"out of memory ({reason or 'in Python'}); give fewer rows, a shorter text or a smaller --dtype")
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and reason):
+            fail(f"out of memory ({reason or 'in Python'}); give fewer rows, a shorter text or a smaller --dtype")
+        raise
 
 
-def catch_signals() -> contextlib.ExitStack:
-    """Let Ctrl-C and SIGTERM raise where they would end the process at once, so that `finally` runs."""
+def catch_signals(received: list[int]) -> contextlib.ExitStack:
+    """Let Ctrl-C and SIGTERM raise where they would end the process at once, so that `finally` runs, and note them."""
 
-    def terminate(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        sys.exit(TERMINATED)
+    def handle(number: int, _: FrameType | None) -> NoReturn:
+        received.append(number)
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+            sys.exit(TERMINATED)
+        raise KeyboardInterrupt
 
     stack = contextlib.ExitStack()
     if threading.current_thread() is threading.main_thread():
-        handlers: dict[int, Callable[..., object]] = {
-            signal.SIGINT: signal.default_int_handler,
-            signal.SIGTERM: terminate,
-        }
-        for number, handler in handlers.items():
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, handler)
+                signal.signal(number, handle)
                 stack.callback(signal.signal, number, signal.SIG_DFL)
                 sys.excepthook = report_exception
     return stack

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -16,8 +17,11 @@ from tests.conftest import HANG, REPO, assert_user_error, run_forked
 
 GENERATE = ("--prompt", "import", "--max_new_tokens", "2")
 EVAL = ("--text_file", str(REPO / "checkpoints/demo/README.md"))
-COMMANDS = [(generate.main, GENERATE, "--metrics_path"), (generate.main, GENERATE, "--profile")]
-COMMANDS += [(evaluation.main, EVAL, "--metrics_path")]
+COMMANDS: list[tuple[Callable[..., None], tuple[str, ...], str]] = [
+    (generate.main, GENERATE, "--metrics_path"),
+    (generate.main, GENERATE, "--profile"),
+    (evaluation.main, EVAL, "--metrics_path"),
+]
 
 
 @pytest.mark.parametrize(("main", "options", "output"), COMMANDS)
