@@ -260,7 +260,7 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
 
 
 def parse_scheme(value: Any) -> Scheme | None:
-    """Read `quantization` of config.json. Raises ValueError where it is not one that this file writes."""
+    """Read `quantization` of config.json. Raises ValueError where it is not one that quantize.py writes."""
     if value is None:
         return None
     try:

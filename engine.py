@@ -7,7 +7,7 @@ It knows nothing of tokenizers, files or terminals; `generate.py` is the command
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,15 +37,15 @@ class Batch:
         self.slots = torch.arange(models[0].max_seq_length, device=models[0].device)
 
     @property
-    def room(self) -> int:
+    def most_room(self) -> int:
         """How many more ids the text with the most room can take."""
         return max(text.room for text in self.texts)
 
     @property
-    def needed(self) -> int:
+    def num_needed_rows(self) -> int:
         """How many rows have to run: a power of two, or all."""
-        num_going_on = sum(text.room != 0 for text in self.texts)
-        return min(2 ** max(0, num_going_on - 1).bit_length(), len(self.running))
+        num_unfinished = sum(text.room != 0 for text in self.texts)
+        return min(2 ** max(0, num_unfinished - 1).bit_length(), len(self.running))
 
     def take(self, step: list[list[int]]) -> list[list[int]]:
         """Cut each running text's new ids where it ends, and add them to it; return the new ids of every text."""
@@ -53,13 +53,15 @@ class Batch:
         for text, step_ids in zip(self.running, step, strict=True):
             ids = step_ids[: text.room]
             if NOT_A_NUMBER in ids:
-                raise ValueError("the model's logits are not finite; its weights are damaged, or --dtype is too narrow")
+                raise ValueError(
+                    "the model's logits are not finite; its weights are damaged, or its dtype is too narrow"
+                )
             eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
             if eos is not None:
                 del ids[eos + 1 :]
             text.ids += ids
             text.room = text.room - len(ids) if eos is None else 0
-            new_ids[text.row] = ids
+            new_ids[text.number] = ids
         return new_ids
 
     def end(self, rows: Iterable[int]) -> None:
@@ -67,11 +69,11 @@ class Batch:
             self.texts[row].room = 0
 
     def noise(self, generator: torch.Generator | None) -> Noise:
-        return Noise(len(self.texts), [text.row for text in self.running], generator, self.models[0].device)
+        return Noise(len(self.texts), [text.number for text in self.running], generator, self.models[0].device)
 
     def shrink_(self) -> None:
         """Drop texts that have ended, if the others fit a smaller batch."""
-        if (needed := self.needed) < len(self.running):
+        if (needed := self.num_needed_rows) < len(self.running):
             ended_last = sorted(self.running, key=lambda text: text.room == 0)
             self.arrange_(ended_last + self.order[len(ended_last) :])
             self.running = self.order[:needed]
@@ -121,21 +123,20 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
         yield read()
 
 
-def check_room(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
+def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
     capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
-    longest = max(map(len, prompts))
-    if not all(prompts):
+    if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
     if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
     check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
-    if longest > capacity:
+    if (longest := max(map(len, prompts))) > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
-    drafter = speculation.draft_model if speculation else None
-    if drafter and drafter.max_seq_length < model.max_seq_length:
+    draft_model = speculation.draft_model if speculation else None
+    if draft_model and draft_model.max_seq_length < model.max_seq_length:
         raise ValueError(
-            f"the draft's caches have {drafter.max_seq_length} slots, the model's {model.max_seq_length}: too few"
+            f"the draft's caches have {draft_model.max_seq_length} slots, the model's {model.max_seq_length}: too few"
         )
     return capacity
 
@@ -154,23 +155,23 @@ class Engine:
 
     @torch.inference_mode()
     def run(
-        self, prompts: list[list[int]], max_new_tokens: int, *, cached: int = 0, ended: Iterable[int] = ()
+        self, prompts: list[list[int]], max_new_tokens: int, *, cached: int = 0, ended: Collection[int] = ()
     ) -> Iterator[list[list[int]]]:
         """Yield, step by step, the new ids of each row; as `generate`."""
         model, speculation = self.model, self.speculation
-        capacity = check_room(model, prompts, cached, speculation)
+        capacity = text_capacity(model, prompts, cached, speculation)
         rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
         models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
         batch = Batch(prompts, rooms, self.eos_ids, models)
         if speculation:
             speculation.begin(model, len(prompts), cached)
-        if batch.room <= 0:
+        if batch.most_room <= 0:
             return
         yield batch.take(self._prefill(batch, cached))
         batch.end(ended)
         steps = self._steps(batch)
         try:
-            while batch.room:
+            while batch.most_room:
                 step = next(steps)
                 if speculation:
                     speculation.count(batch.running, step)
@@ -195,15 +196,18 @@ class Engine:
 
     def _steps(self, batch: Batch) -> Iterator[list[list[int]]]:
         """Yield the new ids of each running row, step after step."""
-        while self.speculation:
-            num_plain, k = self.speculation.plan(batch.room)
+        while self.speculation is not None:
+            num_plain, k = self.speculation.plan(batch.most_room)
             yield from self._decode(batch, num_plain)
             if k:
                 batch.shrink_()
                 noise = batch.noise(self.generator)
                 new_ids = self.speculation.round(self.model, batch.running, k, self.sampling, noise)
-                yield from self._decode(batch, 1) if new_ids is None else [new_ids]
-        yield from self._decode(batch, batch.room)
+                if new_ids is None:
+                    yield from self._decode(batch, 1)
+                else:
+                    yield new_ids
+        yield from self._decode(batch, batch.most_room)
 
     def _decode(self, batch: Batch, count: int) -> Iterator[list[list[int]]]:
         """Decode `count` tokens of each running row. Rows that have ended leave the batch on the way."""
@@ -221,7 +225,7 @@ class Engine:
         lengths = [len(text.ids) for text in batch.running]
         positions = torch.tensor(lengths, device=device) - 1
         for n in range(count):
-            if batch.needed < len(batch.running):
+            if batch.num_needed_rows < len(batch.running):
                 return
             ids, positions = self._forward(self.decode, batch, ids, positions, max(lengths) + n)
             yield ids
@@ -234,7 +238,7 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
     *,
     cached: int = 0,
-    ended: Iterable[int] = (),
+    ended: Collection[int] = (),
     **options: Any,
 ) -> Iterator[list[list[int]]]:
     """Yield, step by step, the new ids of each row: [] for a row that has ended, several where drafts were accepted.
@@ -243,8 +247,7 @@ def generate(
     prompt's first ids the caches hold already, from an earlier turn. options: the other fields of `Engine`.
 
     A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
-    `ended`, or when prompt and new tokens fill the caches, whose last max_k slots speculation keeps for drafts beyond
-    the end. Rows that have ended leave the batch as soon as a smaller power of two holds the others. Raises ValueError
-    if a prompt is empty or does not fit, or if logits are not finite.
+    `ended` between two steps, or when prompt and new tokens fill the caches, whose last max_k slots speculation keeps
+    for drafts beyond the end. Raises ValueError if a prompt is empty or does not fit, or if logits are not finite.
     """
     return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

@@ -19,7 +19,7 @@ from model import Experts, Linear, Transformer, by_expert
 
 MODES = ("int8", "int4", "int4-gptq")
 GROUP_SIZES = (32, 64, 128, 256)
-# The least scale, which a group of zeros gets, so that nothing is divided by 0.
+# The least scale, which a row or group of zeros gets, so that nothing is divided by 0.
 MIN_SCALE = 2.0**-40
 # Weight [N, K] and group size to codes [N, K], scales and zeros [N, groups].
 Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -110,8 +110,15 @@ def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
 # The linears
 
 
+def is_router(name: str) -> bool:
+    """Say whether a linear chooses experts: rounded, or by a kernel, it would choose others."""
+    return name.endswith("mlp.gate")
+
+
 class StoredLinear(nn.Module):
     """A linear layer, or a stack of them, computed with the dequantized weight: the twin of every kernel."""
+
+    weight: Tensor  # the codes
 
     def __init__(self, shape: torch.Size, bias: bool):
         super().__init__()
@@ -129,7 +136,7 @@ class StoredLinear(nn.Module):
 
 
 class StoredInt8(StoredLinear):
-    """codes int8 [N, K], scales bf16 [N]."""
+    """An int8 linear: codes int8 [N, K], scales bf16 [N]."""
 
     def __init__(self, shape: torch.Size, bias: bool = False):
         super().__init__(shape, bias)
@@ -141,7 +148,7 @@ class StoredInt8(StoredLinear):
 
 
 class StoredInt4(StoredLinear):
-    """codes uint8, two to a byte [N, K / 2]; scales bf16 and zeros uint8 0 to 15, [N, groups]."""
+    """An int4 linear: codes two to a byte, uint8 [N, K / 2]; scales bf16 and zeros uint8 0 to 15, [N, groups]."""
 
     def __init__(self, shape: torch.Size, group_size: int, bias: bool = False):
         super().__init__(shape, bias)
@@ -158,7 +165,7 @@ class StoredInt4(StoredLinear):
 
 
 def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
-    """Return the linears that a scheme applies to, by name; a rounded router would choose other experts."""
+    """Return the linears that a scheme applies to, by name."""
     children = module.named_modules()
     return {
         name: child for name, child in children if isinstance(child, Linear | Experts) and not name.endswith("mlp.gate")

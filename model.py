@@ -14,7 +14,7 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,9 +92,9 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         return scaled
     # llama3: long wavelengths are stretched, short ones kept, those in between interpolated.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return kept * frequencies + (1 - kept) * scaled
+    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    unscaled = unscaled.clamp(0, 1)
+    return unscaled * frequencies + (1 - unscaled) * scaled
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)
 
 
-def visible(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
+def attention_mask(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
     """Return which slots [T] a token at each of the positions [B, S, 1] attends to: [B, S, T]."""
     mask = slots <= positions
     return mask if window is None else mask & (slots > positions - window)
@@ -173,9 +173,9 @@ class Embedding(nn.Module):
         if self.ranks.count == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.ranks.rank * len(self.weight)
-        mine = (local >= 0) & (local < len(self.weight))
-        x = F.embedding(torch.where(mine, local, 0), self.weight)
-        return self.ranks.all_reduce(torch.where(mine.unsqueeze(-1), x, 0))
+        is_local = (local >= 0) & (local < len(self.weight))
+        x = F.embedding(torch.where(is_local, local, 0), self.weight)
+        return self.ranks.all_reduce(torch.where(is_local.unsqueeze(-1), x, 0))
 
 
 class RMSNorm(nn.Module):
@@ -218,8 +218,8 @@ class KVCache(nn.Module):
 class BlockContext(NamedTuple):
     """What a block needs to know of the positions of its tokens; all blocks with the same window share one."""
 
-    cos: Tensor  # [B, S, 1, 2, D / 2]
-    sin: Tensor  # [B, S, 1, 2, D / 2]
+    cos: Tensor  # [B, S, 1, 2, D / 2], of the angles negated and of the angles
+    sin: Tensor  # as cos
     positions: Tensor  # [B, S], also the cache slots that the tokens take
     mask: Tensor  # [B, S, T]
 
@@ -229,6 +229,7 @@ class Attention(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.num_local_heads = config.num_attention_heads // ranks.count
+        # With fewer kv heads than ranks several ranks hold the same one.
         self.num_local_kv_heads = max(1, config.num_key_value_heads // ranks.count)
         self.head_dim = config.head_dim
         q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
@@ -239,7 +240,7 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
-    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split qkv_proj's output into q [B, S, H, D], k and v [B, S, K, D]; norm and rotate q and k."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.heads(self.qkv_proj(x), cos, sin)
+        q, k, v = self.split_heads(self.qkv_proj(x), cos, sin)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -321,7 +322,7 @@ class Transformer(nn.Module):
         num_local_ids = -(-config.vocab_size // ranks.count)  # the last rank's share may be padded
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
-        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]  # a ModuleList's items are typed as Module
+        self.layers = cast("Sequence[Block]", blocks)  # a ModuleList's items are typed as Module
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, num_local_ids)
         if config.tie_word_embeddings:
@@ -341,8 +342,8 @@ class Transformer(nn.Module):
         rows = [i for i, row in enumerate(order) if i != row]
         for cache in (block.self_attn.cache for block in self.layers if rows):
             assert cache is not None
-            for slots in (cache.k, cache.v):
-                slots[rows] = slots[[order[i] for i in rows]]
+            for values in (cache.k, cache.v):
+                values[rows] = values[[order[i] for i in rows]]
 
     @property
     def device(self) -> torch.device:
@@ -382,7 +383,7 @@ class Transformer(nn.Module):
         angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
         cos, sin = angles.cos(), angles.sin()
         windows = [self.config.window(layer) for layer in range(len(self.layers))]
-        masks = {window: visible(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
+        masks = {window: attention_mask(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
         return [BlockContext(cos, sin, positions, masks[window]) for window in windows]
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -274,7 +274,7 @@ class Speculation:
         """Record the ids that a forward of the target gave each text, before they are cut to its room."""
         for text, ids in zip(texts, step, strict=True):
             if text.room:
-                self.accept_counts[text.row][len(ids) - 1] += 1
+                self.accept_counts[text.number][len(ids) - 1] += 1
 
     def round(
         self, target: Transformer, texts: list[Text], k: int, sampling: Sampling, noise: Noise
@@ -314,7 +314,7 @@ class Speculation:
 
         counts = [n for n, *_ in rows]
         for text, end, n in zip(texts, ends, counts, strict=True):
-            self.filled[text.row] = end - 1 + n
+            self.filled[text.number] = end - 1 + n
         self.num_drafted += k
         self.pace.update([n for n, had_drafts in zip(counts, drafting, strict=True) if had_drafts], k)
         return [ids[: n + 1] for n, *ids in rows]
@@ -323,7 +323,7 @@ class Speculation:
         """Return k guesses for each text, [] for one that has ended or whose last n-gram is new."""
         guesses = []
         for text in texts:
-            ngrams = self.ngrams[text.row]
+            ngrams = self.ngrams[text.number]
             ngrams.extend(text.ids[len(ngrams.ids) :])
             guesses.append(ngrams.continuation(k) if text.room else [])
         return guesses
@@ -331,10 +331,10 @@ class Speculation:
     def catch_up(self, texts: list[Text]) -> None:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
         assert self.draft_model is not None
-        if all(self.filled[text.row] >= len(text.ids) - 2 for text in texts):
+        if all(self.filled[text.number] >= len(text.ids) - 2 for text in texts):
             return
         # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
-        starts = [min(self.filled[text.row], len(text.ids) - 2) for text in texts]
+        starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
         missing = [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)]
         last_id = self.draft_model.config.vocab_size - 1
         for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):

@@ -21,9 +21,9 @@ from model import Transformer
 # Attention reads a multiple of this many cache slots: small enough to follow the position, and a multiple of the
 # vector width.
 SLOTS_STEP = 64
-# Stands for the chosen id where logits are not finite; no token has it.
+# The id that is chosen where logits are not finite; no token has it.
 NOT_A_NUMBER = -1
-# What a positive option is raised to at least: a smaller one would underflow to 0 in fp32.
+# A positive option is raised to at least this: a smaller one would underflow to 0 in fp32.
 TINY = 1e-30
 # The most graphs that a step may have: one for each batch size and number of drafts, with few slots and with all.
 RECOMPILE_LIMIT = 256
@@ -103,12 +103,15 @@ class Noise:
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw from Exp(1): [len(rows), *shape]."""
-        noise = torch.empty(self.num_rows, *shape, device=self.device).exponential_(generator=self.generator)
-        return noise if len(self.rows) == self.num_rows else noise[self.rows]
+        return self._select(
+            torch.empty(self.num_rows, *shape, device=self.device).exponential_(generator=self.generator)
+        )
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw from [0, 1): [len(rows), *shape]."""
-        noise = torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device)
+        return self._select(torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device))
+
+    def _select(self, noise: Tensor) -> Tensor:
         return noise if len(self.rows) == self.num_rows else noise[self.rows]
 
 
@@ -139,7 +142,8 @@ def decode(
 def keep_first_layer_guards(guards: Sequence[Any]) -> list[bool]:
     """Say which guards, the conditions for reusing a graph, to keep: of those of the layers only the first one's.
 
-    The layers are alike, which `check_layers` sees to once for each model; to check 22 of them takes 0.7 ms a token.
+    The layers are alike, which `check_layers` sees to once for each model, and there are many of them to check at each
+    token.
     """
     return [re.search(r"\['layers'\]\._modules\['[1-9]", guard.name) is None for guard in guards]
 
@@ -165,6 +169,8 @@ def compiled(
 ) -> Callable[..., Any]:
     """Compile prefill, decode, verify or draft_and_verify, into one graph for all positions and prompt lengths.
 
+    It also raises torch's limit of graphs, for the process.
+
     Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, which
     inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph. One such graph serves any
     number of slots: it gets the whole cache, of which the kernel for GPUs reads only what the mask shows. settings:
@@ -177,7 +183,7 @@ def compiled(
         "coordinate_descent_tuning": mode == "reduce-overhead",
         # Kernels that share this many bytes are fused: keys and values are stored together, one launch less per layer.
         "score_fusion_memory_threshold": 1 if mode == "reduce-overhead" else 10,
-        "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes 0.4 ms a token
+        "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes time at each token
         # With fewer iterations per thread, a loop is over before another thread has started.
         "cpp.min_chunk_size": 4096,
         # Inductor would compile a test program for each vector instruction set; kernels/cpu.py has shown that it works.
@@ -190,7 +196,7 @@ def compiled(
     alike = weakref.WeakSet[Transformer]()
 
     def call(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> Any:
-        for argument in (model, *rest[:1]):  # draft_and_verify has its draft model there
+        for argument in (model, *rest):  # of which draft_and_verify has its draft model
             if isinstance(argument, Transformer) and argument not in alike:
                 check_layers(argument)
                 alike.add(argument)
@@ -200,7 +206,7 @@ def compiled(
         if mode is None:
             torch._dynamo.mark_dynamic(slots, 0)
             return graph(model, tokens, positions, slots, *rest)
-        # Lets this replay overwrite what the one before returned, which has been cloned.
+        # This replay may overwrite what the one before returned, which has been cloned.
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(Tensor, torch.clone, graph(model, tokens, positions, None, *rest))
 
@@ -215,7 +221,7 @@ def compiled(
 class Text:
     """A text that grows: its ids so far, and how many more it can take, 0 when it has ended."""
 
-    row: int  # its number, counted from 0
+    number: int  # counted from 0; the row of the caches that holds it is the batch's to know
     ids: list[int]
     room: int
 
@@ -248,8 +254,9 @@ def prompt_chunks(
         # Copies, since a compiled prefill would make another graph for a slice's strides.
         piece = slice(begin, end)
         filled = max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
-        yield contiguous_copy(tokens[:, piece]), contiguous_copy(positions[:, piece]), filled
-
-
-def contiguous_copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+        contiguous = torch.contiguous_format
+        yield (
+            tokens[:, piece].clone(memory_format=contiguous),
+            positions[:, piece].clone(memory_format=contiguous),
+            filled,
+        )

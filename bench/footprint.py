@@ -31,7 +31,7 @@ from torch import Tensor
 from bench import results
 from cli.arguments import ArgumentParser, need_triton
 from cli.errors import user_errors
-from model import visible
+from model import attention_mask
 
 ARCHITECTURES = (80, 90)
 # hidden size, columns of qkv, of gate and up, of down's input; query heads, kv heads, head_dim
@@ -209,7 +209,7 @@ def list_products(model: str, rows: int) -> Iterator[Call]:
 def make_attention(model: str, queries: int, slots: int = 8192) -> Call:
     *_, H, K, D = MODELS[model]
     cache = [make_meta(1, K, slots + 1, D)[:, :, :slots] for _ in range(2)]
-    mask = visible(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
+    mask = attention_mask(torch.zeros(1, queries, 1, device="meta"), torch.arange(slots, device="meta"), None)
     return f"{model} attention, {queries} queries", "split_attention", (make_meta(1, queries, H, D), *cache, mask), {}
 
 

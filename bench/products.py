@@ -21,7 +21,7 @@ from config import quantization_scheme
 from kernels.cpu import empty_weight
 from kernels.inductor import MAX_REDUCTION_ROWS, num_partial_sums, streamed_linear, streamed_product
 from kernels.layers import AtenInt4, AtenInt8
-from kernels.optimize import Stored, cpu_layer, cuda_kernels, gpu_layer
+from kernels.optimize import AnyLinear, cpu_layer, cuda_kernels, gpu_layer
 from linears import (
     Scheme,
     StoredInt4,
@@ -120,7 +120,7 @@ def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
 
 def own_layer(scheme: Scheme | None, weight: Tensor, *parameters: Tensor) -> nn.Module | None:
     """Return the layer that a model gets on this device for a weight, or for codes and what they need."""
-    stored: Stored
+    stored: AnyLinear
     if scheme is None:
         stored = Linear(1, 1)
         stored.weight = constant(weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels.cpu import CpuBf16, CpuInt4, CpuInt8
 from kernels.inductor import num_partial_sums, streamed_product
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
-from linears import StoredInt4, StoredInt8
+from linears import StoredLinear
 from model import Experts, by_expert
 
 # By the name of a form, what multiplies rows with the tensors of one layer.
@@ -51,7 +51,7 @@ class KernelExperts(nn.Module):
 class CompiledExperts(nn.Module):
     """A stack of experts as it is stored, for which there is no kernel: compiled, a product is one loop."""
 
-    def __init__(self, stored: Experts | StoredInt8 | StoredInt4, on_gpu: bool):
+    def __init__(self, stored: Experts | StoredLinear, on_gpu: bool):
         super().__init__()
         self.stored, self.on_gpu = stored, on_gpu
 

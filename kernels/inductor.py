@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import model
 from kernels.layers import FusedLinear, Norm
-from linears import StoredInt4, StoredInt8
+from linears import StoredLinear
 from model import Linear
 
 # Compiled, a product with at most this many rows is written as a multiply and a sum; with more rows GEMM wins.
@@ -102,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class CompiledLinear(nn.Module):
-    def __init__(self, stored: Linear | StoredInt8 | StoredInt4, on_gpu: bool):
+    def __init__(self, stored: Linear | StoredLinear, on_gpu: bool):
         super().__init__()
         self.stored, self.on_gpu = stored, on_gpu
 
@@ -129,7 +129,7 @@ class CompiledLinear(nn.Module):
 class FusedCompiledLinear(FusedLinear, CompiledLinear):
     """Of a GPU: with a weight that is not quantized one loop does all of `FusedLinear.forward`."""
 
-    def __init__(self, stored: Linear | StoredInt8 | StoredInt4):
+    def __init__(self, stored: Linear | StoredLinear):
         CompiledLinear.__init__(self, stored, on_gpu=True)
 
     def multiply(self, x: Tensor) -> Tensor:

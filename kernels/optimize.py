@@ -6,7 +6,9 @@ since there each kernel launch saved counts.
 """
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +17,44 @@ from kernels import cpu, inductor
 from kernels.experts import CompiledExperts, KernelExperts
 from kernels.inductor import CompiledLinear, FusedCompiledLinear
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
-from linears import GROUP_SIZES, StoredInt4, StoredInt8, unpack_nibbles
+from linears import GROUP_SIZES, StoredInt4, StoredInt8, StoredLinear, is_router, unpack_nibbles
 from model import Block, Experts, Linear, MoE, Transformer
 
-Stored = Linear | Experts | StoredInt8 | StoredInt4
+AnyLinear = Linear | Experts | StoredLinear
 
 
 def optimize_(model: Transformer, device_type: str | None = None) -> None:
-    """Give a loaded model the kernels of its device.
+    """Give a loaded model, once, the kernels of its device.
 
     device_type: «cpu» or «cuda», by default the model's own; another serves to look at what would run there. Raises
-    ValueError where a weight's codes cannot be.
+    ValueError where int4 zero points are above 15.
     """
     on_gpu = (device_type or model.device.type) == "cuda"
     dtype = model.embed_tokens.weight.dtype
     cuda = cuda_kernels() if on_gpu else None
-    names = [name for name, child in model.named_modules() if isinstance(child, Stored)]
-    # Kept as they are in all layers, since a compiled step needs layers that are alike (`steps.check_layers`).
+    names = [name for name, child in model.named_modules() if isinstance(child, AnyLinear)]
+    # A linear that is inexact in one layer gets no kernel in any: a compiled step needs layers that are alike.
     inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
     for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
-        stored = model.get_submodule(name)
-        assert isinstance(stored, Stored)
-        check_zeros(name, stored)
-        # A router's product is small, and which experts it chooses must not depend on a kernel.
-        takes_kernel = name.split(".")[-1] not in inexact and not name.endswith("mlp.gate")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, AnyLinear)
+        check_zeros(name, linear)
         layer = None
-        if takes_kernel:
-            layer = gpu_layer(stored, dtype, cuda) if on_gpu else cpu_layer(stored, dtype)
-        model.set_submodule(name, layer or compiled_layer(stored, on_gpu))
+        if name.split(".")[-1] not in inexact and not is_router(name):
+            layer = gpu_layer(linear, dtype, cuda) if on_gpu else cpu_layer(linear, dtype)
+        model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     for block in model.layers:
-        block.self_attn.attend = inductor.attention
-        if cuda is not None:
-            block.self_attn.attend = cuda.attention
-        elif not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
-            block.self_attn.attend = cpu.attention
+        block.self_attn.attend = choose_attention(dtype, on_gpu, cuda)
     if on_gpu:
-        model.layers = nn.ModuleList(FusedBlock(block) for block in model.layers)  # type: ignore[assignment]
+        model.layers = cast("Sequence[Block]", nn.ModuleList(FusedBlock(block) for block in model.layers))
+
+
+def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) -> Callable[..., Tensor]:
+    if cuda is not None:
+        return cuda.attention
+    if not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
+        return cpu.attention
+    return inductor.attention
 
 
 def is_exact(stored: nn.Module, dtype: torch.dtype) -> bool:
@@ -59,7 +63,7 @@ def is_exact(stored: nn.Module, dtype: torch.dtype) -> bool:
     return scales is None or torch.equal(scales.to(dtype).to(scales), scales)
 
 
-def check_zeros(name: str, stored: Stored) -> None:
+def check_zeros(name: str, stored: AnyLinear) -> None:
     if isinstance(stored, StoredInt4) and stored.zeros.max() > 15:  # kernels pack them two to a byte
         raise ValueError(f"{name}.zeros has zero points above 15; the checkpoint is damaged")
 
@@ -68,19 +72,21 @@ def check_zeros(name: str, stored: Stored) -> None:
 # Which layer a weight gets
 
 
-def compiled_layer(stored: Stored, on_gpu: bool) -> nn.Module:
+def compiled_layer(stored: AnyLinear, on_gpu: bool) -> nn.Module:
     """Return the layer for a weight that no kernel takes."""
-    if isinstance(stored, Experts) or stored.weight.ndim == 3:
-        return CompiledExperts(stored, on_gpu)  # type: ignore[arg-type]
+    if isinstance(stored, Experts) or (isinstance(stored, StoredLinear) and stored.weight.ndim == 3):
+        return CompiledExperts(stored, on_gpu)
     return FusedCompiledLinear(stored) if on_gpu else CompiledLinear(stored, on_gpu)
 
 
-def cpu_layer(stored: Stored, dtype: torch.dtype) -> nn.Module | None:
+def cpu_layer(stored: AnyLinear, dtype: torch.dtype) -> nn.Module | None:
     """Return the layer of a CPU whose kernel takes a weight in a model of this dtype; None where there is none."""
     if isinstance(stored, StoredInt8):
         layer = cpu_int8_layer(stored, dtype)
     elif isinstance(stored, StoredInt4):
         layer = cpu_int4_layer(stored, dtype)
+    elif isinstance(stored, StoredLinear):
+        return None
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
         layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
     else:
@@ -98,7 +104,7 @@ def cpu_int8_layer(stored: StoredInt8, dtype: torch.dtype) -> KernelLinear | Non
 
 
 def cpu_int4_layer(stored: StoredInt4, dtype: torch.dtype) -> KernelLinear | None:
-    if not has_whole_groups(stored):
+    if not kernels_take_groups(stored):
         return None
     codes = unpack_nibbles(stored.weight, stored.in_features)
     tensors = codes, stored.scales.to(dtype), stored.zeros, stored.bias
@@ -107,7 +113,7 @@ def cpu_int4_layer(stored: StoredInt4, dtype: torch.dtype) -> KernelLinear | Non
     return AtenInt4(*tensors) if codes.shape[-2] % 16 == 0 else None
 
 
-def has_whole_groups(stored: StoredInt4) -> bool:
+def kernels_take_groups(stored: StoredInt4) -> bool:
     """Say whether the groups are those that kernels take: ATen's take these sizes alone, Triton's powers of 2."""
     return stored.in_features % stored.group_size == 0 and stored.group_size in GROUP_SIZES
 
@@ -121,13 +127,13 @@ def cuda_kernels() -> ModuleType | None:
     return cuda
 
 
-def gpu_layer(stored: Stored, dtype: torch.dtype, cuda: ModuleType | None) -> nn.Module | None:
+def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None) -> nn.Module | None:
     """Return the layer of a GPU whose kernel takes a weight in a model of this dtype; None where there is none."""
     if cuda is None or stored.weight.ndim == 3:
         return None
     if isinstance(stored, StoredInt8):
         return cuda.CudaInt8(stored.weight, stored.scales.to(dtype), stored.bias)
-    if isinstance(stored, StoredInt4) and has_whole_groups(stored):
+    if isinstance(stored, StoredInt4) and kernels_take_groups(stored):
         codes = unpack_nibbles(stored.weight, stored.in_features)
         return cuda.CudaInt4(codes, stored.scales.to(dtype), stored.zeros, stored.bias)
     return None
@@ -148,7 +154,7 @@ class FusedBlock(Block):
     @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         attn, mlp = self.self_attn, self.mlp
-        q, k, v = attn.heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin)
+        q, k, v = attn.split_heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin)
         if attn.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -164,7 +170,7 @@ class FusedBlock(Block):
         return layer(y, residual=x) if ranks.count == 1 else x + ranks.all_reduce(layer(y))
 
     def store_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """As `KVCache.update_`; compiled, a step stores each key and value once for every query head that shares it.
+        """Do what `KVCache.update_` does. Compiled, store each key and value once for every query head that shares it.
 
         They are the same bits. The loops that store are then as long as the one that rotates the queries, and inductor
         fuses all of them into one kernel. Norms of heads stand between: there it would cost a launch.
@@ -174,8 +180,8 @@ class FusedBlock(Block):
         num_copies = 1
         if torch.compiler.is_compiling() and positions.shape[1] <= MAX_ROWS and attn.q_norm is None:
             num_copies = attn.num_local_heads // attn.num_local_kv_heads
-        at = positions.unsqueeze(-1).expand(-1, -1, num_copies)
+        slots = positions.unsqueeze(-1).expand(-1, -1, num_copies)
         rows = torch.arange(len(k), device=k.device).view(-1, 1, 1)
-        cache.k[rows, :, at] = k.unsqueeze(2)
-        cache.v[rows, :, at] = v.unsqueeze(2)
+        cache.k[rows, :, slots] = k.unsqueeze(2)
+        cache.v[rows, :, slots] = v.unsqueeze(2)
         return cache.k[: len(k), :, :length], cache.v[: len(k), :, :length]

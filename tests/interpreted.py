@@ -94,7 +94,7 @@ def attention(
     q = torch.randn(B, S, H, D).to(DTYPES[dtype])
     k, v = (torch.randn(B + 1, K, T + 3, D).to(q.dtype)[:B, :, :T] for _ in range(2))  # the first slots of a cache
     positions = torch.tensor(ends).unsqueeze(1) - S + torch.arange(S)
-    mask = model.visible(positions.unsqueeze(-1), torch.arange(T), window)
+    mask = model.attention_mask(positions.unsqueeze(-1), torch.arange(T), window)
     twin = model.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     unseen = ~mask.any(dim=1)[:, None, :, None].expand_as(k)
     k[unseen] = v[unseen] = torch.nan
@@ -130,7 +130,7 @@ def many_queries() -> float:
     """More queries than the kernel takes: torch's own, of which a GPU takes the memory-efficient kernel."""
     S, T = cuda.MAX_QUERIES + 1, 40
     q, k, v = torch.randn(2, S, 4, 16), torch.randn(2, 2, T, 16), torch.randn(2, 2, T, 16)
-    mask = model.visible((torch.arange(S) + 5).expand(2, S).unsqueeze(-1), torch.arange(T), 9)
+    mask = model.attention_mask((torch.arange(S) + 5).expand(2, S).unsqueeze(-1), torch.arange(T), 9)
     twin = model.attention(q, k, v, mask)
     k[:, :, 30:] = v[:, :, 30:] = torch.nan
     return distance(cuda.attention(q, k, v, mask), twin)

@@ -25,8 +25,8 @@ COMPILED = [
     ("mixtral", "int4-g32", torch.float32),
 ]
 NUM_SLOTS = 64
-# What bf16 loses of logits of size 1 to 4 on their way through two layers.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.12}
+# In bfloat16 of the whole call's norm: where two experts are nearly level, rounding may choose the other for a token.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 def plain_model(reference: HubCheckpoint, form: str, dtype: torch.dtype) -> Transformer:
@@ -53,7 +53,10 @@ def logits_of(model: Transformer, tokens: Tensor, step: Callable[..., Tensor] | 
 
 def assert_equal(fast: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> None:
     for ours, twin in zip(fast, plain, strict=True):
-        assert (ours - twin).abs().max() <= TOLERANCE[dtype] * twin.abs().max().clamp(min=1)
+        if dtype == torch.float32:
+            assert (ours - twin).abs().max() <= TOLERANCE[dtype]
+        else:
+            assert (ours - twin).norm() <= TOLERANCE[dtype] * twin.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])

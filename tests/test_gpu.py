@@ -13,7 +13,7 @@ from checkpoint import load_model, random_model
 from engine import generate
 from kernels.optimize import cuda_kernels, optimize_
 from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from model import attention, visible
+from model import attention, attention_mask
 from quantize import main as quantize
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
@@ -170,7 +170,7 @@ def test_attention_is_its_twin(S, H, K, D, end, window):
     q = torch.randn(2, S, H, D, dtype=torch.bfloat16)
     k, v = (torch.randn(2, K, slots + 1, D, dtype=torch.bfloat16)[:, :, :slots] for _ in range(2))
     positions = torch.arange(end - S, end).view(1, S, 1).expand(2, -1, -1)
-    mask = visible(positions, torch.arange(slots), window)
+    mask = attention_mask(positions, torch.arange(slots), window)
     twin = attention(q.float(), k.float(), v.float(), mask)
     unseen = ~mask.any(dim=1)[:, None, :, None].expand_as(k)
     k[unseen] = v[unseen] = torch.nan
@@ -182,7 +182,7 @@ def test_prefill_reaches_a_fused_attention():
     cuda = cuda_kernels()
     q, k = torch.randn(1, 64, 8, 128), torch.randn(1, 2, 128, 128)
     q, k = q.bfloat16().cuda(), k.bfloat16().cuda()
-    mask = visible(torch.arange(64).view(1, 64, 1), torch.arange(128), None).cuda()
+    mask = attention_mask(torch.arange(64).view(1, 64, 1), torch.arange(128), None).cuda()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
         ours = cuda.attention(q, k, k, mask)
     assert relative(ours, attention(q.float().cpu(), k.float().cpu(), k.float().cpu(), mask.cpu())) < 1e-2

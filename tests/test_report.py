@@ -1,4 +1,4 @@
-"""report.py: the text of a row, as it is shown."""
+"""cli/report.py: the text of a row, as it is shown."""
 
 from pathlib import Path
 
