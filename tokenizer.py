@@ -6,8 +6,9 @@
     tokenizer = load_tokenizer("checkpoints/demo")
     tokenizer.decode(tokenizer.encode("def main():"))
 
-Each becomes a table of the bytes that every id stands for, and a function that encodes; the rest is common. A prompt is
-to be continued, so an EOS that a tokenizer would append is left out.
+Each becomes a table of the bytes that every id stands for, and a function that encodes. Of tokenizer.json the package
+decodes too (backend.py); of the others the bytes are joined. A prompt is to be continued, so an EOS that a tokenizer
+would append is left out.
 """
 
 import base64
@@ -21,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from backend import Library, LibraryText, decoder_steps, is_byte, read_library
 from files import own_file, read_json
 
 if TYPE_CHECKING:
@@ -29,14 +31,6 @@ if TYPE_CHECKING:
 # Appended to a serialized SentencePiece model this switches add_dummy_prefix off: to protobuf, bytes that follow a
 # message are merged into it. The field is ModelProto.normalizer_spec (3) . add_dummy_prefix (3) = false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
-# The decoder of a tokenizer.json that was made from a SentencePiece model; without a dummy prefix the last step is off.
-SENTENCEPIECE_DECODER = [
-    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-    {"type": "ByteFallback"},
-    {"type": "Fuse"},
-    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-]
 
 LLAMA3_NUM_RANKS = 128000
 LLAMA3_PATTERN = (
@@ -73,6 +67,7 @@ class Tokenizer:
     bos_id: int | None  # None: this tokenizer puts nothing before a text
     strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
     added_ids: dict[str, int] = field(default_factory=dict)  # the strings that parse_special turns into ids
+    library: Library | None = None  # decodes instead of token_bytes, which then are there to be compared
 
     @cached_property
     def vocab_size(self) -> int:
@@ -109,37 +104,52 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.strips_space = tokenizer.strips_leading_space
+        library = tokenizer.library
+        self.text = LibraryText(library, tokenizer.token_bytes) if library else BytesText(tokenizer)
         self.shown = ""
         self.push(prompt_ids)
-        # decode(prompt_ids) shows a character that the prompt leaves unfinished as U+FFFD: it is not shown again.
-        self.shown = "\ufffd" if self.utf8.getstate()[0] else ""
+        # decode(prompt_ids) shows what waits at the prompt's end, often as U+FFFD: it is not shown again.
+        self.shown = self.text.rest()
 
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that is whole with these ids."""
-        return self._new_text(b"".join(map(self._bytes_of, ids)))
+        return self._new_text(self.text.push(list(map(self._checked, ids))))
 
     def flush(self) -> str:
         """Return what is left: U+FFFD for an unfinished character."""
-        return self._new_text(b"", final=True)
+        return self._new_text(self.text.rest())
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _checked(self, token: int) -> int:
         if token < 0:
             raise ValueError(
                 f"token id {token} is negative; this tokenizer has the ids 0 to {self.tokenizer.vocab_size - 1}"
             )
-        return self.tokenizer.token_bytes.get(token, b"")
+        return token
 
-    def _new_text(self, data: bytes, final: bool = False) -> str:
+    def _new_text(self, text: str) -> str:
+        if self.shown.startswith(text):
+            text, self.shown = "", self.shown[len(text) :]
+        elif self.shown:
+            text, self.shown = text.removeprefix(self.shown), ""
+        return text
+
+
+class BytesText:
+    """The text of ids whose bytes are joined."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.token_bytes, self.strips_space = tokenizer.token_bytes, tokenizer.strips_leading_space
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: list[int]) -> str:
+        data = b"".join(self.token_bytes.get(i, b"") for i in ids)
         if data and self.strips_space:
             data = data.removeprefix(b" ")
             self.strips_space = False
-        text = self.utf8.decode(data, final)
-        if text and self.shown:
-            text = text.removeprefix(self.shown)
-            self.shown = ""
-        return text
+        return self.utf8.decode(data)
+
+    def rest(self) -> str:
+        return "\ufffd" if self.utf8.getstate()[0] else ""
 
 
 def check_unicode(text: str) -> None:
@@ -222,7 +232,8 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{path} cannot be read as a tokenizer.json ({error}); download it again") from None
     backend.no_truncation()  # both may be left in the file from training
     backend.no_padding()
-    to_bytes, strips_leading_space = read_decoder(path, backend)
+    steps = decoder_steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
+    to_bytes = byte_level_bytes if any(step["type"] == "ByteLevel" for step in steps) else piece_bytes
     special_ids = mark_added_tokens_(backend, special_names(settings))
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
@@ -233,8 +244,9 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
         encode_text,
         choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
-        strips_leading_space,
+        any(step.get("start") or step.get("prepend_scheme", "never") != "never" for step in steps),
         {token.content: i for i, token in backend.get_added_tokens_decoder().items()},
+        read_library(backend, steps),
     )
 
 
@@ -262,18 +274,6 @@ def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | Non
     return encoding.ids[0] if num_before else None
 
 
-def read_decoder(path: Path, backend: "tokenizers.Tokenizer") -> tuple[Callable[[str], bytes], bool]:
-    """Return the function from a token's string to its bytes, and whether the text loses its leading space."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
-    steps = decoder.get("decoders", [decoder])
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return byte_level_bytes, False
-    if steps in (SENTENCEPIECE_DECODER, SENTENCEPIECE_DECODER[:-1]):
-        return piece_bytes, steps == SENTENCEPIECE_DECODER
-    raise ValueError(f"{path} has decoder {kinds}, which is not supported; ByteLevel and SentencePiece's are")
-
-
 def byte_alphabet() -> dict[str, int]:
     """Return the printable characters that stand for the 256 bytes in byte-level BPE (GPT-2's choice)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -293,7 +293,7 @@ def byte_level_bytes(token: str) -> bytes:
 
 def piece_bytes(piece: str) -> bytes:
     """Return what a SentencePiece piece stands for: ▁ is a space, <0x0A> the byte 10."""
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+    if is_byte(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
 

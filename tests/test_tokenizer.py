@@ -7,7 +7,9 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -546,6 +548,90 @@ def test_a_push_reads_its_own_ids_only():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Decoders of package `tokenizers`
+
+REPLACE, FALLBACK, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+STRIP = decoders.Strip(content=" ", left=1)
+DECODERS = {
+    "none": None,
+    "llama 2": decoders.Sequence([REPLACE, FALLBACK, FUSE, STRIP]),
+    "bytes first": decoders.Sequence([FALLBACK, REPLACE, FUSE]),
+    "bytes last": decoders.Sequence([FUSE, REPLACE, FALLBACK]),
+    "nested": decoders.Sequence([decoders.Sequence([FALLBACK, FUSE]), decoders.Metaspace()]),
+    "metaspace": decoders.Metaspace(),
+    "metaspace after bytes": decoders.Sequence([FALLBACK, decoders.Metaspace(prepend_scheme="first")]),
+    "replace after fuse": decoders.Sequence([FUSE, REPLACE, STRIP]),
+    "two characters": decoders.Sequence([FUSE, decoders.Replace("▁a", "-"), REPLACE]),
+    "strip three": decoders.Sequence([REPLACE, FUSE, decoders.Strip(content=" ", left=3)]),
+    "strip the end": decoders.Sequence([REPLACE, FUSE, decoders.Strip(content=" ", left=0, right=1)]),
+    "word pieces": decoders.WordPiece(),
+    "suffixes": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "fuse": FUSE,
+    "byte level": decoders.ByteLevel(),
+    "metaspace, byte level": decoders.Sequence([decoders.Metaspace(), decoders.ByteLevel()]),
+}
+DECODED = ["<s>", "▁", "▁▁", "a", "▁a", "b", "##b", "b</w>", "|", ".", "<pad>", "\ufffd", "Ġa", "ä", "½", "ł",
+           *(f"<0x{byte:02X}>" for byte in "a你".encode()), "<0xFF>"]  # fmt: skip
+
+
+@functools.cache
+def decoding(kind: str) -> tuple[tokenizers.Tokenizer, Tokenizer]:
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(DECODED)}, []))
+    backend.add_special_tokens(["<s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_tokens(["<tool>", AddedToken("<think>", normalized=False)])
+    if DECODERS[kind]:
+        backend.decoder = DECODERS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        return backend, load_tokenizer(save(Path(folder), backend))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_librarys_text_is_ours_in_any_pieces_and_after_any_prompt(kind):
+    backend, tokenizer = decoding(kind)
+    shown = {*range(1, len(DECODED) + 2)}
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def check(data):
+        any_ids = st.lists(st.integers(0, len(DECODED) + 3), max_size=12)
+        prompt, ids = data.draw(any_ids), data.draw(any_ids)
+        # The library panics where a Strip has no text.
+        before, whole = (backend.decode(each) if {*each} & shown else "" for each in (prompt, prompt + ids))
+        assert tokenizer.decode(prompt) == before
+        assert "".join(stream(tokenizer, cut(data, prompt + ids))) == whole
+        if whole.startswith(before):
+            assert "".join(stream(tokenizer, [[i] for i in ids], prompt)) == whole[len(before) :]
+
+    check()
+
+
+def test_a_normalized_added_token_keeps_the_space_before_it(tmp_path):
+    backend, tokenizer = decoding("llama 2")
+    ids = [backend.token_to_id(token) for token in ("▁a", "<tool>", "▁a", "<think>", "<s>")]
+    assert backend.decode(ids) == tokenizer.decode(ids) == "a <tool> a<think>"
+    assert stream(tokenizer, [[i] for i in ids]) == ["a", " <tool>", " a", "<think>", "", ""]
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "metaspace", "word pieces", "byte level", "ctc", "none"])
+def test_the_library_decodes_a_few_ids_at_a_time(kind):
+    _, tokenizer = decoding(kind)
+    sizes: list[int] = []
+    library = tokenizer.library
+    assert library
+
+    def decode(ids: list[int]) -> str:
+        sizes.append(len(ids))
+        return library.decode(ids)
+
+    text = TextStream(replace(tokenizer, library=library._replace(decode=decode)))
+    for i in range(300):
+        text.push([3 + i % 3])
+    assert max(sizes) <= 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Which file, and what is wrong with it
 
 
@@ -621,19 +707,6 @@ def test_a_corrupt_tokenizer_config_is_refused(tmp_path, data):
     save(tmp_path, byte_level_backend())
     (tmp_path / "tokenizer_config.json").write_text(data)
     assert_refused(tmp_path, "tokenizer_config.json")
-
-
-@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])])
-def test_a_decoder_that_is_not_supported_is_refused(tmp_path, decoder):
-    backend = byte_level_backend()
-    if decoder is None:
-        save(tmp_path, backend)
-        whole = json.loads((tmp_path / "tokenizer.json").read_text())
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"decoder": None}))
-    else:
-        backend.decoder = decoder
-        save(tmp_path, backend)
-    assert_refused(tmp_path, "tokenizer.json", "decoder")
 
 
 def test_two_tokens_before_a_text_are_refused(tmp_path):
