@@ -1,4 +1,7 @@
-"""What package `tokenizers` decodes ids to, as they come. Its decoders are of many kinds; none is written anew here."""
+"""Ids to text as they come, by what tokenizer.py read: a table of bytes, or a decoder of package `tokenizers`.
+
+Its decoders are of many kinds. None is written anew here.
+"""
 
 import codecs
 import os
@@ -17,6 +20,24 @@ class Library(NamedTuple):
     is_local: bool  # what was decoded stays when ids follow, and depends on no more than the id before
     joins_bytes: bool  # of all tokens (ByteLevel): an unfinished character may be finished by the next
     byte_ids: frozenset[int]  # of one byte each (ByteFallback): a run of them is decoded whole, all of it or none
+
+
+class BytesText:
+    """The text of ids whose bytes are joined."""
+
+    def __init__(self, token_bytes: dict[int, bytes], strips_space: bool):
+        self.token_bytes, self.strips_space = token_bytes, strips_space
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: list[int]) -> str:
+        data = b"".join(self.token_bytes.get(i, b"") for i in ids)
+        if data and self.strips_space:
+            data = data.removeprefix(b" ")
+            self.strips_space = False
+        return self.utf8.decode(data)
+
+    def rest(self) -> str:
+        return "\ufffd" if self.utf8.getstate()[0] else ""
 
 
 class LibraryText:
@@ -60,9 +81,9 @@ class LibraryText:
         return num
 
     def _is_cut(self, ids: list[int]) -> bool:
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(b"".join(self.token_bytes[i] for i in ids))
-        return bool(utf8.getstate()[0])
+        joined = BytesText(self.token_bytes, strips_space=False)
+        joined.push(ids)
+        return joined.rest() != ""
 
 
 def decoder_steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:

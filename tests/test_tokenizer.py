@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
 from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, TextStream, Tokenizer, load_tokenizer
@@ -210,6 +210,70 @@ def test_tokenizer_json_equals_transformers(tmp_path, bos):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+def added(content: str, **flags: bool) -> dict[str, Any]:
+    off = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+    return {"content": content, **off, **flags}
+
+
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
+BPE_FOLDERS = {
+    "all defaults": {"tokenizer_config": GPT2},
+    "bos": {"tokenizer_config": GPT2 | {"add_bos_token": True, "bos_token": "<bos>", "unk_token": None}},
+    "default bos": {"tokenizer_config": GPT2 | {"add_bos_token": True}},
+    "prefix space": {
+        "tokenizer_config": GPT2 | {"add_prefix_space": True, "additional_special_tokens": ["<x>", "<y>"]}
+    },
+    "added_tokens.json": {
+        "tokenizer_config": GPT2,
+        "added_tokens": {"<|im_end|>": 341, "<tool>": 340},
+        "special_tokens_map": {"bos_token": "<bos>", "eos_token": added("<|im_end|>", rstrip=True)},
+    },
+    "added_tokens_decoder": {
+        "tokenizer_config": {
+            "tokenizer_class": "GPT2TokenizerFast",
+            "pad_token": "<pad>",
+            "added_tokens_decoder": {
+                "341": added("<think>", normalized=True),
+                "340": added("<tool>", lstrip=True),
+                "1": added("<eos>", special=True),
+            },
+        }
+    },
+    "qwen 2": {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}},
+}
+
+
+def bpe_folder(folder: Path, files: dict[str, Any]) -> Path:
+    """Write vocab.json, merges.txt and what is beside them."""
+    byte_level_backend().model.save(str(folder))
+    for name, content in ({"config": {"model_type": "llama"}} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("kind", BPE_FOLDERS)
+def test_vocab_json_and_merges_txt_equal_transformers(tmp_path, kind):
+    folder = bpe_folder(tmp_path, BPE_FOLDERS[kind])
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.vocab_size == len(theirs)
+    special = "a <tool> b<|im_end|>  c<|endoftext|> <x><eos><pad> 12345 e\u0301<think>"
+    for text in [*TEXTS, special]:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def test_an_added_token_beyond_the_next_free_id_is_refused(tmp_path):
+    """`transformers` would give it another id than the model was trained with."""
+    folder = bpe_folder(tmp_path, {"added_tokens": {"<tool>": 345}})
+    assert_refused(folder, "'<tool>' has id 345, and 340 is the next free")
+
+
+@pytest.mark.parametrize(("file", "text"), [("vocab.json", "{"), ("merges.txt", "no merge at all\n")])
+def test_broken_bpe_files_are_refused(tmp_path, file, text):
+    (bpe_folder(tmp_path, {}) / file).write_text(text)
+    assert_refused(tmp_path, "vocab.json and merges.txt", "download")
+
+
 def test_literal_encoding_equals_transformers_split_special_tokens(tmp_path):
     folder = save(tmp_path, byte_level_backend())
     ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
@@ -375,8 +439,8 @@ def test_the_unknown_token_is_parsed_and_decodes_to_nothing(tmp_path):
 
 
 def test_the_longer_of_two_added_tokens_is_parsed(tmp_path):
-    added = {"300": {"content": "<a>", "special": True}, "301": {"content": "<a><b>", "special": True}}
-    tokenizer = load_tokenizer(configure(train_sentencepiece(tmp_path), {"added_tokens_decoder": added}))
+    tokens = {"300": {"content": "<a>", "special": True}, "301": {"content": "<a><b>", "special": True}}
+    tokenizer = load_tokenizer(configure(train_sentencepiece(tmp_path), {"added_tokens_decoder": tokens}))
     assert tokenizer.encode("<a><a><b>", bos=False) == [300, 301]
 
 
@@ -414,8 +478,8 @@ def test_literal_encoding_reaches_no_added_token_whatever_its_flag(tmp_path):
     tokenizer = load_tokenizer(save(tmp_path, backend))
     text = "a<|user|> <think>"
     parsed, literal = tokenizer.encode(text), tokenizer.encode(text, parse_special=False)
-    added = {backend.token_to_id("<|user|>"), backend.token_to_id("<think>")}
-    assert added <= set(parsed) and not added & set(literal)
+    ids = {backend.token_to_id("<|user|>"), backend.token_to_id("<think>")}
+    assert ids <= set(parsed) and not ids & set(literal)
     assert tokenizer.decode(parsed) == tokenizer.decode(literal) == text
 
 
