@@ -452,7 +452,9 @@ def json_tokenizer(tmp_path, kind):
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        backend.decoder = decoders.Sequence(steps)
+        backend.decoder = (
+            decoders.Sequence(steps) if kind == "metaspace" else decoders.Metaspace(prepend_scheme="first")
+        )
         alphabet = [chr(i) for i in range(32, 127)] + ["\n"]
     backend.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=alphabet, max_token_length=8
@@ -461,7 +463,7 @@ def json_tokenizer(tmp_path, kind):
     return load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "byte-level", "metaspace"])
+@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "byte-level", "metaspace", "metaspace alone"])
 def test_special_tokens_in_messages_are_text_and_those_of_the_template_are_tokens(kind, chat_folder, tmp_path):
     if kind == "tiktoken":
         tokenizer, template = llama3_tokenizer_and_template()
