@@ -1,26 +1,28 @@
-"""Text <-> token ids, for the three tokenizer files that Llama-family checkpoints come with.
+"""Text <-> token ids, for the tokenizer files that Llama-family checkpoints come with.
 
 - tokenizer.json, read by package `tokenizers`, where the folder has one;
-- tokenizer.model, a SentencePiece model (Llama 2, Mistral) or a tiktoken file (Llama 3), told apart by content.
+- tokenizer.model, a SentencePiece model (Llama 2, Mistral) or a tiktoken file (Llama 3), told apart by content;
+- vocab.json and merges.txt, of which package `tokenizers` makes the same as of a tokenizer.json.
 
     tokenizer = load_tokenizer("checkpoints/demo")
     tokenizer.decode(tokenizer.encode("def main():"))
 
-Each becomes a table of the bytes that every id stands for, and a function that encodes; the rest is common. A prompt is
-to be continued, so an EOS that a tokenizer would append is left out.
+Each becomes a table of the bytes that every id stands for, and a function that encodes. The package decodes what it
+encodes (detokenizer.py); of the others the bytes are joined. A prompt is to be continued, so an EOS that a tokenizer
+would append is left out.
 """
 
 import base64
-import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from detokenizer import BytesText, Library, LibraryText, decoder_steps, is_byte, read_library
 from files import own_file, read_json
 
 if TYPE_CHECKING:
@@ -29,14 +31,6 @@ if TYPE_CHECKING:
 # Appended to a serialized SentencePiece model this switches add_dummy_prefix off: to protobuf, bytes that follow a
 # message are merged into it. The field is ModelProto.normalizer_spec (3) . add_dummy_prefix (3) = false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
-# The decoder of a tokenizer.json that was made from a SentencePiece model; without a dummy prefix the last step is off.
-SENTENCEPIECE_DECODER = [
-    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-    {"type": "ByteFallback"},
-    {"type": "Fuse"},
-    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-]
 
 LLAMA3_NUM_RANKS = 128000
 LLAMA3_PATTERN = (
@@ -47,19 +41,10 @@ LLAMA3_PATTERN = (
 LLAMA3_MAX_WHITESPACE = 25000
 # The names of Llama 3.1 and 3.2, in the order of their ids; in 3.0 some of them are reserved ones.
 LLAMA3_SPECIAL_TOKENS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
-]
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +58,7 @@ class Tokenizer:
     bos_id: int | None  # None: this tokenizer puts nothing before a text
     strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
     added_ids: dict[str, int] = field(default_factory=dict)  # the strings that parse_special turns into ids
+    library: Library | None = None  # decodes instead of token_bytes, which then are there to be compared
 
     @cached_property
     def vocab_size(self) -> int:
@@ -109,36 +95,32 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.strips_space = tokenizer.strips_leading_space
+        library, table = tokenizer.library, tokenizer.token_bytes
+        self.text = LibraryText(library, table) if library else BytesText(table, tokenizer.strips_leading_space)
         self.shown = ""
         self.push(prompt_ids)
-        # decode(prompt_ids) shows a character that the prompt leaves unfinished as U+FFFD: it is not shown again.
-        self.shown = "\ufffd" if self.utf8.getstate()[0] else ""
+        # decode(prompt_ids) shows what waits at the prompt's end, often as U+FFFD: it is not shown again.
+        self.shown = self.text.rest()
 
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that is whole with these ids."""
-        return self._new_text(b"".join(map(self._bytes_of, ids)))
+        return self._new_text(self.text.push(list(map(self._checked, ids))))
 
     def flush(self) -> str:
         """Return what is left: U+FFFD for an unfinished character."""
-        return self._new_text(b"", final=True)
+        return self._new_text(self.text.rest())
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _checked(self, token: int) -> int:
         if token < 0:
-            raise ValueError(
-                f"token id {token} is negative; this tokenizer has the ids 0 to {self.tokenizer.vocab_size - 1}"
-            )
-        return self.tokenizer.token_bytes.get(token, b"")
+            last = self.tokenizer.vocab_size - 1
+            raise ValueError(f"token id {token} is negative; this tokenizer has the ids 0 to {last}")
+        return token
 
-    def _new_text(self, data: bytes, final: bool = False) -> str:
-        if data and self.strips_space:
-            data = data.removeprefix(b" ")
-            self.strips_space = False
-        text = self.utf8.decode(data, final)
-        if text and self.shown:
-            text = text.removeprefix(self.shown)
-            self.shown = ""
+    def _new_text(self, text: str) -> str:
+        if self.shown.startswith(text):
+            text, self.shown = "", self.shown[len(text) :]
+        elif self.shown:
+            text, self.shown = text.removeprefix(self.shown), ""
         return text
 
 
@@ -168,9 +150,12 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
     if "added_tokens_decoder" not in settings:  # older folders declare special tokens in a file of their own
         settings |= read_settings(folder, "special_tokens_map.json")
     if (path := own_file(folder, "tokenizer.json")).is_file():
-        return load_tokenizer_json(path, settings)
+        return load_backend(path, read_tokenizer_json(path), settings)
     if (path := own_file(folder, "tokenizer.model")).is_file():
         return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
+    if (path := own_file(folder, "vocab.json")).is_file() and own_file(folder, "merges.txt").is_file():
+        settings = bpe_defaults(settings) | settings
+        return load_backend(path, read_bpe_files(path, settings), settings)
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
 
 
@@ -186,14 +171,20 @@ def token_name(token: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def special_names(settings: dict[str, Any]) -> set[str]:
-    """Name the tokens that the settings declare special: bos_token and its like, and the lists of others."""
-    declared = [value for key, value in settings.items() if key.endswith("_token")]
+def declared_special(settings: dict[str, Any]) -> list[Any]:
+    """Return the tokens that the settings declare special: bos_token and its like, then the lists of others."""
+    keys = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    keys += [key for key in settings if key.endswith("_token") and key not in keys]
+    declared = [settings.get(key) for key in keys]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key)
         more = list(more.values()) if isinstance(more, dict) else more
         declared += more if isinstance(more, list) else []
-    return {name for name in map(token_name, declared) if name}
+    return [token for token in declared if token_name(token)]
+
+
+def special_names(settings: dict[str, Any]) -> set[str]:
+    return {name for name in map(token_name, declared_special(settings)) if name}
 
 
 def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str], int | None]) -> int | None:
@@ -213,7 +204,7 @@ def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str],
 # tokenizer.json
 
 
-def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
+def read_tokenizer_json(path: Path) -> "tokenizers.Tokenizer":
     import tokenizers
 
     try:
@@ -222,7 +213,12 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{path} cannot be read as a tokenizer.json ({error}); download it again") from None
     backend.no_truncation()  # both may be left in the file from training
     backend.no_padding()
-    to_bytes, strips_leading_space = read_decoder(path, backend)
+    return backend
+
+
+def load_backend(path: Path, backend: "tokenizers.Tokenizer", settings: dict[str, Any]) -> Tokenizer:
+    steps = decoder_steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
+    to_bytes = byte_level_bytes if any(step["type"] == "ByteLevel" for step in steps) else piece_bytes
     special_ids = mark_added_tokens_(backend, special_names(settings))
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
@@ -233,8 +229,9 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
         {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
         encode_text,
         choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
-        strips_leading_space,
+        any(step.get("start") or step.get("prepend_scheme", "never") != "never" for step in steps),
         {token.content: i for i, token in backend.get_added_tokens_decoder().items()},
+        read_library(backend, steps),
     )
 
 
@@ -262,18 +259,6 @@ def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | Non
     return encoding.ids[0] if num_before else None
 
 
-def read_decoder(path: Path, backend: "tokenizers.Tokenizer") -> tuple[Callable[[str], bytes], bool]:
-    """Return the function from a token's string to its bytes, and whether the text loses its leading space."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
-    steps = decoder.get("decoders", [decoder])
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return byte_level_bytes, False
-    if steps in (SENTENCEPIECE_DECODER, SENTENCEPIECE_DECODER[:-1]):
-        return piece_bytes, steps == SENTENCEPIECE_DECODER
-    raise ValueError(f"{path} has decoder {kinds}, which is not supported; ByteLevel and SentencePiece's are")
-
-
 def byte_alphabet() -> dict[str, int]:
     """Return the printable characters that stand for the 256 bytes in byte-level BPE (GPT-2's choice)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -293,9 +278,51 @@ def byte_level_bytes(token: str) -> bytes:
 
 def piece_bytes(piece: str) -> bytes:
     """Return what a SentencePiece piece stands for: ▁ is a space, <0x0A> the byte 10."""
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+    if is_byte(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vocab.json and merges.txt
+
+
+def bpe_defaults(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens of a class that declares none; like all else below they are those of `transformers`."""
+    kinds = ("eos", "unk", "pad") if is_qwen2(settings) else ("bos", "eos", "unk")
+    return {f"{kind}_token": "<|endoftext|>" for kind in kinds}
+
+
+def is_qwen2(settings: dict[str, Any]) -> bool:
+    return str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
+
+
+def read_bpe_files(path: Path, settings: dict[str, Any]) -> "tokenizers.Tokenizer":
+    """Build the byte-level BPE of Qwen2 where the settings name it, otherwise GPT-2's. path: vocab.json."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
+    except Exception as error:  # the package raises no narrower kind
+        raise ValueError(f"{path} and merges.txt cannot be read as a BPE ({error}); download both again") from None
+    pre_tokenizer: Any = pre_tokenizers.ByteLevel(bool(settings.get("add_prefix_space")), not is_qwen2(settings))
+    if is_qwen2(settings):
+        backend.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN.replace("{1,3}", "")), "isolated")
+        pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizer])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    added = sorted(read_added_tokens(path.parent, settings, special_names(settings)))
+    for token in added:  # one at a time, since each takes the next free id
+        backend.add_tokens([tokenizers.AddedToken(token.content, special=token.special, **token.flags)])
+        if (i := backend.token_to_id(token.content)) != token.id:
+            raise ValueError(
+                f"{path.parent}: added token {token.content!r} has id {token.id}, and {i} is the next free"
+            )
+    for declared in declared_special(settings):
+        if (name := token_name(declared)) not in {token.content for token in added}:
+            backend.add_tokens([tokenizers.AddedToken(name, special=True, **token_flags(declared))])
+    return backend
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,6 +333,7 @@ class AddedToken(NamedTuple):
     id: int
     content: str
     special: bool
+    flags: dict[str, bool]  # as package `tokenizers` has them
 
 
 def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -322,11 +350,16 @@ def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     names = special_names(settings)
     pieces = {i: first.id_to_piece(i) for i in range(first.vocab_size())}
     tokens = [
-        AddedToken(i, piece, special=True)
+        AddedToken(i, piece, special=True, flags={})
         for i, piece in pieces.items()
         if first.is_control(i) or first.is_unknown(i) or piece in names
     ]
-    tokens += read_added_tokens(path.parent, settings, names)
+    added = read_added_tokens(path.parent, settings, names)
+    for flag, token in product(("lstrip", "rstrip", "single_word"), added):
+        if token.flags.get(flag):
+            what = f"{flag} of added token {token.content!r}"
+            raise ValueError(f"{path.parent}: {what} is supported in a tokenizer.json only")
+    tokens += added
     parsed_ids = {token.content: token.id for token in tokens}
     longest_first = sorted(parsed_ids, key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -356,11 +389,14 @@ def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -
         content = token_name(token)
         if not isinstance(token, dict) or not content or not str(i).isdecimal():
             raise ValueError(f"{folder}: added token {i!r}: {token!r} is malformed, expected an id and its content")
-        for flag in ("lstrip", "rstrip", "single_word"):
-            if token.get(flag):
-                raise ValueError(f"{folder}: {flag} of added token {content!r} is supported in a tokenizer.json only")
-        tokens.append(AddedToken(int(i), content, bool(token.get("special")) or content in names))
+        special = bool(token.get("special")) or content in names
+        tokens.append(AddedToken(int(i), content, special, token_flags(token)))
     return tokens
+
+
+def token_flags(token: Any) -> dict[str, bool]:
+    names = ("lstrip", "rstrip", "single_word", "normalized")
+    return {name: bool(token[name]) for name in names if name in token} if isinstance(token, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -82,14 +82,23 @@ def system_messages(system: str | None) -> list[Message]:
 
 
 def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer, system: str | None) -> tuple[int, ...]:
-    """Return the id of the special token that the template puts after an answer, () where it puts none.
+    """Return the id of the added token that the template puts after an answer, () where it puts none.
 
-    Raises ValueError where the template cannot render a conversation.
+    Marked as special or not: a model that was trained with the template writes it there. Raises ValueError where the
+    template cannot render a conversation.
     """
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
-    text = template.render([*system_messages(system), *turn], add_generation_prompt=False)
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
+    text = ""
+    # Some templates accept only what ends with the user, and some a single question.
+    for turns in ([question, answer], [question, answer, question], [question]):
+        try:
+            text = template.render([*system_messages(system), *turns], add_generation_prompt=turns[-1] is question)
+            break
+        except ValueError:
+            if len(turns) == 1:
+                raise
     _, mark, after = text.rpartition(MARK)  # no mark where the template leaves answers out
-    match = SpecialNames(tokenizer).controls.match(after.lstrip()) if mark else None
+    match = SpecialNames(tokenizer).all.match(after.lstrip()) if mark else None
     return (tokenizer.added_ids[match[0]],) if match else ()
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +25,7 @@ from files import check_writable
 from linears import Scheme
 from model import ModelConfig, Ranks
 from steps import Sampling
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_unicode, load_tokenizer
 from tp import check_sizes
 
 DEFAULTS = Sampling()
@@ -62,6 +64,8 @@ def add_prompt_options(parser: ArgumentParser) -> None:
     source.add_argument("--interactive", action="store_true", help="talk with the model on the terminal")
     what.add_argument("--chat", action="store_true", help="ask each prompt through the model's chat template")
     what.add_argument("--system", metavar="TEXT", help="the system message of --interactive and --chat")
+    what.add_argument("--chat_template_kwargs", type=template_kwargs, metavar="JSON",
+                      help="the template's variables: '{\"enable_thinking\": false}'")  # fmt: skip
     what.add_argument("--max_seq_length", type=number(int, 2), metavar="N",
                       help="context of --interactive, in tokens (the model's, at most 8192)")  # fmt: skip
     what.add_argument("--max_new_tokens", type=number(int, 0), metavar="N", help="per row (200; --interactive: 1000)")
@@ -112,6 +116,21 @@ def add_run_options(parser: ArgumentParser) -> None:
                      help="for speed work: with --prompt_length the folder needs only config.json")  # fmt: skip
     run.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of the last sample")
     run.add_argument("--metrics_path", type=Path, metavar="FILE", help="write the run as JSON")
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Read a JSON object: an argparse type."""
+    try:
+        kwargs = json.loads(text)
+        check_unicode(json.dumps(kwargs, ensure_ascii=False))  # an escape may stand for half a character
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not valid JSON ({error}); give an object") from None
+    if not isinstance(kwargs, dict):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is a JSON {type(kwargs).__name__}; give an object")
+    for name in ("messages", "add_generation_prompt"):
+        if name in kwargs:
+            raise argparse.ArgumentTypeError(f"{name!r} is the conversation's own; leave it out")
+    return kwargs
 
 
 def read_stdin() -> str:
@@ -228,6 +247,8 @@ def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
     context, slots = config.max_position_embeddings, args.max_seq_length
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system is for a chat; give --chat or --interactive too")
+    if args.chat_template_kwargs is not None and not (args.chat or args.interactive):
+        raise ValueError("--chat_template_kwargs is for a chat; give --chat or --interactive too")
     if args.chat and args.prompt_length:
         raise ValueError("--chat and --prompt_length do not go together: random tokens are no message")
     if slots and not args.interactive:
@@ -246,11 +267,13 @@ def chat_template(
 ) -> ChatTemplate | None:
     """Return the model's template; None where it has none and its text is merely continued."""
     with name_option("--checkpoint_path"):
-        template = load_template(args.checkpoint_path, tokenizer, eos_ids) if tokenizer else None
-    needed_by = "--chat" if args.chat else "--system" if args.system is not None else None
-    if needed_by and not template:
+        kwargs = args.chat_template_kwargs
+        template = load_template(args.checkpoint_path, tokenizer, eos_ids, kwargs) if tokenizer else None
+    needed_by = {"--chat": args.chat or None, "--system": args.system, "--chat_template_kwargs": kwargs}
+    given = [option for option, value in needed_by.items() if value is not None]
+    if given and not template:
         raise ValueError(
-            f"{needed_by} needs a chat template and {args.checkpoint_path} has none; name a model made for chat"
+            f"{given[0]} needs a chat template and {args.checkpoint_path} has none; name a model made for chat"
         )
     return template
 

@@ -33,8 +33,9 @@ PATIENCE = 60
 class ChatTemplate:
     """A template, and the process that renders it."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str], where: str):
+    def __init__(self, source: str, special_tokens: dict[str, str], where: str, kwargs: dict[str, Any] | None = None):
         self.where = where  # for messages
+        self.kwargs = kwargs or {}  # the user's own variables, which go before all but the conversation
         self.special_tokens = special_tokens  # bos_token and its like: their strings, for the template to write
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("renderer.py").resolve()],
@@ -50,14 +51,9 @@ class ChatTemplate:
 
         Raises ValueError where the template refuses the conversation or has an error, or needs too much of anything.
         """
-        # The variables that `transformers` gives it, with no tools and no documents.
-        variables = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return self._ask({**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt})
+        # The variables that `transformers` gives it, with no tools and no documents unless the user has some.
+        conversation = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self._ask({**self.special_tokens, "tools": None, "documents": None, **self.kwargs, **conversation})
 
     def _ask(self, message: dict[str, Any]) -> str:
         assert self.process.stdin and self.process.stdout
@@ -78,11 +74,11 @@ class ChatTemplate:
 
 
 def load_template(
-    checkpoint_path: str | Path, tokenizer: Tokenizer, eos_ids: Iterable[int] = ()
+    checkpoint_path: str | Path, tokenizer: Tokenizer, eos_ids: Iterable[int] = (), kwargs: dict[str, Any] | None = None
 ) -> ChatTemplate | None:
     """Start the chat template of a checkpoint folder; None where it has none.
 
-    eos_ids: the first of them is the eos_token of a folder whose settings name none.
+    eos_ids: the first of them is the eos_token of a folder whose settings name none. kwargs: variables of the user's.
     """
     folder = Path(checkpoint_path)
     settings = read_settings(folder, "tokenizer_config.json")
@@ -94,7 +90,8 @@ def load_template(
     special_tokens = {key: None if i is None else names.get(i) for key, i in ends.items()}
     for declared in (read_settings(folder, "special_tokens_map.json"), settings):
         special_tokens |= {key: token_name(value) for key, value in declared.items() if key.endswith("_token")}
-    return ChatTemplate(source, {key: name for key, name in special_tokens.items() if name is not None}, str(where))
+    strings = {key: name for key, name in special_tokens.items() if name is not None}
+    return ChatTemplate(source, strings, str(where), kwargs)
 
 
 def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Path]:

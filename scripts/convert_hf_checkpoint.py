@@ -40,8 +40,10 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
             )
         write_fused_config(checkpoint_dir, reader.raw, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
-    if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        print(f"but no tokenizer, since {checkpoint_dir} has none: neither .json nor .model", file=sys.stderr)
+    if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt")):
+        print(
+            f"but no tokenizer, since {checkpoint_dir} has none: no .json, no .model and no merges.txt", file=sys.stderr
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
 
-COMPANIONS = ["*.json", "tokenizer.model", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
+COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 # How weights are named, best first: a repository with several of these holds the same weights several times.
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"]
 

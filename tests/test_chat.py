@@ -80,6 +80,10 @@ CONVERSATIONS = [
 ]
 
 
+ONLY_QUESTIONS = "{% if messages[-1].role != 'user' %}{{ raise_exception('the user comes last') }}{% endif %}"
+ONE_QUESTION = "{% if messages | length > 1 %}{{ raise_exception('one question') }}{% endif %}"
+
+
 def hub_template(source, **special_tokens):
     """Return a function that renders as `transformers` does."""
     from tokenizers import Tokenizer
@@ -89,8 +93,9 @@ def hub_template(source, **special_tokens):
     backend = Tokenizer(WordLevel({"a": 0}))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=source, **special_tokens)
 
-    def render(messages, add_generation_prompt):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def render(messages, add_generation_prompt, **kwargs):
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **kwargs}
+        return tokenizer.apply_chat_template(messages, **options)
 
     return render
 
@@ -114,6 +119,17 @@ def test_templates_render_as_transformers_renders_them(name):
             text = template.render(messages, add_generation_prompt)
             assert text == expected(messages, add_generation_prompt)
             assert text
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"enable_thinking": False}, {"enable_thinking": "ü", "bos_token": "B", "documents": [{"a": None}]}]
+)
+def test_the_users_variables_are_rendered_as_transformers_renders_them(kwargs):
+    source = (
+        "{{ bos_token }} {{ enable_thinking is defined }} {{ enable_thinking }} {{ documents }} {{ tools is none }}"
+    )
+    ours = ChatTemplate(source, {"bos_token": "<s>"}, "here", kwargs).render(said("a"), add_generation_prompt=True)
+    assert ours == hub_template(source, bos_token="<s>")(said("a"), True, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +452,9 @@ def json_tokenizer(tmp_path, kind):
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        backend.decoder = decoders.Sequence(steps)
+        backend.decoder = (
+            decoders.Sequence(steps) if kind == "metaspace" else decoders.Metaspace(prepend_scheme="first")
+        )
         alphabet = [chr(i) for i in range(32, 127)] + ["\n"]
     backend.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=alphabet, max_token_length=8
@@ -445,7 +463,7 @@ def json_tokenizer(tmp_path, kind):
     return load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "byte-level", "metaspace"])
+@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "byte-level", "metaspace", "metaspace alone"])
 def test_special_tokens_in_messages_are_text_and_those_of_the_template_are_tokens(kind, chat_folder, tmp_path):
     if kind == "tiktoken":
         tokenizer, template = llama3_tokenizer_and_template()
@@ -503,6 +521,12 @@ def test_bos_is_there_once(chat_folder):
         # It leaves answers out: what ends the text is the end of a message of the user.
         ("{% for m in messages if m.role == 'user' %}{{ eos_token }}{{ m.content }}{% endfor %}", None, ()),
         ("</s>", None, ()),
+        # An added token that is not special.
+        (CHATML.replace("<|im_end|>", "</think>"), "s", (4098,)),
+        (CHATML.replace("<|im_end|>", "."), None, ()),
+        (ONLY_QUESTIONS + CHATML, "s", (IM_END,)),
+        (ONLY_QUESTIONS + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None, ()),
+        (ONE_QUESTION + CHATML, None, ()),
     ],
 )
 def test_what_the_template_puts_after_an_answer_ends_one(chat_folder, source, system, expected):
@@ -577,6 +601,34 @@ def test_the_templates_end_of_turn_ends_an_answer_and_the_prompt_is_not_shown(en
     assert talk.stdout == result.stdout
     batch = run_here("", "--chat", "--prompt", "x", "--prompt", "xyz", *options)
     assert batch.stdout.startswith(result.stdout)
+
+
+def test_an_end_of_turn_that_is_not_special_ends_an_answer_and_is_not_shown(ending_folder, tmp_path, run_here):
+    folder, path = tmp_path / "model", tmp_path / "metrics.json"
+    shutil.copytree(ending_folder, folder)
+    added = {i: {**token, "special": False} for i, token in CHAT_SETTINGS["added_tokens_decoder"].items()}
+    write_folder(folder, tokenizer_config__json=CHAT_SETTINGS | {"added_tokens_decoder": added})
+    run = ("--chat", "--prompt", "x", *SHORT, "--metrics_path", path, "--checkpoint_path")
+    plain, result = run_here("", *run, ending_folder), run_here("", *run, folder)
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(path.read_text())["samples"]
+    assert (row["finish_reason"], row["tokens"][-1]) == ("eos", IM_END)
+    assert result.stdout == plain.stdout
+
+
+def test_the_commands_variables_reach_the_template(chat_folder, tmp_path, run_here):
+    folder, path = tmp_path / "model", tmp_path / "metrics.json"
+    shutil.copytree(chat_folder, folder)
+    template = "{{ 'think ' * 9 if enable_thinking is not defined or enable_thinking }}" + ONLY_QUESTIONS + CHATML
+    write_folder(folder, tokenizer_config__json=CHAT_SETTINGS | {"chat_template": template})
+    lengths = []
+    for option in ((), ("--chat_template_kwargs", '{"enable_thinking": false}')):
+        for talk in (("--chat", "--prompt", "x"), ("--interactive",)):
+            result = run_here("x\n", *talk, *option, "--checkpoint_path", folder, *SHORT, "--metrics_path", path)
+            assert result.returncode == 0, result.stderr
+            lengths.append(json.loads(path.read_text())["samples"][0]["prompt_tokens"])
+    plain = len(start_conversation(chat_folder).ask("x").ids)
+    assert lengths[0] == lengths[1] > lengths[2] == lengths[3] == plain
 
 
 def test_a_conversation_on_a_pipe_and_under_two_ranks(chat_folder, run_here):
@@ -742,6 +794,13 @@ def test_a_prompt_may_come_from_a_pipe(run_here):
         (["--chat", "--prompt", "x"], ["--chat needs a chat template", "checkpoints/demo"]),
         (["--interactive", "--system", "x"], ["--system needs a chat template", "checkpoints/demo"]),
         (["--system", "x"], ["--system", "--interactive"]),
+        (["--chat_template_kwargs", "{}"], ["--chat_template_kwargs", "--interactive"]),
+        (["--interactive", "--chat_template_kwargs", "{}"], ["--chat_template_kwargs needs a chat template"]),
+        (["--chat", "--chat_template_kwargs", "[1]"], ["--chat_template_kwargs", "list", "object"]),
+        (["--chat", "--chat_template_kwargs", "{'a': 1}"], ["--chat_template_kwargs", "not valid JSON"]),
+        (["--chat", "--chat_template_kwargs", "[" * 100_000], ["--chat_template_kwargs", "not valid JSON"]),
+        (["--chat", "--chat_template_kwargs", '{"a": "\\ud800"}'], ["--chat_template_kwargs", "surrogate"]),
+        (["--chat", "--chat_template_kwargs", '{"messages": []}'], ["--chat_template_kwargs", "'messages'"]),
         (["--chat", "--prompt_length", "3"], ["--chat", "--prompt_length"]),
         (["--interactive", "--prompt", "x"], ["--interactive", "--prompt"]),
         (["--interactive", "--prompt_file", "x"], ["--interactive", "--prompt_file"]),

@@ -322,7 +322,7 @@ TEXTS: dict[str, tuple[Change, str]] = {
         tokenizer_json(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}),
         "cannot be read as a tokenizer.json",
     ),
-    "a decoder that we do not know": (tokenizer_json(decoder={"type": "Fuse"}), "has decoder ['Fuse']"),
+    "a decoder that nobody knows": (tokenizer_json(decoder={"type": "Glue"}), "cannot be read as a tokenizer.json"),
     "a tokenizer.json linked out": (linked("tokenizer.json", "../../secret"), "outside of its folder"),
     "settings that are a list": (content("tokenizer_config.json", "[]"), "expected an object"),
     "settings nested 100,000 deep": (content("tokenizer_config.json", DEEP), "not valid JSON"),

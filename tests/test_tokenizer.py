@@ -7,7 +7,9 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
 from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, TextStream, Tokenizer, load_tokenizer
@@ -208,6 +210,70 @@ def test_tokenizer_json_equals_transformers(tmp_path, bos):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+def added(content: str, **flags: bool) -> dict[str, Any]:
+    off = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+    return {"content": content, **off, **flags}
+
+
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
+BPE_FOLDERS = {
+    "all defaults": {"tokenizer_config": GPT2},
+    "bos": {"tokenizer_config": GPT2 | {"add_bos_token": True, "bos_token": "<bos>", "unk_token": None}},
+    "default bos": {"tokenizer_config": GPT2 | {"add_bos_token": True}},
+    "prefix space": {
+        "tokenizer_config": GPT2 | {"add_prefix_space": True, "additional_special_tokens": ["<x>", "<y>"]}
+    },
+    "added_tokens.json": {
+        "tokenizer_config": GPT2,
+        "added_tokens": {"<|im_end|>": 341, "<tool>": 340},
+        "special_tokens_map": {"bos_token": "<bos>", "eos_token": added("<|im_end|>", rstrip=True)},
+    },
+    "added_tokens_decoder": {
+        "tokenizer_config": {
+            "tokenizer_class": "GPT2TokenizerFast",
+            "pad_token": "<pad>",
+            "added_tokens_decoder": {
+                "341": added("<think>", normalized=True),
+                "340": added("<tool>", lstrip=True),
+                "1": added("<eos>", special=True),
+            },
+        }
+    },
+    "qwen 2": {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}},
+}
+
+
+def bpe_folder(folder: Path, files: dict[str, Any]) -> Path:
+    """Write vocab.json, merges.txt and what is beside them."""
+    byte_level_backend().model.save(str(folder))
+    for name, content in ({"config": {"model_type": "llama"}} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("kind", BPE_FOLDERS)
+def test_vocab_json_and_merges_txt_equal_transformers(tmp_path, kind):
+    folder = bpe_folder(tmp_path, BPE_FOLDERS[kind])
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.vocab_size == len(theirs)
+    special = "a <tool> b<|im_end|>  c<|endoftext|> <x><eos><pad> 12345 e\u0301<think>"
+    for text in [*TEXTS, special]:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def test_an_added_token_beyond_the_next_free_id_is_refused(tmp_path):
+    """`transformers` would give it another id than the model was trained with."""
+    folder = bpe_folder(tmp_path, {"added_tokens": {"<tool>": 345}})
+    assert_refused(folder, "'<tool>' has id 345, and 340 is the next free")
+
+
+@pytest.mark.parametrize(("file", "text"), [("vocab.json", "{"), ("merges.txt", "no merge at all\n")])
+def test_broken_bpe_files_are_refused(tmp_path, file, text):
+    (bpe_folder(tmp_path, {}) / file).write_text(text)
+    assert_refused(tmp_path, "vocab.json and merges.txt", "download")
+
+
 def test_literal_encoding_equals_transformers_split_special_tokens(tmp_path):
     folder = save(tmp_path, byte_level_backend())
     ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
@@ -373,8 +439,8 @@ def test_the_unknown_token_is_parsed_and_decodes_to_nothing(tmp_path):
 
 
 def test_the_longer_of_two_added_tokens_is_parsed(tmp_path):
-    added = {"300": {"content": "<a>", "special": True}, "301": {"content": "<a><b>", "special": True}}
-    tokenizer = load_tokenizer(configure(train_sentencepiece(tmp_path), {"added_tokens_decoder": added}))
+    tokens = {"300": {"content": "<a>", "special": True}, "301": {"content": "<a><b>", "special": True}}
+    tokenizer = load_tokenizer(configure(train_sentencepiece(tmp_path), {"added_tokens_decoder": tokens}))
     assert tokenizer.encode("<a><a><b>", bos=False) == [300, 301]
 
 
@@ -412,8 +478,8 @@ def test_literal_encoding_reaches_no_added_token_whatever_its_flag(tmp_path):
     tokenizer = load_tokenizer(save(tmp_path, backend))
     text = "a<|user|> <think>"
     parsed, literal = tokenizer.encode(text), tokenizer.encode(text, parse_special=False)
-    added = {backend.token_to_id("<|user|>"), backend.token_to_id("<think>")}
-    assert added <= set(parsed) and not added & set(literal)
+    ids = {backend.token_to_id("<|user|>"), backend.token_to_id("<think>")}
+    assert ids <= set(parsed) and not ids & set(literal)
     assert tokenizer.decode(parsed) == tokenizer.decode(literal) == text
 
 
@@ -546,6 +612,90 @@ def test_a_push_reads_its_own_ids_only():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Decoders of package `tokenizers`
+
+REPLACE, FALLBACK, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+STRIP = decoders.Strip(content=" ", left=1)
+DECODERS = {
+    "none": None,
+    "llama 2": decoders.Sequence([REPLACE, FALLBACK, FUSE, STRIP]),
+    "bytes first": decoders.Sequence([FALLBACK, REPLACE, FUSE]),
+    "bytes last": decoders.Sequence([FUSE, REPLACE, FALLBACK]),
+    "nested": decoders.Sequence([decoders.Sequence([FALLBACK, FUSE]), decoders.Metaspace()]),
+    "metaspace": decoders.Metaspace(),
+    "metaspace after bytes": decoders.Sequence([FALLBACK, decoders.Metaspace(prepend_scheme="first")]),
+    "replace after fuse": decoders.Sequence([FUSE, REPLACE, STRIP]),
+    "two characters": decoders.Sequence([FUSE, decoders.Replace("▁a", "-"), REPLACE]),
+    "strip three": decoders.Sequence([REPLACE, FUSE, decoders.Strip(content=" ", left=3)]),
+    "strip the end": decoders.Sequence([REPLACE, FUSE, decoders.Strip(content=" ", left=0, right=1)]),
+    "word pieces": decoders.WordPiece(),
+    "suffixes": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "fuse": FUSE,
+    "byte level": decoders.ByteLevel(),
+    "metaspace, byte level": decoders.Sequence([decoders.Metaspace(), decoders.ByteLevel()]),
+}
+DECODED = ["<s>", "▁", "▁▁", "a", "▁a", "b", "##b", "b</w>", "|", ".", "<pad>", "\ufffd", "Ġa", "ä", "½", "ł",
+           *(f"<0x{byte:02X}>" for byte in "a你".encode()), "<0xFF>"]  # fmt: skip
+
+
+@functools.cache
+def decoding(kind: str) -> tuple[tokenizers.Tokenizer, Tokenizer]:
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(DECODED)}, []))
+    backend.add_special_tokens(["<s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_tokens(["<tool>", AddedToken("<think>", normalized=False)])
+    if DECODERS[kind]:
+        backend.decoder = DECODERS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        return backend, load_tokenizer(save(Path(folder), backend))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_librarys_text_is_ours_in_any_pieces_and_after_any_prompt(kind):
+    backend, tokenizer = decoding(kind)
+    shown = {*range(1, len(DECODED) + 2)}
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def check(data):
+        any_ids = st.lists(st.integers(0, len(DECODED) + 3), max_size=12)
+        prompt, ids = data.draw(any_ids), data.draw(any_ids)
+        # The library panics where a Strip has no text.
+        before, whole = (backend.decode(each) if {*each} & shown else "" for each in (prompt, prompt + ids))
+        assert tokenizer.decode(prompt) == before
+        assert "".join(stream(tokenizer, cut(data, prompt + ids))) == whole
+        if whole.startswith(before):
+            assert "".join(stream(tokenizer, [[i] for i in ids], prompt)) == whole[len(before) :]
+
+    check()
+
+
+def test_a_normalized_added_token_keeps_the_space_before_it(tmp_path):
+    backend, tokenizer = decoding("llama 2")
+    ids = [backend.token_to_id(token) for token in ("▁a", "<tool>", "▁a", "<think>", "<s>")]
+    assert backend.decode(ids) == tokenizer.decode(ids) == "a <tool> a<think>"
+    assert stream(tokenizer, [[i] for i in ids]) == ["a", " <tool>", " a", "<think>", "", ""]
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "metaspace", "word pieces", "byte level", "ctc", "none"])
+def test_the_library_decodes_a_few_ids_at_a_time(kind):
+    _, tokenizer = decoding(kind)
+    sizes: list[int] = []
+    library = tokenizer.library
+    assert library
+
+    def decode(ids: list[int]) -> str:
+        sizes.append(len(ids))
+        return library.decode(ids)
+
+    text = TextStream(replace(tokenizer, library=library._replace(decode=decode)))
+    for i in range(300):
+        text.push([3 + i % 3])
+    assert max(sizes) <= 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Which file, and what is wrong with it
 
 
@@ -621,19 +771,6 @@ def test_a_corrupt_tokenizer_config_is_refused(tmp_path, data):
     save(tmp_path, byte_level_backend())
     (tmp_path / "tokenizer_config.json").write_text(data)
     assert_refused(tmp_path, "tokenizer_config.json")
-
-
-@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.Sequence([decoders.Fuse()])])
-def test_a_decoder_that_is_not_supported_is_refused(tmp_path, decoder):
-    backend = byte_level_backend()
-    if decoder is None:
-        save(tmp_path, backend)
-        whole = json.loads((tmp_path / "tokenizer.json").read_text())
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"decoder": None}))
-    else:
-        backend.decoder = decoder
-        save(tmp_path, backend)
-    assert_refused(tmp_path, "tokenizer.json", "decoder")
 
 
 def test_two_tokens_before_a_text_are_refused(tmp_path):
