@@ -73,6 +73,9 @@ class Tokenizer:
     bos_id: int | None  # None: this tokenizer puts nothing before a text
     strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
     added_ids: dict[str, int] = field(default_factory=dict)  # the strings that parse_special turns into ids
+    # The tokens that tokenizer_config.json names, whether they are put into texts or not.
+    named_bos_id: int | None = None
+    named_eos_id: int | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -197,7 +200,7 @@ def special_names(settings: dict[str, Any]) -> set[str]:
 
 
 def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str], int | None]) -> int | None:
-    """Return the id that goes before a text: the tokenizer file's `own`, unless add_bos_token says otherwise."""
+    """Return the id that a tokenizer.model puts before a text: its `own`, unless add_bos_token says otherwise."""
     add, name = settings.get("add_bos_token"), token_name(settings.get("bos_token"))
     if add is False:
         return None
@@ -207,6 +210,12 @@ def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str],
     if bos is None:
         raise ValueError(f"tokenizer_config.json: bos_token {name!r} is not in the vocabulary; set add_bos_token false")
     return bos
+
+
+def named_id(settings: dict[str, Any], key: str, own: int | None, id_of: Callable[[str], int | None]) -> int | None:
+    """Return the id of the token that the settings name as `key`; the tokenizer file's `own` where they lack the key."""
+    name = token_name(settings.get(key))
+    return own if key not in settings else id_of(name) if name else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,9 +241,12 @@ def load_tokenizer_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     return Tokenizer(
         {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
         encode_text,
-        choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
+        # Of the file alone: `transformers` 5 reads no add_bos_token beside a tokenizer.json.
+        post_processor_bos(path, backend),
         strips_leading_space,
         {token.content: i for i, token in backend.get_added_tokens_decoder().items()},
+        named_id(settings, "bos_token", None, backend.token_to_id),
+        named_id(settings, "eos_token", None, backend.token_to_id),
     )
 
 
@@ -340,10 +352,16 @@ def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
 
     token_bytes = {i: piece_bytes(piece) for i, piece in pieces.items()}
     token_bytes |= {token.id: b"" if token.special else piece_bytes(token.content) for token in tokens}
-    own_bos = first.bos_id() if first.bos_id() >= 0 else None
-    strips_leading_space = first.decode(["▁"]) == ""
-    bos_id = choose_bos(settings, own_bos, parsed_ids.get)
-    return Tokenizer(token_bytes, encode_text, bos_id, strips_leading_space, parsed_ids)
+    own_bos, own_eos = (i if i >= 0 else None for i in (first.bos_id(), first.eos_id()))
+    return Tokenizer(
+        token_bytes,
+        encode_text,
+        choose_bos(settings, own_bos, parsed_ids.get),
+        first.decode(["▁"]) == "",
+        parsed_ids,
+        named_id(settings, "bos_token", own_bos, parsed_ids.get),
+        named_id(settings, "eos_token", own_eos, parsed_ids.get),
+    )
 
 
 def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -> list[AddedToken]:
@@ -389,8 +407,15 @@ def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
         return ids
 
     token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
-    bos_id = choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get)
-    return Tokenizer(token_bytes, encode_text, bos_id, added_ids=special_ids)
+    own_bos, own_eos = special_ids["<|begin_of_text|>"], special_ids["<|end_of_text|>"]
+    return Tokenizer(
+        token_bytes,
+        encode_text,
+        choose_bos(settings, own_bos, special_ids.get),
+        added_ids=special_ids,
+        named_bos_id=named_id(settings, "bos_token", own_bos, special_ids.get),
+        named_eos_id=named_id(settings, "eos_token", own_eos, special_ids.get),
+    )
 
 
 def cut_whitespace(text: str, longest: int) -> list[str]:
