@@ -95,8 +95,8 @@ class HarnessRequests:
     """The harness's kinds of request, answered as its own `hf` model does, so that the figures compare.
 
     A text that is too long loses its beginning, BOS too, and a rolling loglikelihood scores the BOS of its text like a
-    token. What stands before an empty context, and before a rolled text, is the bos_token that the tokenizer names, also
-    where it puts none before texts.
+    token. Before an empty context, and before a rolled text, stands the bos_token that the tokenizer names, even where
+    it puts none before texts.
     """
 
     def __init__(

@@ -213,7 +213,7 @@ def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str],
 
 
 def named_id(settings: dict[str, Any], key: str, own: int | None, id_of: Callable[[str], int | None]) -> int | None:
-    """Return the id of the token that the settings name as `key`; the tokenizer file's `own` where they lack the key."""
+    """Return the id of the token that the settings name as `key`; the file's `own` where they lack the key."""
     name = token_name(settings.get(key))
     return own if key not in settings else id_of(name) if name else None
 

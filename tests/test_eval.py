@@ -339,7 +339,12 @@ def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(**sizes, vocab_size=340, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=1)
     folder = tmp_path_factory.mktemp("byte_level")
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
 from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
+from tests.conftest import assert_user_error
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -501,6 +504,77 @@ def test_random_weights_need_only_a_config(tmp_path):
     result = run_here("--checkpoint_path", tmp_path, "--random_weights", "--prompt_length", 4, "--max_new_tokens", 3)
     assert result.returncode == 0, result.stderr
     assert "3 tokens" in result.stderr
+
+
+@pytest.fixture
+def demo_with(tmp_path):
+    """Return a copy of the demo whose generation_config.json has further values."""
+
+    def make(values):
+        folder = tmp_path / "demo"
+        shutil.copytree(DEMO, folder)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        ({}, [], Sampling()),
+        ({"temperature": None, "do_sample": None}, [], Sampling()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, [], Sampling(0.6, 200, 0.9)),
+        ({"temperature": 1, "top_k": 7, "top_p": 0.5, "min_p": 0.1}, [], Sampling(1.0, 7, 0.5, 0.1)),
+        ({"do_sample": False, "temperature": 0.6}, [], Sampling(0.0)),
+        ({"do_sample": False}, ["--temperature", 0.5], Sampling(0.5)),
+        ({"temperature": 0.6, "top_k": 0}, ["--temperature", 0, "--top_k", 3], Sampling(0.0, 3)),
+        ({"temperature": -1, "top_p": 0.9}, ["--temperature", 2, "--top_p", 1], Sampling(2.0)),
+    ],
+)
+def test_sampling_is_what_is_given_else_the_checkpoints(demo_with, tmp_path, values, options, expected):
+    path = tmp_path / "metrics.json"
+    options = [*options, "--max_new_tokens", 2, "--metrics_path", path]
+    result = run_here("--checkpoint_path", demo_with(values), *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(path.read_text())["sampling"] == asdict(expected)
+    last = result.stderr.splitlines()[-1]
+    used = [f"{name} {value:g}" for name, value in asdict(expected).items()]
+    assert ", ".join(used if expected.temperature else used[:1]) + ";" in last
+    assert "generation_config" not in result.stderr
+
+
+def test_what_a_checkpoint_asks_for_and_is_not_supported_is_named_in_a_line(demo_with):
+    asked = {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [5]}
+    neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": [], "token_healing": False}
+    result = run_here("--checkpoint_path", demo_with(asked | neutral | {"pad_token_id": 0}), "--max_new_tokens", 2)
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "generation_config" in line]
+    assert line == (
+        "generation_config.json asks for num_beams 4, repetition_penalty 1.1, suppress_tokens [5]: not supported, "
+        "left out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -1}, "temperature: -1.0 is out of range, expected at least 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_k": -1}, "top_k: -1 is out of range"),
+        ({"top_k": 2.5}, "top_k: '2.5' is not a number of type int"),
+        ({"top_p": 0}, "top_p: 0.0 is out of range, expected above 0 and at most 1"),
+        ({"min_p": 2}, "min_p: 2.0 is out of range"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected true or false"),
+    ],
+)
+def test_a_checkpoints_value_out_of_range_is_one_line(demo_with, values, words):
+    result = run_here("--checkpoint_path", demo_with(values))
+    assert_user_error(result, "generation_config.json: " + words)
 
 
 def test_an_empty_prompt_is_the_bos_alone(tmp_path):
