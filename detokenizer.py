@@ -113,3 +113,31 @@ def is_local(step: dict[str, Any]) -> bool:
 
 def is_byte(piece: str) -> bool:
     return re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What bytes a token of a vocabulary stands for
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the printable characters that stand for the 256 bytes in byte-level BPE (GPT-2's choice)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = byte_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([BYTE_ALPHABET[character] for character in token])
+    except KeyError:  # an added token, which is written as it is
+        return token.encode()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Return what a SentencePiece piece stands for: ▁ is a space, <0x0A> the byte 10."""
+    if is_byte(piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()

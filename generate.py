@@ -23,13 +23,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import load_model, meta_model, random_model, tensor_specs
 from cli.chat import Conversation, chat
-from cli.errors import outlive_readers, user_errors
+from cli.errors import one_line, outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
@@ -91,24 +92,98 @@ def make_engine(args: argparse.Namespace, job: Job, model: Transformer, speculat
     return engine
 
 
-def warm_up(engine: Engine, job: Job, quiet: bool) -> None:
-    """Compile all that a run may need: every batch size and number of drafts, few slots and all (see `compiled`)."""
+class Case(NamedTuple):
+    """A form of the steps that a run can reach: each is compiled on its own."""
+
+    num_rows: int
+    num_drafts: int | None  # 0: decode; None: prefill alone
+
+    def __str__(self) -> str:
+        rows = f"batch of {self.num_rows}"
+        if self.num_drafts is None:
+            return f"{rows}, prefill"
+        return rows + (f", {self.num_drafts} draft{'s' * (self.num_drafts > 1)}" if self.num_drafts else "")
+
+
+def reachable_levels(levels: tuple[int, ...], room: int) -> list[int]:
+    """Return the numbers of drafts that a text with room for so many ids can have, in rising order; as `Pace.plan`."""
+    most = min([level for level in levels if level >= room - 1] or levels[:1]) if room > 0 else -1
+    return [level for level in reversed(levels) if level <= most]
+
+
+def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool) -> set[Case]:
+    """Return the cases that a batch can reach whose rows can take so many ids after prefill.
+
+    ends_early: rows may end before their room is full, at EOS or a stop text. With drafts a row may fill it sooner than
+    another, but none before the first round.
+    """
+    sizes, most = batch_sizes(len(rooms)), max(rooms)
+
+    def size_of(count: int) -> int:
+        return next((size for size in sizes if size >= count), sizes[-1])
+
+    # Rows that end where their room is full: at first none, then the shortest, and so on.
+    ends = [end for end in sorted({0, *rooms}) if 0 <= end < most]
+    cases = {
+        Case(size_of(sum(room > end for room in rooms)), k)
+        for end in ends
+        for k in reachable_levels(levels, most - end)
+    }
+    largest = max((case.num_rows for case in cases), default=0)
+    left = most if ends_early else most - 1 if levels[0] else 0
+    return cases | {Case(size, k) for size in sizes if size < largest for k in reachable_levels(levels, left)}
+
+
+def cases_of(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
+    """Return what is to be compiled for a run, in rising order."""
+    speculation = engine.speculation
+    levels = levels_below(speculation.max_k) if speculation else (0,)
+    cases: set[Case] = set()
+    for prompts in job.batches or [[[0]]]:
+        rooms = [min(max_new_tokens, job.max_seq_length - len(ids)) - 1 for ids in prompts]
+        cases |= reachable_cases(rooms, levels, ends_early)
+        if engine.prefill is not prefill and max(rooms) >= 0:
+            cases.add(Case(len(prompts), None))
+    if engine.decode is decode:  # prefill alone is compiled: the model's, and before a round that of a draft model
+        with_draft = speculation is not None and speculation.draft_model is not None
+        cases = {case for case in cases if case.num_drafts is None or (with_draft and case.num_drafts == 1)}
+    elsewhere = {case.num_rows for case in cases if case.num_drafts is not None}  # each of these begins with prefill
+    cases = {case for case in cases if case.num_drafts is not None or case.num_rows not in elsewhere}
+    return sorted(cases, key=lambda case: (case.num_rows, -1 if case.num_drafts is None else case.num_drafts))
+
+
+def warm_up(engine: Engine, job: Job, quiet: bool, max_new_tokens: int = 2**31, ends_early: bool = True) -> None:
+    """Compile all that a run can reach, of which each case is named on stderr: few slots and all (see `compiled`).
+
+    ends_early: a row may end before max_new_tokens and the context, as at EOS.
+    """
+    cases = cases_of(engine, job, max_new_tokens, ends_early)
+    with tqdm(total=len(cases), leave=False, dynamic_ncols=True, disable=quiet or None) as bar:
+        for i, case in enumerate(cases, start=1):
+            if not bar.disable:
+                bar.set_description(f"compiling {case}")
+            elif not quiet:
+                print(f"compiling {i} of {len(cases)}: {case}", file=sys.stderr, flush=True)
+            compile_case(engine, job, case)
+            bar.update()
+
+
+def compile_case(engine: Engine, job: Job, case: Case) -> None:
     batches = job.batches or [[[0]]]  # any id stands for what will be typed
-    shortest = sorted(chain(*batches), key=len)  # the rows that go on may be these: few slots must hold no long one
-    sizes = {size for batch in batches for size in batch_sizes(len(batch))}
-    levels = levels_below(engine.speculation.max_k) if engine.speculation else (0,)
-    cases = [
-        (shortest[:size], cached, k)
-        for size in sizes
-        for cached in {0, max(0, job.max_seq_length - len(shortest[size - 1]) - 3)}
-        for k in reversed(levels)
-    ]
-    for prompts, cached, k in tqdm(cases, desc="compile", leave=False, dynamic_ncols=True, disable=quiet or None):
-        speculation = replace(engine.speculation, levels=(k,)) if engine.speculation and k else None
+    # The rows that go on may be the shortest of all: few slots must hold no long one.
+    by_length = sorted(chain(*batches), key=len)
+    shortest, longest = by_length[: case.num_rows], len(by_length[-1])
+    speculation = (
+        replace(engine.speculation, levels=(case.num_drafts,)) if engine.speculation and case.num_drafts else None
+    )
+    is_whole = case.num_rows in map(len, batches)  # else rows have left, and only a draft model is prefilled
+    for cached in sorted({0, max(0, job.max_seq_length - len(shortest[-1]) - 3)}):
         if speculation:
-            speculation.filled = [cached] * len(prompts)
-        run = replace(engine, eos_ids=(), speculation=speculation).run
-        for _ in run([[0] * cached + ids for ids in prompts], 3, cached=cached):
+            speculation.filled = [cached] * case.num_rows
+        # A prompt is at the beginning of its text, but in a conversation.
+        prefills = is_whole and (not cached or not job.batches or longest > len(shortest[-1]))
+        used = replace(engine, eos_ids=(), speculation=speculation, prefill=engine.prefill if prefills else prefill)
+        for _ in used.run([[0] * cached + ids for ids in shortest], 1 if case.num_drafts is None else 3, cached=cached):
             pass
 
 
@@ -139,6 +214,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     # Where other files differ between nodes, rank 0's are used.
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
+    if job.unsupported and ranks.rank == 0:
+        print(one_line(f"generation_config.json asks for {job.unsupported}: not supported, left out"), file=sys.stderr)
     if args.metrics_path or args.profile:
         outlive_readers()
     began = time.perf_counter()
@@ -148,9 +225,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     engine = make_engine(args, job, model, speculation)
     compiles = args.compile or args.compile_prefill
     if compiles:
-        if ranks.rank == 0:
-            print("compiling ...", file=sys.stderr)
-        warm_up(engine, job, quiet=ranks.rank > 0)
+        warm_up(engine, job, ranks.rank > 0, args.max_new_tokens, bool(args.stop or job.eos_ids))
     ready = time.perf_counter()
 
     assert engine.generator is not None

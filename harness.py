@@ -86,11 +86,17 @@ def generate_texts(
     return [row.text for row in rows]
 
 
+def first_of(*ids: int | None) -> int:
+    """Return the first that is an id."""
+    return next(i for i in ids if i is not None)
+
+
 class HarnessRequests:
     """The harness's kinds of request, answered as its own `hf` model does, so that the figures compare.
 
     A text that is too long loses its beginning, BOS too, and a rolling loglikelihood scores the BOS of its text like a
-    token.
+    token. Before an empty context, and before a rolled text, stands the bos_token that the tokenizer names, even where
+    it puts none before texts.
     """
 
     def __init__(
@@ -102,14 +108,23 @@ class HarnessRequests:
 
     @property
     def eot_token_id(self) -> int:
-        return self.eos_ids[0] if self.eos_ids else self.prefix_token_id
+        return first_of(self.tokenizer.named_eos_id, *self.eos_ids, self.prefix_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eos_ids[0] if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        tokenizer = self.tokenizer
+        return first_of(tokenizer.named_bos_id, tokenizer.named_eos_id, tokenizer.bos_id, *self.eos_ids)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids = self.tokenizer.encode(string, bos=add_special_tokens is not False)
+        return self.encode(string, self.prefix_token_id if add_special_tokens is None else None, add_special_tokens)
+
+    def encode(self, text: str, prefix_id: int | None, add_bos: bool | None = None) -> list[int]:
+        """Encode a text; BOS is left out where the text begins with the string of prefix_id, and there only."""
+        if add_bos is None:
+            add_bos = not any(i == prefix_id and text.startswith(name) for name, i in self.tokenizer.added_ids.items())
+        ids = self.tokenizer.encode(text, bos=False)
+        if add_bos and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id, *ids]
         check_ids(ids, self.model.config.vocab_size, "a text")
         return ids
 
@@ -147,13 +162,14 @@ class HarnessRequests:
         groups: dict[Generation, list[tuple[int, list[int]]]] = {}
         for i, request in enumerate(requests):
             how = parse_generation(request.args[1], self.window)
-            ids = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            ids = self.encode(request.args[0], self.tokenizer.named_bos_id) or [self.prefix_token_id]
             groups.setdefault(how, []).append((i, ids[how.max_new_tokens - self.window :]))
         for how, group in groups.items():
             group.sort(key=lambda member: -len(member[1]))
             for batch in in_batches(group, self.num_rows, "generate"):
                 prompts = [ids for _, ids in batch]
-                continuations = generate_texts(self.model, self.tokenizer, self.eos_ids, prompts, how)
+                ends = (*self.eos_ids, self.eot_token_id)
+                continuations = generate_texts(self.model, self.tokenizer, ends, prompts, how)
                 for (i, _), text in zip(batch, continuations, strict=True):
                     texts[i] = text
         return texts
@@ -168,13 +184,15 @@ def harness_model(
     """
     from lm_eval.api.model import TemplateLM
 
-    if tokenizer.bos_id is None and not eos_ids:
+    if not eos_ids and {tokenizer.bos_id, tokenizer.named_bos_id, tokenizer.named_eos_id} == {None}:
         raise ValueError("the model has neither a BOS nor an EOS token, which tasks need before a text's first token")
 
     class HarnessModel(HarnessRequests, TemplateLM):
         pass
 
-    return HarnessModel(model, tokenizer, eos_ids, max_seq_length, batch_size)
+    harness = HarnessModel(model, tokenizer, eos_ids, max_seq_length, batch_size)
+    check_ids([harness.prefix_token_id], model.config.vocab_size, "what stands before a text")
+    return harness
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None, max_seq_length: int) -> list[Any]:

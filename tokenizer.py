@@ -22,7 +22,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from detokenizer import BytesText, Library, LibraryText, decoder_steps, is_byte, read_library
+from detokenizer import BytesText, Library, LibraryText, byte_level_bytes, decoder_steps, piece_bytes, read_library
 from files import own_file, read_json
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Tokenizer:
     strips_leading_space: bool = False  # SentencePiece puts a space before a text, and decoding takes it away
     added_ids: dict[str, int] = field(default_factory=dict)  # the strings that parse_special turns into ids
     library: Library | None = None  # decodes instead of token_bytes, which then are there to be compared
+    named_bos_id: int | None = None  # those that tokenizer_config.json names, put into texts or not
+    named_eos_id: int | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -188,7 +190,7 @@ def special_names(settings: dict[str, Any]) -> set[str]:
 
 
 def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str], int | None]) -> int | None:
-    """Return the id that goes before a text: the tokenizer file's `own`, unless add_bos_token says otherwise."""
+    """Return the id that a tokenizer.model puts before a text: its `own`, unless add_bos_token says otherwise."""
     add, name = settings.get("add_bos_token"), token_name(settings.get("bos_token"))
     if add is False:
         return None
@@ -198,6 +200,12 @@ def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str],
     if bos is None:
         raise ValueError(f"tokenizer_config.json: bos_token {name!r} is not in the vocabulary; set add_bos_token false")
     return bos
+
+
+def named_id(settings: dict[str, Any], key: str, own: int | None, id_of: Callable[[str], int | None]) -> int | None:
+    """Return the id of the token that the settings name as `key`; the file's `own` where they lack the key."""
+    name = token_name(settings.get(key))
+    return own if key not in settings else id_of(name) if name else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +227,7 @@ def read_tokenizer_json(path: Path) -> "tokenizers.Tokenizer":
 def load_backend(path: Path, backend: "tokenizers.Tokenizer", settings: dict[str, Any]) -> Tokenizer:
     steps = decoder_steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
     to_bytes = byte_level_bytes if any(step["type"] == "ByteLevel" for step in steps) else piece_bytes
-    special_ids = mark_added_tokens_(backend, special_names(settings))
+    special_ids, id_of = mark_added_tokens_(backend, special_names(settings)), backend.token_to_id
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
         backend.encode_special_tokens = not parse_special
@@ -228,10 +236,13 @@ def load_backend(path: Path, backend: "tokenizers.Tokenizer", settings: dict[str
     return Tokenizer(
         {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
         encode_text,
-        choose_bos(settings, post_processor_bos(path, backend), backend.token_to_id),
+        # `transformers` 5 reads no add_bos_token beside a tokenizer.json.
+        post_processor_bos(path, backend) if path.name == "tokenizer.json" else choose_bos(settings, None, id_of),
         any(step.get("start") or step.get("prepend_scheme", "never") != "never" for step in steps),
         {token.content: i for i, token in backend.get_added_tokens_decoder().items()},
         read_library(backend, steps),
+        named_id(settings, "bos_token", None, id_of),
+        named_id(settings, "eos_token", None, id_of),
     )
 
 
@@ -257,30 +268,6 @@ def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | Non
     if num_before > 1:
         raise ValueError(f"{path} puts {num_before} tokens before a text; at most one, BOS, is supported")
     return encoding.ids[0] if num_before else None
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Return the printable characters that stand for the 256 bytes in byte-level BPE (GPT-2's choice)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_ALPHABET = byte_alphabet()
-
-
-def byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes([BYTE_ALPHABET[character] for character in token])
-    except KeyError:  # an added token, which is written as it is
-        return token.encode()
-
-
-def piece_bytes(piece: str) -> bytes:
-    """Return what a SentencePiece piece stands for: ▁ is a space, <0x0A> the byte 10."""
-    if is_byte(piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,9 +303,7 @@ def read_bpe_files(path: Path, settings: dict[str, Any]) -> "tokenizers.Tokenize
     for token in added:  # one at a time, since each takes the next free id
         backend.add_tokens([tokenizers.AddedToken(token.content, special=token.special, **token.flags)])
         if (i := backend.token_to_id(token.content)) != token.id:
-            raise ValueError(
-                f"{path.parent}: added token {token.content!r} has id {token.id}, and {i} is the next free"
-            )
+            raise ValueError(f"{path}: added token {token.content!r} has id {token.id}, and {i} is the next free")
     for declared in declared_special(settings):
         if (name := token_name(declared)) not in {token.content for token in added}:
             backend.add_tokens([tokenizers.AddedToken(name, special=True, **token_flags(declared))])
@@ -373,10 +358,16 @@ def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
 
     token_bytes = {i: piece_bytes(piece) for i, piece in pieces.items()}
     token_bytes |= {token.id: b"" if token.special else piece_bytes(token.content) for token in tokens}
-    own_bos = first.bos_id() if first.bos_id() >= 0 else None
-    strips_leading_space = first.decode(["▁"]) == ""
-    bos_id = choose_bos(settings, own_bos, parsed_ids.get)
-    return Tokenizer(token_bytes, encode_text, bos_id, strips_leading_space, parsed_ids)
+    own_bos, own_eos = (i if i >= 0 else None for i in (first.bos_id(), first.eos_id()))
+    return Tokenizer(
+        token_bytes,
+        encode_text,
+        choose_bos(settings, own_bos, parsed_ids.get),
+        first.decode(["▁"]) == "",
+        parsed_ids,
+        named_bos_id=named_id(settings, "bos_token", own_bos, parsed_ids.get),
+        named_eos_id=named_id(settings, "eos_token", own_eos, parsed_ids.get),
+    )
 
 
 def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -> list[AddedToken]:
@@ -425,8 +416,15 @@ def load_tiktoken(path: Path, settings: dict[str, Any]) -> Tokenizer:
         return ids
 
     token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_ids.values(), b"")
-    bos_id = choose_bos(settings, special_ids["<|begin_of_text|>"], special_ids.get)
-    return Tokenizer(token_bytes, encode_text, bos_id, added_ids=special_ids)
+    own_bos, own_eos = special_ids["<|begin_of_text|>"], special_ids["<|end_of_text|>"]
+    return Tokenizer(
+        token_bytes,
+        encode_text,
+        choose_bos(settings, own_bos, special_ids.get),
+        added_ids=special_ids,
+        named_bos_id=named_id(settings, "bos_token", own_bos, special_ids.get),
+        named_eos_id=named_id(settings, "eos_token", own_eos, special_ids.get),
+    )
 
 
 def cut_whitespace(text: str, longest: int) -> list[str]:

@@ -18,6 +18,7 @@ from checkpoint import checkpoint_dtype
 from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
 from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
+from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
 from cli.template import ChatTemplate, load_template
 from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
 from engine import check_ids
@@ -28,7 +29,6 @@ from steps import Sampling
 from tokenizer import Tokenizer, check_unicode, load_tokenizer
 from tp import check_sizes
 
-DEFAULTS = Sampling()
 DEMO = Path(__file__).parents[1] / "checkpoints/demo"
 
 
@@ -78,14 +78,15 @@ def add_prompt_options(parser: ArgumentParser) -> None:
 
 def add_sampling_options(parser: ArgumentParser) -> None:
     how = parser.add_argument_group("sampling")
-    how.add_argument("--temperature", type=number(float, 0), default=DEFAULTS.temperature, metavar="T",
-                     help=f"0 is argmax ({DEFAULTS.temperature:g})")  # fmt: skip
-    how.add_argument("--top_k", type=number(int, 0), default=DEFAULTS.top_k, metavar="K",
-                     help=f"the K likeliest; 0 is all ({DEFAULTS.top_k})")  # fmt: skip
-    how.add_argument("--top_p", type=number(float, 0, 1, above=True), default=DEFAULTS.top_p, metavar="P",
-                     help=f"the likeliest of total probability P ({DEFAULTS.top_p:g})")  # fmt: skip
-    how.add_argument("--min_p", type=number(float, 0, 1), default=DEFAULTS.min_p, metavar="P",
-                     help=f"those of at least P times the likeliest ({DEFAULTS.min_p:g})")  # fmt: skip
+    # None is an option that is not given: then the checkpoint has a say.
+    how.add_argument("--temperature", type=LIMITS["temperature"], metavar="T",
+                     help=f"0 is argmax (the checkpoint's, else {DEFAULTS.temperature:g})")  # fmt: skip
+    how.add_argument("--top_k", type=LIMITS["top_k"], metavar="K",
+                     help=f"the K likeliest; 0 is all (the checkpoint's, else {DEFAULTS.top_k})")  # fmt: skip
+    how.add_argument("--top_p", type=LIMITS["top_p"], metavar="P",
+                     help=f"those of total probability P (the checkpoint's, else {DEFAULTS.top_p:g})")  # fmt: skip
+    how.add_argument("--min_p", type=LIMITS["min_p"], metavar="P",
+                     help=f"P times the likeliest at least (the checkpoint's, else {DEFAULTS.min_p:g})")  # fmt: skip
     how.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
     )
@@ -152,6 +153,7 @@ class Job:
     batches: list[list[list[int]]] | None  # of prompts, of ids; None: what will be typed
     max_seq_length: int
     sampling: Sampling
+    unsupported: str  # what the checkpoint asks for and does not get
     quantization: Scheme | None
     draft_dtype: torch.dtype | None
     template: ChatTemplate | None  # of --chat and --interactive
@@ -181,6 +183,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_scheme(raw)
         own_eos_ids = eos_token_ids(args.checkpoint_path)
+        sampling = choose_sampling(args.checkpoint_path, vars(args))
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
@@ -222,7 +225,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         eos_ids,
         batches,
         min(config.max_position_embeddings, longest),
-        Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+        sampling,
+        unsupported_options(args.checkpoint_path),
         quantization,
         check_draft(args, tokenizer, config.vocab_size),
         template,

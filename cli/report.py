@@ -133,9 +133,15 @@ def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Specu
 
 
 def report_run(metrics: dict[str, Any], compiled: bool) -> None:
-    line = (
-        f"seed {metrics['seed']}; {metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
+    sampling = metrics["sampling"]
+    # At temperature 0 the filters leave the likeliest.
+    how = (
+        ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        if sampling["temperature"]
+        else "temperature 0"
     )
+    line = f"seed {metrics['seed']}, {how}; "
+    line += f"{metrics['weight_bytes'] / 1e9:.2f} GB of weights loaded in {metrics['load_s']:.1f} s"
     if compiled:
         line += f", compiled in {metrics['compile_s']:.1f} s"
     if metrics["bandwidth_gb_per_s"]:

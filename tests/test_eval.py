@@ -28,7 +28,7 @@ from likelihood import Window, kl_divergence, log_probabilities, loglikelihoods,
 from model import Transformer
 from steps import Sampling
 from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, shared_data
-from tests.test_tokenizer import llama2_style_backend
+from tests.test_tokenizer import byte_level_backend, llama2_style_backend
 from tokenizer import load_tokenizer
 
 DEMO = REPO / "checkpoints" / "demo"
@@ -333,6 +333,72 @@ def test_generated_texts_of_stories_equal_the_harness_own_model():
     assert lm.generate_until(requests) == reference.generate_until(requests)
 
 
+@pytest.fixture(scope="module")
+def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny model for the ids of `byte_level_backend`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(**sizes, vocab_size=340, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=1)
+    folder = tmp_path_factory.mktemp("byte_level")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("own_bos", [True, False], ids=["post-processor", "no-post-processor"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bos_token": "<bos>"},
+        {"bos_token": "<bos>", "add_bos_token": True},
+        {"bos_token": {"content": "<bos>", "__type": "AddedToken"}, "add_bos_token": False},
+        {"bos_token": None},
+        {},
+    ],
+    ids=["bos", "added", "not-added", "null", "unnamed"],
+)
+def test_figures_equal_the_harness_own_model_wherever_bos_stands(byte_level_model, tmp_path, own_bos, settings):
+    pytest.importorskip("accelerate", reason="the harness's own model needs accelerate, see requirements-dev.txt")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(byte_level_model, folder)
+    byte_level_backend(own_bos).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    contexts = ("import ", "", "<bos>import", "<eos>import")
+    pairs = [Instance("loglikelihood", {}, (context, "os or sys"), i) for i, context in enumerate(contexts)]
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("def read(self):", "<bos>x", "<eos>x y")]
+    how = {"until": [], "max_gen_toks": 6}
+    prompts = [Instance("generate_until", {}, (text, how), 0) for text in ("import os", "<bos>x", "<eos>x")]
+    theirs = HFLM(str(folder), dtype="float32", batch_size=1, device="cpu", logits_cache=False)
+    mine = harness_model(load_model(folder), load_tokenizer(folder), eos_token_ids(folder), CONTEXT)
+    assert mine.prefix_token_id == theirs.prefix_token_id and mine.eot_token_id == theirs.eot_token_id
+    answers, expected = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (mine, theirs))
+    assert [x for x, _ in answers] == pytest.approx([x for x, _ in expected], abs=1e-4)
+    rolled, expected_rolled = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (mine, theirs))
+    assert rolled == pytest.approx(expected_rolled, abs=1e-4)
+    assert mine.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+def test_a_generated_text_ends_at_the_tokenizers_own_eos_too():
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), load_tokenizer(DEMO)
+    request = [Instance("generate_until", {}, ("class Stack", {"until": [], "max_gen_toks": 8}), 0)]
+    model.setup_caches(1, CONTEXT)
+    made = [i for [step] in generate(model, [tokenizer.encode("class Stack")], 8, Sampling(0)) for i in step]
+    ended = harness_model(model, replace(tokenizer, named_eos_id=made[4]), (2,), CONTEXT).generate_until(request)
+    assert ended == [tokenizer.decode(made[:4])]
+
+
 def test_task_results_do_not_depend_on_the_batch_size(ours, task_folder):
     together = run_tasks(demo_in_harness(batch_size=3), task_folder)
     assert responses(together, "tiny_generate") == responses(ours, "tiny_generate")
@@ -387,9 +453,12 @@ def test_a_continuation_that_cannot_be_scored_is_refused():
 
 def test_the_prefix_is_bos_else_eos_and_a_model_without_either_is_refused(gqa_model):
     tokenizer = load_tokenizer(DEMO)
-    without_bos = replace(tokenizer, bos_id=None)
+    unnamed = replace(tokenizer, bos_id=None, named_bos_id=None)
+    without_bos = replace(unnamed, named_eos_id=None)
     assert harness_model(gqa_model, tokenizer, (2,), 64).prefix_token_id == 1
-    assert harness_model(gqa_model, without_bos, (2,), 64).prefix_token_id == 2
+    assert harness_model(gqa_model, replace(tokenizer, bos_id=None), (2,), 64).prefix_token_id == 1
+    assert harness_model(gqa_model, unnamed, (3,), 64).prefix_token_id == 2
+    assert harness_model(gqa_model, without_bos, (3,), 64).prefix_token_id == 3
     with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
         harness_model(gqa_model, without_bos, (), 64)
 

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +20,13 @@ import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
 from engine import Engine, generate, read_behind
-from generate import warm_up
+from generate import cases_of, warm_up
 from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
+from speculate import Speculation, verify
 from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
+from tests.conftest import assert_user_error
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,6 +335,81 @@ def test_nothing_recompiles_when_rows_leave(lengths, slots):
                 ended |= {row for row, end in ends.items() if count >= end}
 
 
+def job_of(lengths, slots):
+    prompts = [[(7 * i + j) % 5 for j in range(length)] for i, length in enumerate(lengths)]
+    return SimpleNamespace(batches=[prompts], max_seq_length=slots)
+
+
+def cases_named(job, *, max_new_tokens, ends_early, max_k=0, prefill=prefill):
+    speculation = Speculation(max_k=max_k) if max_k else None
+    engine = SimpleNamespace(speculation=speculation, decode=compiled(decode), prefill=prefill)
+    return list(map(str, cases_of(engine, job, max_new_tokens, ends_early)))
+
+
+def test_only_what_a_run_can_reach_is_compiled():
+    four = job_of((3, 3, 3, 3), 200)
+    assert cases_named(four, max_new_tokens=1, ends_early=True, max_k=5) == []
+    assert cases_named(four, max_new_tokens=0, ends_early=True, prefill=compiled(prefill)) == []
+    assert cases_named(four, max_new_tokens=1, ends_early=True, prefill=compiled(prefill)) == ["batch of 4, prefill"]
+    assert cases_named(four, max_new_tokens=9, ends_early=False, prefill=compiled(prefill)) == ["batch of 4"]
+    assert cases_named(four, max_new_tokens=9, ends_early=True) == ["batch of 1", "batch of 2", "batch of 4"]
+    assert cases_named(job_of((3, 3, 9), 11), max_new_tokens=9, ends_early=False) == ["batch of 2", "batch of 3"]
+    one = job_of((3,), 200)
+    assert cases_named(one, max_new_tokens=2, ends_early=True, max_k=5) == ["batch of 1"]
+    assert cases_named(one, max_new_tokens=3, ends_early=True, max_k=5) == ["batch of 1", "batch of 1, 1 draft"]
+    drafts = [f"batch of 1, {k}" for k in ("1 draft", "3 drafts", "5 drafts")]
+    assert cases_named(one, max_new_tokens=5, ends_early=True, max_k=5) == ["batch of 1", *drafts[:2]]
+    assert cases_named(one, max_new_tokens=6, ends_early=True, max_k=5) == ["batch of 1", *drafts]
+    # Rows that accept more drafts are sooner at their length.
+    assert cases_named(job_of((3, 3), 200), max_new_tokens=3, ends_early=False, max_k=5) == [
+        "batch of 1", "batch of 2", "batch of 2, 1 draft",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_k", [0, 1, 5], ids=["plain", "1 draft", "5 drafts"])
+@pytest.mark.parametrize("eos_ids", [(), (7, 21, 40)], ids=["to the end", "eos"])
+def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
+    model = tiny_model()
+    reached = set()
+
+    def watched_decode(model, tokens, *rest):
+        reached.add((len(tokens), 0))
+        return decode(model, tokens, *rest)
+
+    def watched_verify(model, tokens, positions, slots, drafted, *rest):
+        reached.add(tuple(drafted.shape))
+        return verify(model, tokens, positions, slots, drafted, *rest)
+
+    for seed, lengths in enumerate(((3,), (3, 3), (4, 9, 4), (2, 9, 11, 3, 5, 12), (5,) * 8)):
+        for max_new_tokens in (1, 2, 3, 4, 7, 40):
+            slots = min(30, max(lengths) + max_new_tokens)
+            job = job_of(lengths, slots)
+            model.setup_caches(len(lengths), slots + max_k)
+            speculation = Speculation(max_k=max_k, verify=watched_verify) if max_k else None
+            generator = torch.Generator().manual_seed(seed)
+            engine = Engine(model, Sampling(1.5), eos_ids, generator, decode=watched_decode, speculation=speculation)
+            reached.clear()
+            for _ in range(3):
+                for _ in engine.run(job.batches[0], max_new_tokens):
+                    pass
+            expected = {tuple(case) for case in cases_of(engine, job, max_new_tokens, bool(eos_ids))}
+            assert reached <= expected
+            if not max_k and not eos_ids:
+                assert reached == expected
+
+
+def test_what_is_compiled_is_named_as_it_goes():
+    quick = ("--max_new_tokens", 3, "--compile", "--temperature", 0)
+    result = run_here("--batch_size", 2, *quick, "--prompt_lookup")
+    assert result.returncode == 0, result.stderr
+    assert re.findall("^compiling .*", result.stderr, re.M) == [
+        "compiling 1 of 4: batch of 1",
+        "compiling 2 of 4: batch of 1, 1 draft",
+        "compiling 3 of 4: batch of 2",
+        "compiling 4 of 4: batch of 2, 1 draft",
+    ]
+
+
 def test_rows_end_at_the_cache_each_at_its_own_length(model):
     model.setup_caches(2, 64)
     rows = rows_of(generate(model, [[1] * 60, [2] * 10], 100, GREEDY))
@@ -503,6 +582,77 @@ def test_random_weights_need_only_a_config(tmp_path):
     result = run_here("--checkpoint_path", tmp_path, "--random_weights", "--prompt_length", 4, "--max_new_tokens", 3)
     assert result.returncode == 0, result.stderr
     assert "3 tokens" in result.stderr
+
+
+@pytest.fixture
+def demo_with(tmp_path):
+    """Return a copy of the demo whose generation_config.json has further values."""
+
+    def make(values):
+        folder = tmp_path / "demo"
+        shutil.copytree(DEMO, folder)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        ({}, [], Sampling()),
+        ({"temperature": None, "do_sample": None}, [], Sampling()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, [], Sampling(0.6, 200, 0.9)),
+        ({"temperature": 1, "top_k": 7, "top_p": 0.5, "min_p": 0.1}, [], Sampling(1.0, 7, 0.5, 0.1)),
+        ({"do_sample": False, "temperature": 0.6}, [], Sampling(0.0)),
+        ({"do_sample": False}, ["--temperature", 0.5], Sampling(0.5)),
+        ({"temperature": 0.6, "top_k": 0}, ["--temperature", 0, "--top_k", 3], Sampling(0.0, 3)),
+        ({"temperature": -1, "top_p": 0.9}, ["--temperature", 2, "--top_p", 1], Sampling(2.0)),
+    ],
+)
+def test_sampling_is_what_is_given_else_the_checkpoints(demo_with, tmp_path, values, options, expected):
+    path = tmp_path / "metrics.json"
+    options = [*options, "--max_new_tokens", 2, "--metrics_path", path]
+    result = run_here("--checkpoint_path", demo_with(values), *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(path.read_text())["sampling"] == asdict(expected)
+    last = result.stderr.splitlines()[-1]
+    used = [f"{name} {value:g}" for name, value in asdict(expected).items()]
+    assert ", ".join(used if expected.temperature else used[:1]) + ";" in last
+    assert "generation_config" not in result.stderr
+
+
+def test_what_a_checkpoint_asks_for_and_is_not_supported_is_named_in_a_line(demo_with):
+    asked = {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [5]}
+    neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": [], "token_healing": False}
+    result = run_here("--checkpoint_path", demo_with(asked | neutral | {"pad_token_id": 0}), "--max_new_tokens", 2)
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "generation_config" in line]
+    assert line == (
+        "generation_config.json asks for num_beams 4, repetition_penalty 1.1, suppress_tokens [5]: not supported, "
+        "left out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -1}, "temperature: -1.0 is out of range, expected at least 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_k": -1}, "top_k: -1 is out of range"),
+        ({"top_k": 2.5}, "top_k: '2.5' is not a number of type int"),
+        ({"top_p": 0}, "top_p: 0.0 is out of range, expected above 0 and at most 1"),
+        ({"min_p": 2}, "min_p: 2.0 is out of range"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected true or false"),
+    ],
+)
+def test_a_checkpoints_value_out_of_range_is_one_line(demo_with, values, words):
+    result = run_here("--checkpoint_path", demo_with(values))
+    assert_user_error(result, "generation_config.json: " + words)
 
 
 def test_an_empty_prompt_is_the_bos_alone(tmp_path):
