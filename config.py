@@ -69,14 +69,27 @@ ROPE_KEYS = {
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
 
+# Files that stand for a model in a form that is not read, and what to do.
+OTHER_FORMS = {
+    "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
+    "*.gguf": "GGUF is not read; download the model's safetensors",
+    "consolidated*": "the maker's own layout is not read; download the model in the Hub's, with config.json",
+    "params.json": "the maker's own layout is not read; download the model in the Hub's, with config.json",
+}
+
 
 def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
         raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json")
+    if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
+        for pattern, cure in OTHER_FORMS.items():
+            if found := next(checkpoint_path.glob(pattern), None):
+                raise FileNotFoundError(f"{checkpoint_path} has {found.name} and no model.safetensors: {cure}")
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint_path} has no config.json; download the model's whole folder")
+        what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
+        raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
     return read_json(path)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from checkpoint import checkpoint_dtype, load_model
-from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import ArgumentParser, check_device, check_stdout, checkpoint_folder, number, read_text
 from cli.errors import outlive_readers, user_errors
 from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
@@ -74,6 +74,8 @@ def check(args: argparse.Namespace) -> Job:
     for option in ("include_path", "num_fewshot", "limit"):
         if getattr(args, option) is not None and not args.tasks:
             raise ValueError(f"--{option} is for tasks; give --tasks too")
+    if args.tasks:  # the harness's table has characters of its own
+        check_stdout()
     raw = read_config(args.checkpoint_path)
     config = parse_config(raw)
     if args.max_seq_length:

@@ -75,6 +75,21 @@ def checkpoint_folder(text: str) -> Path:
         ) from None
 
 
+def check_stdout() -> None:
+    """Raise ValueError where stdout's encoding lacks characters that a text may have.
+
+    Before the run, since the first such character would end it half-way, and instead of escapes, which a reader could
+    not tell from the text. An error handler that the user has named (PYTHONIOENCODING=ascii:replace) is their choice.
+    """
+    encoding = getattr(sys.stdout, "encoding", None)  # None: a program has put something of its own there
+    try:
+        "\U0001f600".encode(encoding or "utf-8", getattr(sys.stdout, "errors", None) or "strict")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"stdout's encoding is {encoding}, which lacks characters that a text may have; set PYTHONIOENCODING=utf-8"
+        ) from None
+
+
 def need_triton(command: str) -> None:
     """Raise ValueError where a command's compiler for GPUs is not installed."""
     if importlib.util.find_spec("triton") is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import checkpoint_dtype
-from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import ArgumentParser, check_device, check_stdout, checkpoint_folder, number, read_text
 from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.template import ChatTemplate, load_template
@@ -171,6 +171,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         # Rank 0 alone writes: another node need not have the folder.
         if ranks.rank == 0 and path:
             check_writable(option, path)
+    if ranks.rank == 0:
+        check_stdout()
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
     check_chat(args, config)

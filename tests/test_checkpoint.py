@@ -1103,3 +1103,41 @@ def test_without_a_dtype_in_the_config_the_weights_own_is_taken(
     assert load_model(path).embed_tokens.weight.dtype == dtype
     convert(path, tmp_path / "converted")
     assert load_model(tmp_path / "converted").embed_tokens.weight.dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that hold something else
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json", "adapter", "merge"]),
+        (["adapter_config.json", "adapter_model.bin", "config.json", "tokenizer.json"], ["adapter", "merge"]),
+        (["model-Q4_0.gguf", "README.md"], ["model-Q4_0.gguf", "GGUF is not read", "safetensors"]),
+        (["a.gguf", "config.json"], ["GGUF is not read"]),
+        (["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"], ["own layout", "the Hub's"]),
+        (["consolidated.safetensors", "params.json", "tekken.json"], ["own layout", "the Hub's"]),
+        (["params.json"], ["params.json", "own layout"]),
+        ([], ["is an empty folder", "download"]),
+        ([".cache"], ["is an empty folder", "download"]),
+        (["README.md"], ["has no config.json", "download"]),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_form_is_named_with_the_cure(tmp_path: Path, names: list[str], words: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(LLAMA))
+    for read in (read_config, load_model):
+        with pytest.raises(FileNotFoundError) as error:
+            read(tmp_path)
+        assert all(word in str(error.value) for word in (str(tmp_path), *words)), error.value
+        assert len(str(error.value)) < len(str(tmp_path)) + 180
+
+
+def test_files_of_another_form_beside_the_weights_do_not_matter(tmp_path: Path) -> None:
+    model = random_model(LLAMA, optimize=False)
+    save_hub_checkpoint(model, LLAMA, tmp_path, torch.float32)
+    for name in ("a.gguf", "consolidated.00.pth", "params.json"):
+        (tmp_path / name).write_text("")
+    load_model(tmp_path)
