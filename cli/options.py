@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 
 from checkpoint import checkpoint_dtype
-from cli.arguments import ArgumentParser, check_device, check_stdout, checkpoint_folder, number, read_text
+from cli.arguments import (
+    ArgumentParser,
+    add_checkpoint_options,
+    check_device,
+    check_stdout,
+    checkpoint_folder,
+    number,
+    read_text,
+)
 from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.template import ChatTemplate, load_template
@@ -52,8 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def add_prompt_options(parser: ArgumentParser) -> None:
     what = parser.add_argument_group("what to generate")
-    what.add_argument("--checkpoint_path", type=checkpoint_folder, default=DEMO, metavar="DIR",
-                      help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
+    add_checkpoint_options(what, DEMO, "a folder, or a model's name on the Hub")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may repeat: a batch of prompts; - is all of stdin ('def')")  # fmt: skip
