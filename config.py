@@ -106,16 +106,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         )
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
     check_not_quantized(raw.get("quantization_config"))
-    if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
-        values["num_experts"] = None  # its other name there
-    for key, neutral in NEUTRAL_VALUES.items():
-        if key in values and values[key] not in neutral:
-            raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
-    for key, families in FLAGS.items():
-        if family not in families:
-            if values[key] not in (False, None):
-                raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
-            values[key] = False
+    silence_neutral_values_(values, family)
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
     for key, default in (
@@ -169,6 +160,20 @@ def read_number(
             f"config.json: {key}{where} is {value!r}, expected {kind.__name__} of at least {low} and at most {high}"
         )
     return kind(value)
+
+
+def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
+    """Raise ValueError where a key asks for other arithmetic; let one that says nothing in this family say it alike."""
+    if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
+        values["num_experts"] = None  # its other name there
+    for key, neutral in NEUTRAL_VALUES.items():
+        if key in values and values[key] not in neutral:
+            raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
+    for key, families in FLAGS.items():
+        if family not in families:
+            if values[key] not in (False, None):
+                raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
+            values[key] = False
 
 
 def check_not_quantized(value: Any) -> None:

@@ -75,7 +75,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
         ignored = ["*/*", *([] if weights.endswith(".bin") else ["*.bin.index.json"])]
         with hub_errors(repo_id, revision):
             api.snapshot_download(
-                repo_id, revision=info.sha, local_dir=output_dir, allow_patterns=patterns, ignore_patterns=ignored
+                repo_id, revision=info.sha, local_dir=output_dir, allow_patterns=list(patterns), ignore_patterns=ignored
             )
 
     if weights in names:
