@@ -42,13 +42,12 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 # Flags that only these families have; in the others they must be off.
 FLAGS = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
-# Keys of config.json that would change the arithmetic, and the values with which they do not.
+# Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (0, None),
+    "final_logit_softcapping": (0, None),
     "embedding_multiplier": (1, None),
     "residual_multiplier": (1, None),
     "attention_multiplier": (None,),
@@ -56,12 +55,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1, None),
     "use_qk_norm": (False, None),
     "use_mrope": (False, None),
-    "num_experts": (None,),
+    "num_experts": (0, None),
     "mlp_only_layers": ([], None),
     "decoder_sparse_step": (1, None),
     "norm_topk_prob": (True, None),
-    "moe_intermediate_size": (None,),
-    "shared_expert_intermediate_size": (None,),
+    "moe_intermediate_size": (0, None),
+    "shared_expert_intermediate_size": (0, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -70,14 +69,27 @@ ROPE_KEYS = {
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
 
+# Files that stand for a model in a form that is not read, and what to do.
+OTHER_FORMS = {
+    "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
+    "*.gguf": "GGUF is not read; download the model's safetensors",
+    "consolidated*": "the maker's own layout is not read; download the model in the Hub's, with config.json",
+    "params.json": "the maker's own layout is not read; download the model in the Hub's, with config.json",
+}
+
 
 def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
         raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json")
+    if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
+        for pattern, cure in OTHER_FORMS.items():
+            if found := next(checkpoint_path.glob(pattern), None):
+                raise FileNotFoundError(f"{checkpoint_path} has {found.name} and no model.safetensors: {cure}")
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint_path} has no config.json; download the model's whole folder")
+        what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
+        raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
     return read_json(path)
 
 
@@ -93,15 +105,14 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILY_DEFAULTS)}"
         )
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
-    for key, neutral in NEUTRAL_VALUES.items():
-        if key in values and values[key] not in neutral:
-            raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
-    for key, families in FLAGS.items():
-        if family not in families and values[key] is not False:
-            raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
+    check_not_quantized(raw.get("quantization_config"))
+    silence_neutral_values_(values, family)
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
-    for key, default in (("num_key_value_heads", heads), ("head_dim", hidden_size // heads)):
+    for key, default in (
+        ("num_key_value_heads", heads),
+        ("head_dim", FAMILY_DEFAULTS[family].get("head_dim", hidden_size // heads)),
+    ):
         if values.get(key) is None:
             values[key] = default
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
@@ -151,6 +162,30 @@ def read_number(
     return kind(value)
 
 
+def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
+    """Raise ValueError where a key asks for other arithmetic; let one that says nothing in this family say it alike."""
+    if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
+        values["num_experts"] = None  # its other name there
+    for key, neutral in NEUTRAL_VALUES.items():
+        if key in values and values[key] not in neutral:
+            raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
+    for key, families in FLAGS.items():
+        if family not in families:
+            if values[key] not in (False, None):
+                raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
+            values[key] = False
+
+
+def check_not_quantized(value: Any) -> None:
+    """Raise ValueError where config.json has a `quantization_config`: what other programs quantized is not read."""
+    if value is not None:
+        method = value.get("quant_method") if isinstance(value, dict) else value
+        raise ValueError(
+            f"config.json: quantization_config of method {method!r} is not supported; "
+            "name the model that it was made from, which quantize.py quantizes"
+        )
+
+
 def read_flag(values: dict[str, Any], key: str) -> bool:
     if not isinstance(values[key], bool):
         raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
@@ -160,7 +195,7 @@ def read_flag(values: dict[str, Any], key: str) -> bool:
 def parse_experts(values: dict[str, Any]) -> tuple[int, int]:
     """Return how many experts there are and how many of them a token takes; 0 and 0 in the families without."""
     if values["model_type"] != "mixtral":
-        if values.get("num_local_experts") is not None:
+        if values.get("num_local_experts") not in (0, None):
             raise ValueError(f"config.json: num_local_experts {values['num_local_experts']!r} is not supported")
         return 0, 0
     num_experts = read_number(values, "num_local_experts", high=MAX_COUNT)
@@ -173,14 +208,13 @@ def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int |
     As in `transformers`, a Llama has full attention, and so have the first `max_window_layers` of a Qwen, unless
     `layer_types` says otherwise; only a Qwen heeds `use_sliding_window`.
     """
-    window = None if values["sliding_window"] is None else read_number(values, "sliding_window")
     family, kinds = values["model_type"], values.get("layer_types")
     is_qwen = "max_window_layers" in FAMILY_DEFAULTS[family]
     switched_off = (
         is_qwen and values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
     )
-    if family == "llama" or switched_off:
-        window = None
+    no_window = family == "llama" or switched_off or values["sliding_window"] is None
+    window = None if no_window else read_number(values, "sliding_window")
     mixed = window is not None and is_qwen
     num_full = read_number(values, "max_window_layers", low=0) if mixed else 0
     kind = "full_attention" if window is None else "sliding_attention"
@@ -198,23 +232,30 @@ def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int |
 
 def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read rope theta and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
-    key, rope = next(iter(objects.items()), ("rope_parameters", {}))
-    if any(other != rope for other in objects.values()):
-        other = objects["rope_parameters"]
-        raise ValueError(f"config.json: rope_scaling {rope!r} and rope_parameters {other!r} differ")
+    objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
+    parsed = [parse_rope_object(values, key, rope) for key, rope in (objects or {"rope_parameters": {}}).items()]
+    if parsed[0] != parsed[-1]:
+        scaling, parameters = objects.values()
+        raise ValueError(f"config.json: rope_scaling {scaling!r} and rope_parameters {parameters!r} differ")
+    return parsed[0]
+
+
+def parse_rope_object(values: dict[str, Any], key: str, rope: Any) -> tuple[float, RopeScaling | None]:
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
-    rope = {"rope_theta": values["rope_theta"], **rope}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    given = {name: value for name, value in rope.items() if value is not None}
+    # A factor whose type is null is for no type that `transformers` knows either.
+    default = None if "rope_type" in rope and "factor" in given else "default"
+    rope_type = given.get("rope_type", given.get("type", default))
     if rope_type not in ("default", "linear", "llama3"):
         raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: default, linear, llama3")
-    for name in rope:
-        if name not in ROPE_KEYS or (name == "partial_rotary_factor" and rope[name] not in (1, None)):
-            raise ValueError(f"config.json: {name} {rope[name]!r} in {key} is not supported")
+    for name, value in given.items():
+        if name not in ROPE_KEYS or (name == "partial_rotary_factor" and value != 1):
+            raise ValueError(f"config.json: {name} {value!r} in {key} is not supported")
+    given = {"rope_theta": values["rope_theta"], **given}
 
     def number(name: str) -> float:  # within bounds that keep every frequency finite in fp32
-        return read_number(rope, name, float, low=0.001, high=2**40, where=f" in {key}")
+        return read_number(given, name, float, low=0.001, high=2**40, where=f" in {key}")
 
     theta = number("rope_theta")
     if rope_type == "default":
@@ -226,7 +267,10 @@ def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
     # Like `transformers`, prefer the one beside the object to the one in it.
     name = "original_max_position_embeddings"
-    original = read_number(rope if values.get(name) is None else values, name)
+    length = given.get(name) if values.get(name) is None else values[name]
+    if isinstance(length, float) and length.is_integer():  # which is a number in there, and a size nowhere else
+        length = int(length)
+    original = read_number({name: length}, name)
     return theta, RopeScaling("llama3", number("factor"), low, high, original)
 
 
@@ -237,9 +281,10 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:
     """
     names = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
     name = next(names, None)
-    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None  # «half» is a name of float16
+    if name is not None and dtype not in DTYPES.values():
         raise ValueError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
+    return dtype
 
 
 def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:

@@ -128,6 +128,10 @@ def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, spe
     capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
+    cache = model.layers[0].self_attn.cache
+    if cache is None or len(cache.k) < len(prompts):
+        rows = 0 if cache is None else len(cache.k)
+        raise ValueError(f"there are {len(prompts)} prompts and caches for {rows} rows; call setup_caches first")
     if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
     check_ids(chain(*prompts), model.config.vocab_size, "a prompt")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from checkpoint import checkpoint_dtype, load_model
-from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, check_stdout, number, read_text
 from cli.errors import outlive_readers, user_errors
 from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
@@ -33,8 +33,8 @@ from tokenizer import Tokenizer, load_tokenizer
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="eval.py", description="Evaluate a Llama-family model on a text and on tasks.")
-    parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
-                        metavar="DIR", help="a folder from the Hub, or a converted one (checkpoints/demo)")  # fmt: skip
+    demo = Path(__file__).parent / "checkpoints/demo"
+    add_checkpoint_options(parser, demo, "a folder from the Hub, or a converted one")
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("--text_file", type=Path, metavar="FILE", help="UTF-8 text: its perplexity and bits per byte")
     what.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks or groups of lm-evaluation-harness")
@@ -74,6 +74,8 @@ def check(args: argparse.Namespace) -> Job:
     for option in ("include_path", "num_fewshot", "limit"):
         if getattr(args, option) is not None and not args.tasks:
             raise ValueError(f"--{option} is for tasks; give --tasks too")
+    if args.tasks:  # the harness's table has characters of its own
+        check_stdout()
     raw = read_config(args.checkpoint_path)
     config = parse_config(raw)
     if args.max_seq_length:

@@ -38,13 +38,18 @@ def own_file(folder: Path, name: str) -> Path:
     """Return the path of a checkpoint folder's file, whether it is there or not.
 
     Raises ValueError where it is a link that leads out: the folder is a stranger's, what else is on the disk is not.
-    In the Hub's cache the files of REPO/snapshots/REVISION are links into REPO/blobs.
+    In the Hub's cache the files of REPO/snapshots/REVISION are links into REPO/blobs. The models in the user's own
+    cache may be linked to from anywhere, and only there `blobs` may be a link itself, to another disk.
     """
     path, home = folder / name, Path(os.path.realpath(folder))
     target = Path(os.path.realpath(path))
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(folder) for folder in homes):
-        raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
+        from huggingface_hub.constants import HF_HUB_CACHE  # here, since few folders need it
+
+        cached = (Path(os.path.realpath(part)) for part in Path(HF_HUB_CACHE).glob("models--*/*"))
+        if not any(target.is_relative_to(folder) for folder in cached if folder.is_dir()):
+            raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
     return path
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import ModelReader, checkpoint_dtype, meta_model, tensor_specs, write_fused_config
-from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from config import read_config
 from engine import check_ids
@@ -124,8 +124,8 @@ def library_text(modules: Sequence[str]) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="quantize.py", description="Quantize the linears of a checkpoint.")
-    parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=Path(__file__).parent / "checkpoints/demo",
-                        metavar="DIR", help="a folder that generate.py loads (checkpoints/demo)")  # fmt: skip
+    demo = Path(__file__).parent / "checkpoints/demo"
+    add_checkpoint_options(parser, demo, "a folder that generate.py loads")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, help="weights that share a scale, in int4 (32)")
     parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-MODE[-gGROUPSIZE]")

@@ -30,7 +30,13 @@ class ArgumentParser(argparse.ArgumentParser):
             if os.environ.get("RANK") != "0":  # the first one says so
                 sys.exit(2)
             self.error(f"{self.prog} is for one process, and torchrun has started {count}; run it without torchrun")
-        return super().parse_args(*args, **kwargs)
+        namespace = super().parse_args(*args, **kwargs)
+        if "checkpoint_path" in namespace and "revision" in namespace:  # after all options: one depends on the other
+            try:
+                namespace.checkpoint_path = checkpoint_folder(str(namespace.checkpoint_path), namespace.revision)
+            except argparse.ArgumentTypeError as error:
+                self.error(f"argument --checkpoint_path: {error}")
+        return namespace
 
     def error(self, message: str) -> NoReturn:
         for word in message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else ():
@@ -52,26 +58,88 @@ def read_text(option: str, path: Path) -> str:
     return text
 
 
-def checkpoint_folder(text: str) -> Path:
+def checkpoint_folder(text: str, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint, given by its path or as the Hub's organization/name: an argparse type.
 
-    A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME).
+    A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME);
+    with a revision for the latter alone, since the former does not say which one it is.
     """
     path = Path(text)
     # What begins with a folder that is there is meant as a path.
-    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir():
-        return path
+    is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir()
     downloaded = Path("checkpoints") / path
-    if downloaded.is_dir():
+    if path.name.startswith("models--") and (path / "snapshots").is_dir():
+        repository = path
+    elif is_path:
+        if revision is not None:
+            raise argparse.ArgumentTypeError(
+                f"--revision {revision} is for a model of the Hub by its name, and {text} is a folder; leave it out"
+            )
+        return path
+    elif downloaded.is_dir() and revision is None:
         return downloaded
-    from huggingface_hub import errors, snapshot_download  # here, since it is slow to load
+    else:
+        from huggingface_hub.constants import HF_HUB_CACHE  # here, since it is slow to load
 
+        repository = Path(HF_HUB_CACHE, f"models--{text.replace('/', '--')}")
     try:
-        return Path(snapshot_download(text, local_files_only=True))
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        found = cached_snapshot(repository, revision)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if found is None and revision is not None:
+        raise argparse.ArgumentTypeError(
+            f"revision {revision} of {text} is not in the Hub's cache; run `python scripts/download.py --repo_id "
+            f"{repository.name.removeprefix('models--').replace('--', '/')} --revision {revision} --output_dir DIR` "
+            "and name DIR without --revision"
+        )
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"{text} is neither a folder in {Path.cwd()} nor a model in the Hub's cache; for one of the Hub run "
             f"`python scripts/download.py --repo_id {text}` first"
+            if repository != path
+            else f"{text} has no snapshot of main; download the model again"
+        )
+    return found
+
+
+def cached_snapshot(repository: Path, revision: str | None = None) -> Path | None:
+    """Find a revision in a `models--ORGANIZATION--NAME` folder of the Hub's cache; None where it is not there.
+
+    The revision is a branch, a tag or the beginning of a commit. Without one it is main, or else the only snapshot.
+    Raises ValueError where there are several.
+    """
+    snapshots = sorted(folder for folder in repository.glob("snapshots/*") if folder.is_dir())
+    ref = repository / "refs" / (revision or "main")
+    commit = ref.read_text(errors="replace").strip() if ref.is_file() else revision
+    found = [folder for folder in snapshots if folder.name == commit]
+    if not found and (not revision or re.fullmatch("[0-9a-f]{7,40}", revision)):
+        found = [folder for folder in snapshots if folder.name.startswith(revision or "")]
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise ValueError(
+            f"{repository} has several snapshots, none of them main; name one's folder or --revision: {names}"
+        )
+    return found[0] if found else None
+
+
+def add_checkpoint_options(parser: argparse._ActionsContainer, default: Path, what: str) -> None:
+    """Add --checkpoint_path, which `parse_args` makes a folder of, and --revision."""
+    parser.add_argument("--checkpoint_path", default=default, metavar="DIR", help=f"{what} (checkpoints/demo)")
+    parser.add_argument("--revision", metavar="NAME", help="with a name on the Hub: a branch, tag or commit (main)")
+
+
+def check_stdout() -> None:
+    """Raise ValueError where stdout's encoding lacks characters that a text may have.
+
+    Before the run, since the first such character would end it half-way, and instead of escapes, which a reader could
+    not tell from the text. An error handler that the user has named (PYTHONIOENCODING=ascii:replace) is their choice.
+    """
+    encoding = getattr(sys.stdout, "encoding", None)  # None: a program has put something of its own there
+    try:
+        "\U0001f600".encode(encoding or "utf-8", getattr(sys.stdout, "errors", None) or "strict")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"stdout's encoding is {encoding}, which lacks characters that a text may have; set PYTHONIOENCODING=utf-8"
         ) from None
 
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from checkpoint import checkpoint_dtype
-from cli.arguments import ArgumentParser, check_device, checkpoint_folder, number, read_text
+from cli.arguments import (
+    ArgumentParser,
+    add_checkpoint_options,
+    check_device,
+    check_stdout,
+    checkpoint_folder,
+    number,
+    read_text,
+)
 from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
@@ -54,8 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def add_prompt_options(parser: ArgumentParser) -> None:
     what = parser.add_argument_group("what to generate")
-    what.add_argument("--checkpoint_path", type=checkpoint_folder, default=DEMO, metavar="DIR",
-                      help="a folder, or a model's name on the Hub (checkpoints/demo)")  # fmt: skip
+    add_checkpoint_options(what, DEMO, "a folder, or a model's name on the Hub")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may repeat: a batch of prompts; - is all of stdin ('def')")  # fmt: skip
@@ -193,6 +200,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         # Rank 0 alone writes: another node need not have the folder.
         if ranks.rank == 0 and path:
             check_writable(option, path)
+    if ranks.rank == 0:
+        check_stdout()
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
     check_chat(args, config)

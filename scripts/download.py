@@ -15,15 +15,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import contextlib
+import glob
+import json
 from collections.abc import Iterator
-from fnmatch import fnmatch
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
-# How weights are named, best first: a repository with several of these holds the same weights several times.
-WEIGHTS = ["model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"]
+# How weights are named, best first: a repository with several of these holds the same weights several times. Beside an
+# index, which names shards however they are called, it may be one file.
+WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
 
 
 @contextlib.contextmanager
@@ -64,20 +66,40 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     with hub_errors(repo_id, revision):
         info = api.model_info(repo_id, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
-    weights = next((pattern for pattern in WEIGHTS if any(fnmatch(name, pattern) for name in names)), None)
+    weights = next((name for name in WEIGHTS if {name, f"{name}.index.json"} & set(names)), None)
     if weights is None:
         raise ValueError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in shards")
-    duplicates = ["*.bin.index.json"] if weights.endswith(".safetensors") else []
     remove_leftovers(output_dir)
-    with hub_errors(repo_id, revision):
-        api.snapshot_download(
-            repo_id,
-            revision=info.sha,
-            local_dir=output_dir,
-            allow_patterns=[*COMPANIONS, weights],
-            ignore_patterns=["*/*", *duplicates],
-        )
+
+    def fetch(*patterns: str) -> None:
+        ignored = ["*/*", *([] if weights.endswith(".bin") else ["*.bin.index.json"])]
+        with hub_errors(repo_id, revision):
+            api.snapshot_download(
+                repo_id, revision=info.sha, local_dir=output_dir, allow_patterns=list(patterns), ignore_patterns=ignored
+            )
+
+    if weights in names:
+        shards = [weights]
+    else:
+        fetch(f"{weights}.index.json")
+        shards = shards_of(output_dir / f"{weights}.index.json", names)
+    fetch(*COMPANIONS, *map(glob.escape, shards))
     print(f"wrote {output_dir}", file=sys.stderr)
+
+
+def shards_of(index: Path, names: list[str]) -> list[str]:
+    """Return the repository's files that an index names. Raises ValueError where it is none, or names others."""
+    if not index.is_file():  # the client goes on without it where the network is gone; ask for all that it may name
+        suffix = Path(index.name.removesuffix(".index.json")).suffix
+        return [name for name in names if name.endswith(suffix) and "/" not in name]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is no index of weights; tell the model's authors") from None
+    for shard in shards:
+        if shard not in names or "/" in shard:
+            raise ValueError(f"{index} names {shard!r}, which is no file of the repository; tell the model's authors")
+    return shards
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -20,7 +20,17 @@ from torch import Tensor
 import files as files_module
 import quantize
 from checkpoint import TensorFiles, load_model, random_model, save_hub_checkpoint
-from config import DTYPES, MAX_COUNT, MAX_SIZE, eos_token_ids, parse_config, parse_dtype, read_config
+from config import (
+    DTYPES,
+    FLAGS,
+    MAX_COUNT,
+    MAX_SIZE,
+    NEUTRAL_VALUES,
+    eos_token_ids,
+    parse_config,
+    parse_dtype,
+    read_config,
+)
 from files import locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
@@ -242,6 +252,134 @@ def test_eos_ids_come_from_generation_config_else_from_config(
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert eos_token_ids(tmp_path) == ids
+
+
+# Every key that is read, and what means the same as its absence. `transformers` refuses other nulls, as it does whole
+# floats where an int stands; a null among the rope keys is silence.
+L3 = {"rope_type": "llama3", **LLAMA3_ROPE}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+SAME_AS_SILENCE: dict[str, tuple[Any, ...]] = {
+    "head_dim": (None, 8),
+    "hidden_act": ("silu", "swish"),
+    "rope_scaling": (None, {}, {"rope_type": "default"}, {"type": "default", "factor": None}, {"rope_type": None}),
+    "rope_parameters": (None, {}, {"rope_theta": 1e4}, {"rope_theta": 10000, "factor": None}, {"rope_theta": None}),
+    "rope_theta": (10000.0, 10000),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "sliding_window": (None, 0, 4096),
+    "use_sliding_window": (None, False),
+    "layer_types": (None, ["full_attention"] * 2),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "quantization_config": (None,),
+    "attn_logit_softcapping": (None, 0, 0.0),
+    "final_logit_softcapping": (None, 0, 0.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "logits_scaling": (None, 1, 1.0),
+    "logit_scale": (None, 1, 1.0),
+    "use_qk_norm": (None, False),
+    "use_mrope": (None, False),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (None, 1),
+    "norm_topk_prob": (None, True),
+    "moe_intermediate_size": (None, 0),
+    "shared_expert_intermediate_size": (None, 0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+
+
+def test_the_table_of_silence_has_every_key_that_must_be_neutral() -> None:
+    assert SAME_AS_SILENCE.keys() >= {*NEUTRAL_VALUES, *FLAGS}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in SAME_AS_SILENCE.items() for value in values], ids=repr
+)
+def test_forms_that_mean_the_same_are_the_same(key: str, value: Any) -> None:
+    from transformers import LlamaConfig
+
+    assert parse_config({**LLAMA, key: value}) == parse_config(LLAMA)
+    if key not in ("rope_scaling", "rope_parameters", "quantization_config"):  # where it has more to say or less
+        assert LlamaConfig(**SIZES, **{key: value}).head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "silent"),
+    [
+        (QWEN2, {"sliding_window": 0}, {}),
+        (QWEN2, {"attention_bias": None, "mlp_bias": None}, {}),
+        (QWEN3, {"head_dim": None}, {"head_dim": 128}),
+        (QWEN3, {"mlp_bias": None}, {}),
+        (MISTRAL, {"attention_bias": None, "num_local_experts": 0, "num_experts": 0}, {}),
+        (MIXTRAL, {"num_experts": 4}, {}),
+        (MIXTRAL, {"sliding_window": None, "num_experts": 0}, {}),
+        (LLAMA, {"rms_norm_eps": 1}, {"rms_norm_eps": 1.0}),
+    ],
+    ids=str,
+)
+def test_forms_that_mean_the_same_in_a_family_are_the_same(
+    raw: dict[str, Any], changes: dict[str, Any], silent: dict[str, Any]
+) -> None:
+    assert parse_config({**raw, **changes}) == parse_config({**raw, **silent})
+
+
+@pytest.mark.parametrize(
+    ("form", "scaling"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": {**LINEAR, "short_factor": None, "rope_theta": None}}, "linear"),
+        ({"rope_theta": 500000, "rope_scaling": {"rope_type": None, "type": "linear", "factor": 4}}, "linear"),
+        ({"rope_theta": None, "rope_parameters": {**LINEAR, "rope_theta": 5e5, "type": None}}, "linear"),
+        ({"rope_theta": 5e5, "rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "rope_theta": 5e5}}, "linear"),
+        ({"rope_theta": 5e5, "rope_scaling": {}, "rope_parameters": LINEAR}, "linear"),
+        ({"rope_theta": 5e5, "rope_scaling": {**L3, "factor": 8, "attention_factor": None}}, "llama3"),
+        ({"rope_parameters": {**L3, "rope_theta": 500000, "high_freq_factor": 4, "mscale": None}}, "llama3"),
+        ({"rope_theta": 5e5, "rope_scaling": {**L3, "original_max_position_embeddings": 256.0}}, "llama3"),
+    ],
+    ids=str,
+)
+def test_rope_keys_mean_the_same_inside_and_beside_and_null_is_silence(form: dict[str, Any], scaling: str) -> None:
+    rope = L3 if scaling == "llama3" else LINEAR
+    assert parse_config({**LLAMA, **form}) == parse_config({**LLAMA, "rope_parameters": {**rope, "rope_theta": 5e5}})
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3, MISTRAL, MIXTRAL, LLAMA], ids=lambda raw: raw["model_type"])
+@pytest.mark.parametrize("key", ["sliding_window", "num_key_value_heads", "head_dim", "rope_theta", "layer_types"])
+def test_null_means_what_transformers_takes_it_for(config: dict[str, Any], key: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        theirs = AutoConfig.for_model(**{**config, key: None})
+    except Exception as error:
+        assert "expected int, got NoneType" in str(error)
+        return
+    if key == "rope_theta":  # it goes on and fails in its model
+        assert theirs.rope_parameters["rope_theta"] is None
+        with pytest.raises(ValueError, match="rope_theta in rope_parameters is None"):
+            parse_config({**config, key: None})
+        return
+    ours = parse_config({**config, key: None})
+    for name in ("num_key_value_heads", "head_dim"):
+        expected = getattr(theirs, name, None)
+        assert getattr(ours, name) == (8 if expected is None else expected)
+    assert ours.sliding_window == (None if key == "sliding_window" else getattr(theirs, "sliding_window", None))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("float", torch.float32)])
+def test_a_dtype_may_have_torchs_other_name(name: str, dtype: torch.dtype) -> None:
+    assert parse_dtype({"dtype": name}) == dtype
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_a_quantized_checkpoint_of_another_program_is_refused_by_its_method_alone(method: str) -> None:
+    long = {"quant_method": method, "modules_to_not_convert": ["lm_head"] * 100}
+    with pytest.raises(ValueError, match=f"method '{method}' is not supported; name the model") as error:
+        parse_config({**LLAMA, "quantization_config": long})
+    assert len(str(error.value)) < 160
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -965,3 +1103,41 @@ def test_without_a_dtype_in_the_config_the_weights_own_is_taken(
     assert load_model(path).embed_tokens.weight.dtype == dtype
     convert(path, tmp_path / "converted")
     assert load_model(tmp_path / "converted").embed_tokens.weight.dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that hold something else
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json", "adapter", "merge"]),
+        (["adapter_config.json", "adapter_model.bin", "config.json", "tokenizer.json"], ["adapter", "merge"]),
+        (["model-Q4_0.gguf", "README.md"], ["model-Q4_0.gguf", "GGUF is not read", "safetensors"]),
+        (["a.gguf", "config.json"], ["GGUF is not read"]),
+        (["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"], ["own layout", "the Hub's"]),
+        (["consolidated.safetensors", "params.json", "tekken.json"], ["own layout", "the Hub's"]),
+        (["params.json"], ["params.json", "own layout"]),
+        ([], ["is an empty folder", "download"]),
+        ([".cache"], ["is an empty folder", "download"]),
+        (["README.md"], ["has no config.json", "download"]),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_form_is_named_with_the_cure(tmp_path: Path, names: list[str], words: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(LLAMA))
+    for read in (read_config, load_model):
+        with pytest.raises(FileNotFoundError) as error:
+            read(tmp_path)
+        assert all(word in str(error.value) for word in (str(tmp_path), *words)), error.value
+        assert len(str(error.value)) < len(str(tmp_path)) + 180
+
+
+def test_files_of_another_form_beside_the_weights_do_not_matter(tmp_path: Path) -> None:
+    model = random_model(LLAMA, optimize=False)
+    save_hub_checkpoint(model, LLAMA, tmp_path, torch.float32)
+    for name in ("a.gguf", "consolidated.00.pth", "params.json"):
+        (tmp_path / name).write_text("")
+    load_model(tmp_path)

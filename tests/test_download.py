@@ -4,19 +4,24 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from safetensors.torch import load_file, save
 
 from checkpoint import load_model
+from cli.arguments import checkpoint_folder
 from tests.conftest import HANG, REPO, assert_user_error, run_command
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
 
@@ -57,7 +62,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0]
+        path = unquote(self.path.split("?")[0])
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.refuse(401, "RepoNotFound")
         elif path.startswith("/api/models/org/tiny"):
@@ -187,6 +192,45 @@ def test_shards_are_fetched_where_there_is_no_single_file(
     assert result.returncode == 0, result.stderr
     assert not any(".bin" in name for name in hub.fetched)
     assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors-{}-of-2.safetensors", "part [{}].safetensors", "weights{}.safetensors"]
+)
+def test_the_index_names_the_shards_whatever_they_are_called(
+    tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint, name: str
+) -> None:
+    tensors = load_file(hub_checkpoint("gqa").path / WEIGHTS)
+    del hub.files[WEIGHTS]
+    where = {tensor: name.format(i % 2 + 1) for i, tensor in enumerate(sorted(tensors))}
+    for shard in set(where.values()):
+        hub.files[shard] = save({tensor: tensors[tensor] for tensor in tensors if where[tensor] == shard})
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": where}).encode()
+    wanted = sorted(hub.files)
+    hub.files |= {"consolidated.safetensors": b"", "pytorch_model.bin": b"", "model-00001-of-00009.safetensors": b""}
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    assert sorted(hub.fetched) == wanted
+    assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (b"{", ["is no index"]),
+        (b"[]", ["is no index"]),
+        (b'{"weight_map": {"a": 1}}', ["names 1"]),
+        (b'{"weight_map": {"a": ["b"]}}', ["is no index"]),
+        (b'{"weight_map": {"a": "gone.safetensors"}}', ["'gone.safetensors'", "no file of the repository"]),
+        (b'{"weight_map": {"a": "../up.safetensors"}}', ["'../up.safetensors'", "no file of the repository"]),
+    ],
+)
+def test_an_index_that_names_no_files_is_one_line(
+    tmp_path: Path, hub: LocalHub, index: bytes, words: list[str]
+) -> None:
+    del hub.files[WEIGHTS]
+    hub.files["model.safetensors.index.json"] = index
+    assert_user_error(run_download(tmp_path, hub.url, "--repo_id", "org/tiny"), "index.json", *words)
 
 
 def test_bin_weights_are_fetched_where_there_are_no_others(
@@ -372,3 +416,122 @@ def test_a_model_that_is_nowhere_is_one_line_with_the_command_that_fetches_it(
     environment = hub_environment(tmp_path, "http://127.0.0.1:9")
     result = run_command(script, option, "org/other", *rest, cwd=tmp_path, **environment)
     assert_user_error(result, option, "org/other", "python scripts/download.py --repo_id org/other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What of the Hub's cache is found: in this process, by the type of the option
+
+
+MAIN, OTHER = "1" * 40, "2" * 40
+
+
+def put_in_cache(cache: Path, commit: str = MAIN, ref: str | None = None, name: str = "o--m") -> Path:
+    """Put the demo into a cache as the Hub's client does; return the snapshot."""
+    repository = cache / f"models--{name}"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in DEMO.iterdir():
+        shutil.copy(file, repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    if ref:
+        (repository / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("ref", ["main", "dev", "refs/pr/1", None])
+def test_the_only_snapshot_is_found_by_branch_by_commit_and_by_neither(own_cache: Path, ref: str | None) -> None:
+    snapshot = put_in_cache(own_cache, ref=ref)
+    for revision in (None, MAIN, MAIN[:7], *([ref] if ref else [])):
+        assert checkpoint_folder("o/m", revision) == snapshot
+    assert checkpoint_folder(str(own_cache / "models--o--m")) == snapshot
+    load_model(snapshot)
+
+
+def test_of_several_snapshots_main_is_found_and_the_others_by_revision(own_cache: Path) -> None:
+    dev, main = put_in_cache(own_cache, OTHER, "dev"), put_in_cache(own_cache, MAIN, "main")
+    for name in ("o/m", str(own_cache / "models--o--m")):
+        assert checkpoint_folder(name) == main
+        assert checkpoint_folder(name, "dev") == checkpoint_folder(name, OTHER) == dev
+    (own_cache / "models--o--m" / "refs" / "main").unlink()
+    for name in ("o/m", str(own_cache / "models--o--m")):
+        with pytest.raises(ArgumentTypeError, match=rf"several snapshots.*--revision: {MAIN}, {OTHER}"):
+            checkpoint_folder(name)
+
+
+@pytest.mark.parametrize("revision", ["v9", "1", "3" * 40, "../main", "/etc/passwd", "*"])
+def test_a_revision_that_is_not_cached_is_named_with_the_command_that_fetches_it(
+    own_cache: Path, revision: str
+) -> None:
+    put_in_cache(own_cache, ref="main")
+    for name in ("o/m", str(own_cache / "models--o--m")):
+        with pytest.raises(ArgumentTypeError) as error:
+            checkpoint_folder(name, revision)
+        assert f"--repo_id o/m --revision {revision} --output_dir" in str(error.value)
+
+
+def test_a_folder_of_the_cache_without_a_snapshot_is_one_line(own_cache: Path) -> None:
+    (own_cache / "models--o--m" / "snapshots").mkdir(parents=True)
+    with pytest.raises(ArgumentTypeError, match="has no snapshot of main; download"):
+        checkpoint_folder(str(own_cache / "models--o--m"))
+
+
+@pytest.mark.parametrize(
+    ("script", "rest"),
+    [("generate.py", GENERATE), ("eval.py", ("--text_file", "x")), ("quantize.py", ("--mode", "int8"))],
+)
+def test_a_revision_of_a_folder_is_one_line(tmp_path: Path, script: str, rest: tuple[str, ...]) -> None:
+    result = run_command(script, "--checkpoint_path", DEMO, "--revision", "main", *rest, cwd=tmp_path)
+    assert_user_error(result, "--checkpoint_path", "--revision main", "is a folder")
+
+
+def test_a_revision_generates(tmp_path: Path) -> None:
+    put_in_cache(tmp_path / "hf" / "hub", OTHER, "dev")
+    put_in_cache(tmp_path / "hf" / "hub", MAIN, "main")
+    name = ("--checkpoint_path", "o/m", "--revision", "dev")
+    environment = hub_environment(tmp_path, "http://127.0.0.1:9")
+    result = run_command("generate.py", *name, *GENERATE, cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_into_the_users_own_cache_load_and_others_do_not(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, folder = put_in_cache(own_cache, ref="main"), own_cache.parent / "local"
+    shutil.copytree(DEMO, folder)
+    for target in (snapshot / WEIGHTS, snapshot.parents[1] / "blobs" / WEIGHTS):
+        (folder / WEIGHTS).unlink()
+        (folder / WEIGHTS).symlink_to(target)
+        load_model(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(own_cache.parent / "another"))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        load_model(folder)
+
+
+def test_blobs_may_be_a_link_in_the_users_own_cache_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = put_in_cache(own_cache, ref="main")
+    blobs, moved = snapshot.parents[1] / "blobs", own_cache.parent / "moved"
+    blobs.rename(moved)
+    blobs.symlink_to(moved)
+    load_model(checkpoint_folder("o/m"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(own_cache.parent / "another"))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        load_model(snapshot)
+
+
+@pytest.mark.parametrize("target", ["../secret", "token"])
+def test_what_lies_beside_the_models_of_the_cache_is_not_read(own_cache: Path, target: str) -> None:
+    snapshot = put_in_cache(own_cache, ref="main")
+    shutil.copy(DEMO / WEIGHTS, own_cache / target)
+    (snapshot / WEIGHTS).unlink()
+    (snapshot / WEIGHTS).symlink_to(own_cache / target)
+    with pytest.raises(ValueError, match="outside of its folder"):
+        load_model(snapshot)

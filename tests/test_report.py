@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from checkpoint import load_model
@@ -9,6 +10,7 @@ from cli.report import TextPrinter, bytes_per_step, run_batch
 from engine import Engine
 from rows import Row, num_pending
 from steps import Sampling, decode
+from tests.conftest import assert_user_error, run_command
 from tokenizer import TextStream, load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "checkpoints" / "demo"
@@ -57,3 +59,18 @@ def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
     alone = bytes_per_step(model, [first]) - model.step_weight_bytes
     beside = bytes_per_step(model, [first, second]) - bytes_per_step(model, [second])
     assert abs(beside - alone * len(first.tokens) / 20) <= 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1", "ascii:strict"])
+def test_a_stdout_that_cannot_take_every_text_is_refused_before_the_run(tmp_path, encoding):
+    args = ("--prompt", "def", "--max_new_tokens", 1)
+    result = run_command("generate.py", *args, cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert_user_error(result, f"stdout's encoding is {encoding[:5]}", "PYTHONIOENCODING")
+    assert result.stdout == ""
+
+
+def test_a_handler_that_the_user_has_named_is_taken(tmp_path):
+    args = ("--prompt", "# café", "--max_new_tokens", 1)
+    result = run_command("generate.py", *args, cwd=tmp_path, PYTHONIOENCODING="ascii:backslashreplace")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(r"# caf\xe9")
