@@ -57,9 +57,19 @@ def catch_signals(received: list[int]) -> contextlib.ExitStack:
     def handle(number: int, _: FrameType | None) -> NoReturn:
         received.append(number)
         if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)  # once is enough
+            signal.signal(number, signal.SIG_IGN)  # a second one would cut short what is removed
             sys.exit(TERMINATED)
         raise KeyboardInterrupt
+
+    def raise_again(lost: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again that raised in a callback, whose exceptions Python prints and forgets."""
+        if not received or lost.exc_type not in (KeyboardInterrupt, SystemExit):
+            sys.__unraisablehook__(lost)
+            return
+        signal.signal(received[-1], handle)
+        again = threading.Timer(0.01, os.kill, [os.getpid(), received[-1]])  # when the callback is over
+        again.daemon = True
+        again.start()
 
     stack = contextlib.ExitStack()
     if threading.current_thread() is threading.main_thread():
@@ -68,6 +78,8 @@ def catch_signals(received: list[int]) -> contextlib.ExitStack:
                 signal.signal(number, handle)
                 stack.callback(signal.signal, number, signal.SIG_DFL)
                 sys.excepthook = report_exception
+                stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+                sys.unraisablehook = raise_again
     return stack
 
 

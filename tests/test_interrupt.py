@@ -68,3 +68,26 @@ def test_a_background_jobs_ctrl_c_stays_ignored_while_a_command_imports_and_whil
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+CALLBACK = """
+import signal, sys, time, weakref
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+from cli.errors import user_errors
+class Thing: pass
+with user_errors():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(int(sys.argv[1])))
+    del thing
+    while True:
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "\n"), (signal.SIGTERM, 143, "ended by SIGTERM\n")]
+)
+def test_a_signal_in_a_callback_whose_exceptions_python_forgets_ends_the_command_too(number, status, said):
+    command = [sys.executable, "-c", CALLBACK, str(int(number))]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", said)
