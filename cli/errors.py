@@ -34,6 +34,8 @@ def user_errors(signals_raise: bool = True) -> Iterator[None]:
     except GeneratorExit:  # a signal came where this begins or ends
         raise
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code != TERMINATED:  # what ends here has said why
+            raise
         if signal.SIGTERM in received:  # whatever it became: C code may replace the exception that a signal raises
             print("ended by SIGTERM", file=sys.stderr)
             sys.exit(TERMINATED)

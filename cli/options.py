@@ -84,16 +84,16 @@ def add_prompt_options(parser: ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: ArgumentParser) -> None:
-    how = parser.add_argument_group("sampling")
+    how = parser.add_argument_group("sampling (the checkpoint's own defaults, else those in brackets)")
     # None is an option that is not given: then the checkpoint has a say.
     how.add_argument("--temperature", type=LIMITS["temperature"], metavar="T",
-                     help=f"0 is argmax (the checkpoint's, else {DEFAULTS.temperature:g})")  # fmt: skip
+                     help=f"0 is argmax ({DEFAULTS.temperature:g})")  # fmt: skip
     how.add_argument("--top_k", type=LIMITS["top_k"], metavar="K",
-                     help=f"the K likeliest; 0 is all (the checkpoint's, else {DEFAULTS.top_k})")  # fmt: skip
+                     help=f"the K likeliest; 0 is all ({DEFAULTS.top_k})")  # fmt: skip
     how.add_argument("--top_p", type=LIMITS["top_p"], metavar="P",
-                     help=f"those of total probability P (the checkpoint's, else {DEFAULTS.top_p:g})")  # fmt: skip
+                     help=f"those of total probability P ({DEFAULTS.top_p:g})")  # fmt: skip
     how.add_argument("--min_p", type=LIMITS["min_p"], metavar="P",
-                     help=f"P times the likeliest at least (the checkpoint's, else {DEFAULTS.min_p:g})")  # fmt: skip
+                     help=f"P times the likeliest at least ({DEFAULTS.min_p:g})")  # fmt: skip
     how.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed, the same text (random)"
     )
@@ -114,7 +114,7 @@ def add_draft_options(parser: ArgumentParser) -> None:
 
 def add_run_options(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
-    run.add_argument("-h", "--help", action="help", help="show this and exit")
+    run.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     run.add_argument("--compile", action="store_true", help="compile decode")
     run.add_argument("--compile_prefill", action="store_true", help="compile prefill too")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
