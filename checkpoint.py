@@ -224,8 +224,11 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> None:
-    """Raise ValueError where a tensor is missing, or is not the model's. A tied head may be there or not."""
+def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> list[str]:
+    """Return the tensors that no text depends on. A tied head may be there or not.
+
+    Raises ValueError where a tensor is missing, or is not the model's.
+    """
     missing = sorted(set(expected) - set(files.files))
     others = sorted(set(files.files) - {*expected, *tied})
     unexpected = [name for name in others if not UNUSED_NAMES.search(name)]
@@ -234,9 +237,7 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
-    if unused:
-        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        print(f"{files.path}: ignored {unused[0]}{more}, which no text depends on", file=sys.stderr)
+    return unused
 
 
 def meta_model(raw_config: dict[str, Any], ranks: Ranks = ONE_RANK) -> Transformer:
@@ -275,11 +276,16 @@ class ModelReader:
         model = meta_model(self.raw)
         self.config = model.config
         self.specs = tensor_specs(model, dtype)
-        if self.is_fused:
-            check_names(self.files, self.specs)
-        else:
-            tied = ["lm_head.weight"] if model.tied else []
-            check_names(self.files, [part for name in self.specs for part in hub_names(name, self.config)], tied)
+        names, tied = list(self.specs), ["lm_head.weight"] if model.tied and not self.is_fused else []
+        if not self.is_fused:
+            names = [part for name in self.specs for part in hub_names(name, self.config)]
+        if unused := check_names(self.files, names, tied):
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            self._say(f"ignored {unused[0]}{more}, which no text depends on")
+
+    def _say(self, words: str) -> None:
+        if self.ranks.rank == 0:
+            print(f"{self.path}: {words}", file=sys.stderr)
 
     def _adopt_names(self, config: ModelConfig) -> None:
         """Take in what other programs write: names without `model.`, and a tied head that is stored."""
@@ -293,11 +299,7 @@ class ModelReader:
             files.alias(embedding, head)
         elif not torch.equal(files.get(embedding), files.get(head)):
             self.raw = {**self.raw, "tie_word_embeddings": False}
-            if self.ranks.rank == 0:
-                print(
-                    f"{self.path}: {head} is used, which is not the embedding, though tie_word_embeddings is true",
-                    file=sys.stderr,
-                )
+            self._say(f"{head} is used, which is not the embedding, though tie_word_embeddings is true")
 
     def read(self, name: str) -> Tensor:
         """Read this rank's share of a parameter. Raises ValueError where it is mis-shaped or not finite."""

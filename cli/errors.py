@@ -74,14 +74,15 @@ def catch_signals(received: list[int]) -> contextlib.ExitStack:
         again.start()
 
     stack = contextlib.ExitStack()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, handle)
-                stack.callback(signal.signal, number, signal.SIG_DFL)
-                sys.excepthook = report_exception
-                stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-                sys.unraisablehook = raise_again
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if is_main and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, handle)
+        stack.callback(signal.signal, number, signal.SIG_DFL)
+    if numbers:
+        stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = raise_again
+        sys.excepthook = report_exception  # which stays: a signal may come once this is over
     return stack
 
 
