@@ -53,7 +53,7 @@ def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) 
     if cuda is not None:
         return cuda.attention
     if not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
-        return cpu.attention
+        return cpu.attention()
     return inductor.attention
 
 

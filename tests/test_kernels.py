@@ -301,7 +301,7 @@ def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
 
 
 def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
-    for dtype, expected in ((torch.bfloat16, cpu.attention), (torch.float32, inductor.attention)):
+    for dtype, expected in ((torch.bfloat16, cpu.attention()), (torch.float32, inductor.attention)):
         model = random_model(RAW, dtype=dtype)
         assert {block.self_attn.attend for block in model.layers} == {expected}
     q, (k, v) = normal(1, 3, 4, 64).float(), keys_and_values(1, 2, 64, 64)
