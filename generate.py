@@ -221,7 +221,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
         outlive_readers()
     began = time.perf_counter()
     model, speculation = together(partial(load, args, job, ranks), ranks)
-    gc.freeze()  # the collector searches nothing that is there by now: in the midst of a first token it took 80 ms
+    gc.freeze()  # the collector searches nothing that is there by now: else it may begin in the midst of a first token
     loaded = time.perf_counter()
 
     engine = make_engine(args, job, model, speculation)
