@@ -36,7 +36,7 @@ with contextlib.suppress(OSError):
 
 # Seconds until what a test waits for is taken to hang, on however busy a machine. No test measures with it: what is to
 # be quick is compared with something that was measured beside it.
-HANG = 3600
+HANG = 1200
 
 # Hypothesis has limits of its own, for an example and for the drawing of several.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -204,6 +204,7 @@ def run_forked(main: Callable[[list[str]], Any], *args: object, cwd: Path) -> su
 
     It may not compile: inductor would wait there for threads that this process has.
     """
+    assert not {"--compile", "--compile_prefill"} & set(args)
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         if (child := os.fork()) == 0:
             status: Any = 1

@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 TOPICS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *TOPICS]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-HANG_S = 1800  # a guard against a hang; a busy machine takes many times as long as a quiet one
+HANG_S = 1800  # as conftest.HANG, for the longer of the two: make demo installs torch
 
 
 def blocks(language, pages=PAGES):

@@ -400,7 +400,7 @@ def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
 
 def test_what_is_compiled_is_named_as_it_goes():
     quick = ("--max_new_tokens", 3, "--compile", "--temperature", 0)
-    result = run_here("--batch_size", 2, *quick, "--prompt_lookup")
+    result = run_command("--batch_size", 2, *quick, "--prompt_lookup")
     assert result.returncode == 0, result.stderr
     assert re.findall("^compiling .*", result.stderr, re.M) == [
         "compiling 1 of 4: batch of 1",
