@@ -51,7 +51,9 @@ COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 # A parameter of the model that is several of the Hub's tensors stacked along the output features.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Buffers that old releases of transformers stored, and the heads of classifiers and reward models.
-UNUSED_NAMES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|v_head)\.")
+UNUSED_NAMES = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|qa_outputs|(v|value|reward)_head)\."
+)
 # A stack of experts: such tensors of one expert after the other, by Mixtral's names.
 EXPERTS_STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
@@ -166,9 +168,13 @@ class TensorFiles:
         self.aliases[name] = stored
 
     def dtype(self) -> torch.dtype | None:
-        """Return the dtype of the first tensor of floats, None where there is none."""
-        dtypes = (self.get(name).dtype for name in self.files)
-        return next((dtype for dtype in dtypes if dtype in DTYPES.values()), None)
+        """Return the dtype of most of the floats, of those that run; None where there are none."""
+        counts = dict.fromkeys(FLOAT_DTYPES, 0)
+        for tensor in map(self.get, self.files):
+            if tensor.dtype in counts:
+                counts[tensor.dtype] += tensor.numel()
+        dtype = max(counts, key=lambda dtype: counts[dtype])
+        return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
 
 
 def is_zip(path: Path) -> bool:

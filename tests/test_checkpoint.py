@@ -1081,7 +1081,11 @@ def test_names_that_other_programs_write_are_read(hub_checkpoint: GetCheckpoint,
         torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.rotary_emb.cos_cached", "score.weight", "v_head.bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.rotary_emb.cos_cached", "rotary_emb.inv_freq", "score.weight", "v_head.bias",
+     "qa_outputs.weight"],
+)  # fmt: skip
 def test_tensors_that_no_text_depends_on_are_ignored_with_a_line(
     hub_checkpoint: GetCheckpoint, tmp_path: Path, capsys: Any, name: str
 ) -> None:
@@ -1103,6 +1107,18 @@ def test_without_a_dtype_in_the_config_the_weights_own_is_taken(
     assert load_model(path).embed_tokens.weight.dtype == dtype
     convert(path, tmp_path / "converted")
     assert load_model(tmp_path / "converted").embed_tokens.weight.dtype == dtype
+
+
+def test_of_several_dtypes_that_of_most_weights_is_taken(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor]
+) -> None:
+    config = gqa_config | {"dtype": None}
+    tensors = {name: tensor.half() for name, tensor in gqa_tensors.items()}
+    norms = {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
+    mixed = tensors | norms | {"lm_head.weight": gqa_tensors["lm_head.weight"]}  # the first by name
+    assert load_model(write_checkpoint(tmp_path / "mixed", config, mixed)).embed_tokens.weight.dtype == torch.float16
+    double = {name: tensor.double() for name, tensor in gqa_tensors.items()}
+    assert load_model(write_checkpoint(tmp_path / "double", config, double)).embed_tokens.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
