@@ -9,7 +9,6 @@ Two layouts are read, told apart by `layout` in config.json:
 """
 
 import contextlib
-import functools
 import json
 import math
 import re
@@ -20,21 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from config import DTYPES, parse_config, parse_dtype, quantization_scheme, read_config
 from config import eos_token_ids as eos_token_ids  # which programs import from here
-from files import Spec, own_file, read_json, write_safetensors
+from config import parse_config, parse_dtype, quantization_scheme, read_config
+from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from kernels.cpu import empty_weight
 from kernels.optimize import optimize_
 from linears import replace_linears_
 from model import ONE_RANK, Linear, ModelConfig, Ranks, Transformer, rope_frequencies
 from tp import check_sizes, local_part
-
-# A weight of one of these is cast to the run dtype; codes of a quantized weight are never cast.
-FLOAT_DTYPES = {*DTYPES.values(), torch.float64}
 
 # Files beside the weights that influence the text too.
 TEXT_FILES = (
@@ -92,107 +87,6 @@ def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
     if "gate_up_proj" in name:
         return [config.intermediate_size] * 2 * max(1, config.num_local_experts)
     return [config.hidden_size] * config.num_local_experts if is_stack(name, config) else [total]
-
-
-class TensorFiles:
-    """The tensors of a checkpoint folder by name, read one at a time.
-
-    Each read opens its file anew, so that nothing but the tensors handed out stays mapped.
-    """
-
-    def __init__(self, checkpoint_path: Path, allow_pickle: bool = False):
-        self.path = checkpoint_path
-        self.allow_pickle = allow_pickle
-        # A file in the format before torch 1.6 cannot be mapped but is read whole, so the last one is kept.
-        self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
-        self.files: dict[str, str] = self._index()
-        self.aliases: dict[str, str] = {}  # names that are used -> those that are stored, where they differ
-
-    def _index(self) -> dict[str, str]:
-        patterns = ["model.safetensors"] + ["pytorch_model.bin"] * self.allow_pickle
-        for single in patterns:
-            index = own_file(self.path, f"{single}.index.json")
-            if own_file(self.path, single).is_file():
-                return dict.fromkeys(self._names_in(single), single)
-            if index.is_file():
-                return self._sharded(index, Path(single).suffix)
-        if any(self.path.glob("*.bin")):
-            raise FileNotFoundError(
-                f"{self.path} has .bin weights only; convert them: python scripts/convert_hf_checkpoint.py "
-                f"--checkpoint_dir {self.path}"
-            )
-        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json")
-
-    def _sharded(self, index: Path, suffix: str) -> dict[str, str]:
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{index} has no weight_map")
-        for file in sorted(set(map(str, files.values()))):
-            if Path(file).name != file or Path(file).suffix != suffix or "\0" in file:
-                raise ValueError(f"{index} names {file!r}, expected a {suffix} file of its own folder")
-            if not own_file(self.path, file).is_file():
-                raise FileNotFoundError(f"{self.path / file} is missing, but {index.name} names it; download it again")
-            present = set(self._names_in(file))
-            for name in (name for name, where in files.items() if where == file):
-                if name not in present:
-                    raise ValueError(f"{self.path / file} lacks tensor {name}, which {index.name} promises")
-        return files
-
-    def _names_in(self, file: str) -> list[str]:
-        with self._open(file) as tensors:
-            return list(tensors.keys())
-
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        path = own_file(self.path, file)
-        if file.endswith(".bin"):
-            yield read_pickle(path) if is_zip(path) else self._read_legacy(path)
-            return
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                yield tensors
-        except SafetensorError as error:
-            size = path.stat().st_size
-            raise ValueError(
-                f"{path} ({size} bytes) is not a whole safetensors file ({error}); download it again"
-            ) from None
-
-    def get(self, name: str) -> Tensor:
-        file, stored = self.files[name], self.aliases.get(name, name)
-        with self._open(file) as tensors:
-            return tensors[stored] if file.endswith(".bin") else tensors.get_tensor(stored)
-
-    def alias(self, name: str, stored: str) -> None:
-        """Let a tensor that is stored under one name be read under another."""
-        self.files[name] = self.files.pop(stored)
-        self.aliases[name] = stored
-
-    def dtype(self) -> torch.dtype | None:
-        """Return the dtype of most of the floats, of those that run; None where there are none."""
-        counts = dict.fromkeys(FLOAT_DTYPES, 0)
-        for tensor in map(self.get, self.files):
-            if tensor.dtype in counts:
-                counts[tensor.dtype] += tensor.numel()
-        dtype = max(counts, key=lambda dtype: counts[dtype])
-        return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
-
-
-def is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read a .bin state dict without running code from it; mapped, unless it is in the format before torch 1.6."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = "it asks to run code" if "GLOBAL" in str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
-    entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
-    if not all(isinstance(name, str) and isinstance(t, Tensor) and not t.is_meta for name, t in entries):
-        raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
-    return tensors
 
 
 def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import files as files_module
 import quantize
-from checkpoint import TensorFiles, load_model, random_model, save_hub_checkpoint
+from checkpoint import load_model, random_model, save_hub_checkpoint
 from config import (
     DTYPES,
     FLAGS,
@@ -31,7 +31,7 @@ from config import (
     parse_dtype,
     read_config,
 )
-from files import locked, new_folder, write_safetensors
+from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
 from tests.conftest import LENGTH, REPO, HubCheckpoint
