@@ -72,7 +72,7 @@ ROPE_KEYS = {
 # Files that stand for a model in a form that is not read, and what to do.
 OTHER_FORMS = {
     "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
-    "*.gguf": "GGUF is not read; download the model's safetensors",
+    "*.gguf": "GGUF is read by scripts/convert_gguf.py alone, which makes a folder of it",
     "consolidated*": "the maker's own layout is not read; download the model in the Hub's, with config.json",
     "params.json": "the maker's own layout is not read; download the model in the Hub's, with config.json",
 }
@@ -82,7 +82,12 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
-        raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json")
+        convert = (
+            f"; run `python scripts/convert_gguf.py {checkpoint_path}`" if checkpoint_path.suffix == ".gguf" else ""
+        )
+        raise FileNotFoundError(
+            f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json{convert}"
+        )
     if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
         for pattern, cure in OTHER_FORMS.items():
             if found := next(checkpoint_path.glob(pattern), None):

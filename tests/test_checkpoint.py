@@ -1130,8 +1130,8 @@ def test_of_several_dtypes_that_of_most_weights_is_taken(
     [
         (["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json", "adapter", "merge"]),
         (["adapter_config.json", "adapter_model.bin", "config.json", "tokenizer.json"], ["adapter", "merge"]),
-        (["model-Q4_0.gguf", "README.md"], ["model-Q4_0.gguf", "GGUF is not read", "safetensors"]),
-        (["a.gguf", "config.json"], ["GGUF is not read"]),
+        (["model-Q4_0.gguf", "README.md"], ["model-Q4_0.gguf", "convert_gguf.py"]),
+        (["a.gguf", "config.json"], ["convert_gguf.py"]),
         (["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"], ["own layout", "the Hub's"]),
         (["consolidated.safetensors", "params.json", "tekken.json"], ["own layout", "the Hub's"]),
         (["params.json"], ["params.json", "own layout"]),
