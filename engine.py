@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.cpu import own_threads
 from model import Transformer
 from speculate import Speculation
 from steps import NOT_A_NUMBER, Noise, Sampling, Text, decode, prefill, prompt_chunks, visible_slots
@@ -187,9 +188,10 @@ class Engine:
     def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
         """Launch prefill or decode for the running rows; length: of the longest text."""
         noise = None
-        if self.sampling.temperature != 0:
-            noise = batch.noise(self.generator).exponential(self.model.config.vocab_size)
-        return step(self.model, tokens, positions, visible_slots(batch.slots, length), self.sampling, noise)
+        with own_threads(self.model, tokens.numel()):
+            if self.sampling.temperature != 0:
+                noise = batch.noise(self.generator).exponential(self.model.config.vocab_size)
+            return step(self.model, tokens, positions, visible_slots(batch.slots, length), self.sampling, noise)
 
     def _prefill(self, batch: Batch, cached: int) -> list[list[int]]:
         """Run the prompts but for their first `cached` ids; return the id that follows each."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu import own_threads
 from model import Transformer
 from steps import Noise, Sampling, Text, compiled, draw, likeliest, prefill, probabilities, prompt_chunks, visible_slots
 
@@ -299,7 +300,8 @@ class Speculation:
                 return None
             drafted = torch.tensor([ids or [text.ids[-1]] * k for ids, text in zip(guesses, texts, strict=True)])
             accept_noise = (noise.uniform(k), noise.exponential(vocab_size)) if is_random else None
-            result = self.verify(target, tokens, positions, slots, drafted.to(device), sampling, accept_noise, None)
+            with own_threads(target, drafted.numel() + len(texts)):
+                result = self.verify(target, tokens, positions, slots, drafted.to(device), sampling, accept_noise, None)
         else:
             drafting = [text.room > 0 for text in texts]
             self.catch_up(texts)
@@ -307,9 +309,10 @@ class Speculation:
             if is_random:
                 draft_noise = noise.exponential(k, vocab_size)
                 round_noise = draft_noise, (noise.uniform(k), noise.exponential(vocab_size))
-            result = self.draft_and_verify(
-                target, tokens, positions, slots, self.draft_model, k, sampling, round_noise
-            )  # fmt: skip
+            with own_threads(target, len(texts) * (k + 1)):
+                result = self.draft_and_verify(
+                    target, tokens, positions, slots, self.draft_model, k, sampling, round_noise
+                )  # fmt: skip
         rows = result.tolist()  # the round's only read
 
         counts = [n for n, *_ in rows]

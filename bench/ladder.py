@@ -3,6 +3,9 @@
 bench.run measures them.
 """
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
@@ -12,6 +15,7 @@ from bench.runner import PROMPT, Runner, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
 from config import quantization_scheme
+from kernels import cpu
 from model import Ranks, Transformer
 from speculate import levels_below
 from tp import draft_ranks
@@ -22,6 +26,37 @@ LONGEST = max(POSITIONS) + 64
 VERIFIED = 5  # tokens in one forward
 ROWS = 8  # of a batch
 MODES = ("eager", "compile")
+
+
+BUSY = """import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+while True:
+    pass"""
+
+
+def beside_another(measure: Callable[[], float]) -> Callable[[], float]:
+    """Return what measures beside a program that keeps the last of the cores busy."""
+
+    def beside() -> float:
+        with subprocess.Popen([sys.executable, "-c", BUSY]) as other:
+            try:
+                time.sleep(0.5)  # until it runs
+                return measure()
+            finally:
+                other.kill()
+
+    return beside
+
+
+def on_openmp(model: Transformer, measure: Callable[[], float]) -> float:
+    had_own = model in cpu.served
+    cpu.served.discard(model)
+    try:
+        return measure()
+    finally:
+        if had_own:
+            cpu.served.add(model)
 
 
 class Ladder:
@@ -91,6 +126,15 @@ class Ladder:
             return duel.sample(levels, num_tokens)["tok_per_s"]
 
         return measure
+
+    def beside(self) -> Iterator[Rung]:
+        """Decode with the cores to itself, and beside a busy program on one of them, on our threads and on OpenMP's."""
+        for name, mode, weights in self.ways():
+            ours = partial(self.runner(mode, weights).decode, self.new_tokens)
+            openmp = partial(on_openmp, self.models[weights], ours)
+            for place, where in (("alone", partial), ("beside another", beside_another)):
+                yield Rung(f"{name}, {place}", "tok/s", where(ours), weights)
+                yield Rung(f"{name}, {place}, OpenMP", "tok/s", where(openmp), weights, against=f"{name}, {place}")
 
     def batch(self) -> Iterator[Rung]:
         for name, mode, weights in self.ways():

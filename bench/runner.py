@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import generate
+from kernels.cpu import own_threads
 from model import Transformer
 from speculate import Speculation, draft, draft_and_verify, verify
 from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
@@ -131,14 +132,19 @@ class Runner:
         with torch.inference_mode():
             tokens, at = (torch.tensor([n], device=self.device) for n in (1, position))
             slots = self.slots(position + 1)
-        return torch.inference_mode()(lambda: self.steps.decode(self.model, tokens, at, slots, GREEDY, None))
+        return self.as_engine(1, lambda: self.steps.decode(self.model, tokens, at, slots, GREEDY, None))
 
     def verify_at(self, end: int, drafted: Tensor) -> Callable[[], Any]:
         """Return the verifying of drafts [1, k] behind a text that ends at `end` to call."""
         self.prepare()
         with torch.inference_mode():
             text = self.last_two(end, drafted.shape[1])
-        return torch.inference_mode()(lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
+        num_rows = 1 + drafted.shape[1]
+        return self.as_engine(num_rows, lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
+
+    def as_engine(self, num_rows: int, step: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a step that runs as the engine runs it, on a number of rows of x."""
+        return torch.inference_mode()(own_threads(self.model, num_rows)(step))
 
     def last_two(self, end: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last two ids of a text and their positions, [1, 2] each, and the slots that k drafts need."""

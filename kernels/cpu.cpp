@@ -23,6 +23,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "threads.h"
+
 using bf16 = uint16_t;
 constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16 and int8
 // Rows of w in a block of int4; and those of bf16 that are summed up together, since short ones, one by one, would take
@@ -132,6 +134,31 @@ static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
     return packed;
 }
 
+// While a step runs, torch works on one thread, and our products on so many of our own; 0: on torch's, as GEMM does.
+static thread_local int own_threads = 0;
+
+static int64_t num_threads() { return own_threads ? own_threads : omp_get_max_threads(); }
+
+// Call run(thread) on all threads, or, if they are our own, on those that come. run takes pieces of work until there
+// are none, whoever calls it, and returns how many it took.
+template <class Run>
+static void on_threads(const Run& run) {
+    if (own_threads) return threads::pool->call(own_threads, run);
+#pragma omp parallel
+    run(omp_get_thread_num());
+}
+
+// Call body(i) for each i < count.
+template <class Body>
+static void for_each(int64_t count, const Body& body) {
+    std::atomic<int64_t> next{0};
+    on_threads([&](int) {
+        int64_t taken = 0;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; taken++) body(i);
+        return taken;
+    });
+}
+
 struct alignas(64) Share {
     std::atomic<int64_t> next;  // the first block that nobody has taken
 };
@@ -141,7 +168,7 @@ struct alignas(64) Share {
 // started earlier, or have a faster core.
 template <int BLOCK, class Run>
 static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
-    const int64_t blocks = N / BLOCK, T = omp_get_max_threads();
+    const int64_t blocks = N / BLOCK, T = num_threads();
     static_assert(INT4_BLOCK_ROWS % BLOCK == 0);
     const int64_t several = std::max(N / (T * STEPS_PER_SHARE), MIN_WEIGHTS_PER_STEP / K) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS;
     const int64_t step = std::max<int64_t>(INT4_BLOCK_ROWS, several) / BLOCK;
@@ -151,18 +178,20 @@ static void over_rows(const bf16* x, int64_t M, int64_t N, int64_t K, Run run) {
     for (int64_t m = 0; m < M; m += MAX_M) {
         int rows = int(std::min<int64_t>(MAX_M, M - m));
         for (int64_t t = 0; t < T; t++) shares[t].next.store(blocks * t / T, std::memory_order_relaxed);
-#pragma omp parallel
-        {
+        on_threads([&](int thread) {
             const bf16* packed = nullptr;
+            int64_t taken = 0;
             for (int64_t i = 0; i < T; i++) {
-                const int64_t t = (omp_get_thread_num() + i) % T, last = blocks * (t + 1) / T;
+                const int64_t t = (thread + i) % T, last = blocks * (t + 1) / T;
                 int64_t first;
                 while ((first = shares[t].next.fetch_add(step, std::memory_order_relaxed)) < last) {
                     if (!packed) packed = pack(x + m * K, rows, K);
                     run(rows, m, packed, first, std::min(last, first + step));
+                    taken++;
                 }
             }
-        }
+            return taken;
+        });
     }
 }
 
@@ -177,8 +206,7 @@ static void gemm(const bf16* x, bf16* y, int64_t M, int64_t N, int64_t K, Unpack
     const Tensor inputs = view(x, {M, K}, {K, 1});
     for (int64_t n = 0; n < N; n += most) {
         const int64_t rows = std::min(most, N - n);
-#pragma omp parallel for
-        for (int64_t i = 0; i < rows; i += BLOCK) unpack((n + i) / BLOCK, piece + i * K);
+        for_each(rows / BLOCK, [&](int64_t i) { unpack(n / BLOCK + i, piece + i * BLOCK * K); });
         const Tensor weights = view(piece, {K, rows}, {1, K}), outputs = view(y + n, {M, rows}, {N, 1});
         TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(outputs.get(), inputs.get(), weights.get()));
     }
@@ -658,7 +686,7 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
                           int64_t head_stride) {
     if (!B || !S) return;
     const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
-    const int64_t tasks = B * K * tiles, threads = omp_get_max_threads();
+    const int64_t tasks = B * K * tiles, threads = num_threads();
     const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
     // Where there are fewer tasks than threads, several share the slots of one.
     const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, T / (2 * SLOTS)));
@@ -685,16 +713,13 @@ static void attention(const bf16* q, const bf16* k, const bf16* v, const uint8_t
             for (int64_t d = 0; d < D; d++) y[d] = narrow(total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
         }
     };
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < tasks * splits; i++) {
+    for_each(tasks * splits, [&](int64_t i) {
         float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
         std::fill(largest, total, -INFINITY);
         attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
         if (splits == 1) finish(i);
-    }
-    if (splits == 1) return;
-#pragma omp parallel for
-    for (int64_t task = 0; task < tasks; task++) finish(task);
+    });
+    if (splits > 1) for_each(tasks, finish);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -736,6 +761,15 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 }  // namespace operators
+
+// Let our products run on `count` threads of our own, and what else this thread runs on one. Returns how many threads
+// torch had; with 0 and that number, both are as before.
+extern "C" int take_threads(int own, int others) {
+    const int before = omp_get_max_threads();
+    own_threads = own;
+    omp_set_num_threads(others);
+    return before;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));

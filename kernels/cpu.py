@@ -4,6 +4,7 @@ cpu.cpp is compiled when a model first needs it, and kept in the user's cache. T
 `F.linear` with the dequantized weight, that of attention `model.attention`.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,17 +15,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.layers import KernelLinear
+from kernels.layers import MAX_ROWS, KernelLinear
 from linears import constant
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE, THREADS = (Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h"))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 BLOCK_ROWS, INT4_BLOCK_ROWS = 4, 16  # rows of the weight that the kernels of int8 and int4 interleave
 
@@ -49,7 +51,9 @@ def library() -> Path | None:
     command += [f"-I{home / 'include'}", str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
     made_by = [program, str(version.st_size), str(version.st_mtime_ns), torch.__version__]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *made_by, *features]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([SOURCE.read_text(), THREADS.read_text(), *command, *made_by, *features]).encode()
+    ).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
         path = folder / f"{key[:16]}.so"
@@ -70,6 +74,33 @@ def library() -> Path | None:
         reason = (said.strip().splitlines() or ["no reason given"])[-1]
         print(f"cpu.cpp is not used, products will be slower: {reason}", file=sys.stderr)
         return None
+
+
+# The models of which all products are cpu.cpp's.
+served = weakref.WeakSet[nn.Module]()
+
+
+@contextlib.contextmanager
+def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
+    """While products of so many rows run, let them do so on threads of cpu.cpp's own, and torch on one.
+
+    OpenMP's threads, which torch has, wait for each other after each product; beside another busy program that takes a
+    time slice of it. Changes nothing for a model that has other products, or for rows that GEMM takes.
+    """
+    if model not in served or num_rows > MAX_ROWS or (num_threads := torch.get_num_threads()) == 1:
+        yield
+        return
+    take_threads = functions().take_threads
+    take_threads(num_threads, 1)
+    try:
+        yield
+    finally:
+        take_threads(0, num_threads)
+
+
+@functools.cache
+def functions() -> ctypes.PyDLL:
+    return ctypes.PyDLL(str(library()))
 
 
 MADV_HUGEPAGE = 14  # of linux/mman.h

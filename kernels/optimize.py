@@ -43,6 +43,9 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
         if name.split(".")[-1] not in inexact and not is_router(name):
             layer = gpu_layer(linear, dtype, cuda) if on_gpu else cpu_layer(linear, dtype)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
+    layers = [model.get_submodule(name) for name in names if not is_router(name)]
+    if all(isinstance(getattr(layer, "layer", layer), cpu.CpuBf16 | cpu.CpuInt8 | cpu.CpuInt4) for layer in layers):
+        cpu.served.add(model)
     for block in model.layers:
         block.self_attn.attend = choose_attention(dtype, on_gpu, cuda)
     if on_gpu:

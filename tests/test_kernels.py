@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,73 @@ def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) ->
                 # The sign alternates, since y's memory holds what the call before wrote.
                 assert all(torch.equal(layer(s * x), s * expected) for _ in range(10) for s in (1, -1))
     assert_product(layers[0], x, weight, None)
+
+
+# A busy program, which ends by itself if the test that started it is killed.
+LOOP = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+
+
+@contextlib.contextmanager
+def own_threads(threads: int) -> Iterator[None]:
+    model = torch.nn.Module()
+    cpu.served.add(model)
+    with on_threads(threads), cpu.own_threads(model, 1):
+        assert torch.get_num_threads() == 1
+        yield
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
+    """More threads than cores, beside busy loops: many lose their core with a piece, and stay away."""
+    x, weight = normal(rows, 2048), normal(4368, 2048, seed=1)
+    q, k, v = normal(1, 3, 4, 64), normal(1, 2, 700, 64, seed=1), normal(1, 2, 700, 64, seed=2)
+    mask = torch.ones(1, 1, 3, 700, dtype=torch.bool).tril(600)
+    layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None), CpuInt4(*quantize_int4(weight, 32), None)]
+    loops = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(2)]
+    try:
+        for threads in (2, 5):
+            with on_threads(threads):
+                expected = [layer(x) for layer in layers]
+                seen = cpu.attention()(q, k, v, mask)
+            with own_threads(threads):
+                for _ in range(20):
+                    for layer, y in zip(layers, expected, strict=True):
+                        assert all(torch.equal(layer(s * x), s * y) for s in (1, -1))
+                    assert torch.equal(cpu.attention()(q, k, v, mask), seen)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def test_own_threads_serve_several_callers_and_forks() -> None:
+    x, weight = normal(1, 2048), normal(4368, 2048, seed=1)
+    layer = CpuBf16(weight, None)
+    expected = layer(x)
+
+    def call() -> bool:
+        with own_threads(3):
+            return all(torch.equal(layer(s * x), s * expected) for _ in range(20) for s in (1, -1))
+
+    with ThreadPoolExecutor(3) as callers:
+        assert all(future.result() for future in [callers.submit(call) for _ in range(6)])
+    if (child := os.fork()) == 0:
+        os._exit(0 if call() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_own_threads_are_for_the_few_rows_of_models_that_are_all_kernels() -> None:
+    raw = RAW | {"hidden_size": 128, "intermediate_size": 192, "layout": "fused", "quantization": {"mode": "int8"}}
+    model, wide = (random_model(form, dtype=torch.bfloat16) for form in (RAW, raw))
+    exact = random_model(RAW, dtype=torch.float32)
+    with on_threads(2):
+        for given, rows, expected in (
+            (model, 1, 1), (wide, MAX_ROWS, 1), (model, MAX_ROWS + 1, 2), (exact, 1, 2),
+        ):  # fmt: skip
+            with contextlib.suppress(ZeroDivisionError), cpu.own_threads(given, rows):
+                assert torch.get_num_threads() == expected
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 2
 
 
 def test_each_row_is_multiplied_alone() -> None:

@@ -1,0 +1,126 @@
+// Threads that are not waited for.
+//
+// At the end of a parallel region OpenMP waits for every thread, and a thread whose core is busy with other work comes
+// to it some milliseconds late: beside one busy program, a step of 200 regions takes half a second. Here a region is over
+// when its work is: a thread takes pieces as long as there are some, one that comes late finds none, and the caller
+// waits only for pieces that are being worked on. A thread that lost its core with such a piece stays away for a
+// while, twice as long each time.
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include <immintrin.h>
+
+namespace threads {
+
+constexpr int64_t SPIN = 2'000'000;  // ns that a thread looks for work before it sleeps: longer than a step's end takes
+constexpr int64_t LATE = 100'000;    // ns, besides twice a usual piece's time, after which a piece has lost its core
+constexpr int64_t FIRST_ABSENCE = 2'000'000, LONGEST_ABSENCE = 1'000'000'000;  // ns
+constexpr int64_t GOOD = 100'000'000;  // ns without being late, after which a thread's absences are short again
+
+static int64_t now() {
+    return std::chrono::steady_clock::now().time_since_epoch().count();
+}
+
+struct alignas(64) Helper {
+    std::atomic<bool> inside{false};  // it may be at work on a piece
+    std::atomic<int64_t> back{0};     // when it may take part again
+    int64_t absence = FIRST_ABSENCE;  // how long the next absence will be; the caller's alone
+};
+
+class Pool {
+  public:
+    // Call run(thread) on up to `count` threads, this one with 0. run takes pieces of work until there are none, and
+    // returns how many it took. Whoever is late is not called. One caller at a time: another works alone.
+    template <class Run>
+    void call(int count, const Run& run) {
+        std::unique_lock<std::mutex> turn(calling, std::try_to_lock);
+        if (!turn || count == 1) {
+            run(0);
+            return;
+        }
+        while (int(helpers.size()) < count - 1) add();
+        function = [](const void* run, int thread) { (*static_cast<const Run*>(run))(thread); };
+        argument = &run;
+        num_threads = count;
+        open = true;
+        round++;
+        if (sleeping) syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+        const int64_t begin = now(), pieces = run(0), end = now();
+        open = false;
+        const int64_t patience = LATE + 2 * (end - begin) / (pieces ? pieces : 1);
+        for (int i = 0; i < count - 1; i++) finish(*helpers[i], end, patience);
+    }
+
+  private:
+    std::vector<Helper*> helpers;
+    std::mutex calling;
+    std::atomic<uint32_t> round{0};  // of calls; helpers wait for the next
+    std::atomic<int> sleeping{0};
+    std::atomic<bool> open{false};  // there may be work in this round
+    void (*function)(const void*, int);
+    const void* argument;
+    int num_threads;
+
+    // Wait until a helper is outside, and send it away if that takes longer than from `end` on it should.
+    static void finish(Helper& helper, int64_t end, int64_t patience) {
+        if (!helper.inside) return;
+        while (helper.inside && now() - end < patience) _mm_pause();
+        if (!helper.inside) return;
+        while (helper.inside) _mm_pause();
+        const int64_t time = now();
+        if (time - helper.back > GOOD) helper.absence = FIRST_ABSENCE;
+        helper.back = time + helper.absence;
+        helper.absence = std::min(2 * helper.absence, LONGEST_ABSENCE);
+    }
+
+    void add() {
+        Helper* helper = new Helper;
+        helpers.push_back(helper);
+        const int thread = int(helpers.size());
+        std::thread([this, helper, thread] { serve(*helper, thread); }).detach();
+    }
+
+    void serve(Helper& helper, int thread) {
+        for (uint32_t seen = 0;;) {
+            seen = next_round(seen);
+            const int64_t away = helper.back - now();
+            if (away > 0) {
+                std::this_thread::sleep_for(std::chrono::nanoseconds(away));
+                continue;
+            }
+            helper.inside = true;  // before it looks whether the round is open, as the caller closes it before it looks
+            if (open && thread < num_threads) function(argument, thread);
+            helper.inside = false;
+        }
+    }
+
+    uint32_t next_round(uint32_t seen) {
+        const int64_t begin = now();
+        while (now() - begin < SPIN)
+            for (int i = 0; i < 32; i++) {
+                if (round != seen) return round;
+                _mm_pause();
+            }
+        sleeping++;
+        while (round == seen) syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+        sleeping--;
+        return round;
+    }
+};
+
+// It lives as long as the process. A fork has none of its threads, and gets a pool of its own.
+static Pool* pool = new Pool;
+static const int forks = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+
+}  // namespace threads
