@@ -28,7 +28,8 @@ from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from kernels.cpu import empty_weight
 from kernels.optimize import optimize_
 from linears import replace_linears_
-from model import ONE_RANK, Linear, ModelConfig, Ranks, Transformer, rope_frequencies
+from model import ONE_RANK, Linear, ModelConfig, Ranks, Transformer
+from names import hub_names, hub_rows, is_stack, part_rows, unstacked
 from tp import check_sizes, local_part
 
 # Files beside the weights that influence the text too.
@@ -43,57 +44,18 @@ COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 # Tensors by name
 
 
-# A parameter of the model that is several of the Hub's tensors stacked along the output features.
-STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Buffers that old releases of transformers stored, and the heads of classifiers and reward models.
 UNUSED_NAMES = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|qa_outputs|(v|value|reward)_head)\."
 )
-# A stack of experts: such tensors of one expert after the other, by Mixtral's names.
-EXPERTS_STACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-
-
-def is_stack(name: str, config: ModelConfig) -> bool:
-    return config.num_local_experts > 0 and name.split(".")[-2] in EXPERTS_STACKED
-
-
-def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Return a stack of experts as one matrix, expert below expert; any other tensor as it is."""
-    return tensor.flatten(0, 1) if is_stack(name, config) else tensor
-
-
-def hub_names(name: str, config: ModelConfig) -> list[str]:
-    """Name the Hub's tensors that make up the model's parameter `name`, in order."""
-    if name.startswith("lm_head."):
-        return [name]
-    if config.num_local_experts:
-        name = name.replace(".mlp.", ".block_sparse_moe.")
-    if is_stack(name, config):
-        *path, module, kind = name.split(".")
-        prefix = ".".join(["model", *path, "experts"])
-        numbers = range(config.num_local_experts)
-        return [f"{prefix}.{i}.{part}.{kind}" for i in numbers for part in EXPERTS_STACKED[module]]
-    for stacked, parts in STACKED.items():
-        if f".{stacked}." in name:
-            return ["model." + name.replace(stacked, part) for part in parts]
-    return ["model." + name]
-
-
-def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
-    """Return how many rows of parameter `name` each of its Hub tensors has."""
-    if "qkv_proj" in name:
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        return [q, kv, kv]
-    if "gate_up_proj" in name:
-        return [config.intermediate_size] * 2 * max(1, config.num_local_experts)
-    return [config.hidden_size] * config.num_local_experts if is_stack(name, config) else [total]
 
 
 def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Iterator[Tensor]:
     """Map the Hub tensors that the model's parameter `name` is made of."""
     dtype, shape = spec
     columns = shape[2:] if is_stack(name, config) else shape[1:]
-    for part, rows in zip(hub_names(name, config), part_rows(name, config, shape[0]), strict=True):
+    rows_of_parts = hub_rows(name, config, math.prod(shape[:2]) if is_stack(name, config) else shape[0])
+    for part, rows in zip(hub_names(name, config), rows_of_parts, strict=True):
         yield checked_tensor(files, part, (dtype, torch.Size([rows, *columns])))
 
 
@@ -219,13 +181,15 @@ class ModelReader:
 
     def _stored_parts(self, name: str) -> Iterable[Tensor]:
         """Map the tensors that a parameter is stored as, or is cut into for several ranks."""
-        if not self.is_fused:
-            return hub_parts(self.files, self.config, name, self.specs[name])
-        whole = checked_tensor(self.files, name, self.specs[name])
-        if self.ranks.count == 1:
-            return [whole]
-        rows = part_rows(name, self.config, whole.shape[0])
-        return unstacked(name, whole, self.config).split(rows)
+        if self.is_fused:
+            whole = checked_tensor(self.files, name, self.specs[name])
+            whole = whole if self.ranks.count == 1 else unstacked(name, whole, self.config)
+        else:
+            stored = hub_parts(self.files, self.config, name, self.specs[name])
+            if len(hub_names(name, self.config)) > 1:
+                return stored
+            [whole] = stored
+        return [whole] if self.ranks.count == 1 else whole.split(part_rows(name, self.config, whole.shape[0]))
 
 
 def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], allow_pickle: bool = False) -> torch.dtype:
@@ -274,7 +238,7 @@ def load_parameters_(model: Transformer, parameters: dict[str, Tensor], device: 
     model.load_state_dict(parameters | head, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
-    model.inv_freq = rope_frequencies(model.config).to(device)
+    model.set_rope_(device)
     model.eval().requires_grad_(False)
 
 
@@ -335,7 +299,8 @@ def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Pa
     if not isinstance(model.layers[0].self_attn.qkv_proj, Linear):
         raise ValueError("the model has kernels' layers, which have no form on disk; load it with optimize=False")
     for name, value in model.named_parameters():  # a tied head is named once
-        parts = unstacked(name, value.detach(), model.config).split(part_rows(name, model.config, value.shape[0]))
+        matrix = unstacked(name, value.detach(), model.config)
+        parts = matrix.split(hub_rows(name, model.config, matrix.shape[0]))
         tensors |= zip(hub_names(name, model.config), parts, strict=True)
     specs = {name: (dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, lambda name: tensors[name].to(dtype))

@@ -11,7 +11,8 @@ import torch
 
 from files import own_file, read_json
 from linears import GROUP_SIZES, MODES, Scheme
-from model import ModelConfig, RopeScaling
+from model import ModelConfig
+from rope import parse_rope, read_flag, read_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Far above any real model: larger values are mistakes that would exhaust memory or overflow a tensor's size.
@@ -20,28 +21,71 @@ MAX_COUNT, MAX_SIZE = 2**12, 2**24
 QWEN_DEFAULTS: dict[str, Any] = {
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
 }  # fmt: skip
+GRANITE_DEFAULTS: dict[str, Any] = {
+    "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+}  # fmt: skip
 # What `transformers` assumes for keys that a family's config.json leaves out.
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"sliding_window": None},
+    "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     "mixtral": {
-        "num_key_value_heads": 8, "sliding_window": None, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
     "qwen2": {"num_key_value_heads": 32, **QWEN_DEFAULTS},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, **QWEN_DEFAULTS},
+    "qwen3_moe": {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "use_sliding_window": False,
+        "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
+    "smollm3": {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True,
+        "use_sliding_window": False, "no_rope_layer_interval": 4,
+    },
+    "granite": GRANITE_DEFAULTS,
+    "granitemoehybrid": {**GRANITE_DEFAULTS, "shared_intermediate_size": 1024, "num_local_experts": 8},
+    "phi3": {
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "seed_oss": {
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True,
+        "attention_out_bias": False,
+    },
 }  # fmt: skip
+# The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
+}
+# Families whose layers all have full attention, and those in which some have and some slide.
+FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss")
+MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3")
+# Keys beside those of Llama that a family's config.json has a say in; in the others NEUTRAL_VALUES holds.
+FAMILY_KEYS: dict[str, tuple[str, ...]] = {
+    "mixtral": ("num_local_experts",),
+    "qwen3_moe": ("num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
+    "granite": tuple(GRANITE_DEFAULTS),
+    "granitemoehybrid": tuple(GRANITE_DEFAULTS),
+    "phi3": ("partial_rotary_factor",),
+    "seed_oss": ("attention_out_bias",),
+}
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
+    "sliding_window": None,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
 # Flags that only these families have; in the others they must be off.
-FLAGS = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}
+FLAGS = {
+    "attention_bias": ("llama", "qwen3", "qwen3_moe", "smollm3", "granite", "granitemoehybrid", "seed_oss"),
+    "mlp_bias": ("llama", "smollm3", "granite", "seed_oss"),
+}
 # Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -53,8 +97,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "logits_scaling": (1, None),
     "logit_scale": (1, None),
+    "attention_out_bias": (False, None),
     "use_qk_norm": (False, None),
     "use_mrope": (False, None),
+    "num_local_experts": (0, None),
     "num_experts": (0, None),
     "mlp_only_layers": ([], None),
     "decoder_sparse_step": (1, None),
@@ -64,11 +110,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
-ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "partial_rotary_factor",
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-}  # fmt: skip
-
 # Files that stand for a model in a form that is not read, and what to do.
 OTHER_FORMS = {
     "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
@@ -112,12 +153,36 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
     check_not_quantized(raw.get("quantization_config"))
     silence_neutral_values_(values, family)
+    num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
+    no_rope_layers = parse_no_rope_layers(values, num_layers)
+    sliding_window, full_attention_layers = parse_sliding_window(values, num_layers, no_rope_layers)
+    fields = {**parse_heads(values), **parse_experts(values), **FAMILY_FIELDS.get(family, {})}
+    fields |= parse_multipliers(values, fields["head_dim"])
+    if family == "seed_oss":  # its attention_bias is on q, k and v alone
+        fields |= {"qkv_bias": values["attention_bias"], "attention_bias": parse_output_bias(values)}
+    fields |= parse_rope(values, fields["head_dim"])
+    return ModelConfig(
+        num_hidden_layers=num_layers,
+        vocab_size=read_number(values, "vocab_size", high=MAX_SIZE),
+        rms_norm_eps=read_number(values, "rms_norm_eps", float, low=0),
+        sliding_window=sliding_window,
+        full_attention_layers=full_attention_layers,
+        no_rope_layers=no_rope_layers,
+        **{"attention_bias": read_flag(values, "attention_bias"), **fields},
+        mlp_bias=read_flag(values, "mlp_bias"),
+        tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
+        model_type=family,
+    )
+
+
+def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the sizes of attention: fields of ModelConfig."""
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
-    for key, default in (
-        ("num_key_value_heads", heads),
-        ("head_dim", FAMILY_DEFAULTS[family].get("head_dim", hidden_size // heads)),
-    ):
+    default_dim = hidden_size // heads
+    if values["model_type"] == "qwen3":  # the others that have a default of their own divide where it is null
+        default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"]
+    for key, default in (("num_key_value_heads", heads), ("head_dim", default_dim)):
         if values.get(key) is None:
             values[key] = default
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
@@ -128,51 +193,53 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         )
     if head_dim % 2:
         raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
-    rope_theta, rope_scaling = parse_rope(values)
-    num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
-    sliding_window, full_attention_layers = parse_sliding_window(values, num_layers)
-    num_experts, num_active = parse_experts(values)
-    return ModelConfig(
-        hidden_size=hidden_size,
-        intermediate_size=read_number(values, "intermediate_size", high=MAX_SIZE),
-        num_hidden_layers=num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=read_number(values, "vocab_size", high=MAX_SIZE),
-        max_position_embeddings=read_number(values, "max_position_embeddings"),
-        rms_norm_eps=read_number(values, "rms_norm_eps", float, low=0),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        sliding_window=sliding_window,
-        full_attention_layers=full_attention_layers,
-        attention_bias=read_flag(values, "attention_bias"),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        mlp_bias=read_flag(values, "mlp_bias"),
-        num_local_experts=num_experts,
-        num_experts_per_tok=num_active,
-        tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
-    )
+    return {
+        "hidden_size": hidden_size, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+    }  # fmt: skip
 
 
-def read_number(
-    values: dict[str, Any], key: str, kind: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
-) -> Any:
-    value: Any = values.get(key)
-    if type(value) not in {int, kind} or not low <= value <= high:  # a bool is an int, but not of that type
-        raise ValueError(
-            f"config.json: {key}{where} is {value!r}, expected {kind.__name__} of at least {low} and at most {high}"
-        )
-    return kind(value)
+def parse_multipliers(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Read Granite's multipliers, in those families that have them: fields of ModelConfig."""
+    if values["model_type"] not in ("granite", "granitemoehybrid"):
+        return {}
+    fields = {key: read_number(values, key, float, low=2.0**-20) for key in GRANITE_DEFAULTS}
+    fields["query_multiplier"] = fields.pop("attention_multiplier") * head_dim**0.5
+    return fields
+
+
+def parse_output_bias(values: dict[str, Any]) -> bool:
+    """Return Seed-OSS's attention_out_bias."""
+    flag = read_flag(values, "attention_out_bias")
+    if flag and not read_flag(values, "attention_bias"):
+        raise ValueError("config.json: attention_out_bias True with attention_bias False is not supported")
+    return flag
+
+
+def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Return the layers without rotary embeddings: SmolLM3's, or all of a Granite 4 whose positions say «nope»."""
+    if values["model_type"] == "granitemoehybrid":
+        kind = values.get("position_embedding_type")
+        if kind not in ("rope", "nope", None):
+            raise ValueError(f"config.json: position_embedding_type {kind!r} is not supported; supported: rope, nope")
+        return () if kind == "rope" else tuple(range(num_layers))
+    if values["model_type"] != "smollm3":
+        return ()
+    flags = values.get("no_rope_layers")  # 1 where a layer rotates
+    if flags is None:
+        interval = read_number(values, "no_rope_layer_interval")
+        flags = [int((i + 1) % interval != 0) for i in range(num_layers)]
+    if not isinstance(flags, list) or len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
+        raise ValueError(f"config.json: no_rope_layers is {flags!r}, expected 0 or 1 for each of {num_layers} layers")
+    return tuple(i for i, flag in enumerate(flags[:num_layers]) if not flag)
 
 
 def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
     """Raise ValueError where a key asks for other arithmetic; let one that says nothing in this family say it alike."""
     if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
         values["num_experts"] = None  # its other name there
+    own_keys = FAMILY_KEYS.get(family, ())
     for key, neutral in NEUTRAL_VALUES.items():
-        if key in values and values[key] not in neutral:
+        if key in values and key not in own_keys and values[key] not in neutral:
             raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
     for key, families in FLAGS.items():
         if family not in families:
@@ -191,92 +258,53 @@ def check_not_quantized(value: Any) -> None:
         )
 
 
-def read_flag(values: dict[str, Any], key: str) -> bool:
-    if not isinstance(values[key], bool):
-        raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
-    return values[key]
-
-
-def parse_experts(values: dict[str, Any]) -> tuple[int, int]:
-    """Return how many experts there are and how many of them a token takes; 0 and 0 in the families without."""
-    if values["model_type"] != "mixtral":
-        if values.get("num_local_experts") not in (0, None):
-            raise ValueError(f"config.json: num_local_experts {values['num_local_experts']!r} is not supported")
-        return 0, 0
+def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the sizes of the feed-forward, and the experts of the families that have them: fields of ModelConfig."""
+    family = values["model_type"]
+    size = {"qwen3_moe": "moe_intermediate_size", "granitemoehybrid": "shared_intermediate_size"}
+    fields = {"intermediate_size": read_number(values, size.get(family, "intermediate_size"), high=MAX_SIZE)}
+    if family not in ("mixtral", "qwen3_moe"):
+        return fields
+    if family == "qwen3_moe":
+        fields["norm_topk_prob"] = read_flag(values, "norm_topk_prob")
+        values.setdefault("num_local_experts", values["num_experts"])
     num_experts = read_number(values, "num_local_experts", high=MAX_COUNT)
-    return num_experts, read_number(values, "num_experts_per_tok", high=num_experts)
+    num_active = read_number(values, "num_experts_per_tok", high=num_experts)
+    return {**fields, "num_local_experts": num_experts, "num_experts_per_tok": num_active}
 
 
-def parse_sliding_window(values: dict[str, Any], num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+def parse_sliding_window(
+    values: dict[str, Any], num_layers: int, no_rope_layers: tuple[int, ...]
+) -> tuple[int | None, tuple[int, ...]]:
     """Return the sliding window, None where there is none, and the layers with full attention in spite of it.
 
-    As in `transformers`, a Llama has full attention, and so have the first `max_window_layers` of a Qwen, unless
-    `layer_types` says otherwise; only a Qwen heeds `use_sliding_window`.
+    As in `transformers`, some families have full attention whatever `sliding_window` says, some slide in all layers,
+    and the others in those that `layer_types` names, or else by a pattern of their own; only those that have
+    `use_sliding_window` heed it.
     """
     family, kinds = values["model_type"], values.get("layer_types")
-    is_qwen = "max_window_layers" in FAMILY_DEFAULTS[family]
-    switched_off = (
-        is_qwen and values.get("use_sliding_window") is not None and not read_flag(values, "use_sliding_window")
-    )
-    no_window = family == "llama" or switched_off or values["sliding_window"] is None
+    is_switch = "use_sliding_window" in FAMILY_DEFAULTS[family] and values.get("use_sliding_window") is not None
+    switched_off = is_switch and not read_flag(values, "use_sliding_window")
+    no_window = family in FULL_ATTENTION or switched_off or values["sliding_window"] is None
     window = None if no_window else read_number(values, "sliding_window")
-    mixed = window is not None and is_qwen
-    num_full = read_number(values, "max_window_layers", low=0) if mixed else 0
+    mixed = window is not None and family in MIXED_ATTENTION
     kind = "full_attention" if window is None else "sliding_attention"
     allowed = ("full_attention", "sliding_attention") if mixed else (kind,)
     if kinds is None:
-        kinds = ["full_attention" if i < num_full else kind for i in range(num_layers)]
+        full: tuple[int, ...] | range = ()
+        if mixed and family == "smollm3":
+            full = tuple(i for i in range(num_layers) if i not in no_rope_layers)
+        elif mixed:
+            full = range(read_number(values, "max_window_layers", low=0))
+        kinds = ["full_attention" if i in full else kind for i in range(num_layers)]
+    if family == "granitemoehybrid":  # which calls full attention so, and has Mamba's layers in its larger models
+        kinds = ["full_attention" if k == "attention" else k for k in kinds] if isinstance(kinds, list) else kinds
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(k not in allowed for k in kinds):
         raise ValueError(
             f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} each of the "
             f"{num_layers} layers is {' or '.join(allowed)}"
         )
-    full = () if window is None else tuple(i for i, k in enumerate(kinds) if k == "full_attention")
-    return window, full
-
-
-def parse_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Read rope theta and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
-    parsed = [parse_rope_object(values, key, rope) for key, rope in (objects or {"rope_parameters": {}}).items()]
-    if parsed[0] != parsed[-1]:
-        scaling, parameters = objects.values()
-        raise ValueError(f"config.json: rope_scaling {scaling!r} and rope_parameters {parameters!r} differ")
-    return parsed[0]
-
-
-def parse_rope_object(values: dict[str, Any], key: str, rope: Any) -> tuple[float, RopeScaling | None]:
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
-    given = {name: value for name, value in rope.items() if value is not None}
-    # A factor whose type is null is for no type that `transformers` knows either.
-    default = None if "rope_type" in rope and "factor" in given else "default"
-    rope_type = given.get("rope_type", given.get("type", default))
-    if rope_type not in ("default", "linear", "llama3"):
-        raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: default, linear, llama3")
-    for name, value in given.items():
-        if name not in ROPE_KEYS or (name == "partial_rotary_factor" and value != 1):
-            raise ValueError(f"config.json: {name} {value!r} in {key} is not supported")
-    given = {"rope_theta": values["rope_theta"], **given}
-
-    def number(name: str) -> float:  # within bounds that keep every frequency finite in fp32
-        return read_number(given, name, float, low=0.001, high=2**40, where=f" in {key}")
-
-    theta = number("rope_theta")
-    if rope_type == "default":
-        return theta, None
-    if rope_type == "linear":
-        return theta, RopeScaling("linear", number("factor"))
-    low, high = number("low_freq_factor"), number("high_freq_factor")
-    if low >= high:
-        raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-    # Like `transformers`, prefer the one beside the object to the one in it.
-    name = "original_max_position_embeddings"
-    length = given.get(name) if values.get(name) is None else values[name]
-    if isinstance(length, float) and length.is_integer():  # which is a number in there, and a size nowhere else
-        length = int(length)
-    original = read_number({name: length}, name)
-    return theta, RopeScaling("llama3", number("factor"), low, high, original)
+    return window, () if window is None else tuple(i for i, k in enumerate(kinds) if k == "full_attention")
 
 
 def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linears import Encode, encode_int4, group_parameters, quantizable_linears
-from model import Block, Transformer, rope_frequencies
+from model import Block, Transformer
 
 # Columns that are rounded before the rest of the matrix is updated (section 3.3, step 2).
 BLOCK_SIZE = 128
@@ -113,10 +113,10 @@ class Calibration:
         """
         self.act_order, self.tick = act_order, tick
         self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
-        x = torch.nn.functional.embedding(windows.to(table.device), table)
+        x = model.scale_embedding(torch.nn.functional.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
-        model.inv_freq = rope_frequencies(model.config).to(table.device)
+        model.set_rope_(table.device, windows.shape[1])
         self.contexts = model.block_contexts(positions.unsqueeze(0))
         self.layer = 0
 

@@ -23,18 +23,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """`linear` (position interpolation, arXiv:2306.15595) or `llama3` (Llama 3.1's frequency bands)."""
+    """How rotary embeddings are stretched: `linear` (position interpolation, arXiv:2306.15595), `llama3` (Llama 3.1's
+    frequency bands), `dynamic` (NTK), `yarn` (arXiv:2309.00071) or `longrope` (arXiv:2402.13753).
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0  # multiplies rotated queries and keys
+    # Of yarn and longrope, [rotary_dim / 2] each: for texts up to the original length, and for longer ones.
+    frequencies: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The arithmetic of a model, in the Hub's field names."""
+    """The arithmetic of a model, in the Hub's field names where it has them. The defaults are a Llama's."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,19 +52,37 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the share of each head's channels that rotate, the first ones
+    local_rope_theta: float | None = None  # of the layers with a window, unscaled; None: they are as the others
+    no_rope_layers: tuple[int, ...] = ()  # layers whose heads do not rotate
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()  # layers to which sliding_window does not apply
     attention_bias: bool = False
     qkv_bias: bool = False  # on q, k and v only
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False  # all heads at once, not each by itself
+    query_multiplier: float = 1.0
+    query_scaling_beta: float = 0.0  # queries grow by this times a logarithm of their position
     mlp_bias: bool = False
+    hidden_act: str = "silu"
     num_local_experts: int = 0  # 0: a dense feed-forward
     num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True  # the shares of the chosen experts sum to 1
+    norms: tuple[bool, bool] = (True, False)  # of what attention and feed-forward read, and of what they give
+    norm_offset: float | None = None  # see RMSNorm
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and feed-forward add
+    logits_scaling: float = 1.0  # logits are divided by it
     tie_word_embeddings: bool = False
+    model_type: str = "llama"  # the names of the tensors on disk follow from it
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens a layer attends to, None where there is no limit."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    def is_local(self, layer: int) -> bool:
+        """Say whether a layer does not rotate, or as local_rope_theta says."""
+        return layer in self.no_rope_layers or None not in (self.local_rope_theta, self.window(layer))
 
 
 def identity(x: Tensor) -> Tensor:
@@ -80,29 +103,38 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Compute the angle by which each pair of channels rotates per position: [D / 2], fp32 (arXiv:2104.09864)."""
-    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    scaled = frequencies / scaling.factor
-    if scaling.rope_type == "linear":
-        return scaled
+def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) -> Tensor:
+    """Compute the angle by which each pair of channels rotates per position: [rotary_dim / 2], fp32 (arXiv:2104.09864).
+
+    length: of the longest text, on which dynamic and longrope depend. local: of the layers that `is_local` names.
+    """
+    theta, rope, size = config.rope_theta, config.rope_scaling, int(config.head_dim * config.partial_rotary_factor)
+    if local:
+        theta, rope = config.local_rope_theta or math.inf, None
+    if rope and rope.frequencies:
+        return torch.tensor(rope.frequencies[length > rope.original_max_position_embeddings], device="cpu")
+    if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text is longer
+        theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
+    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
+    if rope is None or rope.rope_type == "dynamic":
+        return frequencies if theta < math.inf else torch.zeros_like(frequencies)
+    if rope.rope_type == "linear":
+        return frequencies / rope.factor
     # llama3: long wavelengths are stretched, short ones kept, those in between interpolated.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    unscaled = unscaled.clamp(0, 1)
-    return unscaled * frequencies + (1 - unscaled) * scaled
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * (frequencies / rope.factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) by its angle; x [B, S, heads, D], cos and sin [B, S, 1, 2, D/2].
 
     The first half's angles are negated, which gives it -sin. The halves are swapped by a flip, which torch.compile
-    turns into indexing; two results concatenated would be written twice.
+    turns into indexing; two results concatenated would be written twice. cos and sin may be for the first channels
+    alone: then the others stay as they are.
     """
+    if (size := 2 * cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     halves = x.float().unflatten(-1, (2, -1))
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)
 
@@ -157,10 +189,17 @@ def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tenso
     return products[order.argsort()].unflatten(0, experts.shape)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up for gate and up side by side: [..., 2 F] -> [..., F] (arXiv:2002.05202)."""
+def scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def swiglu(gate_up: Tensor, gelu: bool = False) -> Tensor:
+    """Return silu(gate) * up for gate and up side by side: [..., 2 F] -> [..., F] (arXiv:2002.05202).
+
+    gelu: in its approximation by tanh, instead of silu.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
 class Embedding(nn.Module):
@@ -179,15 +218,24 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    """Divide x by its root mean square and multiply by a weight.
+
+    offset: is added to the weight, which then multiplies in fp32; None: x is rounded to its dtype before it is
+    multiplied. ranks: those that hold the other parts of x, where it is cut.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float | None = None, ranks: Ranks = ONE_RANK):
         super().__init__()
         self.weight: Tensor = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.offset, self.ranks = eps, offset, ranks
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        mean_square = scaled(self.ranks.all_reduce(wide.square().mean(dim=-1, keepdim=True)), 1 / self.ranks.count)
+        wide = wide * torch.rsqrt(mean_square + self.eps)
+        if self.offset is None:
+            return wide.type_as(x) * self.weight
+        return (wide * (self.offset + self.weight.float())).type_as(x)
 
 
 class KVCache(nn.Module):
@@ -216,9 +264,9 @@ class KVCache(nn.Module):
 
 
 class BlockContext(NamedTuple):
-    """What a block needs to know of the positions of its tokens; all blocks with the same window share one."""
+    """What a block needs to know of its tokens' positions; blocks of one window and rotary embedding share one."""
 
-    cos: Tensor  # [B, S, 1, 2, D / 2], of the angles negated and of the angles
+    cos: Tensor  # [B, S, 1, 2, rotary_dim / 2], of the angles negated and of the angles
     sin: Tensor  # as cos
     positions: Tensor  # [B, S], also the cache slots that the tokens take
     mask: Tensor  # [B, S, T]
@@ -227,7 +275,7 @@ class BlockContext(NamedTuple):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.ranks = ranks
+        self.config, self.ranks = config, ranks
         self.num_local_heads = config.num_attention_heads // ranks.count
         # With fewer kv heads than ranks several ranks hold the same one.
         self.num_local_kv_heads = max(1, config.num_key_value_heads // ranks.count)
@@ -235,21 +283,27 @@ class Attention(nn.Module):
         q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        sizes, parts = ((q_size, kv_size), ranks) if config.qk_norm_over_heads else ((self.head_dim,) * 2, ONE_RANK)
+        norm_options = config.rms_norm_eps, config.norm_offset, parts
+        self.q_norm, self.k_norm = (RMSNorm(size, *norm_options) if config.qk_norm else None for size in sizes)
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
-    def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv_proj's output into q [B, S, H, D], k and v [B, S, K, D]; norm and rotate q and k."""
+    def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split qkv_proj's output into q [B, S, H, D], k and v [B, S, K, D]; norm, rotate and scale q and k."""
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q = self.q_norm(q.reshape(*q.shape[:2], -1, self.q_norm.weight.shape[0])).view_as(q)
+            k = self.k_norm(k.reshape(*k.shape[:2], -1, self.k_norm.weight.shape[0])).view_as(k)
+        q, k = scaled(rotate(q, cos, sin), self.config.query_multiplier), rotate(k, cos, sin)
+        if self.config.query_scaling_beta and self.config.rope_scaling:
+            times = torch.log1p(positions // self.config.rope_scaling.original_max_position_embeddings)
+            q = q * (1 + self.config.query_scaling_beta * times)[:, :, None, None].type_as(q)
+        return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.split_heads(self.qkv_proj(x), cos, sin)
+        q, k, v = self.split_heads(self.qkv_proj(x), cos, sin, positions)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -264,9 +318,10 @@ class MLP(nn.Module):
         local_size = config.intermediate_size // ranks.count
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
+        self.gelu = config.hidden_act != "silu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x))))
+        return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x), self.gelu)))
 
 
 class MoE(nn.Module):
@@ -279,15 +334,17 @@ class MoE(nn.Module):
         super().__init__()
         self.ranks = ranks
         local_size = config.intermediate_size // ranks.count
-        self.num_active = config.num_experts_per_tok
+        self.num_active, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.gate_up_proj = Experts(config.num_local_experts, config.hidden_size, 2 * local_size)
         self.down_proj = Experts(config.num_local_experts, local_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
-        scores, experts = self.gate(rows).topk(self.num_active)  # [B * S, A]
+        scores, experts = (all_scores := self.gate(rows)).topk(self.num_active)  # [B * S, A]
         shares = scores.softmax(dim=-1, dtype=torch.float32)
+        if not self.norm_topk_prob:
+            shares = all_scores.softmax(dim=-1, dtype=torch.float32).gather(-1, experts)
         rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, self.num_active, -1), experts))
         y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
@@ -296,16 +353,23 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        before, after = (RMSNorm if is_there else nn.Identity for is_there in config.norms)
+        norm_options = config.hidden_size, config.rms_norm_eps, config.norm_offset
+        self.input_layernorm = before(*norm_options)
         self.self_attn = Attention(config, ranks)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_output_norm = after(*norm_options)
+        self.post_attention_layernorm = before(*norm_options)
         self.mlp = MoE(config, ranks) if config.num_local_experts else MLP(config, ranks)
+        self.mlp_output_norm = after(*norm_options)
+        self.multiplier = config.residual_multiplier
 
     # Compiled once for all layers: compile time does not grow with the depth.
     @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, positions, mask)
+        x = x + scaled(self.attn_output_norm(y), self.multiplier)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + scaled(self.mlp_output_norm(y), self.multiplier)
 
 
 class Transformer(nn.Module):
@@ -315,6 +379,7 @@ class Transformer(nn.Module):
     """
 
     inv_freq: Tensor
+    local_inv_freq: Tensor
 
     def __init__(self, config: ModelConfig, ranks: Ranks = ONE_RANK):
         super().__init__()
@@ -323,16 +388,29 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Block]", blocks)  # a ModuleList's items are typed as Module
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, num_local_ids)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+        self.set_rope_()
         self.max_seq_length = config.max_position_embeddings
+
+    def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
+        """Compute the frequencies of the rotary embeddings, for texts of at most `length` tokens."""
+        for name, local in (("inv_freq", False), ("local_inv_freq", True)):
+            self.register_buffer(name, rope_frequencies(self.config, length, local).to(device), persistent=False)
+
+    def rotation(self, positions: Tensor, local: bool) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the angles at positions [B, S], for layers that are local or not."""
+        inv_freq, scaling = (self.local_inv_freq, None) if local else (self.inv_freq, self.config.rope_scaling)
+        angles = positions[:, :, None, None, None] * torch.stack((-inv_freq, inv_freq))  # [B, S, 1, 2, rotary_dim / 2]
+        factor = scaling.attention_factor if scaling else 1.0
+        return scaled(angles.cos(), factor), scaled(angles.sin(), factor)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate empty KV caches, in the embedding's dtype and on its device."""
         self.max_seq_length = max_seq_length
+        self.set_rope_(self.inv_freq.device, max_seq_length)
         like = self.embed_tokens.weight
         for attn in (block.self_attn for block in self.layers):
             attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
@@ -380,22 +458,30 @@ class Transformer(nn.Module):
             raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; set up more")
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
-        angles = positions[:, :, None, None, None] * torch.stack((-self.inv_freq, self.inv_freq))  # [B, S, 1, 2, D/2]
-        cos, sin = angles.cos(), angles.sin()
-        windows = [self.config.window(layer) for layer in range(len(self.layers))]
+        if not cached and not torch.compiler.is_compiling() and self.config.rope_scaling is not None:
+            self.set_rope_(positions.device, int(positions.max()) + 1)
+        kinds = [(self.config.is_local(layer), self.config.window(layer)) for layer in range(len(self.layers))]
+        local, windows = zip(*kinds, strict=True)
+        rotations = {is_local: self.rotation(positions, is_local) for is_local in dict.fromkeys(local)}
         masks = {window: attention_mask(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
-        return [BlockContext(cos, sin, positions, masks[window]) for window in windows]
+        return [BlockContext(*rotations[i], positions, masks[w]) for i, w in zip(local, windows, strict=True)]
+
+    def scale_embedding(self, x: Tensor) -> Tensor:
+        """Multiply by the embedding's multiplier, which is rounded to the dtype of x first."""
+        multiplier = self.config.embedding_multiplier
+        return x if multiplier == 1 else x * torch.full((), multiplier, dtype=x.dtype, device=x.device)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
         contexts = self.block_contexts(positions.expand(tokens.shape), slots)
-        x = self.embed_tokens(tokens)
+        x = self.scale_embedding(self.embed_tokens(tokens))
         for block, context in zip(self.layers, contexts, strict=True):
             x = block(x, *context)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.ranks.all_gather(self.lm_head(self.norm(hidden)))[..., : self.config.vocab_size]
+        logits = self.ranks.all_gather(self.lm_head(self.norm(hidden)))[..., : self.config.vocab_size]
+        return scaled(logits, 1 / self.config.logits_scaling)
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.

@@ -45,6 +45,8 @@ def find_obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> st
     unknown = ("attention_bias", "qkv_bias", "qk_norm", "mlp_bias", "sliding_window", "num_local_experts")
     if missing := [name for name in unknown if getattr(config, name)]:
         return f"it has no {missing[0]}"
+    if config.model_type not in ("llama", "mistral"):
+        return f"it has no {config.model_type}"
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         return f"it takes heads of {config.hidden_size // config.num_attention_heads} channels, not {config.head_dim}"
     if config.rope_scaling is not None and config.rope_scaling.rope_type != "llama3":

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.runner import Peer
-from checkpoint import hub_names, part_rows
 from model import ModelConfig, Transformer
+from names import hub_names, hub_rows
 
 # Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
 FILE_TYPES = {"int8": ("Q8_0", 7), "int4-g32": ("Q4_0", 2)}
@@ -41,6 +41,8 @@ def find_obstacle(device: str, config: ModelConfig) -> str:
         return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
     special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
     needed = [f"{name} {value}" for name in special if (value := getattr(config, name))]
+    if config.model_type not in ("llama", "mistral"):
+        needed.append(f"model_type {config.model_type}")
     return f"its file would need {needed[0]}" if needed else ""
 
 
@@ -99,7 +101,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is named once
-        parts = weight.detach().cpu().split(part_rows(name, config, len(weight)))
+        parts = weight.detach().cpu().split(hub_rows(name, config, len(weight)))
         for hub_name, part in zip(hub_names(name, config), parts, strict=True):
             layer = hub_name.split(".")[-2]
             part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part

@@ -18,7 +18,7 @@ from kernels.experts import CompiledExperts, KernelExperts
 from kernels.inductor import CompiledLinear, FusedCompiledLinear
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import GROUP_SIZES, StoredInt4, StoredInt8, StoredLinear, is_router, unpack_nibbles
-from model import Block, Experts, Linear, MoE, Transformer
+from model import Block, Experts, Linear, ModelConfig, MoE, Transformer
 
 AnyLinear = Linear | Experts | StoredLinear
 
@@ -48,7 +48,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
         cpu.served.add(model)
     for block in model.layers:
         block.self_attn.attend = choose_attention(dtype, on_gpu, cuda)
-    if on_gpu:
+    if on_gpu and is_llama_block(model.config):
         model.layers = cast("Sequence[Block]", nn.ModuleList(FusedBlock(block) for block in model.layers))
 
 
@@ -146,6 +146,12 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None) ->
 # The block of a GPU
 
 
+def is_llama_block(config: ModelConfig) -> bool:
+    """Say whether a block norms, gates and adds as Llama's, which is what a FusedBlock does."""
+    norms = config.norms == (True, False) and config.norm_offset is None
+    return norms and config.hidden_act == "silu" and config.residual_multiplier == 1
+
+
 class FusedBlock(Block):
     """`Block`, whose products are given the norm before them, and the gate and the residual behind them."""
 
@@ -157,7 +163,7 @@ class FusedBlock(Block):
     @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         attn, mlp = self.self_attn, self.mlp
-        q, k, v = attn.split_heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin)
+        q, k, v = attn.split_heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin, positions)
         if attn.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import hub_names, is_finite, is_stack, meta_model, part_rows, tensor_specs
+from checkpoint import is_finite, meta_model, tensor_specs
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
 from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
 from model import ModelConfig, rope_frequencies
+from names import hub_names, is_stack, part_rows
 from scripts.gguf_reader import GgufFile
 from scripts.gguf_tokenizer import GgufVocabulary, has_tokenizer, write_json, write_tokenizer
 

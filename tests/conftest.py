@@ -45,6 +45,27 @@ settings.load_profile("patient")
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 9.0],
+    "rope_theta": 1e4,
+}
+SMALL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # within the vocabulary of SIZES
+MULTIPLIERS = {
+    "embedding_multiplier": 6.3,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 3.1,
+}
+GRANITE4 = {
+    "layer_types": ["attention", "attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 80,
+    "mamba_n_heads": 4,
+    **MULTIPLIERS,
+}
 # The kinds of model we read: the family, and what its config has besides the common sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {}),
@@ -92,7 +113,77 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "odd_vocabulary": ("llama", {"vocab_size": 101, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "rope_dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "rope_yarn": ("qwen2", {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 48,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe_shares": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "attention_bias": True,
+            "moe_intermediate_size": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("smollm3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "rope_parameters": YARN, **SMALL_IDS}),
+    "smollm3_window": (
+        "smollm3",
+        {
+            "num_key_value_heads": 2,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            **SMALL_IDS,
+        },
+    ),
+    "granite": ("granite", {"num_key_value_heads": 2, **MULTIPLIERS}),
+    "granite_tied": (
+        "granite",
+        {
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            **MULTIPLIERS,
+        },
+    ),
+    "granite4": ("granitemoehybrid", {"num_key_value_heads": 2, "position_embedding_type": "rope", **GRANITE4}),
+    "granite4_nope": ("granitemoehybrid", {"num_key_value_heads": 4, "tie_word_embeddings": True, **GRANITE4}),
+    "phi3": ("phi3", {"num_key_value_heads": 2, "sliding_window": 24, **SMALL_IDS}),
+    "phi4_mini": (
+        "phi3",
+        {
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 96,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75},
+            **SMALL_IDS,
+        },
+    ),
+    "seed_oss": ("seed_oss", {"num_key_value_heads": 2, "head_dim": 24}),
+    "seed_oss_biased": ("seed_oss", {"num_key_value_heads": 2, "attention_out_bias": True, "mlp_bias": True}),
 }
+# Of the families after Mixtral one each, for tests that take a while.
+NEWER = ["qwen3_moe", "smollm3", "granite_tied", "granite4", "phi4_mini", "seed_oss_biased"]
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,

@@ -34,7 +34,7 @@ from config import (
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
-from tests.conftest import LENGTH, REPO, HubCheckpoint
+from tests.conftest import LENGTH, NEWER, REPO, HubCheckpoint
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 
@@ -52,6 +52,15 @@ MISTRAL: dict[str, Any] = {**LLAMA, "model_type": "mistral"}
 MIXTRAL: dict[str, Any] = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN2: dict[str, Any] = {**LLAMA, "model_type": "qwen2"}
 QWEN3: dict[str, Any] = {**LLAMA, "model_type": "qwen3"}
+SMALL_IDS = {"pad_token_id": 0}  # within the vocabulary
+NEW_FAMILIES: list[dict[str, Any]] = [
+    {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    {**LLAMA, "model_type": "smollm3", **SMALL_IDS},
+    {**LLAMA, "model_type": "granite"},
+    {**LLAMA, "model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 2},
+    {**LLAMA, "model_type": "phi3", **SMALL_IDS},
+    {**LLAMA, "model_type": "seed_oss"},
+]
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
 
@@ -115,9 +124,10 @@ def test_type_is_read_where_rope_type_is_not_there() -> None:
     assert parse_config({**LLAMA, "rope_scaling": scaling}).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
 
 
-@pytest.mark.parametrize(
-    "silent", ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "sliding_window"]
-)
+SILENT = ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "sliding_window"]
+
+
+@pytest.mark.parametrize("silent", SILENT)
 @pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2", "qwen3"])
 def test_a_key_left_out_means_what_transformers_assumes(family: str, silent: str) -> None:
     from transformers import AutoConfig
@@ -131,6 +141,21 @@ def test_a_key_left_out_means_what_transformers_assumes(family: str, silent: str
         expected = 128 // heads
     assert getattr(ours, silent) == expected
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("silent", [*SILENT, "tie_word_embeddings", "rope_theta"])
+@pytest.mark.parametrize("raw", NEW_FAMILIES, ids=lambda raw: raw["model_type"])
+def test_a_key_left_out_means_what_transformers_assumes_in_the_newer_families(raw: dict[str, Any], silent: str) -> None:
+    from transformers import AutoConfig
+
+    raw = {key: value for key, value in raw.items() if key != silent}
+    ours, theirs = parse_config(raw), AutoConfig.for_model(**raw)
+    if silent == "rope_theta":
+        rope = theirs.rope_parameters
+        assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    else:
+        expected = getattr(theirs, silent, None)
+        assert getattr(ours, silent) == (8 if silent == "head_dim" and expected is None else expected)
 
 
 def test_experts_left_out_are_those_of_8x7b() -> None:
@@ -185,6 +210,7 @@ def test_every_config_of_the_repository_has_the_size_in_its_name(name: str) -> N
         model = Transformer(parse_config(json.loads((REPO / "configs" / f"{name}.json").read_text())))
     billions = {"8x7b": 46.7, "qwen3-8b": 8.2, "llama-3.1-70b": 70.6, "405b": 405.9, "tinyllama-1.1b": 1.1}
     billions |= {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.24, "llama-2-70b": 68.98}
+    billions |= {"smollm2-135m": 0.135}
     [expected] = [size for part, size in billions.items() if name.endswith(part)]
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.05)
 
@@ -279,6 +305,7 @@ SAME_AS_SILENCE: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "logits_scaling": (None, 1, 1.0),
     "logit_scale": (None, 1, 1.0),
+    "attention_out_bias": (None, False),
     "use_qk_norm": (None, False),
     "use_mrope": (None, False),
     "num_experts": (None, 0),
@@ -412,6 +439,7 @@ def test_a_size_above_any_real_model_is_refused_before_memory_is_asked_for(key: 
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 @pytest.mark.parametrize(
@@ -435,7 +463,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"shared_expert_intermediate_size": 5632}, ["shared_expert_intermediate_size", "5632"]),
         ({"use_mrope": True}, ["use_mrope", "True"]),
         ({"model_type": "qwen2_moe"}, ["model_type", "'qwen2_moe'"]),
-        ({"model_type": "qwen3_moe"}, ["model_type", "'qwen3_moe'", "mixtral, qwen2, qwen3"]),
         ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
         ({"logits_scaling": 8}, ["logits_scaling", "8"]),
         ({"is_encoder_decoder": True}, ["is_encoder_decoder", "True"]),
@@ -459,9 +486,19 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": ["linear", 2]}, ["rope_scaling", "['linear', 2]"]),
         ({"rope_scaling": False}, ["rope_scaling", "False"]),
         ({"rope_parameters": 3}, ["rope_parameters", "3"]),
-        ({"rope_scaling": YARN}, ["rope type", "'yarn'"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope type", "'dynamic'"]),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, ["rope type", "'longrope'"]),
+        ({"rope_scaling": {**YARN, "rope_type": "proportional"}}, ["rope type", "'proportional'"]),
+        ({"rope_scaling": {**YARN, "beta_fast": "32"}}, ["beta_fast", "'32'"]),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, ["truncate", "1"]),
+        ({"rope_scaling": {**YARN, "attention_factor": -1.0}}, ["attention_factor", "-1.0"]),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, ["yarn", "rope_theta", "1"]),
+        ({"rope_scaling": {**YARN, "short_factor": [1.0] * 4}}, ["short_factor", "[1.0, 1.0, 1.0, 1.0]"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, ["dynamic", "head_dim", "2"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "beta_slow": 1}}, ["beta_slow", "1"]),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, ["short_factor", "1 of them", "4"]),
+        ({"rope_parameters": {**LONGROPE, "long_factor": 2.0}}, ["long_factor", "2.0", "4"]),
+        ({"rope_parameters": {**LONGROPE, "long_factor": [1.0, 0.0, 1.0, 1.0]}}, ["long_factor", "0.0"]),
+        ({"rope_parameters": {**LONGROPE, "long_factor": None}}, ["long_factor", "None"]),
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, ["rope type", "['linear']"]),
         ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, ["rope type", "None"]),
         ({"rope_scaling": {"type": "linear"}}, ["factor", "None", "rope_scaling"]),
@@ -582,14 +619,15 @@ KEYS = st.sampled_from(
      "quantization_config", "use_qk_norm", "logit_scale", "original_max_position_embeddings", "dtype", "torch_dtype"]
 )  # fmt: skip
 ROPES = st.fixed_dictionaries(
-    {"rope_type": st.sampled_from(["default", "linear", "llama3"]) | JSON},
-    optional=dict.fromkeys((*LLAMA3_ROPE, "rope_theta", "partial_rotary_factor", "type"), JSON),
+    {"rope_type": st.sampled_from(["default", "linear", "llama3", "dynamic", "yarn", "longrope"]) | JSON},
+    optional=dict.fromkeys((*LLAMA3_ROPE, "rope_theta", "partial_rotary_factor", "type"), JSON)
+    | {"short_factor": st.just([1.0] * 4) | JSON, "long_factor": st.just([2.0] * 4) | JSON, "beta_fast": JSON},
 )
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(
-    base=st.sampled_from([LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3]),
+    base=st.sampled_from([LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, *NEW_FAMILIES]),
     changes=st.dictionaries(KEYS, JSON, min_size=1, max_size=3),
     rope=st.none() | ROPES,
 )
@@ -760,7 +798,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_refused_by_name(
         assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3_biased", "mixtral", "mixtral_tied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3_biased", "mixtral", "mixtral_tied", *NEWER])
 def test_shards_of_the_other_families_are_the_same_model(
     tmp_path: Path, hub_checkpoint: GetCheckpoint, family: str
 ) -> None:
@@ -892,7 +930,7 @@ def test_a_folder_without_weights_is_refused_and_bin_weights_name_the_converter(
 
 
 @pytest.mark.parametrize(
-    "family", ["gqa", "tied", "biased", "mistral_window", "qwen2", "qwen3", "mixtral", "mixtral_tied"]
+    "family", ["gqa", "tied", "biased", "mistral_window", "qwen2", "qwen3", "mixtral", "mixtral_tied", *NEWER]
 )
 def test_transformers_reads_what_we_save(tmp_path: Path, hub_checkpoint: GetCheckpoint, family: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -116,6 +116,23 @@ def test_decode_matches_transformers(reference: HubCheckpoint, sizes: list[int])
         ("mixtral", {"num_experts_per_tok": 1}),
         ("mixtral", {"num_experts_per_tok": 3}),
         ("mixtral_tied", {"sliding_window": None}),
+        ("rope_yarn", {"rope_scaling": None}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe_shares", {"norm_topk_prob": True}),
+        ("qwen3_moe_shares", {"sliding_window": None}),
+        ("smollm3", {"no_rope_layers": ()}),
+        ("smollm3", {"no_rope_layers": (0, 1)}),
+        ("smollm3", {"rope_scaling": None}),
+        ("smollm3_window", {"sliding_window": None}),
+        ("granite", {"query_multiplier": 1.0}),
+        ("granite", {"embedding_multiplier": 1.0}),
+        ("granite", {"residual_multiplier": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+        ("granite4", {"no_rope_layers": (0, 1)}),
+        ("granite4_nope", {"no_rope_layers": ()}),
+        ("phi3", {"sliding_window": None}),
+        ("phi4_mini", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
+        ("phi4_mini", {"rope_scaling": None}),
     ],
 )
 def test_reference_would_show_a_feature_left_out(
@@ -126,6 +143,25 @@ def test_reference_would_show_a_feature_left_out(
     other = Transformer(dataclasses.replace(model.config, **changes))
     other.load_state_dict(model.state_dict())
     assert (other(reference.tokens, torch.arange(LENGTH)) - reference.logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("rope_dynamic", 256), ("rope_dynamic", 300), ("phi4_mini", 96), ("phi4_mini", 97), ("phi4_mini", 200)],
+)
+def test_texts_below_and_above_the_original_length_match_transformers(
+    hub_checkpoint: GetCheckpoint, family: str, length: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = hub_checkpoint(family).path
+    tokens = torch.randint(96, (2, length), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+    model = load_model(path, dtype=torch.float32)
+    assert_close(model(tokens, torch.arange(length)), expected)
+    model.setup_caches(2, length)
+    assert_close(decode(model, tokens, [20, 1, length - 21]), expected)
 
 
 def test_llama3_frequencies_match_transformers_at_the_real_sizes() -> None:

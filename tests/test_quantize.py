@@ -38,7 +38,16 @@ from linears import (
 )
 from model import Experts, Linear, MoE, Transformer
 from steps import Sampling, compiled, decode, prefill
-from tests.conftest import REPO, HubCheckpoint, assert_user_error, run_command, run_forked, shared_data, small_disk
+from tests.conftest import (
+    NEWER,
+    REPO,
+    HubCheckpoint,
+    assert_user_error,
+    run_command,
+    run_forked,
+    shared_data,
+    small_disk,
+)
 from tests.test_model import choices, keep_only_
 from tokenizer import load_tokenizer
 
@@ -373,7 +382,7 @@ def plain_twin(path: Path) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("family", ["gqa", "tied", "biased", "qwen2", "qwen3", "mixtral", "mixtral_tied"])
+@pytest.mark.parametrize("family", [*("gqa", "tied", "biased", "qwen2", "qwen3", "mixtral", "mixtral_tied"), *NEWER])
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 256)], ids=str)
 def test_a_loaded_checkpoint_computes_with_the_stored_codes(
     hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, scheme: Scheme

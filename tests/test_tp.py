@@ -30,7 +30,7 @@ from linears import Scheme
 from model import ONE_RANK, Ranks
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
-from tests.conftest import HANG, free_port
+from tests.conftest import HANG, NEWER, free_port
 from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +46,9 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "mixtral",
+    *NEWER,
 )
-FUSED = ("gqa", "biased", "mixtral")
+FUSED = ("gqa", "biased", "mixtral", "phi4_mini")
 EXPERTS_QUANTIZED = (("int8",), ("int4", "--groupsize", "32"))
 QUANTIZED = (("int8",), ("int4", "--groupsize", "32"), ("int4-gptq", "--groupsize", "32"))
 MODELS = [*FAMILIES, *(f"{name}-converted" for name in FUSED), "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED)]

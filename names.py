@@ -1,0 +1,61 @@
+"""The model's parameters by the names that the Hub has for them, and how they are cut there."""
+
+from torch import Tensor
+
+from model import ModelConfig
+
+# A parameter of the model that is several of the Hub's tensors stacked along the output features.
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# A stack of experts: such tensors of one expert after the other.
+EXPERTS_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# The names of the families that have others than Llama's: part of ours -> of theirs.
+FAMILY_NAMES = {
+    "mixtral": {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."},
+    "granitemoehybrid": {
+        ".mlp.gate_up_proj.": ".shared_mlp.input_linear.",
+        ".mlp.down_proj.": ".shared_mlp.output_linear.",
+    },
+}
+# The parameters that a family stores as they are stacked in the model.
+STACKED_ON_DISK = {"phi3": ("qkv_proj", "gate_up_proj"), "granitemoehybrid": ("gate_up_proj",)}
+
+
+def is_stack(name: str, config: ModelConfig) -> bool:
+    return config.num_local_experts > 0 and name.split(".")[-2] in EXPERTS_STACKED
+
+
+def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return a stack of experts as one matrix, expert below expert; any other tensor as it is."""
+    return tensor.flatten(0, 1) if is_stack(name, config) else tensor
+
+
+def hub_names(name: str, config: ModelConfig) -> list[str]:
+    """Name the Hub's tensors that make up the model's parameter `name`, in order."""
+    if name.startswith("lm_head."):
+        return [name]
+    *path, module, kind = name.split(".")
+    names = [name]
+    if is_stack(name, config):
+        prefix = ".".join([*path, "experts"])
+        numbers = range(config.num_local_experts)
+        names = [f"{prefix}.{i}.{part}.{kind}" for i in numbers for part in EXPERTS_STACKED[module]]
+    elif module in STACKED and module not in STACKED_ON_DISK.get(config.model_type, ()):
+        names = [".".join([*path, part, kind]) for part in STACKED[module]]
+    for ours, theirs in FAMILY_NAMES.get(config.model_type, {}).items():
+        names = [part.replace(ours, theirs) for part in names]
+    return ["model." + part for part in names]
+
+
+def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
+    """Return how many rows of parameter `name` each of its Hub tensors has."""
+    if "qkv_proj" in name:
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        return [q, kv, kv]
+    if "gate_up_proj" in name:
+        return [config.intermediate_size] * 2 * max(1, config.num_local_experts)
+    return [config.hidden_size] * config.num_local_experts if is_stack(name, config) else [total]
+
+
+def hub_rows(name: str, config: ModelConfig, total: int) -> list[int]:
+    """Return how many rows of parameter `name`, of so many, each of the tensors has that `hub_names` names."""
+    return [total] if len(hub_names(name, config)) == 1 else part_rows(name, config, total)

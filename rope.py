@@ -1,0 +1,215 @@
+"""The rotary embeddings of config.json -> fields of ModelConfig, and how a number of config.json is read."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import RopeScaling
+
+# The keys of rope_parameters and rope_scaling that every type may have, and those that one alone heeds.
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor",
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+}  # fmt: skip
+ROPE_TYPES: dict[str, set[str]] = {
+    "default": set(),
+    "linear": set(),
+    "llama3": set(),
+    "dynamic": set(),
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"attention_factor", "short_factor", "long_factor"},
+}
+# The types of a family that has not all of them, the other names of one, and the keys that it alone heeds.
+FAMILY_TYPES = {"phi3": ("default", "longrope"), "ministral3": ("yarn",)}
+FAMILY_ALIASES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
+FAMILY_ROPE_KEYS = {"ministral3": {"llama_4_scaling_beta", "max_position_embeddings"}}
+PARTIAL_ROTARY = ("phi3",)
+# Families whose layers with a window have a rotary embedding of their own.
+LOCAL_ROPE = ("gemma3_text", "olmo3")
+KINDS = ("full_attention", "sliding_attention")
+
+
+def read_number(
+    values: dict[str, Any], key: str, kind: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
+) -> Any:
+    value: Any = values.get(key)
+    if type(value) not in {int, kind} or not low <= value <= high:  # a bool is an int, but not of that type
+        raise ValueError(
+            f"config.json: {key}{where} is {value!r}, expected {kind.__name__} of at least {low} and at most {high}"
+        )
+    return kind(value)
+
+
+def read_flag(values: dict[str, Any], key: str) -> bool:
+    if not isinstance(values[key], bool):
+        raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
+    return values[key]
+
+
+def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Read rotary embeddings, from `rope_parameters` or from `rope_theta` and `rope_scaling`: fields of ModelConfig."""
+    if values["model_type"] in LOCAL_ROPE:
+        return parse_ropes_by_kind(values, head_dim)
+    objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
+    parsed = [
+        parse_rope_object(values, key, rope, head_dim) for key, rope in (objects or {"rope_parameters": {}}).items()
+    ]
+    if parsed[0] != parsed[-1]:
+        scaling, parameters = objects.values()
+        raise ValueError(f"config.json: rope_scaling {scaling!r} and rope_parameters {parameters!r} differ")
+    return parsed[0]
+
+
+def parse_ropes_by_kind(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Read one for each kind of layer; rope_scaling is for those with full attention."""
+    kinds, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if not isinstance(kinds, dict) or not kinds.keys() <= set(KINDS):
+        raise ValueError(f"config.json: rope_parameters is {kinds!r}, expected an object with {' and '.join(KINDS)}")
+    ropes = [kinds.get(kind) or {} for kind in KINDS]
+    if any(not isinstance(rope, dict) for rope in (*ropes, scaling)):
+        raise ValueError(f"config.json: rope_parameters {kinds!r} or rope_scaling {scaling!r} is no object")
+    where = [f"{kind} of rope_parameters" for kind in KINDS]
+    fields = parse_rope_object(values, where[0], {**ropes[0], **scaling}, head_dim)
+    local = parse_rope_object(
+        {**values, "rope_theta": values["rope_local_base_freq"], "max_position_embeddings": 1},
+        where[1],
+        ropes[1],
+        head_dim,
+    )
+    if local["rope_scaling"] is not None:
+        raise ValueError(f"config.json: rope_parameters {ropes[1]!r} of sliding_attention is scaled, not supported")
+    return {**fields, "local_rope_theta": local["rope_theta"]}
+
+
+def parse_rope_object(values: dict[str, Any], key: str, rope: Any, head_dim: int) -> dict[str, Any]:
+    """Read one object, with the keys beside it that it lacks: fields of ModelConfig."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
+    family = values["model_type"]
+    given = {name: value for name, value in rope.items() if value is not None}
+    # A factor whose type is null is for no type that `transformers` knows either.
+    default = None if "rope_type" in rope and "factor" in given else "default"
+    rope_type = given.get("rope_type", given.get("type", default))
+    types = FAMILY_TYPES.get(family, tuple(ROPE_TYPES))
+    if isinstance(rope_type, str):
+        rope_type = FAMILY_ALIASES.get(family, {}).get(rope_type, rope_type)
+    if rope_type not in types:
+        raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(types)}")
+    own_keys = ROPE_KEYS | ROPE_TYPES[rope_type] | FAMILY_ROPE_KEYS.get(family, set())
+    if family in LOCAL_ROPE:
+        own_keys -= {"truncate"}  # which `transformers` does not look for there
+    for name, value in given.items():
+        if name not in own_keys or (name == "partial_rotary_factor" and value != 1 and family not in PARTIAL_ROTARY):
+            raise ValueError(f"config.json: {name} {value!r} in {key} is not supported")
+    partial = values.get("partial_rotary_factor")
+    given = {"rope_theta": values["rope_theta"], "partial_rotary_factor": 1 if partial is None else partial, **given}
+
+    def number(name: str, low: float = 0.001) -> float:  # within bounds that keep every frequency finite in fp32
+        return read_number(given, name, float, low=low, high=2**40, where=f" in {key}")
+
+    share = read_number(given, "partial_rotary_factor", float, low=0, high=1, where=f" in {key}")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(
+            f"config.json: partial_rotary_factor {share:g} of head_dim {head_dim} lets {rotary_dim} channels rotate, "
+            "expected an even number"
+        )
+    context = read_number(values, "max_position_embeddings")
+    scaling = parse_rope_scaling(values, given, rope_type, rotary_dim, number)
+    if scaling is not None and rope_type in ("dynamic", "yarn"):  # the configs of many models have the context before
+        context = max(context, min(int(scaling.factor * scaling.original_max_position_embeddings), 2**31 - 1))
+    fields = {"rope_theta": number("rope_theta"), "rope_scaling": scaling, "partial_rotary_factor": share}
+    beta = number("llama_4_scaling_beta", low=0) if family == "ministral3" else 0.0
+    return {**fields, "query_scaling_beta": beta, "max_position_embeddings": context}
+
+
+def parse_rope_scaling(
+    values: dict[str, Any], given: dict[str, Any], rope_type: str, rotary_dim: int, number: Callable[..., float]
+) -> RopeScaling | None:
+    """Read what a rope type has, with the defaults of `transformers`; number: reads one of `given`."""
+    if rope_type == "default":
+        return None
+    if rope_type == "linear":
+        return RopeScaling("linear", number("factor"))
+    context = read_number(values, "max_position_embeddings")
+    if rope_type == "dynamic":
+        if rotary_dim < 4:
+            raise ValueError(f"config.json: rope type 'dynamic' needs head_dim of at least 4, and it is {rotary_dim}")
+        return RopeScaling("dynamic", number("factor", low=1), original_max_position_embeddings=context)
+    original = original_length(values, given, None if rope_type == "llama3" else context)
+    if rope_type == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        if low >= high:
+            raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+        return RopeScaling("llama3", number("factor"), low, high, original)
+    factor = number("factor") if "factor" in given else context / original
+    parse = parse_longrope if rope_type == "longrope" else parse_yarn
+    frequencies, attention_factor = parse(given, factor, original, rotary_dim, number)
+    return RopeScaling(
+        rope_type, factor, original_max_position_embeddings=original,
+        attention_factor=number("attention_factor", low=0) if "attention_factor" in given else attention_factor,
+        frequencies=tuple(tuple(values.tolist()) for values in frequencies),
+    )  # fmt: skip
+
+
+def parse_longrope(
+    given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return the frequencies of short and of long texts, and what cos and sin are multiplied by (arXiv:2402.13753)."""
+    wavelengths = number("rope_theta") ** (torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim)
+    factors = [parse_factors(given, name, rotary_dim // 2) for name in ("short_factor", "long_factor")]
+    short, long = (1.0 / (torch.tensor(values, device="cpu") * wavelengths) for values in factors)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return (short, long), attention
+
+
+def parse_yarn(
+    given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return the frequencies, twice, and what cos and sin are multiplied by (arXiv:2309.00071).
+
+    Those that turn more than beta_fast times within the original length are kept, those below beta_slow are divided by
+    the factor, and those between interpolated.
+    """
+    theta = number("rope_theta")
+    if theta <= 1:
+        raise ValueError(f"config.json: rope type 'yarn' needs rope_theta above 1, and it is {theta:g}")
+
+    def pair(key: str, default: float) -> float:
+        turns = number(key) if given.get(key) else default
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def attention_scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    low, high = pair("beta_fast", 32.0), pair("beta_slow", 1.0)
+    if read_flag({"truncate": True, **given}, "truncate"):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    kept = 1 - ((torch.arange(rotary_dim // 2, device="cpu").float() - low) / (high - low or 0.001)).clamp(0, 1)
+    wavelengths = theta ** (torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim)
+    frequencies = 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    both = given.get("mscale") and given.get("mscale_all_dim")
+    scales = (number("mscale"), number("mscale_all_dim")) if both else (1.0, 0.0)
+    return (frequencies, frequencies), attention_scale(scales[0]) / attention_scale(scales[1])
+
+
+def original_length(values: dict[str, Any], given: dict[str, Any], default: int | None) -> int:
+    """Return original_max_position_embeddings: as in `transformers` first the one beside the object."""
+    name = "original_max_position_embeddings"
+    length = given.get(name, default) if values.get(name) is None else values[name]
+    if isinstance(length, float) and length.is_integer():  # which is a number in there, and a size nowhere else
+        length = int(length)
+    return read_number({name: length}, name)
+
+
+def parse_factors(given: dict[str, Any], name: str, count: int) -> tuple[float, ...]:
+    """Read longrope's factors, one for each of `count` pairs of channels."""
+    factors = given.get(name)
+    if not isinstance(factors, list) or len(factors) != count:
+        size = f"{len(factors)} of them" if isinstance(factors, list) else repr(factors)
+        raise ValueError(f"config.json: {name} is {size}, expected a list of {count}, half the channels that rotate")
+    return tuple(read_number({name: factor}, name, float, low=0.001, high=2**20) for factor in factors)
