@@ -13,6 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from checkpoint import checkpoint_dtype, load_model
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, check_stdout, number, read_text
 from cli.errors import outlive_readers, user_errors
+from cli.sampling import unsupported_options
 from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
 from files import check_writable, write_whole
@@ -141,6 +143,8 @@ def print_tasks(results: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     job = check(args)
+    if args.tasks and (unsupported := unsupported_options(args.checkpoint_path)):
+        print(unsupported, file=sys.stderr)
     if args.metrics_path:
         outlive_readers()
     model = load_model(args.checkpoint_path, args.device, job.dtype)

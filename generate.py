@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, meta_model, random_model, tensor_specs
 from cli.chat import Conversation, chat
-from cli.errors import one_line, outlive_readers, user_errors
+from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     batches, max_seq_length = from_rank_0(lambda: (job.batches, job.max_seq_length), ranks)
     job = replace(job, batches=batches, max_seq_length=max_seq_length)
     if job.unsupported and ranks.rank == 0:
-        print(one_line(f"generation_config.json asks for {job.unsupported}: not supported, left out"), file=sys.stderr)
+        print(job.unsupported, file=sys.stderr)
     if args.metrics_path or args.profile:
         outlive_readers()
     began = time.perf_counter()

@@ -36,12 +36,19 @@ PREFILL_CHUNK = 2048
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: the likeliest at temperature 0, else drawn from the filtered distribution."""
+    """How a token is chosen: the likeliest at temperature 0, else drawn from the filtered distribution.
+
+    Raises ValueError where a value is out of range.
+    """
 
     temperature: float = 0.8
     top_k: int = 200  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the likeliest that together reach this mass (arXiv:1904.09751)
     min_p: float = 0.0  # keep those at least this share of the likeliest (arXiv:2407.01082)
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError(f"{self} is out of range; temperature and top_k are at least 0, top_p and min_p at most 1")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

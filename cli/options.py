@@ -160,7 +160,7 @@ class Job:
     batches: list[list[list[int]]] | None  # of prompts, of ids; None: what will be typed
     max_seq_length: int
     sampling: Sampling
-    unsupported: str  # what the checkpoint asks for and does not get
+    unsupported: str  # a line on what the checkpoint asks for and does not get, or ""
     quantization: Scheme | None
     draft_dtype: torch.dtype | None
     template: ChatTemplate | None  # of --chat and --interactive

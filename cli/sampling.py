@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.arguments import number
+from cli.errors import one_line
 from files import own_file, read_json
 from steps import Sampling
 
@@ -45,20 +46,22 @@ def read_generation_config(checkpoint_path: Path) -> dict[str, Any]:
 def choose_sampling(checkpoint_path: Path, given: Mapping[str, Any]) -> Sampling:
     """Choose each option: the one given unless that is None, else the checkpoint's, else that of `Sampling()`.
 
-    As in `transformers`, `do_sample: false` is argmax, whatever temperature the file has beside it. Raises ValueError
-    for a value of the file that is out of range, unless another is given.
+    As in `transformers`, a file with any of them samples only if it says `do_sample: true`; else it means argmax,
+    whatever temperature it has. Raises ValueError for a value of the file that is out of range, unless another is given.
     """
     raw, values = read_generation_config(checkpoint_path), asdict(DEFAULTS)
+    if not read_do_sample(raw, default=not LIMITS.keys() & raw.keys()):
+        raw["temperature"] = 0
     for name, limit in LIMITS.items():
-        if name in raw and given[name] is None:
+        if given[name] is not None:
+            values[name] = given[name]
+        elif name in raw:
             values[name] = read_value(raw, name, limit)
-    if not read_do_sample(raw):
-        values["temperature"] = 0.0
-    return Sampling(**(values | {name: given[name] for name in LIMITS if given[name] is not None}))
+    return Sampling(**values)
 
 
-def read_do_sample(raw: dict[str, Any]) -> bool:
-    do_sample = raw.get("do_sample", True)
+def read_do_sample(raw: dict[str, Any], default: bool) -> bool:
+    do_sample = raw.get("do_sample", default)
     if not isinstance(do_sample, bool):
         raise ValueError(f"{FILE}: do_sample is {do_sample!r}, expected true or false")
     return do_sample
@@ -68,15 +71,17 @@ def read_value(raw: dict[str, Any], name: str, limit: Any) -> Any:
     value = raw[name]
     # JSON has larger numbers than a float; json.loads has NaN and Infinity too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < 2**100:
-        raise ValueError(f"{FILE}: {name} is {value!r}, expected a number")
+        raise ValueError(f"{FILE}: {name} is {value!r}, expected a number; or give --{name}")
     try:
         return limit(str(value))
     except ArgumentTypeError as error:
-        raise ValueError(f"{FILE}: {name}: {error}") from None
+        raise ValueError(f"{FILE}: {name}: {error}; or give --{name}") from None
 
 
 def unsupported_options(checkpoint_path: Path) -> str:
-    """Name what the checkpoint's file asks for and no step does, with the values; "" where it asks for nothing such."""
+    """Say what the checkpoint's file asks for and no step does, with the values; "" where it asks for nothing such."""
     raw = read_generation_config(checkpoint_path)
     asked = {name: raw[name] for name, neutral in UNSUPPORTED.items() if name in raw and raw[name] != neutral}
-    return ", ".join(f"{name} {value!r}" for name, value in asked.items() if value is not False and value not in EMPTY)
+    asked = {name: value for name, value in asked.items() if value is not False and value not in EMPTY}
+    options = ", ".join(f"{name} {value!r}" for name, value in asked.items())
+    return options and one_line(f"{FILE} asks for {options}: not supported, left out")

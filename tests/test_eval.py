@@ -597,12 +597,16 @@ def test_the_command_runs_tasks_and_groups(run_here, ours, task_folder, tmp_path
     assert all(f"|{word}" in result.stdout for word in ("Groups", "tiny_generate", " - tiny_rolling"))
 
 
-def test_figures_that_are_numpy_s_are_written_too(run_here, monkeypatch, tmp_path):
+def test_figures_that_are_numpy_s_are_written_too_and_what_hf_would_obey_is_named(run_here, monkeypatch, tmp_path):
     monkeypatch.setattr(eval_module, "load_tasks", lambda *_: ["a task"])
     results = {"tasks": {"m": numpy.float32(0.5), "n": numpy.int64(3)}}
     monkeypatch.setattr(eval_module, "evaluate_tasks", lambda *_: {"results": results})
     monkeypatch.setattr(eval_module, "print_tasks", lambda _: None)
-    assert run_here("--tasks", "x", "--metrics_path", tmp_path / "metrics.json").returncode == 0
+    shutil.copytree(DEMO, tmp_path / "demo")
+    (tmp_path / "demo/generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    options = ("--checkpoint_path", tmp_path / "demo", "--metrics_path", tmp_path / "metrics.json")
+    result = run_here("--tasks", "x", *options)
+    assert result.returncode == 0 and "asks for repetition_penalty 1.1: not supported" in result.stderr
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"tasks": {"tasks": {"m": 0.5, "n": 3}}}
 
 

@@ -604,10 +604,12 @@ def demo_with(tmp_path):
         ({}, [], Sampling()),
         ({"temperature": None, "do_sample": None}, [], Sampling()),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, [], Sampling(0.6, 200, 0.9)),
-        ({"temperature": 1, "top_k": 7, "top_p": 0.5, "min_p": 0.1}, [], Sampling(1.0, 7, 0.5, 0.1)),
-        ({"do_sample": False, "temperature": 0.6}, [], Sampling(0.0)),
+        ({"do_sample": True, "temperature": 1, "top_k": 7, "min_p": 0.1}, [], Sampling(1.0, 7, 1.0, 0.1)),
+        ({"do_sample": False, "temperature": -1}, [], Sampling(0.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, [], Sampling(0.0, 200, 0.9)),  # as in transformers
+        ({"top_k": 5}, ["--temperature", 0.5], Sampling(0.5, 5)),
         ({"do_sample": False}, ["--temperature", 0.5], Sampling(0.5)),
-        ({"temperature": 0.6, "top_k": 0}, ["--temperature", 0, "--top_k", 3], Sampling(0.0, 3)),
+        ({"do_sample": True, "top_k": 0}, ["--temperature", 0, "--top_k", 3], Sampling(0.0, 3)),
         ({"temperature": -1, "top_p": 0.9}, ["--temperature", 2, "--top_p", 1], Sampling(2.0)),
     ],
 )
@@ -651,8 +653,14 @@ def test_what_a_checkpoint_asks_for_and_is_not_supported_is_named_in_a_line(demo
     ],
 )
 def test_a_checkpoints_value_out_of_range_is_one_line(demo_with, values, words):
-    result = run_here("--checkpoint_path", demo_with(values))
+    result = run_here("--checkpoint_path", demo_with({"do_sample": True} | values))
     assert_user_error(result, "generation_config.json: " + words)
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"top_p": math.nan}])
+def test_python_cannot_sample_out_of_range_either(values):
+    with pytest.raises(ValueError, match="out of range"):
+        Sampling(**values)
 
 
 def test_an_empty_prompt_is_the_bos_alone(tmp_path):
