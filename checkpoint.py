@@ -37,6 +37,8 @@ TEXT_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+# All that a text depends on.
+READ_FILES = ("config.json", *TEXT_FILES, "model*.safetensors*")
 # Files beside the weights that are copied with them into another form.
 COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 
@@ -281,6 +283,11 @@ def random_parameter(name: str, spec: Spec, generator: torch.Generator, device: 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
+
+
+def read_files(checkpoint_path: Path) -> list[Path]:
+    """Return the files of a folder that a text depends on."""
+    return [file for pattern in READ_FILES for file in checkpoint_path.glob(pattern) if file.is_file()]
 
 
 def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:

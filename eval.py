@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import checkpoint_dtype, load_model
+from checkpoint import checkpoint_dtype, load_model, read_files
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, check_stdout, number, read_text
 from cli.errors import outlive_readers, user_errors
 from cli.sampling import unsupported_options
@@ -84,7 +84,8 @@ def check(args: argparse.Namespace) -> Job:
         check_window(args.max_seq_length, config)
     check_device(args.device)
     if args.metrics_path:
-        check_writable("--metrics_path", args.metrics_path)
+        inputs = [*read_files(args.checkpoint_path), *filter(None, [args.text_file])]
+        check_writable("--metrics_path", args.metrics_path, inputs)
     if args.include_path and not args.include_path.is_dir():
         raise FileNotFoundError(f"--include_path {args.include_path} is not a folder; expected one with tasks' yaml")
     tokenizer = load_tokenizer(args.checkpoint_path)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -185,11 +185,19 @@ def name_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise ValueError where `write_whole` could not write what an option asks for."""
-    target = Path(os.path.realpath(path))
-    if target.exists():
-        mode = target.stat().st_mode
+def check_writable(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise ValueError where `write_whole` could not write what an option asks for, or would destroy what it must not.
+
+    inputs: the files that the run reads.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        status = None
+    except OSError as error:  # links in a circle, a file where a folder should be
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}; name another file") from None
+    if status is not None:
+        mode = status.st_mode
         # The bits and not os.access, which grants root everything: a file that is protected is meant to be.
         if not mode & 0o222:
             raise ValueError(f"{option} {path} is protected against writing; change that, or name another file")
@@ -198,20 +206,33 @@ def check_writable(option: str, path: Path) -> None:
             raise ValueError(f"{option} {path} cannot be written: it is a {what}, expected a file")
         if not stat.S_ISREG(mode):
             return
-    if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{option} {path} cannot be written: expected a file in a folder that can be written to")
+        if any(os.path.samestat(status, file.stat()) for file in inputs if file.exists()):
+            raise ValueError(f"{option} {path} is a file that this run reads; name another file")
+        if any(os.path.samestat(status, os.fstat(stream)) for stream in (1, 2)):
+            raise ValueError(f"{option} {path} is the file that this run prints to; name another file")
+    if not is_writable(folder := Path(os.path.realpath(path)).parent):
+        raise ValueError(f"{option} {path} cannot be written: {folder} is no folder that can be written to")
+
+
+def is_writable(folder: Path) -> bool:
+    return folder.is_dir() and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; a link's target, and into what is a device or a pipe."""
-    target = Path(os.path.realpath(path))
+    """Write a file that is there whole or not at all; a link's target, and into what is a device or a pipe.
+
+    Into a file of several names too, all of which mean it.
+    """
     with name_file(path):
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
+        if path.exists() and (not path.is_file() or path.stat().st_nlink > 1):
+            path.write_text(text, encoding="utf-8")
             return
+        target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(text, encoding="utf-8")
+            if target.exists():
+                shutil.copymode(target, temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -255,6 +276,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists already; remove it or name another output")
     absent = [folder for folder in path.parents if not folder.exists()]
+    if not is_writable(parent := path.parents[len(absent)]):
+        raise ValueError(f"{path} cannot be written: {parent} is no folder that can be written to")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

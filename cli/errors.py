@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -27,6 +28,9 @@ def user_errors(signals_raise: bool = True) -> Iterator[None]:
     signals_raise: False leaves both signals alone, for a rank that may be waiting for the others.
     """
     received: list[int] = []
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us, as in `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until the process ends
     try:
         with catch_signals(received) if signals_raise else contextlib.nullcontext():
             yield

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import checkpoint_dtype
+from checkpoint import checkpoint_dtype, read_files
 from cli.arguments import (
     ArgumentParser,
     add_checkpoint_options,
@@ -196,12 +196,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     check_device(device)
     if device == "cpu" and (args.compile or args.compile_prefill):
         check_compiler()
-    for option, path in (("--metrics_path", args.metrics_path), ("--profile", args.profile)):
-        # Rank 0 alone writes: another node need not have the folder.
-        if ranks.rank == 0 and path:
-            check_writable(option, path)
-    if ranks.rank == 0:
-        check_stdout()
+    if ranks.rank == 0:  # it alone writes: another node need not have the folder
+        check_outputs(args)
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
     check_chat(args, config)
@@ -240,6 +236,20 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         check_draft(args, tokenizer, config.vocab_size),
         template,
     )
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    outputs = {"--metrics_path": args.metrics_path, "--profile": args.profile}
+    inputs = [args.prompt_file] if args.prompt_file else []
+    for folder in filter(None, (args.checkpoint_path, args.draft_checkpoint_path)):
+        inputs += read_files(folder)
+    for option, path in outputs.items():
+        if path:
+            check_writable(option, path, inputs)
+    metrics, trace = (path and os.path.realpath(path) for path in outputs.values())
+    if metrics and metrics == trace and not Path(metrics).is_char_device():
+        raise ValueError(f"--metrics_path and --profile are both {args.profile}; name two files")
+    check_stdout()
 
 
 def check_compiler() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from checkpoint import TEXT_FILES
+from checkpoint import read_files
 from cli.errors import user_errors
 from model import ONE_RANK, Ranks
 from tp import collectives
@@ -164,15 +164,14 @@ def from_rank_0(function: Callable[[], T], ranks: Ranks) -> T:
 def checkpoint_digests(path: Path) -> dict[Path, str]:
     """Hash the files of a folder that a text depends on; of weights 64 places, nearly all of which training changes."""
     digests = {}
-    for pattern in ("config.json", *TEXT_FILES, "model*.safetensors"):
-        for file in filter(Path.is_file, path.glob(pattern)):
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                digest = hashlib.sha256(str(size).encode())
-                for place in range(0, size, max(4096, size // 64) if file.suffix == ".safetensors" else 4096):
-                    stream.seek(place)
-                    digest.update(stream.read(4096))
-            digests[file] = digest.hexdigest()
+    for file in read_files(path):
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for place in range(0, size, max(4096, size // 64) if file.suffix == ".safetensors" else 4096):
+                stream.seek(place)
+                digest.update(stream.read(4096))
+        digests[file] = digest.hexdigest()
     return digests
 
 

@@ -47,7 +47,7 @@ def choose_sampling(checkpoint_path: Path, given: Mapping[str, Any]) -> Sampling
     """Choose each option: the one given unless that is None, else the checkpoint's, else that of `Sampling()`.
 
     As in `transformers`, a file with any of them samples only if it says `do_sample: true`; else it means argmax,
-    whatever temperature it has. Raises ValueError for a value of the file that is out of range, unless another is given.
+    whatever temperature it has. Raises ValueError where the file has a value out of range and none is given.
     """
     raw, values = read_generation_config(checkpoint_path), asdict(DEFAULTS)
     if not read_do_sample(raw, default=not LIMITS.keys() & raw.keys()):

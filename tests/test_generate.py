@@ -657,7 +657,9 @@ def test_a_checkpoints_value_out_of_range_is_one_line(demo_with, values, words):
     assert_user_error(result, "generation_config.json: " + words)
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"top_p": math.nan}])
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"top_p": math.nan}]
+)
 def test_python_cannot_sample_out_of_range_either(values):
     with pytest.raises(ValueError, match="out of range"):
         Sampling(**values)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import eval as evaluation
 import generate
-from files import write_whole
+from files import check_writable, write_whole
 from tests.conftest import HANG, REPO, assert_user_error, run_forked
 
 GENERATE = ("--prompt", "import", "--max_new_tokens", "2")
@@ -66,6 +67,63 @@ def test_a_protected_file_a_folder_and_a_file_in_none_are_refused_before_the_run
     assert_user_error(run_forked(main, *options, output, tmp_path, cwd=REPO), output, "it is a folder")
     absent = tmp_path / "absent" / "file.json"
     assert_user_error(run_forked(main, *options, output, absent, cwd=REPO), output, "cannot be written")
+
+
+@pytest.mark.parametrize(("main", "options", "output"), COMMANDS)
+def test_what_would_be_destroyed_is_refused_before_the_run(tmp_path, main, options, output):
+    model, loop, folder = tmp_path / "model", tmp_path / "loop", tmp_path / "folder"
+    shutil.copytree(REPO / "checkpoints/demo-draft", model)
+    loop.symlink_to(loop)
+    (folder / "protected").mkdir(parents=True)
+    (folder / "protected").chmod(0o555)
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    for path, words in (
+        (weights, "a file that this run reads"),
+        (loop, "cannot be written"),
+        (weights / "x", "cannot be written"),
+        (folder / "protected/new.json", "no folder that can be written to"),
+    ):
+        result = run_forked(main, *options, "--checkpoint_path", model, output, path, cwd=REPO)
+        assert_user_error(result, output, words)
+    assert weights.read_bytes() == before and loop.is_symlink() and not list((folder / "protected").iterdir())
+
+
+def test_where_a_run_prints_it_writes_nothing_else(tmp_path):
+    path = tmp_path / "both.json"
+    with path.open("w") as stdout, pytest.raises(ValueError, match="prints to"):
+        status = os.fstat(stdout.fileno())
+        saved = os.dup(1)
+        try:
+            os.dup2(stdout.fileno(), 1)
+            check_writable("--metrics_path", path)
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+    assert path.stat().st_ino == status.st_ino
+    result = run_forked(generate.main, *GENERATE, "--metrics_path", path, "--profile", path, cwd=REPO)
+    assert_user_error(result, "--metrics_path and --profile are both")
+
+
+def test_a_file_of_several_names_keeps_them_and_a_private_one_stays_private(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("old")
+    path.chmod(0o600)
+    write_whole(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    other.hardlink_to(path)
+    write_whole(path, "newer")
+    assert other.read_text() == "newer"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed_do_not_matter(tmp_path, closed):
+    script = "from cli.errors import user_errors\nwith user_errors(): print('text'); raise ValueError('a mistake')"
+    command = f'{sys.executable} -c "{script}" {closed}'
+    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ("text\n" if closed == "2>&-" else "")
+    assert result.stderr == ("error: a mistake\n" if closed == ">&-" else "")
 
 
 def test_a_run_whose_reader_leaves_still_writes_its_metrics(tmp_path):
