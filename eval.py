@@ -21,12 +21,20 @@ from typing import Any
 import torch
 
 from checkpoint import checkpoint_dtype, load_model, read_files
-from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, check_stdout, number, read_text
+from cli.arguments import (
+    ArgumentParser,
+    add_checkpoint_options,
+    check_device,
+    check_stdout,
+    check_writable,
+    number,
+    read_text,
+)
 from cli.errors import outlive_readers, user_errors
 from cli.sampling import unsupported_options
 from config import DTYPES, eos_token_ids, parse_config, read_config
 from engine import check_ids
-from files import check_writable, write_whole
+from files import write_whole
 from harness import harness_model, load_tasks
 from likelihood import MAX_WINDOW, check_window, default_window, perplexity, sliding_windows
 from model import Transformer

@@ -8,9 +8,8 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -183,35 +182,6 @@ def name_file(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def check_writable(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:
-    """Raise ValueError where `write_whole` could not write what an option asks for, or would destroy what it must not.
-
-    inputs: the files that the run reads.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        status = None
-    except OSError as error:  # links in a circle, a file where a folder should be
-        raise ValueError(f"{option} {path} cannot be written: {error.strerror}; name another file") from None
-    if status is not None:
-        mode = status.st_mode
-        # The bits and not os.access, which grants root everything: a file that is protected is meant to be.
-        if not mode & 0o222:
-            raise ValueError(f"{option} {path} is protected against writing; change that, or name another file")
-        if stat.S_ISDIR(mode) or stat.S_ISSOCK(mode):
-            what = "folder" if stat.S_ISDIR(mode) else "socket"
-            raise ValueError(f"{option} {path} cannot be written: it is a {what}, expected a file")
-        if not stat.S_ISREG(mode):
-            return
-        if any(os.path.samestat(status, file.stat()) for file in inputs if file.exists()):
-            raise ValueError(f"{option} {path} is a file that this run reads; name another file")
-        if any(os.path.samestat(status, os.fstat(stream)) for stream in (1, 2)):
-            raise ValueError(f"{option} {path} is the file that this run prints to; name another file")
-    if not is_writable(folder := Path(os.path.realpath(path)).parent):
-        raise ValueError(f"{option} {path} cannot be written: {folder} is no folder that can be written to")
 
 
 def is_writable(folder: Path) -> bool:

@@ -375,6 +375,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids in, logits out. Without caches each call stands alone; with them it continues the text they hold.
 
+    A new one's parameters are memory that is not set yet: `load_model` or load_state_dict gives it weights.
     Each of several ranks makes its own, with the slices of the parameters that `tp.py` cuts for it.
     """
 

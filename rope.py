@@ -139,7 +139,7 @@ def parse_rope_scaling(
         if rotary_dim < 4:
             raise ValueError(f"config.json: rope type 'dynamic' needs head_dim of at least 4, and it is {rotary_dim}")
         return RopeScaling("dynamic", number("factor", low=1), original_max_position_embeddings=context)
-    original = original_length(values, given, None if rope_type == "llama3" else context)
+    original = original_length(values, given, context)
     if rope_type == "llama3":
         low, high = number("low_freq_factor"), number("high_freq_factor")
         if low >= high:
@@ -197,10 +197,10 @@ def parse_yarn(
     return (frequencies, frequencies), attention_scale(scales[0]) / attention_scale(scales[1])
 
 
-def original_length(values: dict[str, Any], given: dict[str, Any], default: int | None) -> int:
-    """Return original_max_position_embeddings: as in `transformers` first the one beside the object."""
+def original_length(values: dict[str, Any], given: dict[str, Any], context: int) -> int:
+    """Return original_max_position_embeddings, as in `transformers`: beside the object, in it, else the context."""
     name = "original_max_position_embeddings"
-    length = given.get(name, default) if values.get(name) is None else values[name]
+    length = given.get(name, context) if values.get(name) is None else values[name]
     if isinstance(length, float) and length.is_integer():  # which is a number in there, and a size nowhere else
         length = int(length)
     return read_number({name: length}, name)

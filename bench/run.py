@@ -118,6 +118,8 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
     roofs = []
     try:
         for turn in range(turns):
+            if bar.disable and report.writes:  # no terminal, where the bar is not seen
+                print(f"{group}: turn {turn + 1} of {turns}, of {len(rungs)} rungs", file=sys.stderr, flush=True)
             if not in_processes:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
                 roofs += [roof] if turn >= unsampled else []
@@ -168,10 +170,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     report = Report(path, content, ranks)
     try:
         measure(args, subject, device, ranks, report)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # SIGTERM, or a user's mistake
         kept = f"{', '.join(report.parts)} in {path}" if report.parts else "nothing was measured"
         print(f"\ninterrupted; {kept}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130 if isinstance(end, KeyboardInterrupt) else end.code)
     if report.writes:
         print(f"wrote {path}", file=sys.stderr)
 

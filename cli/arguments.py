@@ -5,12 +5,16 @@ import difflib
 import importlib.util
 import os
 import re
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cli.errors import one_line
+from files import is_writable
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,9 +66,12 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint, given by its path or as the Hub's organization/name: an argparse type.
 
     A name stands for the folder that scripts/download.py writes, and for the model in the Hub's own cache (HF_HOME);
-    with a revision for the latter alone, since the former does not say which one it is.
+    with a revision for the latter alone, since the former does not say which one it is. What begins with checkpoints/
+    may also be beside the program, as the demo is.
     """
     path = Path(text)
+    if not path.exists() and path.parts[:1] == ("checkpoints",) and (ROOT / path).is_dir():
+        path = ROOT / path  # typed in another folder than the program's
     # What begins with a folder that is there is meant as a path.
     is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir()
     downloaded = Path("checkpoints") / path
@@ -128,6 +135,35 @@ def add_checkpoint_options(parser: argparse._ActionsContainer, default: Path, wh
     parser.add_argument("--revision", metavar="NAME", help="with a name on the Hub: a branch, tag or commit (main)")
 
 
+def check_writable(option: str, path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise ValueError where files.write_whole could not write what an option asks for, or would destroy something.
+
+    inputs: the files that the run reads.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        status = None
+    except OSError as error:  # links in a circle, a file where a folder should be
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}; name another file") from None
+    if status is not None:
+        mode = status.st_mode
+        # The bits and not os.access, which grants root everything: a file that is protected is meant to be.
+        if not mode & 0o222:
+            raise ValueError(f"{option} {path} is protected against writing; change that, or name another file")
+        if stat.S_ISDIR(mode) or stat.S_ISSOCK(mode):
+            what = "folder" if stat.S_ISDIR(mode) else "socket"
+            raise ValueError(f"{option} {path} cannot be written: it is a {what}, expected a file")
+        if not stat.S_ISREG(mode):
+            return
+        if any(os.path.samestat(status, file.stat()) for file in inputs if file.exists()):
+            raise ValueError(f"{option} {path} is a file that this run reads; name another file")
+        if any(os.path.samestat(status, os.fstat(stream)) for stream in (1, 2)):
+            raise ValueError(f"{option} {path} is the file that this run prints to; name another file")
+    if not is_writable(folder := Path(os.path.realpath(path)).parent):
+        raise ValueError(f"{option} {path} cannot be written: {folder} is no folder that can be written to")
+
+
 def check_stdout() -> None:
     """Raise ValueError where stdout's encoding lacks characters that a text may have.
 
@@ -160,7 +196,11 @@ def check_device(name: str) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        reason = f"{str(error).splitlines()[0]}, and PyTorch finds {count} GPUs here"
+        raise ValueError(
+            f"--device {name} cannot be used ({reason}); give --device cpu or a GPU that is there"
+        ) from None
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -73,9 +74,15 @@ def catch_signals(received: list[int]) -> contextlib.ExitStack:
             sys.__unraisablehook__(lost)
             return
         signal.signal(received[-1], handle)
-        again = threading.Timer(0.01, os.kill, [os.getpid(), received[-1]])  # when the callback is over
-        again.daemon = True
-        again.start()
+        leaving = threading.Event()
+
+        def send() -> None:
+            leaving.wait()
+            time.sleep(0.1)  # until this hook and the callback are over: in them it would be lost once more
+            os.kill(os.getpid(), received[-1])
+
+        threading.Thread(target=send, daemon=True).start()
+        leaving.set()
 
     stack = contextlib.ExitStack()
     is_main = threading.current_thread() is threading.main_thread()

@@ -20,6 +20,7 @@ from cli.arguments import (
     add_checkpoint_options,
     check_device,
     check_stdout,
+    check_writable,
     checkpoint_folder,
     number,
     read_text,
@@ -30,7 +31,6 @@ from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
 from cli.template import ChatTemplate, load_template
 from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
 from engine import check_ids
-from files import check_writable
 from linears import Scheme
 from model import ModelConfig, Ranks
 from steps import Sampling
@@ -260,8 +260,8 @@ def check_compiler() -> None:
     except exc.InvalidCxxCompiler:
         named = os.environ.get("CXX", "g++")
         raise ValueError(
-            f"--compile on a CPU needs a C++ compiler, and {named} is none; install g++ or name one in CXX, or leave "
-            "--compile out"
+            f"--compile on a CPU needs a C++ compiler, and {named!r} cannot be run as one; install g++ or name one in "
+            "CXX, or leave --compile out"
         ) from None
 
 

@@ -145,5 +145,6 @@ def report_run(metrics: dict[str, Any], compiled: bool) -> None:
     if compiled:
         line += f", compiled in {metrics['compile_s']:.1f} s"
     if metrics["bandwidth_gb_per_s"]:
-        line += f"; {metrics['bandwidth_gb_per_s']:.1f} GB/s read while decoding"
+        rate = metrics["bandwidth_gb_per_s"]
+        line += f"; {f'{rate:.1f} GB/s' if rate >= 1 else f'{rate * 1e3:.0f} MB/s'} read while decoding"
     print(line + f"; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB", file=sys.stderr)

@@ -43,7 +43,7 @@ def library() -> Path | None:
     if "avx512_bf16" not in cpu:
         return None
     if program is None:
-        print(f"cpu.cpp is not used, products will be slower: there is no {compiler[0]}", file=sys.stderr)
+        print(f"cpu.cpp is not used, products will be slower: there is no compiler {compiler[0]!r}", file=sys.stderr)
         return None
     version = Path(program).stat()  # of the link's target; to ask the compiler would take a process
     home = Path(torch.__file__).parent

@@ -132,6 +132,28 @@ def test_steps_interrupted_in_their_first_turn_keep_what_was_measured(tmp_path, 
     assert rung["name"] == "done" and rung["samples"] == [2.0] and rung["share_of_roof"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_keeps_what_was_measured_and_says_where_and_turns_are_named_without_a_terminal(
+    config, monkeypatch, capsys, end, status
+):
+    def measure(args, subject, device, ranks, report):
+        def interrupted():
+            raise end
+
+        report.content |= {"rungs": [], "roofs": {}}
+        rungs = [Rung("done", "ms", lambda: 2.0), Rung("begun", "ms", interrupted)]
+        run.measure_group("positions", rungs, 3, report, "cpu")
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "measure_roof", lambda device: {"read_gb_per_s": 1.0})
+    result = mistake(capsys, "--config", config, "--device", "cpu", "--output_dir", config.parent)
+    assert result.returncode == status
+    [path] = config.parent.glob("*_ladder.json")
+    assert json.loads(path.read_text())["rungs"][0]["samples"] == [2.0]
+    assert "positions: turn 1 of 3, of 2 rungs\n" in result.stderr
+    assert f"interrupted; positions in {path}\n" in result.stderr
+
+
 def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
     rungs = {
         "slow": Rung("slow", "ms", lambda: 0.0, read_bytes=2e6, samples=[1.0, 10.0, 4.0]),

@@ -219,9 +219,14 @@ def test_a_llama_sees_all_the_way_whatever_its_sliding_window_says() -> None:
     assert parse_config({**LLAMA, "sliding_window": 4}).sliding_window is None
 
 
-@pytest.mark.parametrize(("beside", "expected"), [(None, 256), (128, 128)])
-def test_original_length_beside_rope_scaling_goes_before_the_one_in_it(beside: int | None, expected: int) -> None:
-    raw = {**LLAMA, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}, "original_max_position_embeddings": beside}
+@pytest.mark.parametrize(
+    ("beside", "inside", "expected"), [(None, 256, 256), (128, 256, 128), (128, None, 128), (None, None, 2048)]
+)
+def test_original_length_beside_rope_scaling_goes_before_the_one_in_it_and_before_the_context(
+    beside: int | None, inside: int | None, expected: int
+) -> None:
+    rope = {"rope_type": "llama3", **LLAMA3_ROPE, "original_max_position_embeddings": inside}
+    raw = {**LLAMA, "rope_scaling": rope, "original_max_position_embeddings": beside, "max_position_embeddings": 2048}
     scaling = parse_config(raw).rope_scaling
     assert scaling is not None and scaling.original_max_position_embeddings == expected
 
@@ -516,10 +521,6 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE, "original_max_position_embeddings": 0.5}},
             ["original_max_position_embeddings", "0.5"],
-        ),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-            ["original_max_position_embeddings", "None"],
         ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"layer_types": ["chunked_attention"] * 2}, ["layer_types", "chunked_attention"]),

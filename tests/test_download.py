@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from checkpoint import load_model
-from cli.arguments import checkpoint_folder
+from cli.arguments import ROOT, checkpoint_folder
 from tests.conftest import HANG, REPO, assert_user_error, run_command
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
 
@@ -535,3 +535,10 @@ def test_what_lies_beside_the_models_of_the_cache_is_not_read(own_cache: Path, t
     (snapshot / WEIGHTS).symlink_to(own_cache / target)
     with pytest.raises(ValueError, match="outside of its folder"):
         load_model(snapshot)
+
+
+def test_the_programs_own_checkpoints_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("checkpoints/demo") == ROOT / "checkpoints/demo"
+    (tmp_path / "checkpoints/demo").mkdir(parents=True)
+    assert checkpoint_folder("checkpoints/demo") == Path("checkpoints/demo")

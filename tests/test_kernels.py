@@ -396,7 +396,9 @@ def test_a_norm_is_left_to_a_product_on_a_gpu_alone():
     assert is_streamed(torch.zeros(1, 4))[0, 0] == 0  # not compiled
 
 
-@pytest.mark.parametrize(("compiler", "said"), [("no-compiler", "there is no no-compiler"), ("false", "slower")])
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("no-compiler", "there is no compiler 'no-compiler'"), ("false", "slower")]
+)
 def test_without_a_compiler_that_works_there_is_no_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], compiler: str, said: str
 ) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 import eval as evaluation
 import generate
-from files import check_writable, write_whole
+from cli.arguments import check_writable
+from files import write_whole
 from tests.conftest import HANG, REPO, assert_user_error, run_forked
 
 GENERATE = ("--prompt", "import", "--max_new_tokens", "2")
