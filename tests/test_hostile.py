@@ -661,7 +661,7 @@ def test_a_read_only_folder_is_one_line_and_parents_that_were_made_are_removed(
         assert not any(disk.iterdir())
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         result = ends(capfd, module, [*args, option, str(disk / "a" / "b" / "c")])
-        assert_user_error(result, "Read-only file system", disk)
+        assert_user_error(result, f"{disk} is no folder that can be written to")
 
 
 def test_a_full_disk_says_which_file_it_was_and_keeps_no_part_of_it(tmp_path: Path, capfd: Any) -> None:
