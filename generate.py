@@ -135,22 +135,26 @@ def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool)
     return cases | {Case(size, k) for size in sizes if size < largest for k in reachable_levels(levels, left)}
 
 
-def cases_of(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
+def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
     """Return what is to be compiled for a run, in rising order."""
-    speculation = engine.speculation
-    levels = levels_below(speculation.max_k) if speculation else (0,)
+    levels = levels_below(engine.speculation.max_k) if engine.speculation else (0,)
     cases: set[Case] = set()
     for prompts in job.batches or [[[0]]]:
         rooms = [min(max_new_tokens, job.max_seq_length - len(ids)) - 1 for ids in prompts]
         cases |= reachable_cases(rooms, levels, ends_early)
         if engine.prefill is not prefill and max(rooms) >= 0:
             cases.add(Case(len(prompts), None))
+    kept = without_needless(cases, engine)
+    return sorted(kept, key=lambda case: (case.num_rows, -1 if case.num_drafts is None else case.num_drafts))
+
+
+def without_needless(cases: set[Case], engine: Engine) -> set[Case]:
+    """Leave out the cases that stay eager, and prefill alone where another case of as many rows begins with it."""
     if engine.decode is decode:  # prefill alone is compiled: the model's, and before a round that of a draft model
-        with_draft = speculation is not None and speculation.draft_model is not None
-        cases = {case for case in cases if case.num_drafts is None or (with_draft and case.num_drafts == 1)}
-    elsewhere = {case.num_rows for case in cases if case.num_drafts is not None}  # each of these begins with prefill
-    cases = {case for case in cases if case.num_drafts is not None or case.num_rows not in elsewhere}
-    return sorted(cases, key=lambda case: (case.num_rows, -1 if case.num_drafts is None else case.num_drafts))
+        has_draft_model = engine.speculation is not None and engine.speculation.draft_model is not None
+        cases = {case for case in cases if case.num_drafts is None or (has_draft_model and case.num_drafts == 1)}
+    begun = {case.num_rows for case in cases if case.num_drafts is not None}
+    return {case for case in cases if case.num_drafts is not None or case.num_rows not in begun}
 
 
 def warm_up(engine: Engine, job: Job, quiet: bool, max_new_tokens: int = 2**31, ends_early: bool = True) -> None:
@@ -158,7 +162,7 @@ def warm_up(engine: Engine, job: Job, quiet: bool, max_new_tokens: int = 2**31, 
 
     ends_early: a row may end before max_new_tokens and the context, as at EOS.
     """
-    cases = cases_of(engine, job, max_new_tokens, ends_early)
+    cases = cases_to_compile(engine, job, max_new_tokens, ends_early)
     with tqdm(total=len(cases), leave=False, dynamic_ncols=True, disable=quiet or None) as bar:
         for i, case in enumerate(cases, start=1):
             if not bar.disable:

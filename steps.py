@@ -171,19 +171,9 @@ def allow_many_graphs() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
-def compiled(
-    step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
-) -> Callable[..., Any]:
-    """Compile prefill, decode, verify or draft_and_verify, into one graph for all positions and prompt lengths.
-
-    It also raises torch's limit of graphs, for the process.
-
-    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, which
-    inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph. One such graph serves any
-    number of slots: it gets the whole cache, of which the kernel for GPUs reads only what the mask shows. settings:
-    further options of inductor's.
-    """
-    options: dict[str, Any] = {
+def compile_options(mode: str | None) -> dict[str, Any]:
+    """Return the options of torch.compile for a step; mode: as in `compiled`."""
+    return {
         "guard_filter_fn": keep_first_layer_guards,
         "triton.cudagraphs": mode == "reduce-overhead",
         # It tunes the tiles of the reductions that stream the weights, and compiles longer. No GPU has measured it yet.
@@ -196,7 +186,21 @@ def compiled(
         # Inductor would compile a test program for each vector instruction set; kernels/cpu.py has shown that it works.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }
-    options |= settings or {}
+
+
+def compiled(
+    step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile prefill, decode, verify or draft_and_verify, into one graph for all positions and prompt lengths.
+
+    It also raises torch's limit of graphs, for the process.
+
+    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, which
+    inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph. One such graph serves any
+    number of slots: it gets the whole cache, of which the kernel for GPUs reads only what the mask shows. settings:
+    further options of inductor's.
+    """
+    options = compile_options(mode) | (settings or {})
     allow_many_graphs()
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 

@@ -20,7 +20,7 @@ import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
 from engine import Engine, generate, read_behind
-from generate import cases_of, warm_up
+from generate import cases_to_compile, warm_up
 from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
 from speculate import Speculation, verify
@@ -343,7 +343,7 @@ def job_of(lengths, slots):
 def cases_named(job, *, max_new_tokens, ends_early, max_k=0, prefill=prefill):
     speculation = Speculation(max_k=max_k) if max_k else None
     engine = SimpleNamespace(speculation=speculation, decode=compiled(decode), prefill=prefill)
-    return list(map(str, cases_of(engine, job, max_new_tokens, ends_early)))
+    return list(map(str, cases_to_compile(engine, job, max_new_tokens, ends_early)))
 
 
 def test_only_what_a_run_can_reach_is_compiled():
@@ -392,7 +392,7 @@ def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
             for _ in range(3):
                 for _ in engine.run(job.batches[0], max_new_tokens):
                     pass
-            expected = {tuple(case) for case in cases_of(engine, job, max_new_tokens, bool(eos_ids))}
+            expected = {tuple(case) for case in cases_to_compile(engine, job, max_new_tokens, bool(eos_ids))}
             assert reached <= expected
             if not max_k and not eos_ids:
                 assert reached == expected
