@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import gpt_fast, llama_cpp
-from bench.ladder import Ladder
+from bench.ladder import Ladder, beside_another
 from bench.rung import Rung, can_run
 from bench.runner import Peer, Runner, decode_mode
 from bench.subject import Subject
@@ -126,14 +126,15 @@ def make_rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> 
     # the ratios are, then llama.cpp, and then those that take longest.
     forms = list(dict.fromkeys(weights for _, weights, _ in everyone))
     everyone.sort(key=lambda one: (forms.index(one[1]), not one[0].startswith(("ours", "llama.cpp"))))
-    for method, label, size in (
-        ("decode", "decode", ladder.new_tokens),
-        ("decode_at", f"decode at {POSITION}", POSITION),
-        ("prefill", f"prefill of {PREFILL}", PREFILL),
+    for method, label, size, where in (
+        ("decode", "decode", ladder.new_tokens, partial),
+        ("decode_at", f"decode at {POSITION}", POSITION, partial),
+        ("prefill", f"prefill of {PREFILL}", PREFILL, partial),
+        ("decode", "decode beside a busy program", ladder.new_tokens, beside_another),
     ):
         first: dict[str, str] = {}  # ours, by the form of the weights
         for name, weights, contender in everyone:
             title = f"{name}, {label}"
             against = first.setdefault(weights, title)
-            run = partial(getattr(contender, method), size)
+            run = where(partial(getattr(contender, method), size))
             yield Rung(title, "tok/s", run, weights, against=against if against != title else "")

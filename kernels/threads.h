@@ -4,7 +4,7 @@
 // to it some milliseconds late: beside one busy program, a step of 200 regions takes half a second. Here a region is over
 // when its work is: a thread takes pieces as long as there are some, one that comes late finds none, and the caller
 // waits only for pieces that are being worked on. A thread that lost its core with such a piece stays away for a
-// while, twice as long each time.
+// while, four times as long each time.
 
 #include <linux/futex.h>
 #include <pthread.h>
@@ -25,7 +25,7 @@ namespace threads {
 
 constexpr int64_t SPIN = 2'000'000;  // ns that a thread looks for work before it sleeps: longer than a step's end takes
 constexpr int64_t LATE = 100'000;    // ns, besides twice a usual piece's time, after which a piece has lost its core
-constexpr int64_t FIRST_ABSENCE = 2'000'000, LONGEST_ABSENCE = 1'000'000'000;  // ns
+constexpr int64_t FIRST_ABSENCE = 4'000'000, LONGEST_ABSENCE = 1'000'000'000;  // ns
 constexpr int64_t GOOD = 100'000'000;  // ns without being late, after which a thread's absences are short again
 
 static int64_t now() {
@@ -81,7 +81,7 @@ class Pool {
         const int64_t time = now();
         if (time - helper.back > GOOD) helper.absence = FIRST_ABSENCE;
         helper.back = time + helper.absence;
-        helper.absence = std::min(2 * helper.absence, LONGEST_ABSENCE);
+        helper.absence = std::min(4 * helper.absence, LONGEST_ABSENCE);
     }
 
     void add() {
