@@ -132,8 +132,8 @@ class ModelReader:
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
         self.is_fused = self.raw.get("layout") == "fused"
+        config = parse_config(self.raw)  # first: a model that is not read may have weights under other names too
         self.files = TensorFiles(checkpoint_path, allow_pickle)
-        config = parse_config(self.raw)
         check_depth(self.files, config)
         if not self.is_fused:
             self._adopt_names(config)

@@ -250,7 +250,7 @@ def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
 
 def check_not_quantized(value: Any) -> None:
     """Raise ValueError where config.json has a `quantization_config`: what other programs quantized is not read."""
-    if value is not None:
+    if value not in (None, {}):
         method = value.get("quant_method") if isinstance(value, dict) else value
         raise ValueError(
             f"config.json: quantization_config of method {method!r} is not supported; "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import files as files_module
 import quantize
-from checkpoint import load_model, random_model, save_hub_checkpoint
+from checkpoint import ModelReader, load_model, random_model, save_hub_checkpoint
 from config import (
     DTYPES,
     FLAGS,
@@ -302,7 +302,7 @@ SAME_AS_SILENCE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
-    "quantization_config": (None,),
+    "quantization_config": (None, {}),
     "attn_logit_softcapping": (None, 0, 0.0),
     "final_logit_softcapping": (None, 0, 0.0),
     "embedding_multiplier": (None, 1, 1.0),
@@ -407,10 +407,14 @@ def test_a_dtype_may_have_torchs_other_name(name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
-def test_a_quantized_checkpoint_of_another_program_is_refused_by_its_method_alone(method: str) -> None:
+def test_a_quantized_checkpoint_of_another_program_is_refused_by_its_method_alone(tmp_path: Path, method: str) -> None:
     long = {"quant_method": method, "modules_to_not_convert": ["lm_head"] * 100}
     with pytest.raises(ValueError, match=f"method '{method}' is not supported; name the model") as error:
         parse_config({**LLAMA, "quantization_config": long})
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": long}))
+    (tmp_path / "output.safetensors").touch()
+    with pytest.raises(ValueError, match=f"method '{method}' is not supported"):
+        ModelReader(tmp_path, torch.float32)  # whose weights need not have the Hub's names
     assert len(str(error.value)) < 160
 
 
@@ -458,7 +462,6 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         ({"hidden_act": ["silu"]}, ["hidden_act", "['silu']"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "gptq"]),
-        ({"quantization_config": {}}, ["quantization_config"]),
         ({"num_local_experts": 8}, ["num_local_experts", "8"]),
         ({"num_experts": 64}, ["num_experts", "64"]),
         ({"mlp_only_layers": [0]}, ["mlp_only_layers", "[0]"]),
