@@ -34,9 +34,10 @@ from bench.results import ROOT
 from bench.rung import Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject
-from checkpoint import random_model
+from checkpoint import load_model, random_model, save_hub_checkpoint
 from cli.errors import fail
 from config import DTYPES
+from kernels import cpu
 
 DEPTH = 4  # layers whose compile time all are compared with
 PROMPT_LENGTH = 512  # long enough that the activations show in the peak
@@ -61,7 +62,18 @@ def read_peak(device: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def load(folder: str) -> dict[str, float]:
+    """Load a folder onto the CPU; peak_bytes is what that takes beside torch and our kernels."""
+    cpu.library()
+    forget_peak()
+    before = read_peak("cpu")
+    model = load_model(folder)
+    return {"peak_bytes": read_peak("cpu") - before, "weight_bytes": model.weight_bytes}
+
+
 def run(job: dict[str, Any]) -> dict[str, float]:
+    if "folder" in job:
+        return load(job["folder"])
     device = job["device"]
     model = random_model(job["config"], device, DTYPES[job["dtype"]])
     runner = Runner(model, make_steps(job["mode"], device), PROMPT_LENGTH + 64)
@@ -98,6 +110,38 @@ class Processes:
                 name = f"{mode}, {weights}" if weights else mode
                 yield Rung(f"{name}, peak memory", "GB", partial(self.measure_peak, weights, mode), weights)
 
+        if self.device == "cpu":
+            yield from self.loading()
+
+    def loading(self) -> Iterator[Rung]:
+        """Peak memory of loading a folder as the Hub has it, and of those that quantize.py makes of it."""
+        for weights, form in self.subject.forms.items():
+            name = weights or "as the Hub has it"
+            read = partial(self.measure_loading, weights, form)
+            files = f"its files, {name}"
+            yield Rung(f"loading a folder, {name}, peak memory", "GB", read, weights, against=files)
+            yield Rung(files, "GB", partial(self.measure_files, weights, form), weights)
+
+    def checkpoint(self, weights: str, form: dict[str, Any]) -> Path:
+        """Make a folder of random weights, once."""
+        path = self.folder / f"checkpoint-{weights}"
+        if not path.exists() and not weights:
+            model = random_model(form, dtype=self.subject.dtype, optimize=False)
+            path.mkdir()
+            save_hub_checkpoint(model, form, path, self.subject.dtype)
+        elif not path.exists():
+            plain, scheme = self.checkpoint("", self.subject.raw), form["quantization"]
+            command = [sys.executable, "quantize.py", "--checkpoint_path", str(plain), "--mode", scheme["mode"]]
+            command += ["--groupsize", str(scheme["groupsize"])] if scheme.get("groupsize") else []
+            subprocess.run([*command, "--output_path", str(path)], cwd=ROOT, check=True, capture_output=True)
+        return path
+
+    def measure_files(self, weights: str, form: dict[str, Any]) -> float:
+        return sum(file.stat().st_size for file in self.checkpoint(weights, form).glob("*.safetensors")) / 1e9
+
+    def measure_loading(self, weights: str, form: dict[str, Any]) -> float:
+        return self.start_process({"folder": str(self.checkpoint(weights, form))}, {})["peak_bytes"] / 1e9
+
     def measure_peak(self, weights: str, mode: str) -> float:
         cache = self.folder / f"{weights}-memory"
         if mode == "compile" and not cache.exists():  # what compiling anew takes would else be in the first sample only
@@ -130,8 +174,11 @@ class Processes:
     def run_process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
         raw = self.subject.forms[weights] | ({"num_hidden_layers": depth} if depth else {})
         job = {"config": raw, "device": self.device, "dtype": self.subject.dtype_name, "mode": mode}
+        return self.start_process(job, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+
+    def start_process(self, job: dict[str, Any], environment: dict[str, str]) -> dict[str, float]:
         command = [sys.executable, "-m", "bench.process", json.dumps(job)]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        environment = {**os.environ, **environment}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{shlex.join(command)} ended with {result.returncode}:\n{result.stderr}")
