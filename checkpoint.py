@@ -35,7 +35,7 @@ from tp import check_sizes, local_part
 # Files beside the weights that influence the text too.
 TEXT_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "vocab.json", "merges.txt",
+    "vocab.json", "merges.txt", "tekken.json",
 )  # fmt: skip
 # All that a text depends on.
 READ_FILES = ("config.json", *TEXT_FILES, "model*.safetensors*")
@@ -46,9 +46,10 @@ COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 # Tensors by name
 
 
-# Buffers that old releases of transformers stored, and the heads of classifiers and reward models.
+# Buffers that old releases of transformers stored, the heads of classifiers and reward models, and what sees.
 UNUSED_NAMES = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|qa_outputs|(v|value|reward)_head)\."
+    r"|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 
 
@@ -134,9 +135,9 @@ class ModelReader:
         self.is_fused = self.raw.get("layout") == "fused"
         config = parse_config(self.raw)  # first: a model that is not read may have weights under other names too
         self.files = TensorFiles(checkpoint_path, allow_pickle)
-        check_depth(self.files, config)
         if not self.is_fused:
             self._adopt_names(config)
+        check_depth(self.files, config)
         model = meta_model(self.raw)
         self.config = model.config
         self.specs = tensor_specs(model, dtype)
@@ -154,7 +155,10 @@ class ModelReader:
     def _adopt_names(self, config: ModelConfig) -> None:
         """Take in what other programs write: names without `model.`, and a tied head that is stored."""
         files, embedding, head = self.files, "model.embed_tokens.weight", "lm_head.weight"
-        if "layers.0.input_layernorm.weight" in files.files:
+        for name in list(files.files):  # those of the text in a model that sees too
+            if match := re.match(r"(model\.)?language_model\.", name):
+                files.alias((match[1] or "") + name[match.end() :], name)
+        if "layers.0.self_attn.o_proj.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)
         if not config.tie_word_embeddings or head not in files.files:

@@ -36,7 +36,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, **QWEN_DEFAULTS},
     "qwen3_moe": {
         "num_key_value_heads": 4, "max_position_embeddings": 32768, "use_sliding_window": False,
-        "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "sliding_window": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
         "norm_topk_prob": False,
     },
     "smollm3": {
@@ -52,16 +52,37 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True,
         "attention_out_bias": False,
     },
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
+    "ministral3": {
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "gemma3_text": {
+        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096, "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+    },
 }  # fmt: skip
+# Models that see too -> the family of their text, where `text_config` names none.
+OUTER_KEYS = ("dtype", "torch_dtype", "eos_token_id", "quantization_config", "tie_word_embeddings")
+TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 # The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "qwen3_moe": {"qk_norm": True},
+    "olmo2": {"qk_norm": True, "qk_norm_over_heads": True, "norms": (False, True), "norm_offset": 0.0},
+    "olmo3": {"qk_norm": True, "qk_norm_over_heads": True, "norms": (False, True), "norm_offset": 0.0},
+    "gemma3_text": {"qk_norm": True, "norms": (True, True), "norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"},
 }
 # Families whose layers all have full attention, and those in which some have and some slide.
-FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss")
-MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3")
+FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss", "olmo2")
+MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3", "olmo3", "gemma3_text")
 # Keys beside those of Llama that a family's config.json has a say in; in the others NEUTRAL_VALUES holds.
 FAMILY_KEYS: dict[str, tuple[str, ...]] = {
     "mixtral": ("num_local_experts",),
@@ -70,6 +91,7 @@ FAMILY_KEYS: dict[str, tuple[str, ...]] = {
     "granitemoehybrid": tuple(GRANITE_DEFAULTS),
     "phi3": ("partial_rotary_factor",),
     "seed_oss": ("attention_out_bias",),
+    "gemma3_text": ("hidden_act",),  # it goes by hidden_activation
 }
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -83,7 +105,18 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 # Flags that only these families have; in the others they must be off.
 FLAGS = {
-    "attention_bias": ("llama", "qwen3", "qwen3_moe", "smollm3", "granite", "granitemoehybrid", "seed_oss"),
+    "attention_bias": (
+        "llama",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "granite",
+        "granitemoehybrid",
+        "seed_oss",
+        "olmo2",
+        "olmo3",
+        "gemma3_text",
+    ),
     "mlp_bias": ("llama", "smollm3", "granite", "seed_oss"),
 }
 # Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
@@ -98,6 +131,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1, None),
     "logit_scale": (1, None),
     "attention_out_bias": (False, None),
+    "clip_qkv": (None,),
+    "use_bidirectional_attention": (False, None),
     "use_qk_norm": (False, None),
     "use_mrope": (False, None),
     "num_local_experts": (0, None),
@@ -136,7 +171,19 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
         raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
-    return read_json(path)
+    return text_config(read_json(path))
+
+
+def text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the text in that of a model that sees too; any other as it is."""
+    default = TEXT_FAMILIES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
+    if default is None:
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"config.json: text_config is {text!r}, expected an object")
+    beside = {key: raw[key] for key in OUTER_KEYS if raw.get(key) is not None}
+    return {"model_type": default, **text, "tie_word_embeddings": True, **beside}
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
@@ -145,6 +192,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     Raises ValueError, with the key and its value, where a key is missing or malformed or asks for arithmetic that
     model.py does not have.
     """
+    raw = text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
         raise ValueError(
@@ -199,7 +247,12 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_multipliers(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Read Granite's multipliers, in those families that have them: fields of ModelConfig."""
+    """Read the multipliers of the families that have them: fields of ModelConfig."""
+    if values["model_type"] == "gemma3_text":
+        if values["hidden_activation"] != "gelu_pytorch_tanh":
+            raise ValueError(f"config.json: hidden_activation {values['hidden_activation']!r} is not supported")
+        scores = read_number(values, "query_pre_attn_scalar", float, low=2.0**-20) ** -0.5
+        return {"embedding_multiplier": values["hidden_size"] ** 0.5, "query_multiplier": scores * head_dim**0.5}
     if values["model_type"] not in ("granite", "granitemoehybrid"):
         return {}
     fields = {key: read_number(values, key, float, low=2.0**-20) for key in GRANITE_DEFAULTS}
@@ -267,7 +320,10 @@ def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
         return fields
     if family == "qwen3_moe":
         fields["norm_topk_prob"] = read_flag(values, "norm_topk_prob")
-        values.setdefault("num_local_experts", values["num_experts"])
+        numbers = [values[key] for key in ("num_local_experts", "num_experts") if values.get(key) is not None] or [128]
+        if numbers[0] != numbers[-1]:
+            raise ValueError(f"config.json: num_local_experts {numbers[0]!r} and num_experts {numbers[-1]!r} differ")
+        values["num_local_experts"] = numbers[0]
     num_experts = read_number(values, "num_local_experts", high=MAX_COUNT)
     num_active = read_number(values, "num_experts_per_tok", high=num_experts)
     return {**fields, "num_local_experts": num_experts, "num_experts_per_tok": num_active}
@@ -290,10 +346,15 @@ def parse_sliding_window(
     mixed = window is not None and family in MIXED_ATTENTION
     kind = "full_attention" if window is None else "sliding_attention"
     allowed = ("full_attention", "sliding_attention") if mixed else (kind,)
-    if kinds is None:
+    if family == "granitemoehybrid" and kinds is None:
+        kinds = values.get("layers_block_type")
+    elif kinds is None:
         full: tuple[int, ...] | range = ()
         if mixed and family == "smollm3":
             full = tuple(i for i in range(num_layers) if i not in no_rope_layers)
+        elif mixed and family in ("olmo3", "gemma3_text"):
+            every = 4 if family == "olmo3" else read_number(values, "sliding_window_pattern")
+            full = range(every - 1, num_layers, every)
         elif mixed:
             full = range(read_number(values, "max_window_layers", low=0))
         kinds = ["full_attention" if i in full else kind for i in range(num_layers)]

@@ -8,6 +8,7 @@ from model import ModelConfig
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # A stack of experts: such tensors of one expert after the other.
 EXPERTS_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+NORMS_AFTER = {".attn_output_norm.": ".post_attention_layernorm.", ".mlp_output_norm.": ".post_feedforward_layernorm."}
 # The names of the families that have others than Llama's: part of ours -> of theirs.
 FAMILY_NAMES = {
     "mixtral": {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."},
@@ -15,6 +16,9 @@ FAMILY_NAMES = {
         ".mlp.gate_up_proj.": ".shared_mlp.input_linear.",
         ".mlp.down_proj.": ".shared_mlp.output_linear.",
     },
+    "olmo2": NORMS_AFTER,
+    "olmo3": NORMS_AFTER,
+    "gemma3_text": {".post_attention_layernorm.": ".pre_feedforward_layernorm.", **NORMS_AFTER},
 }
 # The parameters that a family stores as they are stacked in the model.
 STACKED_ON_DISK = {"phi3": ("qkv_proj", "gate_up_proj"), "granitemoehybrid": ("gate_up_proj",)}

@@ -73,12 +73,7 @@ def parse_ropes_by_kind(values: dict[str, Any], head_dim: int) -> dict[str, Any]
         raise ValueError(f"config.json: rope_parameters {kinds!r} or rope_scaling {scaling!r} is no object")
     where = [f"{kind} of rope_parameters" for kind in KINDS]
     fields = parse_rope_object(values, where[0], {**ropes[0], **scaling}, head_dim)
-    local = parse_rope_object(
-        {**values, "rope_theta": values["rope_local_base_freq"], "max_position_embeddings": 1},
-        where[1],
-        ropes[1],
-        head_dim,
-    )
+    local = parse_rope_object({**values, "rope_theta": values["rope_local_base_freq"]}, where[1], ropes[1], head_dim)
     if local["rope_scaling"] is not None:
         raise ValueError(f"config.json: rope_parameters {ropes[1]!r} of sliding_attention is scaled, not supported")
     return {**fields, "local_rope_theta": local["rope_theta"]}

@@ -1,11 +1,10 @@
 """Text <-> token ids, for the tokenizer files that Llama-family checkpoints come with.
 
-- tokenizer.json, read by package `tokenizers`, where the folder has one;
+- tokenizer.json, read by package `tokenizers`, where the folder has one, or Mistral's tekken.json (tekken.py);
 - tokenizer.model, a SentencePiece model (Llama 2, Mistral) or a tiktoken file (Llama 3), told apart by content;
 - vocab.json and merges.txt, of which package `tokenizers` makes the same as of a tokenizer.json.
 
-    tokenizer = load_tokenizer("checkpoints/demo")
-    tokenizer.decode(tokenizer.encode("def main():"))
+    ids = load_tokenizer("checkpoints/demo").encode("def main():")
 
 Each becomes a table of the bytes that every id stands for, and a function that encodes. The package decodes what it
 encodes (detokenizer.py); of the others the bytes are joined. A prompt is to be continued, so an EOS that a tokenizer
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detokenizer import BytesText, Library, LibraryText, byte_level_bytes, decoder_steps, piece_bytes, read_library
 from files import own_file, read_json
+from tekken import TEKKEN_SETTINGS, read_tekken
 
 if TYPE_CHECKING:
     import tokenizers
@@ -153,6 +153,8 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
         settings |= read_settings(folder, "special_tokens_map.json")
     if (path := own_file(folder, "tokenizer.json")).is_file():
         return load_backend(path, read_tokenizer_json(path), settings)
+    if (path := own_file(folder, "tekken.json")).is_file():
+        return load_backend(path, read_tekken(path), TEKKEN_SETTINGS | settings)
     if (path := own_file(folder, "tokenizer.model")).is_file():
         return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
     if (path := own_file(folder, "vocab.json")).is_file() and own_file(folder, "merges.txt").is_file():

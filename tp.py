@@ -28,6 +28,8 @@ from model import ONE_RANK, ModelConfig, Ranks
 PLAN = {
     "embed_tokens": ("vocabulary",),
     "qkv_proj": ("column", "kv_heads", "kv_heads"),
+    "q_norm": ("column",),  # this and the next: where one takes all heads
+    "k_norm": ("kv_heads",),
     "o_proj": ("row",),
     "gate_up_proj": ("column", "column"),
     "down_proj": ("row",),
@@ -41,7 +43,8 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     The sum over ranks would add a row-parallel bias once per rank: rank 0 has it, the others have zeros.
     """
     *_, module, kind = name.split(".")
-    if ranks.count == 1 or module not in PLAN:  # a norm, or a router
+    whole = module not in PLAN or (module in ("q_norm", "k_norm") and not config.qk_norm_over_heads)
+    if ranks.count == 1 or whole:  # a norm, or a router
         return part
     how = PLAN[module][index % len(PLAN[module])]
     if how == "row" and part.ndim == 1:  # a bias, or the scales of int8's output channels

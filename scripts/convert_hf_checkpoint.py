@@ -40,7 +40,9 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
             )
         write_fused_config(checkpoint_dir, reader.raw, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
-    if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt")):
+    if not any(
+        (output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "tekken.json")
+    ):
         print(
             f"but no tokenizer, since {checkpoint_dir} has none: no .json, no .model and no merges.txt", file=sys.stderr
         )

@@ -66,6 +66,8 @@ GRANITE4 = {
     "mamba_n_heads": 4,
     **MULTIPLIERS,
 }
+MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
 # The kinds of model we read: the family, and what its config has besides the common sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {}),
@@ -181,9 +183,63 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed_oss": ("seed_oss", {"num_key_value_heads": 2, "head_dim": 24}),
     "seed_oss_biased": ("seed_oss", {"num_key_value_heads": 2, "attention_out_bias": True, "mlp_bias": True}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
+    "olmo2_tied": ("olmo2", {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 8,
+            "layer_types": LOCAL_GLOBAL,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "ministral3": ("ministral3", {"num_key_value_heads": 2, "head_dim": 24, "rope_parameters": MINISTRAL, **SMALL_IDS}),
+    "ministral3_tied": (
+        "ministral3",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rope_parameters": {**MINISTRAL, "llama_4_scaling_beta": 0.7, "mscale": 0.5, "truncate": False},
+            "sliding_window": 24,
+            "tie_word_embeddings": True,
+            **SMALL_IDS,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 17,
+            "sliding_window": 8,
+            "layer_types": LOCAL_GLOBAL,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma3_untied": (
+        "gemma3_text",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "attention_bias": True,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 # Of the families after Mixtral one each, for tests that take a while.
-NEWER = ["qwen3_moe", "smollm3", "granite_tied", "granite4", "phi4_mini", "seed_oss_biased"]
+NEWER = [
+    "qwen3_moe", "smollm3", "granite_tied", "granite4", "phi4_mini", "seed_oss_biased", "olmo2_tied", "olmo3",
+    "ministral3", "gemma3",
+]  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -210,7 +266,8 @@ def randomize_(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
+            offset = 1 - parameter.data.flatten()[0]  # Gemma's norms add 1 to their weights
+            parameter.data.uniform_(0.5, 1.5, generator=generator).sub_(offset)
         else:
             std = parameter.shape[-1] ** -0.5 if parameter.ndim >= 2 and "embed" not in name else 0.5
             parameter.data.normal_(0, std, generator=generator)

@@ -34,7 +34,7 @@ from config import (
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
-from tests.conftest import LENGTH, NEWER, REPO, HubCheckpoint
+from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 
@@ -60,6 +60,10 @@ NEW_FAMILIES: list[dict[str, Any]] = [
     {**LLAMA, "model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 2},
     {**LLAMA, "model_type": "phi3", **SMALL_IDS},
     {**LLAMA, "model_type": "seed_oss"},
+    {**LLAMA, "model_type": "olmo2"},
+    {**LLAMA, "model_type": "olmo3"},
+    {**LLAMA, "model_type": "ministral3", **SMALL_IDS},
+    {**LLAMA, "model_type": "gemma3_text"},
 ]
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
@@ -311,6 +315,8 @@ SAME_AS_SILENCE: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1, 1.0),
     "logit_scale": (None, 1, 1.0),
     "attention_out_bias": (None, False),
+    "clip_qkv": (None,),
+    "use_bidirectional_attention": (None, False),
     "use_qk_norm": (None, False),
     "use_mrope": (None, False),
     "num_experts": (None, 0),
@@ -595,6 +601,63 @@ def test_a_mixtral_or_qwen_of_another_arithmetic_is_refused(
     assert all(word in str(error.value) for word in words), error.value
 
 
+FAMILY = {raw["model_type"]: raw for raw in NEW_FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "9", "at most 8"]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]"]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, ["moe_intermediate_size", "0"]),
+        ("qwen3_moe", {"norm_topk_prob": None}, ["norm_topk_prob", "None"]),
+        ("qwen3_moe", {"num_local_experts": 6}, ["num_local_experts 6", "num_experts 8"]),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size", "8"]),
+        ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "[1]", "2 layers"]),
+        ("smollm3", {"no_rope_layers": [1, 2]}, ["no_rope_layers", "[1, 2]"]),
+        ("smollm3", {"no_rope_layer_interval": 0}, ["no_rope_layer_interval", "0"]),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "sliding_window None"]),
+        ("granite", {"logits_scaling": 0}, ["logits_scaling", "0"]),
+        ("granite", {"residual_multiplier": None}, ["residual_multiplier", "None"]),
+        ("granite", {"embedding_multiplier": "12"}, ["embedding_multiplier", "'12'"]),
+        ("granitemoehybrid", {"num_local_experts": 8}, ["num_local_experts", "8"]),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, ["layer_types", "mamba"]),
+        ("granitemoehybrid", {"layer_types": None}, ["layer_types", "None"]),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, ["position_embedding_type", "'alibi'"]),
+        ("granitemoehybrid", {"mlp_bias": True}, ["mlp_bias", "True"]),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type", "'linear'", "longrope"]),
+        ("phi3", {"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5", "at most 1"]),
+        ("phi3", {"partial_rotary_factor": 0.4}, ["partial_rotary_factor 0.4", "head_dim 8", "3 channels"]),
+        ("phi3", {"attention_bias": True}, ["attention_bias", "True", "phi3"]),
+        ("seed_oss", {"attention_bias": False, "attention_out_bias": True}, ["attention_out_bias True"]),
+        ("seed_oss", {"attention_out_bias": "no"}, ["attention_out_bias", "'no'"]),
+        ("olmo2", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+        ("olmo2", {"mlp_bias": True}, ["mlp_bias", "True"]),
+        ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters", "full_attention"]),
+        ("olmo3", {"rope_parameters": {"sliding_attention": YARN}}, ["sliding_attention", "yarn"]),
+        ("olmo3", {"rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, ["truncate", "False"]),
+        ("olmo3", {"layer_types": ["full_attention", "chunked_attention"]}, ["layer_types", "chunked_attention"]),
+        ("olmo3", {"sliding_window": "8"}, ["sliding_window", "'8'"]),
+        ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": None}}, ["llama_4_scaling_beta", "None"]),
+        ("ministral3", {"rope_parameters": {"rope_type": "default"}}, ["rope type", "'default'", "yarn"]),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "30.0"]),
+        ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "True"]),
+        ("gemma3_text", {"hidden_activation": "gelu"}, ["hidden_activation", "'gelu'"]),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar", "0"]),
+        ("gemma3_text", {"sliding_window_pattern": 0}, ["sliding_window_pattern", "0"]),
+    ],
+    ids=str,
+)
+def test_a_newer_family_of_another_arithmetic_is_refused_by_key_and_value(
+    family: str, changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^config\.json: ") as error:
+        parse_config({**FAMILY[family], **changes})
+    assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize("name", ["float64", "int8", "float8_e4m3fn", "fp16", "", 16, ["float16"], {"a": 1}, False])
 def test_a_dtype_we_do_not_run_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="dtype") as error:
@@ -620,6 +683,8 @@ KEYS = st.sampled_from(
     [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
      "layer_types", "attention_bias", "mlp_bias", "tie_word_embeddings", "hidden_act", "partial_rotary_factor",
      "max_window_layers", "num_local_experts", "num_experts_per_tok", "mlp_only_layers",
+     "no_rope_layers", "layers_block_type", "query_pre_attn_scalar", "sliding_window_pattern", "hidden_activation",
+     "norm_topk_prob", "residual_multiplier", "shared_intermediate_size", "position_embedding_type", "text_config",
      "quantization_config", "use_qk_norm", "logit_scale", "original_max_position_embeddings", "dtype", "torch_dtype"]
 )  # fmt: skip
 ROPES = st.fixed_dictionaries(
@@ -1199,3 +1264,80 @@ def test_files_of_another_form_beside_the_weights_do_not_matter(tmp_path: Path) 
     for name in ("a.gguf", "consolidated.00.pth", "params.json"):
         (tmp_path / name).write_text("")
     load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text of models that see too
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral3", {"head_dim": 24, "sliding_window": None}),
+    "ministral3": ("mistral3", {"head_dim": 24, "rope_parameters": MINISTRAL, **SMALL_IDS}),
+    "gemma3_text": ("gemma3", {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=[(family, tied) for family in SEEING for tied in (True, False)], ids=str)
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HubCheckpoint:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    family, tied = request.param
+    kind, extra = SEEING[family]
+    eye = {"model_type": "pixtral", "head_dim": 16} if kind == "mistral3" else {"model_type": "siglip_vision_model"}
+    text = {**SIZES, "model_type": family, "vocab_size": 96, "num_key_value_heads": 2, **extra}
+    sees = {"vision_config": {**VISION, **eye}, **({"mm_tokens_per_image": 4} if kind == "gemma3" else {})}
+    config = AutoConfig.for_model(kind, text_config=text, **sees, tie_word_embeddings=tied)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
+    randomize_(model, seed=7)
+    tokens = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("seeing") / "model"
+    model.save_pretrained(path)
+    with torch.no_grad():
+        return HubCheckpoint(path, tokens, model(input_ids=tokens).logits)
+
+
+def test_the_text_of_a_model_that_sees_is_read_and_the_rest_ignored_with_a_line(
+    seeing: HubCheckpoint, tmp_path: Path, capsys: Any
+) -> None:
+    def other_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefixes = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+        for old, new in prefixes.items():
+            tensors = {name.replace(old, new): value for name, value in tensors.items()}
+        return tensors
+
+    for number, change in enumerate((lambda tensors: tensors, other_prefix)):
+        path = rewrite(seeing.path, tmp_path / str(number) / "model", change)
+        for logits in logits_in_every_form(path, seeing.tokens):
+            torch.testing.assert_close(logits, seeing.logits, atol=1e-4, rtol=0)
+        said = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+        assert len(said) == 2 and all("multi_modal_projector." in line and "no text" in line for line in said)
+        raw = read_config(path.with_name("converted"))
+        assert raw["model_type"] in SEEING and "vision_config" not in raw
+
+
+def test_a_model_that_sees_without_a_text_config_is_refused_by_key_and_value() -> None:
+    for kind in ("mistral3", "gemma3"):
+        with pytest.raises(ValueError, match="text_config is None"):
+            parse_config({"model_type": kind})
+    with pytest.raises(ValueError, match="model_type 'gpt2'"):
+        parse_config({"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "gpt2"}})
+    with pytest.raises(ValueError, match="quantization_config of method 'fp8'"):
+        parse_config({"model_type": "mistral3", "text_config": MISTRAL, "quantization_config": {"quant_method": "fp8"}})
+
+
+def test_a_text_config_that_says_little_means_what_transformers_assumes() -> None:
+    little = {"hidden_size": 256, "intermediate_size": 64, "model_type": "gemma3_text", "num_hidden_layers": 3}
+    little |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 16}
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model("gemma3", text_config=dict(little)).text_config
+    ours = parse_config({"model_type": "gemma3", "text_config": little})
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert ours.tie_word_embeddings and ours.query_multiplier == 1.0 and ours.embedding_multiplier == 16.0
+    slides = [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert [ours.window(i) for i in range(3)] == [16 if each else None for each in slides]
+    assert ours.rope_scaling == RopeScaling("linear", 8.0)
+    assert (ours.rope_theta, ours.local_rope_theta) == (1e6, 1e4)

@@ -133,6 +133,18 @@ def test_decode_matches_transformers(reference: HubCheckpoint, sizes: list[int])
         ("phi3", {"sliding_window": None}),
         ("phi4_mini", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
         ("phi4_mini", {"rope_scaling": None}),
+        ("olmo3", {"local_rope_theta": None}),
+        ("olmo3", {"rope_scaling": None}),
+        ("olmo3", {"full_attention_layers": ()}),
+        ("ministral3", {"query_scaling_beta": 0.0}),
+        ("ministral3", {"rope_scaling": None, "query_scaling_beta": 0.0}),
+        ("gemma3", {"local_rope_theta": None}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"query_multiplier": 1.0}),
+        ("gemma3", {"embedding_multiplier": 1.0}),
+        ("gemma3", {"hidden_act": "silu"}),
+        ("gemma3", {"norm_offset": 0.0}),
+        ("gemma3", {"sliding_window": None, "local_rope_theta": None}),
     ],
 )
 def test_reference_would_show_a_feature_left_out(
