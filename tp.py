@@ -23,14 +23,15 @@ from model import ONE_RANK, ModelConfig, Ranks
 # The plan
 
 # Module -> how each of its stacked parts is cut; in a stack of experts, those of each expert. «column» and «vocabulary»
-# cut the output features, «row» the input features, as Megatron names them. A head's features are adjacent, so that
-# equal pieces are whole heads. There may be fewer kv heads than ranks: then several ranks hold the same one.
+# cut the output features, «row» the input features, as Megatron names them, into as many equal pieces as ranks.
+# «kv_heads» cuts output features too, into kv heads: a rank has some of them, or shares one with others. «heads» and
+# «heads_row» cut what the queries of these have.
 PLAN = {
     "embed_tokens": ("vocabulary",),
-    "qkv_proj": ("column", "kv_heads", "kv_heads"),
-    "q_norm": ("column",),  # this and the next: where one takes all heads
+    "qkv_proj": ("heads", "kv_heads", "kv_heads"),
+    "q_norm": ("heads",),  # this and the next: where one takes all heads
     "k_norm": ("kv_heads",),
-    "o_proj": ("row",),
+    "o_proj": ("heads_row",),
     "gate_up_proj": ("column", "column"),
     "down_proj": ("row",),
     "lm_head": ("vocabulary",),
@@ -47,34 +48,42 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     if ranks.count == 1 or whole:  # a norm, or a router
         return part
     how = PLAN[module][index % len(PLAN[module])]
-    if how == "row" and part.ndim == 1:  # a bias, or the scales of int8's output channels
+    dim = 1 if how.endswith("row") else 0
+    if dim == 1 and part.ndim == 1:  # a bias, or the scales of int8's output channels
         return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
-    dim = 1 if how == "row" else 0
     if how == "vocabulary":  # the last ranks' shares may be padded, with ids that no text has
         size = -(-part.shape[0] // ranks.count)
         share = part[ranks.rank * size : (ranks.rank + 1) * size]
         padding = size - len(share)
         return torch.cat((share, share.new_zeros(padding, *share.shape[1:]))) if padding else share.contiguous()
-    num_pieces = min(ranks.count, config.num_key_value_heads) if how == "kv_heads" else ranks.count
-    size = part.shape[dim] // num_pieces
-    return part.narrow(dim, ranks.rank * num_pieces // ranks.count * size, size).contiguous()
+    kv_heads = config.num_key_value_heads
+    num_pieces = kv_heads if how == "kv_heads" else max(ranks.count, kv_heads) if "heads" in how else ranks.count
+    size, share = part.shape[dim] // num_pieces, ranks.share(num_pieces)
+    return part.narrow(dim, share.start * size, len(share) * size).contiguous()
 
 
 def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
     """Raise ValueError, with both numbers, where a model cannot be cut for `count` ranks."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    for name in ("num_attention_heads", "intermediate_size"):
-        if (size := getattr(config, name)) % count:
+    for name, size in (("num_attention_heads", heads), ("intermediate_size", config.intermediate_size)):
+        if size % count and (name == "intermediate_size" or count > kv_heads):
             raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
-    if kv_heads % count and count % kv_heads:
+    if count > kv_heads and count % kv_heads:
         raise ValueError(
-            f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of the {count} ranks; start another "
-            "number of them"
+            f"num_key_value_heads {kv_heads} is below the {count} ranks and no divisor of them; start another number"
+        )
+    unlike = count < kv_heads and kv_heads % count  # some ranks have one kv head more than others
+    if unlike and config.qk_norm_over_heads:
+        raise ValueError(
+            f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks, as a norm over all heads needs; "
+            "start as many as divide it"
         )
     if count == 1 or scheme is None or scheme.group_size is None:
         return
-    for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
-        if size % (count * scheme.group_size):
+    pieces = kv_heads if unlike else count
+    inputs = {"o_proj": (heads * config.head_dim, pieces), "down_proj": (config.intermediate_size, count)}
+    for name, (size, pieces) in inputs.items():
+        if size % (pieces * scheme.group_size):
             raise ValueError(
                 f"{name} has {size} inputs in groups of {scheme.group_size}, which is not a whole number of groups for "
                 f"each of the {count} ranks; start fewer, or quantize with a smaller --groupsize"

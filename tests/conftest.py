@@ -234,6 +234,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "three_kv_heads": (
+        "llama",
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "attention_bias": True},
+    ),
 }
 # Of the families after Mixtral one each, for tests that take a while.
 NEWER = [
@@ -347,23 +351,26 @@ def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess
     )
 
 
-def run_forked(main: Callable[[list[str]], Any], *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_forked(
+    main: Callable[[list[str]], Any], *args: object, cwd: Path, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command's main in a child that is forked, which spares a test the seconds of importing torch again.
 
     It may not compile: inductor would wait there for threads that this process has.
     """
     assert not {"--compile", "--compile_prefill"} & set(args)
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as typed, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        typed.write(stdin.encode())
+        typed.seek(0)
         if (child := os.fork()) == 0:
             status: Any = 1
             try:
                 signal.alarm(HANG)
                 os.chdir(cwd)
-                for descriptor, opened in enumerate(
-                    (os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())
-                ):
-                    os.dup2(opened, descriptor)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # pytest has its own
+                for descriptor, file in enumerate((typed, stdout, stderr)):
+                    os.dup2(file.fileno(), descriptor)
+                sys.stdin = os.fdopen(0)  # pytest has its own
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
                 main(list(map(str, args)))
                 status = 0
             except SystemExit as end:

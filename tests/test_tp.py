@@ -47,8 +47,9 @@ FAMILIES = (
     "qwen3",
     "mixtral",
     *NEWER,
+    "three_kv_heads",  # two ranks have unlike shares of them
 )
-FUSED = ("gqa", "biased", "mixtral", "phi4_mini")
+FUSED = ("gqa", "biased", "mixtral", "phi4_mini", "three_kv_heads")
 EXPERTS_QUANTIZED = (("int8",), ("int4", "--groupsize", "32"))
 QUANTIZED = (("int8",), ("int4", "--groupsize", "32"), ("int4-gptq", "--groupsize", "32"))
 MODELS = [*FAMILIES, *(f"{name}-converted" for name in FUSED), "demo", *(f"demo-{mode}" for mode, *_ in QUANTIZED)]
@@ -489,7 +490,9 @@ def config():
     [
         ({}, None, 3, "num_attention_heads 4 is not a multiple of the 3 ranks"),
         ({"intermediate_size": 770}, None, 4, "intermediate_size 770 is not a multiple of the 4 ranks"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 6}, None, 4, "num_key_value_heads 6 .* the 4 ranks"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, None, 4, "num_key_value_heads 3 .* the 4 ranks"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3}, Scheme("int4", 128), 2, "o_proj has 576 inputs"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "qk_norm_over_heads": True}, None, 2, "heads 3 is not a"),
         ({}, Scheme("int4", 256), 2, "o_proj has 256 inputs in groups of 256, .* each of the 2 ranks"),
         ({"intermediate_size": 800}, Scheme("int4", 32), 2, "down_proj has 800 inputs in groups of 32"),
         ({"head_dim": 50}, Scheme("int4-gptq", 32), 2, "o_proj has 200 inputs in groups of 32"),
