@@ -126,7 +126,7 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
 
 def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
-    capacity = model.max_seq_length - (speculation.max_k if speculation else 0)
+    capacity = model.max_seq_length - (speculation.most_drafts if speculation else 0)
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
     cache = model.layers[0].self_attn.cache
@@ -203,16 +203,13 @@ class Engine:
     def _steps(self, batch: Batch) -> Iterator[list[list[int]]]:
         """Yield the new ids of each running row, step after step."""
         while self.speculation is not None:
-            num_plain, k = self.speculation.plan(batch.most_room)
-            yield from self._decode(batch, num_plain)
-            if k:
-                batch.shrink_()
-                noise = batch.noise(self.generator)
-                new_ids = self.speculation.round(self.model, batch.running, k, self.sampling, noise)
-                if new_ids is None:
-                    yield from self._decode(batch, 1)
-                else:
-                    yield new_ids
+            batch.shrink_()
+            noise = batch.noise(self.generator)
+            new_ids = self.speculation.round(self.model, batch.running, self.sampling, noise)
+            if isinstance(new_ids, int):
+                yield from self._decode(batch, new_ids)
+            else:
+                yield new_ids
         yield from self._decode(batch, batch.most_room)
 
     def _decode(self, batch: Batch, count: int) -> Iterator[list[list[int]]]:
@@ -253,7 +250,7 @@ def generate(
     prompt's first ids the caches hold already, from an earlier turn. options: the other fields of `Engine`.
 
     A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
-    `ended` between two steps, or when prompt and new tokens fill the caches, whose last max_k slots speculation keeps
+    `ended` between two steps, or when prompt and new tokens fill the caches, whose last slots speculation keeps
     for drafts beyond the end. Raises ValueError if a prompt is empty or does not fit, or if logits are not finite.
     """
     return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

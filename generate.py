@@ -36,11 +36,12 @@ from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
 from config import quantization_scheme, read_config
+from drafters import DraftModel
 from engine import Engine, batch_sizes, generate
 from files import write_whole
 from model import ONE_RANK, Ranks, Transformer
 from rows import Row
-from speculate import Speculation, levels_below
+from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tp import draft_ranks
 
@@ -68,9 +69,9 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
         )
         shared_by = draft_ranks(whole.config, quantization_scheme(raw), num_bytes, ranks)
         draft_model = load_one(args, args.draft_checkpoint_path, job, job.draft_dtype, shared_by)
-    speculation = Speculation(draft_model, *([args.speculate_k] if args.speculate_k else []))
+    speculation = Speculation(draft_model, args.speculate_k or 0, lookup=args.prompt_lookup)
     for loaded in filter(None, (model, draft_model)):
-        loaded.setup_caches(job.num_rows, job.max_seq_length + speculation.max_k)
+        loaded.setup_caches(job.num_rows, job.max_seq_length + speculation.most_drafts)
     return model, speculation
 
 
@@ -87,9 +88,9 @@ def make_engine(args: argparse.Namespace, job: Job, model: Transformer, speculat
         speculation,
     )
     if speculation:
-        speculation.prefill = engine.prefill
+        engine.speculation = replace(speculation, prefill=engine.prefill)
         if args.compile:
-            speculation.compile_(decode_mode)
+            engine.speculation.compile_(decode_mode)
     return engine
 
 
@@ -98,12 +99,14 @@ class Case(NamedTuple):
 
     num_rows: int
     num_drafts: int | None  # 0: decode; None: prefill alone
+    are_found: bool = False  # the drafts, in the text
 
     def __str__(self) -> str:
         rows = f"batch of {self.num_rows}"
         if self.num_drafts is None:
             return f"{rows}, prefill"
-        return rows + (f", {self.num_drafts} draft{'s' * (self.num_drafts > 1)}" if self.num_drafts else "")
+        drafts = f"{self.num_drafts} draft{'s' * (self.num_drafts > 1)}{' found' * self.are_found}"
+        return rows + (f", {drafts}" if self.num_drafts else "")
 
 
 def reachable_levels(levels: tuple[int, ...], room: int) -> list[int]:
@@ -112,8 +115,8 @@ def reachable_levels(levels: tuple[int, ...], room: int) -> list[int]:
     return [level for level in reversed(levels) if level <= most]
 
 
-def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool) -> set[Case]:
-    """Return the cases that a batch can reach whose rows can take so many ids after prefill.
+def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool, are_found: bool = False) -> set[Case]:
+    """Return the cases that a batch can reach whose rows can take so many ids after prefill, with drafts of one kind.
 
     ends_early: rows may end before their room is full, at EOS or a stop text. With drafts a row may fill it sooner than
     another, but none before the first round.
@@ -123,36 +126,43 @@ def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool)
     def size_of(count: int) -> int:
         return next((size for size in sizes if size >= count), sizes[-1])
 
+    def case_of(size: int, k: int) -> Case:
+        return Case(size, k, are_found and k > 0)
+
     # Rows that end where their room is full: at first none, then the shortest, and so on.
     ends = [end for end in sorted({0, *rooms}) if 0 <= end < most]
     cases = {
-        Case(size_of(sum(room > end for room in rooms)), k)
+        case_of(size_of(sum(room > end for room in rooms)), k)
         for end in ends
         for k in reachable_levels(levels, most - end)
     }
     largest = max((case.num_rows for case in cases), default=0)
     left = most if ends_early else most - 1 if levels[0] else 0
-    return cases | {Case(size, k) for size in sizes if size < largest for k in reachable_levels(levels, left)}
+    return cases | {case_of(size, k) for size in sizes if size < largest for k in reachable_levels(levels, left)}
 
 
 def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
     """Return what is to be compiled for a run, in rising order."""
-    levels = levels_below(engine.speculation.max_k) if engine.speculation else (0,)
+    speculation = engine.speculation
+    kinds = ((speculation.model_levels, False), (speculation.lookup_levels, True)) if speculation else (((0,), False),)
     cases: set[Case] = set()
     for prompts in job.batches or [[[0]]]:
         rooms = [min(max_new_tokens, job.max_seq_length - len(ids)) - 1 for ids in prompts]
-        cases |= reachable_cases(rooms, levels, ends_early)
+        for levels, are_found in kinds:
+            cases |= reachable_cases(rooms, levels, ends_early, are_found) if levels else set()
         if engine.prefill is not prefill and max(rooms) >= 0:
             cases.add(Case(len(prompts), None))
     kept = without_needless(cases, engine)
-    return sorted(kept, key=lambda case: (case.num_rows, -1 if case.num_drafts is None else case.num_drafts))
+    return sorted(
+        kept, key=lambda case: (case.num_rows, -1 if case.num_drafts is None else case.num_drafts, case.are_found)
+    )
 
 
 def without_needless(cases: set[Case], engine: Engine) -> set[Case]:
     """Leave out the cases that stay eager, and prefill alone where another case of as many rows begins with it."""
     if engine.decode is decode:  # prefill alone is compiled: the model's, and before a round that of a draft model
         has_draft_model = engine.speculation is not None and engine.speculation.draft_model is not None
-        cases = {case for case in cases if case.num_drafts is None or (has_draft_model and case.num_drafts == 1)}
+        cases = {case for case in cases if case.num_drafts is None or (has_draft_model and case[1:] == (1, False))}
     begun = {case.num_rows for case in cases if case.num_drafts is not None}
     return {case for case in cases if case.num_drafts is not None or case.num_rows not in begun}
 
@@ -178,13 +188,14 @@ def compile_case(engine: Engine, job: Job, case: Case) -> None:
     # The rows that go on may be the shortest of all: few slots must hold no long one.
     by_length = sorted(chain(*batches), key=len)
     shortest, longest = by_length[: case.num_rows], len(by_length[-1])
-    speculation = (
-        replace(engine.speculation, levels=(case.num_drafts,)) if engine.speculation and case.num_drafts else None
-    )
+    speculation = None
+    if engine.speculation and case.num_drafts:
+        source = {"draft_model": None} if case.are_found else {"lookup": False}
+        speculation = replace(engine.speculation, levels=(case.num_drafts,), **source)
     is_whole = case.num_rows in map(len, batches)  # else rows have left, and only a draft model is prefilled
     for cached in sorted({0, max(0, job.max_seq_length - len(shortest[-1]) - 3)}):
-        if speculation:
-            speculation.filled = [cached] * case.num_rows
+        if speculation and isinstance(speculation.drafter, DraftModel):
+            speculation.drafter.filled = [cached] * case.num_rows
         # A prompt is at the beginning of its text, but in a conversation.
         prefills = is_whole and (not cached or not job.batches or longest > len(shortest[-1]))
         used = replace(engine, eos_ids=(), speculation=speculation, prefill=engine.prefill if prefills else prefill)

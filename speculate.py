@@ -3,8 +3,8 @@
 The text is the target's own, whatever the draft: exactly so at temperature 0, and in distribution above it. As in the
 paper, p is the target's distribution and q the draft's; both use the same temperature and filters.
 
-A round is one call that torch.compile captures whole, `draft_and_verify`, and one read on the host. With prompt lookup
-the host searches the text for drafts, and the call is `verify`. Either call accepts the drafts too.
+A round is one call that torch.compile captures whole, `draft_and_verify`, and one read on the host. Where drafts come
+from, and how many there are, is said in `drafters.py`.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafters import LOOKUP_K, MODEL_K, Both, Drafter, DraftModel, Lookup, levels_below
 from kernels.cpu import own_threads
 from model import Transformer
-from steps import Noise, Sampling, Text, compiled, draw, likeliest, prefill, probabilities, prompt_chunks, visible_slots
-
-GREEDY = Sampling(temperature=0)
+from steps import Noise, Sampling, Text, compiled, draw, likeliest, prefill, probabilities, visible_slots
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The steps of a round
@@ -122,109 +121,21 @@ def draft_and_verify(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    draft_model: Transformer,
+    drafts: Transformer | Tensor,
     k: int,
     sampling: Sampling,
-    noise: tuple[Tensor, tuple[Tensor, Tensor]] | None,
+    noise: tuple[Tensor | None, tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
-    """Draft k ids per row with draft_model and verify them with model; returns what `verify` does.
+    """Verify k drafts per row with model; returns what `verify` does.
 
-    noise: that of `draft` and that of `accept`.
+    drafts: the ids [B, k], or the model that drafts them. noise: that of `draft` and that of `accept`.
     """
     draft_noise, accept_noise = noise or (None, None)
-    drafted, q = draft(draft_model, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
+    if isinstance(drafts, Tensor):
+        return verify(model, tokens, positions, slots, drafts, sampling, accept_noise, None)
+    drafted, q = draft(drafts, tokens, positions, slots, sampling, draft_noise, k, model.config.vocab_size)
     drafted = model.ranks.broadcast(drafted)  # where each rank drafts alone, they may differ
     return verify(model, tokens, positions, slots, drafted, sampling, accept_noise, q)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How many drafts
-
-
-# The assumed cost of one more draft, in steps of the target: a draft a tenth its size, and the verifying.
-DRAFT_COST = 0.25
-# By this factor a past round weighs less with each new one.
-DECAY = 0.92
-# Drafts counted as accepted at the beginning: enough to begin with the largest k.
-PRIOR = 1.0
-# Where drafts do not pay, this many tokens are decoded plainly before the next try, twice as many after each failure.
-FIRST_WAIT, LONGEST_WAIT = 32, 256
-
-
-def expected_tokens(acceptance: float, k: int) -> float:
-    """Return how many tokens a round of k drafts yields on average: 1 + a + ... + a^k."""
-    return (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1
-
-
-class Pace:
-    """Choose how many tokens to draft, by how many were accepted lately.
-
-    Never by the clock: the same seed must give the same text.
-    """
-
-    def __init__(self, levels: tuple[int, ...]):
-        self.levels = levels  # the numbers to choose from, in falling order; the last may be 0, plain decoding
-        self.accepted, self.rejected = PRIOR, 0.0
-        self.wait = FIRST_WAIT
-        self.k = self.best()
-
-    def best(self) -> int:
-        a = self.accepted / (self.accepted + self.rejected)
-        return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + DRAFT_COST * k))
-
-    def plan(self, room: int) -> tuple[int, int]:
-        """Return how many tokens to decode plainly and then how many to draft, for a text with room for `room`."""
-        if room == 1:
-            return 1, 0
-        if self.k == 0:
-            smallest = min(level for level in self.levels if level)
-            return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
-        # A round adds one id besides the drafts: draft no more than the least level that fills the room with it.
-        return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
-
-    def update(self, counts: list[int], k: int) -> None:
-        """Record a round: how many of its k drafts each row accepted, of the rows that had any."""
-        was_plain = self.k == 0
-        self.accepted = DECAY * self.accepted + sum(counts)
-        self.rejected = DECAY * self.rejected + sum(n < k for n in counts)
-        self.k = self.best()
-        failed = was_plain and not any(counts)
-        self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
-
-
-def levels_below(max_k: int) -> tuple[int, ...]:
-    """Return max_k, three fifths of it, and so on down to 1 and 0: few numbers, since each needs a graph of its own."""
-    return (max_k, *levels_below(max_k * 3 // 5)) if max_k else (0,)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt lookup
-
-
-class Ngrams:
-    """Where each n-gram of a text last ended, to guess that the text goes on as it did there."""
-
-    SIZES = (3, 2)
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> the index after it, for those before the text's last
-
-    def extend(self, ids: list[int]) -> None:
-        for i in ids:
-            for size in self.SIZES:
-                if len(self.ids) >= size:
-                    self.ends[tuple(self.ids[-size:])] = len(self.ids)
-            self.ids.append(i)
-
-    def continuation(self, k: int) -> list[int]:
-        """Return the k ids that followed the previous occurrence of the text's last n-gram; [] where it is new."""
-        for size in self.SIZES:
-            end = self.ends.get(tuple(self.ids[-size:]))
-            if end is not None:
-                period = len(self.ids) - end
-                return [self.ids[end + i % period] for i in range(k)]
-        return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,41 +146,57 @@ class Ngrams:
 class Speculation:
     """Where drafts come from, how many there may be, and what became of them.
 
-    draft_model: with caches as long as the target's, and as many rows; None: prompt lookup. Beyond the context that it
-    was trained for it merely guesses worse. levels: the numbers of drafts to choose from, by default
-    `levels_below(max_k)`. The steps are the plain ones until `compile_`; prefill may be set to a compiled one.
+    draft_model: with caches as long as the target's, and as many rows; beyond the context that it was trained for it
+    merely guesses worse. lookup: drafts are found in the text; without a draft model they are. max_k: the most drafts a
+    round, 0 for MODEL_K and LOOKUP_K. levels: the numbers of drafts to choose from, by default `levels_below` the most.
+    The steps are the plain ones until `compile_`; prefill may be a compiled one.
     """
 
     draft_model: Transformer | None = None
-    max_k: int = 5
+    max_k: int = 0
     levels: tuple[int, ...] = ()
     draft_and_verify: Callable[..., Any] = draft_and_verify
-    verify: Callable[..., Any] = verify
     prefill: Callable[..., Any] = prefill
+    lookup: bool = False
 
-    # For each row, how many slots of the draft's caches hold the text.
-    filled: list[int] = field(default_factory=list, init=False)
-    # Of the latest text: for each row, how many forwards of the target accepted 0, 1, ..., max_k drafts, where those of
-    # plain decoding count as 0; and how many tokens were drafted per row.
+    drafter: Drafter = field(init=False)
+    # Of the latest text: for each row, how many forwards of the target accepted 0, 1, ... drafts, where those of plain
+    # decoding count as 0; and how many tokens were drafted per row.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        self.drafter = lookup = Lookup(self.lookup_levels)
+        if self.draft_model:
+            draft_model = DraftModel(self.draft_model, self.model_levels, self.prefill)
+            self.drafter = Both(lookup, draft_model) if self.lookup else draft_model
+
+    @property
+    def model_levels(self) -> tuple[int, ...]:
+        """The numbers of drafts that the draft model may be asked for; () without one."""
+        return (self.levels or levels_below(self.max_k or MODEL_K)) if self.draft_model else ()
+
+    @property
+    def lookup_levels(self) -> tuple[int, ...]:
+        """The numbers of drafts that may be found in the text; () where it is not searched."""
+        is_searched = self.lookup or self.draft_model is None
+        return (self.levels or levels_below(self.max_k or LOOKUP_K)) if is_searched else ()
+
+    @property
+    def most_drafts(self) -> int:
+        """The most drafts of a round, for which slots are kept beyond the end of a text."""
+        return max(self.max_k, *self.model_levels, *self.lookup_levels)
+
     def compile_(self, mode: str | None = None) -> None:
         """Let torch.compile capture a round's call; mode: as in `steps.compiled`."""
-        self.draft_and_verify, self.verify = compiled(draft_and_verify, mode), compiled(verify, mode)
+        self.draft_and_verify = compiled(draft_and_verify, mode)
 
     def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
         """Begin a text that shares no more than its first `cached` ids with the latest."""
         self.slots = torch.arange(target.max_seq_length, device=target.device)
-        self.pace = Pace(self.levels or levels_below(self.max_k))
-        self.accept_counts = [[0] * (self.max_k + 1) for _ in range(num_rows)]
+        self.accept_counts = [[0] * (self.most_drafts + 1) for _ in range(num_rows)]
         self.num_drafted = 0
-        before = self.filled if len(self.filled) == num_rows else [0] * num_rows
-        self.filled = [min(filled, cached) for filled in before]
-        self.ngrams = [Ngrams() for _ in range(num_rows)]
-
-    def plan(self, room: int) -> tuple[int, int]:
-        return self.pace.plan(room)
+        self.drafter.begin(target, num_rows, cached)
 
     def count(self, texts: list[Text], step: list[list[int]]) -> None:
         """Record the ids that a forward of the target gave each text, before they are cut to its room."""
@@ -277,69 +204,32 @@ class Speculation:
             if text.room:
                 self.accept_counts[text.number][len(ids) - 1] += 1
 
-    def round(
-        self, target: Transformer, texts: list[Text], k: int, sampling: Sampling, noise: Noise
-    ) -> list[list[int]] | None:
-        """Draft k tokens and verify them: return each text's new ids, or None where prompt lookup finds nothing.
+    def round(self, target: Transformer, texts: list[Text], sampling: Sampling, noise: Noise) -> list[list[int]] | int:
+        """Draft and verify: return each text's new ids, or how many tokens to decode plainly before the next round.
 
         texts: those that the first rows of the caches hold, of at least two ids; the target's caches hold all but the
         last. One that has ended runs along, and what it gets is not used.
         """
-        device = self.slots.device
+        proposal = self.drafter.propose(texts)
+        if isinstance(proposal, int):
+            return proposal
+        device, k = self.slots.device, proposal.k
         ends = [len(text.ids) for text in texts]
         slots = visible_slots(self.slots, max(ends) + k)
-        # The last two ids and their positions: all that the steps need of the text, in one copy to the device.
-        latest = [text.ids[-2:] for text in texts], [[end - 2, end - 1] for end in ends]
+        # The last ids and their positions: all that the step needs of the text, in one copy to the device.
+        places = [[max(0, end - i) for i in range(proposal.num_latest, 0, -1)] for end in ends]
+        latest = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)], places
         tokens, positions = torch.tensor(latest, device=device).unbind()
-        is_random, vocab_size = sampling.temperature > 0, target.config.vocab_size
-
-        if self.draft_model is None:
-            guesses = self.look_up(texts, k)
-            drafting = list(map(bool, guesses))
-            if not any(drafting) and 0 in self.pace.levels:
-                return None
-            drafted = torch.tensor([ids or [text.ids[-1]] * k for ids, text in zip(guesses, texts, strict=True)])
-            accept_noise = (noise.uniform(k), noise.exponential(vocab_size)) if is_random else None
-            with own_threads(target, drafted.numel() + len(texts)):
-                result = self.verify(target, tokens, positions, slots, drafted.to(device), sampling, accept_noise, None)
-        else:
-            drafting = [text.room > 0 for text in texts]
-            self.catch_up(texts)
-            round_noise = None
-            if is_random:
-                draft_noise = noise.exponential(k, vocab_size)
-                round_noise = draft_noise, (noise.uniform(k), noise.exponential(vocab_size))
-            with own_threads(target, len(texts) * (k + 1)):
-                result = self.draft_and_verify(
-                    target, tokens, positions, slots, self.draft_model, k, sampling, round_noise
-                )  # fmt: skip
+        drafts, round_noise = proposal.drafts, None
+        if isinstance(drafts, Tensor):
+            drafts = drafts.to(device)
+        if sampling.temperature > 0:
+            vocab_size = target.config.vocab_size
+            draft_noise = noise.exponential(k, vocab_size) if proposal.is_drawn else None
+            round_noise = draft_noise, (noise.uniform(k), noise.exponential(vocab_size))
+        with own_threads(target, len(texts) * (k + 1)):
+            result = self.draft_and_verify(target, tokens, positions, slots, drafts, k, sampling, round_noise)
         rows = result.tolist()  # the round's only read
-
-        counts = [n for n, *_ in rows]
-        for text, end, n in zip(texts, ends, counts, strict=True):
-            self.filled[text.number] = end - 1 + n
         self.num_drafted += k
-        self.pace.update([n for n, had_drafts in zip(counts, drafting, strict=True) if had_drafts], k)
+        self.drafter.note(proposal, texts, [n for n, *_ in rows])
         return [ids[: n + 1] for n, *ids in rows]
-
-    def look_up(self, texts: list[Text], k: int) -> list[list[int]]:
-        """Return k guesses for each text, [] for one that has ended or whose last n-gram is new."""
-        guesses = []
-        for text in texts:
-            ngrams = self.ngrams[text.number]
-            ngrams.extend(text.ids[len(ngrams.ids) :])
-            guesses.append(ngrams.continuation(k) if text.room else [])
-        return guesses
-
-    def catch_up(self, texts: list[Text]) -> None:
-        """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
-        assert self.draft_model is not None
-        if all(self.filled[text.number] >= len(text.ids) - 2 for text in texts):
-            return
-        # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
-        starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
-        missing = [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)]
-        last_id = self.draft_model.config.vocab_size - 1
-        for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
-            slots = visible_slots(self.slots, length)
-            self.prefill(self.draft_model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)

@@ -15,9 +15,9 @@ from bench.runner import PROMPT, Runner, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
 from config import quantization_scheme
+from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
-from speculate import levels_below
 from tp import draft_ranks
 
 PREFILL = (128, 512, 2048)

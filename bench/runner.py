@@ -96,9 +96,7 @@ class Runner:
 
     def speculation(self, draft_model: Transformer | None, **options: Any) -> Speculation:
         steps = self.steps
-        return Speculation(
-            draft_model, draft_and_verify=steps.draft_and_verify, verify=steps.verify, prefill=steps.prefill, **options
-        )
+        return Speculation(draft_model, draft_and_verify=steps.draft_and_verify, prefill=steps.prefill, **options)
 
     def decode(self, num_tokens: int) -> float:
         """Return tokens a second, of all rows together, of plain greedy decoding after a prompt of 6 tokens."""

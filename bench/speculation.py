@@ -22,8 +22,9 @@ from bench.runner import GREEDY, PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject
 from checkpoint import load_model, random_model
 from config import read_config
+from drafters import expected_tokens, levels_below
 from model import Transformer
-from speculate import count_leading, expected_tokens, levels_below
+from speculate import count_leading
 from steps import likeliest
 from tokenizer import load_tokenizer
 

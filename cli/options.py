@@ -30,6 +30,7 @@ from cli.ranks import local_device
 from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
 from cli.template import ChatTemplate, load_template
 from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
+from drafters import LOOKUP_K, MODEL_K
 from engine import check_ids
 from linears import Scheme
 from model import ModelConfig, Ranks
@@ -101,15 +102,12 @@ def add_sampling_options(parser: ArgumentParser) -> None:
 
 def add_draft_options(parser: ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculation (the text stays the model's own)")
-    source = drafts.add_mutually_exclusive_group()
-    source.add_argument("--draft_checkpoint_path", type=checkpoint_folder, metavar="DIR",
+    drafts.add_argument("--draft_checkpoint_path", type=checkpoint_folder, metavar="DIR",
                         help="a smaller model of the same vocabulary drafts")  # fmt: skip
-    source.add_argument(
-        "--prompt_lookup", action="store_true", help="what followed the last n-gram before is the draft"
-    )
-    drafts.add_argument(
-        "--speculate_k", type=number(int, 1, 64), metavar="K", help="draft at most K tokens a round (5)"
-    )
+    drafts.add_argument("--prompt_lookup", action="store_true",
+                        help="where the text repeats itself, it drafts; with or without a model")  # fmt: skip
+    drafts.add_argument("--speculate_k", type=number(int, 1, 64), metavar="K",
+                        help=f"draft at most K tokens a round ({MODEL_K}; what repeats: {LOOKUP_K})")  # fmt: skip
 
 
 def add_run_options(parser: ArgumentParser) -> None:

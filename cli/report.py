@@ -114,14 +114,16 @@ def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Specu
 
         name, peak = str(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     draft_model = speculation.draft_model if speculation else None
+    sources = ["model"] * (draft_model is not None) + ["prompt lookup"] * bool(
+        speculation and speculation.lookup_levels
+    )
     step_bytes = [bytes_per_step(model, rows, draft_model) for rows in samples]
     # The row that ran longest saw every step of its batch.
     rates = [max(rows, key=lambda row: len(row.arrivals)).steps_per_s for rows in samples]
     bandwidths = [rate * size / 1e9 for rate, size in zip(rates, step_bytes, strict=True) if rate]
     return {
         "samples": [row.metrics() for rows in samples for row in rows],
-        "speculation": speculation
-        and {"drafts": "prompt lookup" if draft_model is None else "model", "speculate_k": speculation.max_k},
+        "speculation": speculation and {"drafts": " and ".join(sources), "speculate_k": speculation.most_drafts},
         "weight_bytes": model.weight_bytes,
         "bytes_per_step": int(statistics.median(step_bytes)),
         "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,

@@ -335,7 +335,9 @@ def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder,
         # What was answered is searched too: asked a third time, the question finds its answer in the history.
         text = Text(0, drafting.ids + drafting.ids[-15:-12], room=9)
         speculation.begin(models[1], 1, 0)
-        assert speculation.look_up([text], 3) == [drafting.ids[-12:-9]]
+        guess = speculation.drafter.look_up(text, 1)
+        end = text.ids[-2:] + guess
+        assert guess and end in [drafting.ids[i : i + 3] for i in range(len(drafting.ids))]
 
 
 def test_generated_ids_are_kept_though_the_text_would_be_encoded_otherwise(chat_folder):

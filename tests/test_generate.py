@@ -23,7 +23,7 @@ from engine import Engine, generate, read_behind
 from generate import cases_to_compile, warm_up
 from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
-from speculate import Speculation, verify
+from speculate import Speculation, draft_and_verify
 from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
 from tests.conftest import assert_user_error
@@ -356,13 +356,13 @@ def test_only_what_a_run_can_reach_is_compiled():
     assert cases_named(job_of((3, 3, 9), 11), max_new_tokens=9, ends_early=False) == ["batch of 2", "batch of 3"]
     one = job_of((3,), 200)
     assert cases_named(one, max_new_tokens=2, ends_early=True, max_k=5) == ["batch of 1"]
-    assert cases_named(one, max_new_tokens=3, ends_early=True, max_k=5) == ["batch of 1", "batch of 1, 1 draft"]
-    drafts = [f"batch of 1, {k}" for k in ("1 draft", "3 drafts", "5 drafts")]
+    assert cases_named(one, max_new_tokens=3, ends_early=True, max_k=5) == ["batch of 1", "batch of 1, 1 draft found"]
+    drafts = [f"batch of 1, {k}" for k in ("1 draft found", "3 drafts found", "5 drafts found")]
     assert cases_named(one, max_new_tokens=5, ends_early=True, max_k=5) == ["batch of 1", *drafts[:2]]
     assert cases_named(one, max_new_tokens=6, ends_early=True, max_k=5) == ["batch of 1", *drafts]
     # Rows that accept more drafts are sooner at their length.
     assert cases_named(job_of((3, 3), 200), max_new_tokens=3, ends_early=False, max_k=5) == [
-        "batch of 1", "batch of 2", "batch of 2, 1 draft",
+        "batch of 1", "batch of 2", "batch of 2, 1 draft found",
     ]  # fmt: skip
 
 
@@ -373,19 +373,19 @@ def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
     reached = set()
 
     def watched_decode(model, tokens, *rest):
-        reached.add((len(tokens), 0))
+        reached.add((len(tokens), 0, False))
         return decode(model, tokens, *rest)
 
-    def watched_verify(model, tokens, positions, slots, drafted, *rest):
-        reached.add(tuple(drafted.shape))
-        return verify(model, tokens, positions, slots, drafted, *rest)
+    def watched_round(model, tokens, positions, slots, drafted, *rest):
+        reached.add((*drafted.shape, True))
+        return draft_and_verify(model, tokens, positions, slots, drafted, *rest)
 
     for seed, lengths in enumerate(((3,), (3, 3), (4, 9, 4), (2, 9, 11, 3, 5, 12), (5,) * 8)):
         for max_new_tokens in (1, 2, 3, 4, 7, 40):
             slots = min(30, max(lengths) + max_new_tokens)
             job = job_of(lengths, slots)
             model.setup_caches(len(lengths), slots + max_k)
-            speculation = Speculation(max_k=max_k, verify=watched_verify) if max_k else None
+            speculation = Speculation(max_k=max_k, draft_and_verify=watched_round) if max_k else None
             generator = torch.Generator().manual_seed(seed)
             engine = Engine(model, Sampling(1.5), eos_ids, generator, decode=watched_decode, speculation=speculation)
             reached.clear()
@@ -404,9 +404,9 @@ def test_what_is_compiled_is_named_as_it_goes():
     assert result.returncode == 0, result.stderr
     assert re.findall("^compiling .*", result.stderr, re.M) == [
         "compiling 1 of 4: batch of 1",
-        "compiling 2 of 4: batch of 1, 1 draft",
+        "compiling 2 of 4: batch of 1, 1 draft found",
         "compiling 3 of 4: batch of 2",
-        "compiling 4 of 4: batch of 2, 1 draft",
+        "compiling 4 of 4: batch of 2, 1 draft found",
     ]
 
 

@@ -1,0 +1,235 @@
+"""Where drafts come from, a draft model or the text itself, and how many there are.
+
+Before each round a `Drafter` is asked and answers with a `Proposal`, or with a number of tokens to decode plainly
+first. `speculate.py` runs the round, whichever it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model import Transformer
+from steps import Sampling, Text, prefill, prompt_chunks, visible_slots
+from suffix import Suffixes
+
+GREEDY = Sampling(temperature=0)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a round verifies."""
+
+    drafts: Transformer | Tensor  # the model that drafts on the device, or ids [B, k] that were found
+    k: int
+    lengths: list[int]  # how many of the k are meant for each text; those beyond are there for other rows
+    num_latest: int = 1  # how many of a text's last ids the step is given
+    is_drawn: bool = False  # from a distribution, which takes noise
+
+
+class Drafter(Protocol):
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        """Begin a text that shares no more than its first `cached` ids with the latest."""
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        """Return drafts for the texts, of which one that has ended needs none, or how many tokens to decode first."""
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        """Take in how many of its drafts each text, as it was when they were proposed, accepted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many drafts
+
+
+# The most drafts of a round. What is found costs nothing, and with the last token fills the 16 rows of a kernel.
+MODEL_K, LOOKUP_K = 5, 15
+# The assumed cost of one more draft, in steps of the target: by a model a tenth its size and verified; verified alone.
+DRAFT_COST, VERIFY_COST = 0.25, 0.1
+# By this factor a past round weighs less with each new one.
+DECAY = 0.92
+# Drafts counted as accepted at the beginning: enough to begin with the largest k.
+PRIOR = 1.0
+# Where drafts do not pay, this many tokens are decoded plainly before the next try, twice as many after each failure.
+FIRST_WAIT, LONGEST_WAIT = 32, 256
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Return how many tokens a round of k drafts yields on average: 1 + a + ... + a^k."""
+    return (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1
+
+
+class Pace:
+    """Choose how many tokens to draft, by how many were accepted lately.
+
+    Never by the clock: the same seed must give the same text.
+    """
+
+    def __init__(self, levels: tuple[int, ...], cost: float = DRAFT_COST):
+        self.levels = levels  # the numbers to choose from, in falling order; the last may be 0, plain decoding
+        self.cost = cost  # of one more draft
+        self.accepted, self.rejected = PRIOR, 0.0
+        self.wait = FIRST_WAIT
+        self.k = self.best()
+        self.due = 0  # how many to draft when a wait is over
+
+    def best(self) -> int:
+        a = self.accepted / (self.accepted + self.rejected)
+        return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + self.cost * k))
+
+    def plan(self, room: int) -> tuple[int, int]:
+        """Return how many tokens to decode plainly and then how many to draft, for a text with room for `room`."""
+        if room == 1:
+            return 1, 0
+        if self.k == 0:
+            smallest = min(level for level in self.levels if level)
+            return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
+        # A round adds one id besides the drafts: draft no more than the least level that fills the room with it.
+        return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
+
+    def next(self, room: int) -> tuple[int, int]:
+        """Return how many to draft now; or 0, and how many tokens to decode plainly before asking again."""
+        num_plain, k = (0, self.due) if self.due else self.plan(room)
+        self.due = k if num_plain else 0
+        return (0, num_plain) if num_plain else (k, 0)
+
+    def update(self, counts: list[int], lengths: list[int]) -> None:
+        """Record a round: how many drafts each row had, and how many of them it accepted."""
+        was_plain = self.k == 0
+        self.accepted = DECAY * self.accepted + sum(counts)
+        self.rejected = DECAY * self.rejected + sum(n < length for n, length in zip(counts, lengths, strict=True))
+        self.k = self.best()
+        failed = was_plain and not any(counts)
+        self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
+
+
+def levels_below(max_k: int) -> tuple[int, ...]:
+    """Return max_k, three fifths of it, and so on down to 1 and 0: few numbers, since each needs a graph of its own."""
+    return (max_k, *levels_below(max_k * 3 // 5)) if max_k else (0,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drafters
+
+
+@dataclass
+class DraftModel:
+    """A smaller model, with caches as long as the target's and as many rows."""
+
+    model: Transformer
+    levels: tuple[int, ...]
+    prefill: Callable[..., Any] = prefill
+    # For each row, how many slots of the draft's caches hold the text.
+    filled: list[int] = field(default_factory=list)
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        self.slots = torch.arange(target.max_seq_length, device=target.device)
+        self.pace = Pace(self.levels)
+        before = self.filled if len(self.filled) == num_rows else [0] * num_rows
+        self.filled = [min(filled, cached) for filled in before]
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        k, num_plain = self.pace.next(max(text.room for text in texts))
+        if k == 0:
+            return num_plain
+        self.catch_up(texts)
+        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2, is_drawn=True)
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        for text, n in zip(texts, counts, strict=True):
+            self.filled[text.number] = len(text.ids) - 1 + n
+        update_pace(self.pace, proposal, counts)
+
+    def catch_up(self, texts: list[Text]) -> None:
+        """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
+        if all(self.filled[text.number] >= len(text.ids) - 2 for text in texts):
+            return
+        # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
+        starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
+        missing = [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)]
+        last_id = self.model.config.vocab_size - 1
+        for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
+            slots = visible_slots(self.slots, length)
+            self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
+
+
+@dataclass
+class Lookup:
+    """Drafts found in the text: what followed when its end stood there before, in this turn or an earlier one."""
+
+    levels: tuple[int, ...]
+    indexes: list[Suffixes] = field(default_factory=list)
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        self.pace, self.num_vain = Pace(self.levels, VERIFY_COST), 0
+        self.indexes = self.indexes if len(self.indexes) == num_rows else [Suffixes() for _ in range(num_rows)]
+        self.is_new = [True] * num_rows
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        room = max(text.room for text in texts)
+        most, num_plain = self.pace.next(room)
+        if most == 0:
+            return num_plain
+        found = [self.look_up(text, most) for text in texts]
+        longest = max(map(len, found))
+        if longest == 0 and 0 in self.levels:
+            self.pace.due = most if self.pace.k == 0 else 0
+            self.num_vain += 1
+            return min(1 + self.num_vain // 8, 4, room)
+        self.num_vain = 0
+        positive = [level for level in self.levels if level]
+        k = min(most, max([level for level in positive if level <= longest], default=positive[-1]))
+        ids = [(ids + [text.ids[-1]] * k)[:k] for text, ids in zip(texts, found, strict=True)]
+        return Proposal(torch.tensor(ids), k, [min(k, len(ids)) for ids in found])
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        update_pace(self.pace, proposal, counts)
+
+    def look_up(self, text: Text, most: int) -> list[int]:
+        """Return up to `most` guesses for a text, [] for one that has ended or whose end is new."""
+        index = self.indexes[text.number]
+        if self.is_new[text.number] and index.ids != text.ids[: len(index.ids)]:  # not a further turn of the last one
+            index = self.indexes[text.number] = Suffixes()
+        self.is_new[text.number] = False
+        index.extend(text.ids[len(index.ids) :])
+        return index.continuation(most) if text.room else []
+
+
+@dataclass
+class Both:
+    """A lookup and a draft model, of which the one with more drafts proposes."""
+
+    lookup: Lookup
+    other: DraftModel
+    wait: int = 0  # how many tokens the other wants to be decoded without it
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        self.wait = 0
+        self.lookup.begin(target, num_rows, cached)
+        self.other.begin(target, num_rows, cached)
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        most = self.other.pace.k if self.wait == 0 else 0
+        found = self.lookup.propose(texts)
+        if isinstance(found, Proposal) and max(found.lengths) > most:
+            return found
+        if self.wait == 0:
+            drafts = self.other.propose(texts)
+            if isinstance(drafts, Proposal):
+                return drafts
+            self.wait = drafts
+        num_plain = min(self.wait, 1 if isinstance(found, Proposal) else found)
+        self.wait -= num_plain
+        return num_plain
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        source: Drafter = self.lookup if isinstance(proposal.drafts, Tensor) else self.other
+        source.note(proposal, texts, counts)
+
+
+def update_pace(pace: Pace, proposal: Proposal, counts: list[int]) -> None:
+    """Record a round for the texts that had drafts."""
+    had = [(min(n, length), length) for n, length in zip(counts, proposal.lengths, strict=True) if length]
+    pace.update([n for n, _ in had], [length for _, length in had])
