@@ -12,6 +12,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
+import contextlib
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import ModelReader, checkpoint_dtype, meta_model, tensor_specs, write_fused_config
+from calibration import NUM_WINDOWS, ROWS, WINDOW, cut_windows, write_windows
+from checkpoint import ModelReader, checkpoint_dtype, load_model, meta_model, tensor_specs, write_fused_config
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
-from config import read_config
-from engine import check_ids
+from cli.template import load_template
+from config import eos_token_ids, read_config
 from files import new_folder, sibling, write_safetensors
 from gptq import Calibration
 from linears import (
@@ -42,7 +44,7 @@ from linears import (
     quantize_linear,
 )
 from model import ModelConfig, Transformer
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 # The default calibration text: modules of the standard library that the demo was not trained on.
 CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
@@ -88,27 +90,32 @@ def quantized_parts(
 
 
 def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor:
-    """Return windows of token ids [num, S], spread evenly over the text, each with its BOS; fewer if it is short."""
+    """Return windows of token ids [num, S]: of --calibration_file, or what the model writes, half of it as a chat."""
     tokenizer = load_tokenizer(args.checkpoint_path)
-    path = args.calibration_file
-    text = read_text("--calibration_file", path) if path else library_text(CALIBRATION_MODULES)
-    length = args.calibration_length or min(512, config.max_position_embeddings)
+    length = args.calibration_length or min(WINDOW, config.max_position_embeddings)
     if length > config.max_position_embeddings:
         raise ValueError(
             f"--calibration_length {length} is above the model's context of {config.max_position_embeddings}"
         )
-    bos, ids = tokenizer.encode(""), tokenizer.encode(text, bos=False)
-    size = max(1, length - len(bos))
-    available = len(ids) // size
-    if available == 0:
-        raise ValueError(
-            f"the calibration text has {len(ids)} tokens, a window takes {size}; give a longer --calibration_file or "
-            "a smaller --calibration_length"
-        )
-    check_ids(ids, config.vocab_size, "the calibration text")
-    num = min(args.calibration_samples or 64, available)
-    starts = [size * (available * n // num) for n in range(num)]
-    return torch.tensor([bos + ids[start : start + size] for start in starts])
+    num = args.calibration_samples or NUM_WINDOWS
+    if args.calibration_file:
+        text = read_text("--calibration_file", args.calibration_file)
+        return cut_windows(text, tokenizer, num, length, config.vocab_size)
+    opening = chat_opening(args.checkpoint_path, tokenizer)
+    model = load_model(args.checkpoint_path, args.device)
+    with tqdm(total=-(-num // ROWS) * length, desc="calibration text", dynamic_ncols=True, disable=None) as bar:
+        return write_windows(model, tokenizer, num, length, opening, bar.update)
+
+
+def chat_opening(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids before a user's first message; [] where there is no chat template, or it takes no such message."""
+    template, mark = load_template(path, tokenizer, eos_token_ids(path)), "QUESTION"
+    if template is None:
+        return []
+    with contextlib.suppress(ValueError):
+        before, found, _ = template.render([{"role": "user", "content": mark}], False).partition(mark)
+        return tokenizer.encode(before) if found else []
+    return []
 
 
 def library_text(modules: Sequence[str]) -> str:
@@ -133,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
     gptq = parser.add_argument_group("int4-gptq")
-    gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (parts of Python's standard library)")
+    gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (what the model itself writes)")
     gptq.add_argument("--calibration_samples", type=number(int, 1), metavar="N", help="windows of that text (64)")
     gptq.add_argument("--calibration_length", type=number(int, 2), metavar="N", help="tokens of a window (512)")
     gptq.add_argument("--act_order", action="store_true", help="round the columns with the largest inputs first")

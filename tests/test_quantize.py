@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantize
+from calibration import write_windows
 from checkpoint import load_model, meta_model, random_model, save_hub_checkpoint
 from config import read_config
 from engine import generate
@@ -445,7 +446,8 @@ def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_
     save_hub_checkpoint(model, raw, source, torch.float32)
     for file in DEMO.glob("tokenizer*"):
         shutil.copyfile(file, source / file.name)
-    path = quantized(source, tmp_path / "out", *arguments(Scheme("int4-gptq", 32)))
+    few = ("--calibration_samples", 1)
+    path = quantized(source, tmp_path / "out", *arguments(Scheme("int4-gptq", 32)), *few)
     assert "experts saw fewer calibration tokens than they have inputs" in capsys.readouterr().err
     positions, tokens = torch.arange(64), torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))
     logits = load_model(path, dtype=torch.float32)(tokens, positions)
@@ -670,3 +672,12 @@ def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0
     assert isinstance(model.layers[0].mlp.down_proj, AtenInt4) and isinstance(model.lm_head, AtenInt8)
+
+
+def test_a_model_writes_its_own_calibration_text_half_of_it_as_a_chat():
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), load_tokenizer(DEMO)
+    windows = write_windows(model, tokenizer, 3, 24, chat_opening=[7, 8, 9])
+    assert windows.shape == (3, 24)
+    assert [row[:3] == [7, 8, 9] for row in windows.tolist()] == [True, False, True]
+    assert windows[0].tolist() != windows[2].tolist(), "each is drawn anew"
+    assert torch.equal(windows, write_windows(model, tokenizer, 3, 24, chat_opening=[7, 8, 9]))
