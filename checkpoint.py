@@ -9,12 +9,13 @@ Two layouts are read, told apart by `layout` in config.json:
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compressed import hub_tensors
 from config import eos_token_ids as eos_token_ids  # which programs import from here
-from config import parse_config, parse_dtype, quantization_scheme, read_config
+from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
+from formats import OTHER_SCALES, Packed, find, read_quantization
 from kernels.cpu import empty_weight
 from kernels.optimize import optimize_
-from linears import replace_linears_
-from model import ONE_RANK, Linear, ModelConfig, Ranks, Transformer
+from linears import Form, StoredLinear, empty_stored, is_router, quantizable_linears
+from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
 from names import hub_names, hub_rows, is_stack, part_rows, unstacked
-from tp import check_sizes, local_part
+from tp import check_group, check_sizes, is_row_parallel, local_part
 
 # Files beside the weights that influence the text too.
 TEXT_FILES = (
@@ -69,8 +72,7 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
     if (tensor.dtype != dtype and not {tensor.dtype, dtype} <= FLOAT_DTYPES) or tensor.layout != torch.strided:
         expected = "floats" if dtype in FLOAT_DTYPES else str(dtype)
         raise ValueError(
-            f"{files.path}: tensor {name} is {tensor.dtype}, expected {expected}; "
-            "of quantized weights only those that quantize.py wrote are supported"
+            f"{files.path}: tensor {name} is {tensor.dtype}, expected {expected}; is config.json the model's own?"
         )
     if tensor.shape != shape:
         raise ValueError(
@@ -96,6 +98,7 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
     """
     missing = sorted(set(expected) - set(files.files))
     others = sorted(set(files.files) - {*expected, *tied})
+    others = [name for name in others if not OTHER_SCALES.search(name)]
     unexpected = [name for name in others if not UNUSED_NAMES.search(name)]
     unused = [name for name in others if UNUSED_NAMES.search(name)]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
@@ -105,48 +108,136 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
     return unused
 
 
-def meta_model(raw_config: dict[str, Any], ranks: Ranks = ONE_RANK) -> Transformer:
+def meta_model(
+    raw_config: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str, Form] | None = None
+) -> Transformer:
     """Make the model that config.json describes, or this rank's share, on the meta device: shapes without memory.
 
-    Raises ValueError where its sizes cannot be divided among the ranks.
+    forms: of its quantized linears, by name; None: those of which config.json speaks. Raises ValueError where its sizes
+    cannot be divided among the ranks.
     """
-    scheme = quantization_scheme(raw_config)
+    quantization = read_quantization(raw_config)
     config = parse_config(raw_config)
-    check_sizes(config, scheme, ranks.count)
+    check_sizes(config, quantization and quantization.scheme, ranks.count)
     with torch.device("meta"):
         model = Transformer(config, ranks)
-        if scheme is not None:
-            replace_linears_(model, scheme)
+    if forms is None:
+        of_head, others = (quantization.head, quantization.scheme) if quantization else (None, None)
+        schemes = {name: of_head if name == "lm_head" else others for name in quantizable_linears(model)}
+        forms = {name: scheme.form for name, scheme in schemes.items() if scheme}
+    for name, form in forms.items():
+        child = model.get_submodule(name)
+        assert isinstance(child, Linear | Experts)
+        model.set_submodule(name, empty_stored(child, form))
     return model
 
 
 def tensor_specs(model: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
-    """Return what each parameter of a meta model is stored as: fp32 ones in `dtype`, codes and scales in their own."""
-    return {name: (dtype if p.dtype == torch.float32 else p.dtype, p.shape) for name, p in model.named_parameters()}
+    """Return what each parameter of a meta model is stored as: floats in `dtype`, codes and scales in their own."""
+    specs = {name: (dtype if p.dtype == torch.float32 else p.dtype, p.shape) for name, p in model.named_parameters()}
+    stored = {name: child for name, child in model.named_modules() if isinstance(child, StoredLinear)}
+    return specs | {f"{name}.scales": (child.scales.dtype, child.scales.shape) for name, child in stored.items()}
 
 
 class ModelReader:
     """The parameters of a folder's model, in either layout: their specs, and this rank's share of one at a time."""
 
-    def __init__(self, checkpoint_path: Path, dtype: torch.dtype, allow_pickle: bool = False, ranks: Ranks = ONE_RANK):
-        """Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for."""
+    def __init__(
+        self,
+        checkpoint_path: Path,
+        dtype: torch.dtype,
+        allow_pickle: bool = False,
+        ranks: Ranks = ONE_RANK,
+        keep_codes: bool = True,
+    ):
+        """keep_codes: False dequantizes what is quantized.
+
+        Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for.
+        """
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
         self.is_fused = self.raw.get("layout") == "fused"
         config = parse_config(self.raw)  # first: a model that is not read may have weights under other names too
         self.files = TensorFiles(checkpoint_path, allow_pickle)
+        self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
+        self.forms: dict[str, Form] = {}  # of those whose codes are kept
+        self._read_packed = functools.lru_cache(maxsize=1)(self._read_parameters)
         if not self.is_fused:
             self._adopt_names(config)
         check_depth(self.files, config)
-        model = meta_model(self.raw)
+        if not self.is_fused:
+            self._find_packed(keep_codes)
+        model = meta_model(self.raw, forms=self.forms)
         self.config = model.config
         self.specs = tensor_specs(model, dtype)
         names, tied = list(self.specs), ["lm_head.weight"] if model.tied and not self.is_fused else []
         if not self.is_fused:
-            names = [part for name in self.specs for part in hub_names(name, self.config)]
+            names = [part for name in self.specs for part in self._stored_names(name)]
         if unused := check_names(self.files, names, tied):
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             self._say(f"ignored {unused[0]}{more}, which no text depends on")
+        self._say_dequantized(dtype)
+
+    def _find_packed(self, keep_codes: bool) -> None:
+        """Find out which modules are quantized, and in which form they can be kept."""
+        quantization = read_quantization(self.raw)
+        model = meta_model(self.raw, forms={})
+        self.config = model.config
+        for name, child in model.named_modules():
+            if not isinstance(child, Linear | Experts | Embedding):
+                continue
+            hub = hub_names(f"{name}.weight", model.config)
+            num_rows = child.weight.shape[:-1].numel()
+            rows = hub_rows(f"{name}.weight", model.config, num_rows)
+            shapes = [torch.Size([count, child.weight.shape[-1]]) for count in rows]
+            parts = [
+                find(self.files, part.removesuffix(".weight"), shape, quantization)
+                for part, shape in zip(hub, shapes, strict=True)
+            ]
+            if any(parts):
+                self.packed[name] = parts
+                if keep_codes and (form := self._common_form(name, child, parts)):
+                    self.forms[name] = form
+        if "lm_head" in self.packed and self.raw.get("tie_word_embeddings"):
+            self.raw = {**self.raw, "tie_word_embeddings": False}
+
+    def _common_form(self, name: str, child: Linear | Experts | Embedding, parts: list[Packed | None]) -> Form | None:
+        """Return the form of all parts of a module; None where there is none, so that its weight is dequantized."""
+        forms = {part.form if part else None for part in parts}
+        form = forms.pop()
+        if forms or form is None or isinstance(child, Embedding) or is_router(name):
+            return None
+        if form.ordered:
+            orders = [part.parameters()["order"] for part in parts if part]
+            cut = self.ranks.count > 1 and is_row_parallel(name)  # a rank's inputs are columns all over the order
+            if isinstance(child, Experts) or cut or not all(torch.equal(orders[0], order) for order in orders):
+                return None
+        if is_row_parallel(name):
+            check_group(name, child.weight.shape[-1], form.group_size or 8 // form.bits, self.config, self.ranks.count)
+        return form
+
+    def _say_dequantized(self, dtype: torch.dtype) -> None:
+        """Say how much larger the weights become of which no codes are kept."""
+        names = [name for name in self.packed if name not in self.forms]
+        held = [
+            self.files.spec(tensor) for name in names for part in self.packed[name] if part for tensor in part.names
+        ]
+        before = sum(shape.numel() * held_as.itemsize for held_as, shape in filter(None, held))
+        after = sum(self.specs[f"{name}.weight"][1].numel() * dtype.itemsize for name in names)
+        if names:
+            self._say(
+                f"{len(names)} weights are dequantized, {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of "
+                f"{str(dtype).removeprefix('torch.')}: there is no kernel for their form"
+            )
+
+    def _stored_names(self, name: str) -> list[str]:
+        """Name the folder's tensors that parameter `name` is made of."""
+        module, _, kind = name.rpartition(".")
+        parts = self.packed.get(module)
+        if parts is None or kind == "bias":
+            return hub_names(name, self.config)
+        hub = hub_names(f"{module}.weight", self.config)
+        return [tensor for part, own in zip(parts, hub, strict=True) for tensor in (part.names if part else [own])]
 
     def _say(self, words: str) -> None:
         if self.ranks.rank == 0:
@@ -181,21 +272,40 @@ class ModelReader:
                 raise ValueError(
                     f"{self.path}: {name} has values that are not finite in {dtype}; the checkpoint is damaged{large}"
                 )
-            if is_stack(name, self.config):
+            if is_stack(name, self.config) and not name.endswith(".order"):
                 value = value.unflatten(0, (self.config.num_local_experts, -1))
         return value
 
     def _stored_parts(self, name: str) -> Iterable[Tensor]:
         """Map the tensors that a parameter is stored as, or is cut into for several ranks."""
+        module, _, kind = name.rpartition(".")
         if self.is_fused:
             whole = checked_tensor(self.files, name, self.specs[name])
             whole = whole if self.ranks.count == 1 else unstacked(name, whole, self.config)
         else:
-            stored = hub_parts(self.files, self.config, name, self.specs[name])
+            if module in self.forms and kind != "bias":
+                stored = iter([part[kind] for part in self._read_packed(module)])
+                if kind == "order":
+                    return [next(stored)]  # all have the same
+            elif module in self.packed and kind != "bias":
+                stored = self._dense_parts(name)
+            else:
+                stored = hub_parts(self.files, self.config, name, self.specs[name])
             if len(hub_names(name, self.config)) > 1:
                 return stored
             [whole] = stored
         return [whole] if self.ranks.count == 1 else whole.split(part_rows(name, self.config, whole.shape[0]))
+
+    def _read_parameters(self, module: str) -> list[dict[str, Tensor]]:
+        return [part.parameters() for part in self.packed[module] if part]
+
+    def _dense_parts(self, name: str) -> Iterator[Tensor]:
+        """Read the parts of a weight, of which not all need be quantized."""
+        dtype, shape = self.specs[name]
+        plain = hub_names(name, self.config)
+        for i, rows in enumerate(hub_rows(name, self.config, shape[:-1].numel())):
+            part = self.packed[name.removesuffix(".weight")][i]
+            yield part.dense() if part else checked_tensor(self.files, plain[i], (dtype, torch.Size([rows, shape[-1]])))
 
 
 def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], allow_pickle: bool = False) -> torch.dtype:
@@ -228,7 +338,7 @@ def load_model(
     raw = read_config(path)
     dtype = checkpoint_dtype(path, raw) if dtype is None else dtype
     reader = ModelReader(path, dtype, ranks=ranks)
-    model = meta_model(reader.raw, ranks)
+    model = meta_model(reader.raw, ranks, reader.forms)
     hidden = True if ranks.rank else None  # None: shown on a terminal
     bar = tqdm(reader.specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
     load_parameters_(model, {name: reader.read(name).to(device) for name in bar}, device)
@@ -294,10 +404,10 @@ def read_files(checkpoint_path: Path) -> list[Path]:
     return [file for pattern in READ_FILES for file in checkpoint_path.glob(pattern) if file.is_file()]
 
 
-def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
-    """Write config.json of the fused layout into the folder `path`, and copy the files beside the weights."""
+def write_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
+    """Write config.json of a folder made of `source` into the folder `path`, and copy the files beside the weights."""
     raw_config = {key: value for key, value in raw_config.items() if key != "torch_dtype"}
-    raw_config |= {"dtype": str(dtype).removeprefix("torch."), "layout": "fused"}
+    raw_config |= {"dtype": str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
     for pattern in COMPANIONS:
         for file in filter(Path.is_file, source.glob(pattern)):
@@ -306,13 +416,9 @@ def write_fused_config(source: Path, raw_config: dict[str, Any], dtype: torch.dt
 
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors and config.json in the Hub's layout into the folder `path`."""
-    tensors: dict[str, Tensor] = {}
     if not isinstance(model.layers[0].self_attn.qkv_proj, Linear):
         raise ValueError("the model has kernels' layers, which have no form on disk; load it with optimize=False")
-    for name, value in model.named_parameters():  # a tied head is named once
-        matrix = unstacked(name, value.detach(), model.config)
-        parts = matrix.split(hub_rows(name, model.config, matrix.shape[0]))
-        tensors |= zip(hub_names(name, model.config), parts, strict=True)
+    tensors = hub_tensors(model, {name: value.detach() for name, value in model.named_parameters()})
     specs = {name: (dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, lambda name: tensors[name].to(dtype))
     raw_config = {**raw_config, "dtype": str(dtype).removeprefix("torch.")}

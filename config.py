@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from files import own_file, read_json
-from linears import GROUP_SIZES, MODES, Scheme
+from formats import read_quantization
+from linears import Scheme
 from model import ModelConfig
 from rope import parse_rope, read_flag, read_number
 
@@ -171,7 +172,10 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
         raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
-    return text_config(read_json(path))
+    raw, older = read_json(path), own_file(checkpoint_path, "quantize_config.json")
+    if raw.get("quantization_config") is None and older.is_file():  # as auto-gptq wrote it
+        raw["quantization_config"] = {"quant_method": "gptq", **read_json(older)}
+    return text_config(raw)
 
 
 def text_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +203,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILY_DEFAULTS)}"
         )
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
-    check_not_quantized(raw.get("quantization_config"))
+    quantization_scheme(raw)
     silence_neutral_values_(values, family)
     num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
     no_rope_layers = parse_no_rope_layers(values, num_layers)
@@ -301,16 +305,6 @@ def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
             values[key] = False
 
 
-def check_not_quantized(value: Any) -> None:
-    """Raise ValueError where config.json has a `quantization_config`: what other programs quantized is not read."""
-    if value not in (None, {}):
-        method = value.get("quant_method") if isinstance(value, dict) else value
-        raise ValueError(
-            f"config.json: quantization_config of method {method!r} is not supported; "
-            "name the model that it was made from, which quantize.py quantizes"
-        )
-
-
 def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
     """Read the sizes of the feed-forward, and the experts of the families that have them: fields of ModelConfig."""
     family = values["model_type"]
@@ -398,25 +392,12 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def parse_scheme(value: Any) -> Scheme | None:
-    """Read `quantization` of config.json. Raises ValueError where it is not one that quantize.py writes."""
-    if value is None:
-        return None
-    try:
-        scheme = Scheme(value["mode"], value.get("groupsize"))
-        known = scheme.mode in MODES and scheme.group_size in ([None] if scheme.mode == "int8" else GROUP_SIZES)
-    except (TypeError, KeyError, AttributeError):
-        known = False
-    if not known or type(scheme.group_size) not in (int, type(None)):
-        raise ValueError(
-            f"config.json: quantization {value!r} is not supported; expected mode {', '.join(MODES)} and for int4 a "
-            f"groupsize of {', '.join(map(str, GROUP_SIZES))}"
-        )
-    return scheme
+def quantization_scheme(raw: dict[str, Any]) -> Scheme | None:
+    """Return the scheme of most linears of a quantized checkpoint; None where they are no codes.
 
-
-def quantization_scheme(raw_config: dict[str, Any]) -> Scheme | None:
-    scheme = parse_scheme(raw_config.get("quantization"))
-    if scheme is not None and raw_config.get("layout") != "fused":
-        raise ValueError(f"config.json: quantization with layout {raw_config.get('layout')!r}, expected 'fused'")
-    return scheme
+    Raises ValueError where config.json names a quantization that is not read.
+    """
+    quantization = read_quantization(raw)
+    if quantization is not None and raw.get("layout") == "fused":
+        raise ValueError(f"config.json: quantization_config of {quantization.method} in a layout of ours, 'fused'")
+    return quantization and quantization.scheme

@@ -28,6 +28,11 @@ SAFETENSORS_DTYPES = {
     torch.int64: "I64",
 }
 
+# Those too that are read and never written. A name that is missing is of no form that is looked for.
+READ_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
 Spec = tuple[torch.dtype, torch.Size]  # of a tensor
 
 # A weight of one of these is cast to the run dtype; codes of a quantized weight are never cast.
@@ -81,6 +86,7 @@ class TensorFiles:
         self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         self.files: dict[str, str] = self._index()
         self.aliases: dict[str, str] = {}  # names that are used -> those that are stored, where they differ
+        self._specs: dict[str, dict[str, Spec]] = {}  # by file
 
     def _index(self) -> dict[str, str]:
         patterns = ["model.safetensors"] + ["pytorch_model.bin"] * self.allow_pickle
@@ -136,6 +142,19 @@ class TensorFiles:
         with self._open(file) as tensors:
             return tensors[stored] if file.endswith(".bin") else tensors.get_tensor(stored)
 
+    def spec(self, name: str) -> Spec | None:
+        """Return a tensor's dtype and shape without reading it; None where there is no such tensor."""
+        file = self.files.get(name)
+        if file is None:
+            return None
+        if file not in self._specs:
+            with self._open(file) as tensors:
+                held = (
+                    tensors if file.endswith(".bin") else {key: tensors.get_slice(key) for key in list(tensors.keys())}
+                )
+                self._specs[file] = {key: spec_of(value) for key, value in held.items()}
+        return self._specs[file].get(self.aliases.get(name, name))
+
     def alias(self, name: str, stored: str) -> None:
         """Let a tensor that is stored under one name be read under another."""
         self.files[name] = self.files.pop(stored)
@@ -149,6 +168,13 @@ class TensorFiles:
                 counts[tensor.dtype] += tensor.numel()
         dtype = max(counts, key=lambda dtype: counts[dtype])
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
+
+
+def spec_of(tensor: Any) -> Spec:
+    """Return the dtype and shape of a tensor, or of a safetensors' slice."""
+    if isinstance(tensor, Tensor):
+        return tensor.dtype, tensor.shape
+    return READ_DTYPES.get(tensor.get_dtype(), torch.uint8), torch.Size(tensor.get_shape())
 
 
 def is_zip(path: Path) -> bool:

@@ -21,7 +21,12 @@ DAMPING = 0.01
 
 
 def gptq(
-    weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = False, damping: float = DAMPING
+    weight: Tensor,
+    group_size: int,
+    hessian: Tensor,
+    act_order: bool = False,
+    damping: float = DAMPING,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and zeros in the form of `quantize_int4`, chosen to keep the products with given inputs.
 
@@ -30,7 +35,7 @@ def gptq(
     those of their places in the weight.
     """
     K = weight.shape[1]
-    scales, zeros = group_parameters(weight, group_size)
+    scales, zeros = group_parameters(weight, group_size, symmetric)
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
     factor = inverse_factor(hessian[order][:, order], damping)
     columns = weight.float().t()[order]  # [K, N]: each column of the weight lies whole in memory
@@ -42,7 +47,7 @@ def gptq(
         for i in range(begin, end):
             group = places[i] // group_size
             if not act_order and i % group_size == 0:  # by now the group compensates for the errors before it
-                span = group_parameters(columns[i : i + group_size].t(), group_size)
+                span = group_parameters(columns[i : i + group_size].t(), group_size, symmetric)
                 scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
             scale, zero = scales[:, group].float(), zeros[:, group].float()
             codes[i] = encode_int4(columns[i], scale, zero)
@@ -75,7 +80,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 def gptq_stack(
-    stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], act_order: bool = False
+    stack: Tensor,
+    group_size: int,
+    hessians: Tensor,
+    counts: list[int],
+    act_order: bool = False,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
 
@@ -85,7 +95,7 @@ def gptq_stack(
     K = stack.shape[-1]
     dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
     experts = zip(stack, hessians, dampings, strict=True)
-    encoded = [gptq(weight, group_size, hessian, act_order, damping) for weight, hessian, damping in experts]
+    encoded = [gptq(weight, group_size, hessian, act_order, damping, symmetric) for weight, hessian, damping in experts]
     codes, scales, zeros = (torch.stack(values) for values in zip(*encoded, strict=True))
     return codes, scales, zeros
 
@@ -106,12 +116,14 @@ class Calibration:
         windows: Tensor,
         act_order: bool = False,
         tick: Callable[[], Any] = lambda: None,
+        symmetric: bool = False,
     ):
         """model: on the meta device. table: its embedding [V, E]. windows [num, S]: token ids.
 
         `tick` is called whenever a window has passed through a block, which each does twice.
         """
-        self.act_order, self.tick = act_order, tick
+        self.options: dict[str, Any] = {"act_order": act_order, "symmetric": symmetric}
+        self.tick = tick
         self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
         x = model.scale_embedding(torch.nn.functional.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
@@ -148,9 +160,9 @@ class Calibration:
         encoders: dict[str, Encode] = {}
         for name, total in sums.items():
             if name not in counts:
-                encoders[name] = partial(gptq, hessian=total, act_order=self.act_order)
+                encoders[name] = partial(gptq, hessian=total, **self.options)
                 continue
-            encoders[name] = partial(gptq_stack, hessians=total, counts=counts[name], act_order=self.act_order)
+            encoders[name] = partial(gptq_stack, hessians=total, counts=counts[name], **self.options)
             few = {(self.layer, i): count for i, count in enumerate(counts[name]) if count < total.shape[-1]}
             self.scarce.update(few)
         return encoders

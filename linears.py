@@ -1,21 +1,22 @@
 """int8 and int4 weights: the linears as they are stored, and their arithmetic, plain and the same for every device.
 
-A code c of int8 stands for c * scale, with a scale for each output channel. A code c of int4 stands for
-(c - zero) * scale, with a scale and a zero point for each group of input columns. Activations are never quantized.
-`quantize.py` makes these linears, and `kernels/` repacks them into what a device's kernels read.
+A code c stands for (c - zero) * scale, with a scale for each group of input columns, which may be a whole row. A group
+may have a zero point of its own; else it is 0 in int8 and 8 in int4. Activations are never quantized. `quantize.py`
+makes these linears, `formats.py` reads and writes them, and `kernels/` repacks them into what a device's kernels read.
 
 Shapes: N outputs, K inputs; a stack of experts has one more dimension in front, [X, N, K].
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Experts, Linear, Transformer, by_expert
+from model import Experts, Linear, by_expert
 
 MODES = ("int8", "int4", "int4-gptq")
 GROUP_SIZES = (32, 64, 128, 256)
@@ -27,13 +28,32 @@ Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the linears of a checkpoint are stored."""
+    """What `quantize.py` makes of the linears of a checkpoint."""
 
     mode: str
-    group_size: int | None = None  # input columns that share a scale and a zero point; None: a whole row, in int8
+    group_size: int | None = None  # input columns that share a scale; None: a whole row
+    symmetric: bool = False  # whether int4 has no zero points; int8 never has
 
     def __str__(self) -> str:
-        return self.mode if self.group_size is None else f"{self.mode}-g{self.group_size}"
+        name = self.mode if self.group_size is None else f"{self.mode}-g{self.group_size}"
+        name += "-channel" if self.group_size is None and self.mode != "int8" else ""
+        return name + "-sym" * self.symmetric
+
+    @property
+    def form(self) -> "Form":
+        is_int8 = self.mode == "int8"
+        return Form(8 if is_int8 else 4, self.group_size, zeros=not (is_int8 or self.symmetric))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a linear is stored."""
+
+    bits: int  # of a code: 8 or 4
+    group_size: int | None = None  # input columns that share a scale; None: a whole row
+    zeros: bool = False  # whether each group has a zero point
+    scales: torch.dtype = torch.bfloat16
+    ordered: bool = False  # whether the columns lie in an order of their own, so that those of a group are adjacent
 
 
 # Rounding the output head to int8 does not show in the perplexity, to int4 it does: results/NOTES.md.
@@ -48,44 +68,60 @@ def constant(tensor: Tensor) -> nn.Parameter:
 # Arithmetic
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N], symmetrically per output channel."""
+def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N, groups], symmetrically; None: a group is a row."""
+    group_size = group_size or weight.shape[-1]
     weight = weight.float()
-    scales = (weight.abs().amax(dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
-    return (weight / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales
+    largest = [group.abs().amax(dim=-1) for group in weight.split(group_size, dim=-1)]
+    scales = (torch.stack(largest, dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
+    codes = (weight / of_columns(scales, weight.shape[-1], group_size).float()).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
 
 
-def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the weight that codes and scales stand for: fp32 [N, K]."""
-    return codes.float() * scales.float().unsqueeze(-1)
-
-
-def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_int4(weight: Tensor, group_size: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros 0 to 15 [N, groups].
 
     A code c stands for (c - zero) * scale; a group's codes span its weights and 0. The last group is shorter where
     group_size does not divide K.
     """
-    scales, zeros = group_parameters(weight, group_size)
-    group_of = torch.arange(weight.shape[-1], device=weight.device) // group_size
-    return encode_int4(weight, scales[..., group_of], zeros[..., group_of]), scales, zeros
+    scales, zeros = group_parameters(weight, group_size, symmetric)
+    of_weights = (of_columns(values, weight.shape[-1], group_size) for values in (scales, zeros))
+    return encode_int4(weight, *of_weights), scales, zeros
 
 
-def dequantize_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """Return the weight that codes, scales and zeros stand for: fp32 [N, K]."""
+def of_columns(values: Tensor, num_columns: int, group_size: int) -> Tensor:
+    """Repeat the values of groups [..., groups] for each of their columns [..., K]."""
+    if group_size >= num_columns:
+        return values
+    # Not padded to whole groups: compiled by torch 2.13, the last one would be left unwritten.
+    return values[..., torch.arange(num_columns, device=values.device) // group_size]
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int = 0, group_size: int | None = None) -> Tensor:
+    """Return the weight that codes [N, K], scales and zeros [N, groups] stand for: fp32 [N, K]."""
     K = codes.shape[-1]
-    if K % group_size:  # not padded to whole groups: compiled by torch 2.13, the last one would be left unwritten
-        group_of = torch.arange(K, device=codes.device) // group_size
-        return (codes.float() - zeros[..., group_of]) * scales[..., group_of].float()
+    group_size = group_size or K
+    if group_size >= K or K % group_size:
+        if isinstance(zeros, Tensor):
+            zeros = of_columns(zeros, K, group_size)
+        return (codes.float() - zeros) * of_columns(scales, K, group_size).float()
     groups = codes.unflatten(-1, (-1, group_size)).float()
-    return ((groups - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)
+    zeros = zeros.unsqueeze(-1) if isinstance(zeros, Tensor) else zeros
+    return ((groups - zeros) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def group_parameters(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the bf16 scales and uint8 zeros [N, groups] with which the codes span each group's weights and 0."""
+def group_parameters(weight: Tensor, group_size: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the bf16 scales and uint8 zeros [N, groups] with which the codes span each group's weights and 0.
+
+    symmetric: all zeros are 8, and code 0, the farthest from them, stands for the largest weight: scales have its sign.
+    """
     groups = weight.float().split(group_size, dim=-1)
     low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1).clamp(max=0)
     high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1).clamp(min=0)
+    if symmetric:
+        scales = torch.maximum(high, -low).clamp(min=8 * MIN_SCALE) / 8
+        scales = torch.where(high > -low, -scales, scales).bfloat16()
+        return scales, torch.full_like(scales, 8, dtype=torch.uint8)
     scales = ((high - low) / 15).clamp(min=MIN_SCALE).bfloat16()
     return scales, (-low / scales.float()).round().clamp(0, 15).to(torch.uint8)
 
@@ -116,52 +152,42 @@ def is_router(name: str) -> bool:
 
 
 class StoredLinear(nn.Module):
-    """A linear layer, or a stack of them, computed with the dequantized weight: the twin of every kernel."""
+    """A quantized linear layer, or a stack of them, computed with the dequantized weight: the twin of every kernel.
 
-    weight: Tensor  # the codes
+    weight: codes, int8 [N, K] or, in int4, two to a byte: uint8 [N, K / 2]. scales [N, groups]. zeros [N, groups]: as
+    the codes, int8 or uint8. order [K]: which column of the weight each column of the codes is.
+    """
 
-    def __init__(self, shape: torch.Size, bias: bool):
+    def __init__(self, shape: torch.Size, form: Form, bias: bool = False):
         super().__init__()
-        self.bias = constant(torch.empty(shape[:-1])) if bias else None
+        *outputs, self.in_features = shape
+        self.form, self.group_size = form, form.group_size or self.in_features
+        num_groups = -(-self.in_features // self.group_size)
+        dtype, num_bytes = (
+            (torch.int8, self.in_features) if form.bits == 8 else (torch.uint8, -(-self.in_features // 2))
+        )
+        self.weight = constant(torch.empty(*outputs, num_bytes, dtype=dtype))
+        self.scales = constant(torch.empty(*outputs, num_groups, dtype=form.scales))
+        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=dtype)) if form.zeros else None
+        self.order = constant(torch.empty(self.in_features, dtype=torch.int32)) if form.ordered else None
+        self.bias = constant(torch.empty(outputs)) if bias else None
+
+    def codes(self, index: Any = ...) -> Tensor:
+        """Return the codes one to a byte, [N, K]; of a stack those of the layers at an index."""
+        weight = self.weight[index]
+        return weight if self.form.bits == 8 else unpack_nibbles(weight, self.in_features)
 
     def dequantize(self, index: Any = ...) -> Tensor:
         """Return the weight in fp32, of a stack the layers at an index."""
-        raise NotImplementedError
+        zeros = (0 if self.form.bits == 8 else 8) if self.zeros is None else self.zeros[index]
+        weight = dequantize(self.codes(index), self.scales[index], zeros, self.group_size)
+        return weight if self.order is None else weight[..., self.order.argsort()]
 
     def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
         """Multiply x [..., K]; of a stack, each row of x [M, A, K] with the weight of its expert [M, A]."""
         if experts is None:
             return F.linear(x, self.dequantize().to(x.dtype), self.bias)
         return by_expert(x, experts, lambda i, rows: F.linear(rows, self.dequantize(i).to(x.dtype)))
-
-
-class StoredInt8(StoredLinear):
-    """An int8 linear: codes int8 [N, K], scales bf16 [N]."""
-
-    def __init__(self, shape: torch.Size, bias: bool = False):
-        super().__init__(shape, bias)
-        self.weight = constant(torch.empty(shape, dtype=torch.int8))
-        self.scales = constant(torch.empty(shape[:-1], dtype=torch.bfloat16))
-
-    def dequantize(self, index: Any = ...) -> Tensor:
-        return dequantize_int8(self.weight[index], self.scales[index])
-
-
-class StoredInt4(StoredLinear):
-    """An int4 linear: codes two to a byte, uint8 [N, K / 2]; scales bf16 and zeros uint8 0 to 15, [N, groups]."""
-
-    def __init__(self, shape: torch.Size, group_size: int, bias: bool = False):
-        super().__init__(shape, bias)
-        *outputs, self.in_features = shape
-        self.group_size = group_size
-        num_groups = -(-self.in_features // group_size)
-        self.weight = constant(torch.empty(*outputs, -(-self.in_features // 2), dtype=torch.uint8))
-        self.scales = constant(torch.empty(*outputs, num_groups, dtype=torch.bfloat16))
-        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=torch.uint8))
-
-    def dequantize(self, index: Any = ...) -> Tensor:
-        codes = unpack_nibbles(self.weight[index], self.in_features)
-        return dequantize_int4(codes, self.scales[index], self.zeros[index], self.group_size)
 
 
 def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
@@ -172,28 +198,22 @@ def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
     }
 
 
-def empty_stored(child: Linear | Experts, scheme: Scheme) -> StoredInt8 | StoredInt4:
+def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:
     """Make the quantized linear of the same sizes, on the meta device."""
-    bias = getattr(child, "bias", None) is not None
     with torch.device("meta"):
-        if scheme.group_size is None:
-            return StoredInt8(child.weight.shape, bias)
-        return StoredInt4(child.weight.shape, scheme.group_size, bias)
+        return StoredLinear(child.weight.shape, form, getattr(child, "bias", None) is not None)
 
 
-def replace_linears_(model: Transformer, scheme: Scheme) -> None:
-    """Replace the linears of a model on the meta device by quantized ones, still to be filled."""
-    for name, child in quantizable_linears(model).items():
-        model.set_submodule(name, empty_stored(child, HEAD_SCHEME if name == "lm_head" else scheme))
-
-
-def quantize_linear(child: Linear | Experts, scheme: Scheme, encode: Encode = quantize_int4) -> StoredInt8 | StoredInt4:
-    stored = empty_stored(child, scheme)
-    if isinstance(stored, StoredInt8):
-        stored.weight, stored.scales = map(constant, quantize_int8(child.weight))
+def quantize_linear(child: Linear | Experts, scheme: Scheme, encode: Encode | None = None) -> StoredLinear:
+    """encode: chooses the codes of int4; None rounds to nearest."""
+    stored = empty_stored(child, scheme.form)
+    if stored.form.bits == 8:
+        stored.weight, stored.scales = map(constant, quantize_int8(child.weight, scheme.group_size))
     else:
+        encode = encode or partial(quantize_int4, symmetric=scheme.symmetric)
         codes, scales, zeros = encode(child.weight, stored.group_size)
-        stored.weight, stored.scales, stored.zeros = map(constant, (pack_nibbles(codes), scales, zeros))
+        stored.weight, stored.scales = constant(pack_nibbles(codes)), constant(scales)
+        stored.zeros = constant(zeros) if stored.form.zeros else None
     if isinstance(child, Linear):
         stored.bias = child.bias
     return stored

@@ -3,7 +3,7 @@
     python quantize.py --checkpoint_path checkpoints/demo --mode int4-gptq --groupsize 32
 
 The linears of the blocks take the mode, the output head is always int8, the embedding and the norms stay as they are.
-The stored form is the same for all devices (linears.py); kernels/ repacks it when a model is loaded.
+What is written is compressed-tensors (formats.py), which other programs read too.
 """
 
 import signal
@@ -24,23 +24,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import NUM_WINDOWS, ROWS, WINDOW, cut_windows, write_windows
-from checkpoint import ModelReader, checkpoint_dtype, load_model, meta_model, tensor_specs, write_fused_config
+from checkpoint import ModelReader, checkpoint_dtype, load_model, meta_model, tensor_specs, write_config
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from cli.template import load_template
+from compressed import hub_tensors, quantization_config
 from config import eos_token_ids, read_config
-from files import new_folder, sibling, write_safetensors
+from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
 from linears import (
     GROUP_SIZES,
     HEAD_SCHEME,
     MODES,
     Scheme,
-    StoredInt4,
-    StoredInt8,
+    StoredLinear,
     constant,
     quantizable_linears,
-    quantize_int4,
     quantize_linear,
 )
 from model import ModelConfig, Transformer
@@ -71,7 +70,7 @@ def quantized_parts(
         parameters = dict(block.named_parameters(prefix[:-1]))
         encoders = calibration.encoders(block) if calibration else {}
         for name, child in quantizable_linears(block).items():
-            stored = quantize_linear(child, scheme, encoders.pop(name, quantize_int4))
+            stored = quantize_linear(child, scheme, encoders.get(name))
             parameters |= stored.named_parameters(prefix + name)
             if calibration:  # the next block is calibrated on what the quantized blocks before it return
                 child.weight = constant(stored.dequantize().to(child.weight.dtype))
@@ -134,8 +133,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     demo = Path(__file__).parent / "checkpoints/demo"
     add_checkpoint_options(parser, demo, "a folder that generate.py loads")
     parser.add_argument("--mode", choices=MODES, required=True)
-    parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, help="weights that share a scale, in int4 (32)")
-    parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-MODE[-gGROUPSIZE]")
+    parser.add_argument("--groupsize", type=int, choices=(-1, *GROUP_SIZES),
+                        help="weights that share a scale, -1: an output channel (int8: -1, int4: 32)")  # fmt: skip
+    parser.add_argument("--symmetric", action="store_true", help="int4 without zero points, which every program reads")
+    parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-SCHEME")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
@@ -145,28 +146,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gptq.add_argument("--calibration_length", type=number(int, 2), metavar="N", help="tokens of a window (512)")
     gptq.add_argument("--act_order", action="store_true", help="round the columns with the largest inputs first")
     args = parser.parse_args(argv)
-    if args.mode == "int8" and args.groupsize:
-        parser.error(f"--groupsize {args.groupsize} does not go with --mode int8, which has a scale per output channel")
+    if args.mode == "int8" and args.symmetric:
+        parser.error("--symmetric does not go with --mode int8, which always is; it is for int4")
     for option in ("calibration_file", "calibration_samples", "calibration_length", "act_order"):
         if args.mode != "int4-gptq" and getattr(args, option):
             parser.error(f"--{option} does not go with --mode {args.mode}; it is for --mode int4-gptq")
-    if args.mode != "int8":
-        args.groupsize = args.groupsize or 32
+    args.groupsize = args.groupsize or (-1 if args.mode == "int8" else 32)
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    raw, scheme = read_config(args.checkpoint_path), Scheme(args.mode, args.groupsize)
-    if raw.get("quantization") is not None:
-        raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
+    raw = read_config(args.checkpoint_path)
+    scheme = Scheme(args.mode, args.groupsize if args.groupsize > 0 else None, args.symmetric)
     check_device(args.device)
     dtype = checkpoint_dtype(args.checkpoint_path, raw)
     reader = ModelReader(args.checkpoint_path, dtype)  # first: it says at once if layers are missing
-    raw = reader.raw
-    source = meta_model(raw)
-    raw = raw | {"layout": "fused", "quantization": {"mode": scheme.mode, "groupsize": scheme.group_size}}
+    if reader.forms:
+        raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
+    source = meta_model(reader.raw, forms={})
+    raw = {key: value for key, value in reader.raw.items() if key != "layout"}
+    raw |= {"quantization_config": quantization_config(scheme), "tie_word_embeddings": False}
     target = meta_model(raw)
-    new_specs = tensor_specs(target, dtype)
+    new_specs = written_specs(target, dtype)
     output_path = args.output_path or sibling(args.checkpoint_path, f"-{scheme}")
 
     def read(name: str) -> Tensor:
@@ -180,22 +181,33 @@ def run(args: argparse.Namespace) -> None:
     ):
         calibration = None
         if windows is not None:
-            calibration = Calibration(source, read("embed_tokens.weight"), windows, args.act_order, bar.update)
+            calibration = Calibration(
+                source, read("embed_tokens.weight"), windows, args.act_order, bar.update, args.symmetric
+            )
         parts = quantized_parts(source, read, scheme, calibration, bar.update)
         pending: dict[str, Tensor] = {}
 
         def take(name: str) -> Tensor:
             while name not in pending:
-                pending.update(next(parts))
+                pending.update(hub_tensors(target, next(parts)))
             return pending.pop(name)
 
         write_safetensors(folder / "model.safetensors", new_specs, take)
-        write_fused_config(args.checkpoint_path, raw, dtype, folder)
+        write_config(args.checkpoint_path, raw, dtype, folder)
     if windows is not None:
         print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):
             print(warning, file=sys.stderr)
-    print(*summary(reader.specs, new_specs, target), f"wrote {output_path}", sep="\n")
+    print(*summary(reader.specs, tensor_specs(target, dtype), target), f"wrote {output_path}", sep="\n")
+
+
+def written_specs(target: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
+    """Return the tensors of a folder that holds a model of the meta device, in the order in which they are written."""
+    parameters = {
+        name: torch.empty(shape, dtype=held_as, device="meta")
+        for name, (held_as, shape) in tensor_specs(target, dtype).items()
+    }
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in hub_tensors(target, parameters).items()}
 
 
 def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) -> Iterator[str]:
@@ -219,12 +231,11 @@ def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) 
 
 
 def describe(module: nn.Module) -> str:
-    if isinstance(module, StoredInt8):
-        return "int8, a scale per channel"
-    if isinstance(module, StoredInt4):
-        rest = module.in_features % module.group_size
-        return f"int4, groups of {module.group_size}" + (f", last of {rest}" if rest else "")
-    return "as it was"
+    if not isinstance(module, StoredLinear):
+        return "as it was"
+    rest = module.in_features % module.group_size
+    groups = f"groups of {module.form.group_size}" + (f", last of {rest}" if rest else "")
+    return f"int{module.form.bits}, {groups if module.form.group_size else 'a scale per channel'}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -48,8 +48,10 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     if ranks.count == 1 or whole:  # a norm, or a router
         return part
     how = PLAN[module][index % len(PLAN[module])]
+    if kind == "order":
+        return part
     dim = 1 if how.endswith("row") else 0
-    if dim == 1 and part.ndim == 1:  # a bias, or the scales of int8's output channels
+    if dim == 1 and (part.ndim == 1 or (kind in ("scales", "zeros") and part.shape[1] == 1)):  # a row has one
         return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
     if how == "vocabulary":  # the last ranks' shares may be padded, with ids that no text has
         size = -(-part.shape[0] // ranks.count)
@@ -80,14 +82,24 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
         )
     if count == 1 or scheme is None or scheme.group_size is None:
         return
-    pieces = kv_heads if unlike else count
-    inputs = {"o_proj": (heads * config.head_dim, pieces), "down_proj": (config.intermediate_size, count)}
-    for name, (size, pieces) in inputs.items():
-        if size % (pieces * scheme.group_size):
-            raise ValueError(
-                f"{name} has {size} inputs in groups of {scheme.group_size}, which is not a whole number of groups for "
-                f"each of the {count} ranks; start fewer, or quantize with a smaller --groupsize"
-            )
+    for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
+        check_group(name, size, scheme.group_size, config, count)
+
+
+def is_row_parallel(name: str) -> bool:
+    """Say whether the ranks cut the inputs of a module."""
+    return PLAN.get(name.rpartition(".")[2], ("",))[0].endswith("row")
+
+
+def check_group(name: str, size: int, group_size: int, config: ModelConfig, count: int) -> None:
+    """Raise ValueError where the groups of a module's inputs cannot be shared out."""
+    kv_heads = config.num_key_value_heads
+    unlike = name.endswith("o_proj") and count < kv_heads and kv_heads % count  # by kv heads
+    if count > 1 and size % ((kv_heads if unlike else count) * group_size):
+        raise ValueError(
+            f"{name} has {size} inputs in groups of {group_size}, which is not a whole number of groups for each of "
+            f"the {count} ranks; start fewer, or quantize with a smaller --groupsize"
+        )
 
 
 # The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break

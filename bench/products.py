@@ -24,11 +24,9 @@ from kernels.layers import AtenInt4, AtenInt8
 from kernels.optimize import AnyLinear, cpu_layer, cuda_kernels, gpu_layer
 from linears import (
     Scheme,
-    StoredInt4,
-    StoredInt8,
+    StoredLinear,
     constant,
-    dequantize_int4,
-    dequantize_int8,
+    dequantize,
     pack_nibbles,
     quantizable_linears,
     quantize_int4,
@@ -90,18 +88,18 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return multiply(x, dequantize_int8(codes, scales).to(x.dtype))
+    return multiply(x, dequantize(codes, scales, 0, x.shape[-1] // scales.shape[-1]).to(x.dtype))
 
 
 def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     K = x.shape[-1]
-    return multiply(x, dequantize_int4(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
+    return multiply(x, dequantize(unpack_nibbles(packed, K), scales, zeros, K // scales.shape[-1]).to(x.dtype))
 
 
 def stream(x: Tensor, weight: Tensor, scales: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
     """Multiply as a layer does on a GPU: a row or two with everything in one loop. scales: of a weight in int8."""
     if x.shape[0] <= MAX_REDUCTION_ROWS:
-        return streamed_linear(x, weight, None, scales, norm)
+        return streamed_linear(x, weight, None, None if scales is None else scales.flatten(), norm)
     x = x if norm is None else norm(x)
     return multiply(x, weight) if scales is None else multiply_int8(x, weight, scales)
 
@@ -125,14 +123,11 @@ def own_layer(scheme: Scheme | None, weight: Tensor, *parameters: Tensor) -> nn.
         stored = Linear(1, 1)
         stored.weight = constant(weight)
         dtype = weight.dtype
-    elif scheme.group_size is None:
-        stored = StoredInt8(weight.shape)
-        stored.weight, stored.scales = constant(weight), constant(parameters[0])
-        dtype = parameters[0].dtype
     else:
-        stored = StoredInt4(weight.shape, scheme.group_size)
-        stored.weight = constant(pack_nibbles(weight))
-        stored.scales, stored.zeros = map(constant, parameters)
+        stored = StoredLinear(weight.shape, scheme.form)
+        stored.weight = constant(weight if scheme.form.bits == 8 else pack_nibbles(weight))
+        stored.scales = constant(parameters[0])
+        stored.zeros = constant(parameters[1]) if scheme.form.zeros else None
         dtype = parameters[0].dtype
     return gpu_layer(stored, dtype, cuda_kernels()) if weight.device.type == "cuda" else cpu_layer(stored, dtype)
 
@@ -163,13 +158,17 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
             ones = constant(weight.new_ones(len(weight)))
             forms["int8's kernel"] = lambda weight: Product(torch.ops.kernels.cuda_int8_product, weight, ones)
         return weight.float(), (weight,), forms | norms | {"ours": ours}
-    if scheme.group_size is None:
-        codes, scales = quantize_int8(weight)
-        forms = {"multiply and sum": partial(Product, multiply_int8), "ATen": partial(AtenInt8, bias=None)}
-        if on_cuda:
-            forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)
-        return dequantize_int8(codes, scales), (codes, scales.to(weight.dtype)), forms | norms | {"ours": ours}
-    codes, scales, zeros = quantize_int4(weight, scheme.group_size)
+    if scheme.form.bits == 8:
+        codes, scales = quantize_int8(weight, scheme.group_size)
+        meaning, tensors = dequantize(codes, scales, 0, scheme.group_size), (codes, scales.to(weight.dtype))
+        forms = {"multiply and sum": partial(Product, multiply_int8)}
+        if scheme.group_size is None:
+            forms |= {"ATen": partial(AtenInt8, bias=None)} | norms
+            if on_cuda:
+                forms["Triton"] = partial(Product, torch.ops.kernels.cuda_int8_product)
+        return meaning, tensors, forms | {"ours": ours}
+    group_size = scheme.group_size or weight.shape[-1]
+    codes, scales, zeros = quantize_int4(weight, group_size, scheme.symmetric)
     forms = {
         "multiply and sum": lambda codes, *rest: Product(multiply_int4, constant(pack_nibbles(codes)), *rest),
         "ATen": tinygemm if on_cuda else partial(AtenInt4, bias=None),
@@ -177,7 +176,7 @@ def forms_of(weight: Tensor, scheme: Scheme | None) -> tuple[Tensor, tuple[Tenso
     }
     if on_cuda:
         forms |= {"norm, ours": behind_norm(ours, False), "norm folded into ours": behind_norm(ours, True)}
-    meaning = dequantize_int4(codes, scales, zeros, scheme.group_size)
+    meaning = dequantize(codes, scales, zeros, group_size)
     return meaning, (codes, scales.to(weight.dtype), zeros), forms
 
 

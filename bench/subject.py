@@ -1,15 +1,16 @@
 """What is measured: a model of random weights in the shapes of a config.json, in each form of the weights."""
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import DTYPES, parse_dtype, parse_scheme
+from compressed import quantization_config
+from config import DTYPES, parse_dtype
 from files import read_json
+from linears import GROUP_SIZES, MODES, Scheme
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,17 @@ class Subject:
         return str(self.dtype).removeprefix("torch.")
 
 
-def read_scheme(text: str) -> tuple[str, dict[str, Any]]:
-    """Read a scheme of --quantize, such as int4-g32, into config.json's `quantization`."""
-    mode, _, size = text.rpartition("-g") if re.search(r"-g\d+$", text) else (text, "", "")
-    quantization = {"mode": mode, "groupsize": int(size) if size else None}
-    try:
-        return str(parse_scheme(quantization)), quantization
-    except ValueError:
-        message = f"{text!r} is not a scheme; expected such as int8, int4-g32, int4-g128"
-        raise argparse.ArgumentTypeError(message) from None
+def read_scheme(text: str) -> Scheme:
+    """Read a scheme of --quantize, such as int4-g32, as it is printed."""
+    schemes = [
+        Scheme(mode, size, symmetric) for mode in MODES for size in (None, *GROUP_SIZES) for symmetric in (False, True)
+    ]
+    if text not in (
+        by_name := {str(scheme): scheme for scheme in schemes if scheme.mode != "int8" or not scheme.symmetric}
+    ):
+        message = f"{text!r} is not a scheme; expected such as int8, int8-g128, int4-g32, int4-g128-sym"
+        raise argparse.ArgumentTypeError(message)
+    return by_name[text]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,6 @@ def read_subject(args: argparse.Namespace) -> Subject:
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; expected a config.json")
     raw = read_json(path)
-    quantized = {name: raw | {"layout": "fused", "quantization": scheme} for name, scheme in args.quantize}
+    forms = {str(scheme): raw | {"quantization_config": quantization_config(scheme)} for scheme in args.quantize}
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw) or torch.bfloat16
-    return Subject(path.stem if path.stem != "config" else path.parent.name, raw, dtype, {"": raw, **quantized})
+    return Subject(path.stem if path.stem != "config" else path.parent.name, raw, dtype, {"": raw, **forms})

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -45,6 +46,20 @@ static inline float widen(bf16 value) {
     std::memcpy(&result, &bits, 4);
     return result;
 }
+
+// Scales come in one of three types, as the checkpoint has them: bf16, fp16 and fp32.
+struct half {
+    uint16_t bits;
+};
+
+static inline float widen(half value) { return _cvtsh_ss(value.bits); }
+static inline float widen(float value) { return value; }
+
+static inline __m512 load_wide(const bf16* p) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+static inline __m512 load_wide(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
 
 static inline bf16 narrow(float value) {  // to nearest, ties to even; NaN stays NaN
     uint32_t bits;
@@ -287,59 +302,107 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// int8: w [N / 4, K / 64, 4, 64], scales [N]
+// int8: w [N / 4, K / 64, 4, 64], scales [N / 4, groups, 4], and zeros, int8 or none, as scales. A code c stands for
+// (c - zero) * scale. Groups are of a multiple of 32 columns.
 
-template <int M>
-static void int8_blocks(const bf16* x, const float* wide_x, const int8_t* w, const bf16* scales, bf16* y, int64_t N,
-                        int64_t K, int64_t first, int64_t last) {
-    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += BLOCK_ROWS) {
-        __m512 sums[BLOCK_ROWS][M] = {};
-        const int8_t* p = w + n * K;
-        for (int64_t k = 0; k < K; k += 64, p += BLOCK_ROWS * 64) {
-            for (int r = 0; r < BLOCK_ROWS; r++) fetch(p + 64 * r);
+// Without groups, which are whole rows, the sums are scaled at the end.
+template <int M, bool GROUPS, class Scale>
+static void int8_blocks(const bf16* x, const float* wide_x, const float* totals, const int8_t* w, const Scale* scales,
+                        const int8_t* zeros, bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    const int64_t G = K / group;
+    for (int64_t n = first; n < last; n++) {
+        __m512 sums[BLOCK_ROWS][M] = {}, parts[BLOCK_ROWS][M] = {};
+        const int8_t* p = w + n * BLOCK_ROWS * K;
+        int64_t g = n * G, left = group;
+        auto add = [&](int64_t k, int r, int half) __attribute__((always_inline)) {  // 32 columns of a row
+            __m512 codes[2];
+            for (int i = 0; i < 2; i++)
+                codes[i] = _mm512_cvtepi32_ps(
+                    _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 32 * half + 16 * i))));
+            if constexpr (M == 1) {
+                for (int i = 0; i < 2; i++)
+                    parts[r][0] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + k + 32 * half + 16 * i), parts[r][0]);
+            } else {  // codes are exact in bf16, and one instruction takes 32 of them
+                const __m512bh weights = _mm512_cvtne2ps_pbh(codes[1], codes[0]);
+                for (int m = 0; m < M; m++)
+                    parts[r][m] = _mm512_dpbf16_ps(parts[r][m], weights, load_bf16(x + (k + 32 * half) * M + m * 32));
+            }
+        };
+        auto end_group = [&]() __attribute__((always_inline)) {
             for (int r = 0; r < BLOCK_ROWS; r++) {
-                __m512 codes[4];
-                for (int i = 0; i < 4; i++)
-                    codes[i] = _mm512_cvtepi32_ps(
-                        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 16 * i))));
-                if constexpr (M == 1) {
-                    for (int i = 0; i < 4; i++)
-                        sums[r][0] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + k + 16 * i), sums[r][0]);
-                } else {  // codes are exact in bf16, and one instruction takes 32 of them
-                    for (int i = 0; i < 2; i++) {
-                        const __m512bh weights = _mm512_cvtne2ps_pbh(codes[2 * i + 1], codes[2 * i]);
-                        for (int m = 0; m < M; m++)
-                            sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights, load_bf16(x + (k + 32 * i) * M + m * 32));
-                    }
+                const __m512 scale = _mm512_set1_ps(widen(scales[g * BLOCK_ROWS + r]));
+                const __m512 zero = _mm512_set1_ps(zeros ? zeros[g * BLOCK_ROWS + r] / 16.f : 0);  // in each of 16 lanes
+                for (int m = 0; m < M; m++) {
+                    if (zeros) parts[r][m] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g - n * G]), parts[r][m]);
+                    sums[r][m] = _mm512_fmadd_ps(parts[r][m], scale, sums[r][m]);
+                    parts[r][m] = _mm512_setzero_ps();
                 }
             }
+            g++, left = group;
+        };
+        for (int64_t k = 0; k < K; k += 64, p += BLOCK_ROWS * 64) {
+            for (int r = 0; r < BLOCK_ROWS; r++) fetch(p + 64 * r);
+            if constexpr (GROUPS) {
+                _mm_prefetch((const char*)(scales + g * BLOCK_ROWS) + PREFETCH_BYTES / 16, _MM_HINT_T0);
+                for (int half = 0; half < 2; half++) {
+                    for (int r = 0; r < BLOCK_ROWS; r++) add(k, r, half);
+                    if (!(left -= 32)) end_group();
+                }
+            } else {
+                for (int r = 0; r < BLOCK_ROWS; r++)
+                    for (int half = 0; half < 2; half++) add(k, r, half);
+            }
         }
+        if (!GROUPS) end_group();
         for (int r = 0; r < BLOCK_ROWS; r++)
-            for (int m = 0; m < M; m++)
-                y[m * N + n + r] = narrow(_mm512_reduce_add_ps(sums[r][m]) * widen(scales[n + r]));
+            for (int m = 0; m < M; m++) y[m * N + n * BLOCK_ROWS + r] = narrow(_mm512_reduce_add_ps(sums[r][m]));
     }
 }
 
-static void int8_unpack(const int8_t* w, const bf16* scales, int64_t K, int64_t block, bf16* out) {
+template <class Scale>
+static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, int64_t block,
+                        bf16* out) {
     for (int64_t k = 0; k < K; k += 64)
         for (int r = 0; r < BLOCK_ROWS; r++) {
             const int8_t* p = w + block * BLOCK_ROWS * K + k * BLOCK_ROWS + 64 * r;
-            const float scale = widen(scales[block * BLOCK_ROWS + r]);
-            for (int i = 0; i < 64; i++) out[r * K + k + i] = narrow(p[i] * scale);
+            for (int half = 0; half < 64; half += 32) {
+                const int64_t at = (block * (K / group) + (k + half) / group) * BLOCK_ROWS + r;
+                const float scale = widen(scales[at]);
+                const int zero = zeros ? zeros[at] : 0;
+                for (int i = half; i < half + 32; i++) out[r * K + k + i] = narrow((p[i] - zero) * scale);
+            }
         }
 }
 
-static void int8_product(const bf16* x, const int8_t* w, const bf16* scales, bf16* y, int64_t M, int64_t N,
-                             int64_t K) {
+// The sums of each group of the rows of x: [M, K / group].
+static const float* group_totals(const bf16* x, int64_t M, int64_t K, int64_t group) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(M * (K / group));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    for (int64_t i = 0; i < M * (K / group); i++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
+        buffer[i] = _mm512_reduce_add_ps(sum);
+    }
+    return buffer.data();
+}
+
+template <class Scale>
+static void int8_product(const bf16* x, const int8_t* w, const Scale* scales, const int8_t* zeros, bf16* y, int64_t M,
+                         int64_t N, int64_t K, int64_t group) {
     if (M > MAX_ROWS)
-        return gemm<BLOCK_ROWS>(x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, K, block, out); });
+        return gemm<BLOCK_ROWS>(
+            x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
     buffer.resize(K);
     float* wide_x = buffer.data();
     if (M % MAX_M == 1)  // the last pass has one row
         for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
+    const int64_t G = K / group;
+    const float* totals = zeros ? group_totals(x, M, K, group) : wide_x;
     over_rows<BLOCK_ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(rows, int8_blocks<M>(packed, wide_x, w, scales, y + m * N, N, K, first, last))
+        WITH_M(rows, (G == 1 ? int8_blocks<M, false, Scale> : int8_blocks<M, true, Scale>)(
+                         packed, wide_x, totals + (zeros ? m * G : 0), w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 
@@ -366,12 +429,8 @@ static inline __m512 int4_zeros(const uint8_t* zeros) {
     return (__m512)_mm512_ternarylogic_epi32(_mm512_slli_epi32(codes, 19), mantissa, sixteen, 0xea);
 }
 
-static inline __m512 widen(__m256i values) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-}
-
-template <int M>
-static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const bf16* scales, const uint8_t* zeros,
+template <int M, class Scale>
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const Scale* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
     constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
     const int64_t G = K / group;
@@ -398,7 +457,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
                     }
                 }
             const __m512 zero = int4_zeros(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2);
-            const __m512 scale = widen(_mm256_loadu_si256((const __m256i*)(scales + (n * G + g) * INT4_BLOCK_ROWS)));
+            const __m512 scale = load_wide(scales + (n * G + g) * INT4_BLOCK_ROWS);
             for (int m = 0; m < M; m++) {
                 for (int i = 1; i < PARTS; i++) parts[m][0] = _mm512_add_ps(parts[m][0], parts[m][i]);
                 parts[m][0] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g]), parts[m][0]);
@@ -410,7 +469,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
     }
 }
 
-static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
+template <class Scale>
+static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
                         bf16* out) {
     // Of four rows, each a quarter of a vector, the word that has a column, and where in the word its code is.
     alignas(64) uint16_t places[4][32], nibbles[32];
@@ -423,7 +483,7 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
     for (int64_t k = 0; k < K; k += 32) {
         if (k % group == 0) {
             const int64_t g = block * (K / group) + k / group;
-            const __m512 wide = widen(_mm256_loadu_si256((const __m256i*)(scales + g * INT4_BLOCK_ROWS)));
+            const __m512 wide = load_wide(scales + g * INT4_BLOCK_ROWS);
             _mm512_store_ps(scale, wide);
             _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2)));
         }
@@ -439,7 +499,7 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
         }
         for (int r = 0; r < INT4_BLOCK_ROWS; r++) {
             const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
-            // Exact in fp32: codes have 5 bits, scales 8.
+            // Exact in fp32 where scales are of 16 bits: codes have 5 bits, scales 11.
             const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(offset[r]));
             const __m512i indices = _mm512_srlv_epi16(words, _mm512_load_si512(nibbles));
             _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, indices));
@@ -447,23 +507,16 @@ static void int4_unpack(const uint8_t* w, const bf16* scales, const uint8_t* zer
     }
 }
 
-static void int4_product(const bf16* x, const uint8_t* w, const bf16* scales, const uint8_t* zeros, bf16* y, int64_t M,
+template <class Scale>
+static void int4_product(const bf16* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, bf16* y, int64_t M,
                              int64_t N, int64_t K, int64_t group) {
     if (M > MAX_ROWS)
         return gemm<INT4_BLOCK_ROWS>(x, y, M, N, K,
                           [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
-    static thread_local std::vector<float> buffer;
     const int64_t G = K / group;
-    buffer.resize(M * G);
-    float* totals = buffer.data();  // of each group of x
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    for (int64_t i = 0; i < M * G; i++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
-        totals[i] = _mm512_reduce_add_ps(sum);
-    }
+    const float* totals = group_totals(x, M, K, group);
     over_rows<INT4_BLOCK_ROWS>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+        WITH_M(rows, int4_blocks<M, Scale>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
     });
 }
 
@@ -735,17 +788,32 @@ static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
     return y;
 }
 
-static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales) {
-    const int64_t M = x.size(0), N = scales.numel(), K = x.size(1);
+// Call run(pointer to the scales, in their type).
+template <class Run>
+static void with_type(const Tensor& scales, Run run) {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(scales.get(), &type));
+    if (type == aoti_torch_dtype_float16()) run(data<half>(scales));
+    else if (type == aoti_torch_dtype_float32()) run(data<float>(scales));
+    else run(data<bf16>(scales));
+}
+
+static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros) {
+    const int64_t M = x.size(0), N = scales.size(0) * BLOCK_ROWS, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
-    ::int8_product(data(rows), data<int8_t>(weight), data(scales), data(y), M, N, K);
+    with_type(scales, [&](auto* values) {
+        ::int8_product(data(rows), data<int8_t>(weight), values, zeros ? data<int8_t>(*zeros) : nullptr, data(y), M, N, K,
+                       K / scales.size(1));
+    });
     return y;
 }
 
 static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
     const int64_t M = x.size(0), N = scales.size(0) * INT4_BLOCK_ROWS, K = x.size(1);
     Tensor rows = in_order(x), y = empty({M, N});
-    ::int4_product(data(rows), data<uint8_t>(weight), data(scales), data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
+    with_type(scales, [&](auto* values) {
+        ::int4_product(data(rows), data<uint8_t>(weight), values, data<uint8_t>(zeros), data(y), M, N, K, K / scales.size(1));
+    });
     return y;
 }
 

@@ -138,7 +138,7 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 
 OPERATORS = {
     "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
-    "int8_product": "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
+    "int8_product": "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None) -> Tensor",
     "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
 }
@@ -152,8 +152,8 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("kernels::int8_product")
-def _(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales.numel())
+def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], scales.shape[0] * BLOCK_ROWS)
 
 
 @torch.library.register_fake("kernels::int4_product")
@@ -191,25 +191,33 @@ class CpuBf16(KernelLinear):
         return F.linear(rows, weight)
 
 
+def interleaved(values: Tensor, rows: int) -> Tensor:
+    """Put what so many rows of a weight have for a group beside each other: [N, groups] -> [N / rows, groups, rows]."""
+    return values.unflatten(-2, (-1, rows)).mT
+
+
 class CpuInt8(KernelLinear):
-    """codes int8 [N, K] and scales bf16 [N]; packed in tiles of 4 rows and 64 columns: [N / 4, K / 64, 4, 64]."""
+    """codes int8 [N, K], scales and zeros, int8 or None, [N, groups]; codes in tiles of 4 rows and 64 columns."""
 
-    names = ("weight", "scales")
+    names: tuple[str, ...] = ("weight", "scales")
 
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None):
         super().__init__(bias)
         packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, BLOCK_ROWS)).transpose(-3, -2)
-        self.weight, self.scales = packed_weight(packed), constant(scales)
+        self.weight = packed_weight(packed)  # [N / 4, K / 64, 4, 64]
+        self.scales = packed_weight(interleaved(scales, BLOCK_ROWS))
+        if zeros is not None:
+            self.zeros, self.names = packed_weight(interleaved(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
 
     @staticmethod
-    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        return torch.ops.kernels.int8_product(rows, weight, scales)
+    def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        return torch.ops.kernels.int8_product(rows, weight, scales, zeros)
 
     gemm = product
 
 
 class CpuInt4(KernelLinear):
-    """codes uint8 0 to 15 [N, K], zeros too, [N, K / group], scales bf16 [N, K / group]; packed as in cpu.cpp."""
+    """codes uint8 0 to 15 [N, K], zeros too, [N, groups], scales [N, groups]; packed as in cpu.cpp."""
 
     names = ("weight", "scales", "zeros")
 
@@ -221,11 +229,8 @@ class CpuInt4(KernelLinear):
         )  # [.., 4, 16, 2, 4]
         first, second = columns.unflatten(-1, (2, 2)).unbind(-1)
         self.weight = packed_weight(first | second << 4)  # [N / 16, K / 32, 4, 16, 2, 2]
-        scales, zeros = (
-            values.unflatten(-2, (-1, INT4_BLOCK_ROWS)).mT for values in (scales, zeros)
-        )  # [N / 16, groups, 16]
-        self.scales = packed_weight(scales)
-        first, second = zeros.unflatten(-1, (2, -1)).unbind(-2)
+        self.scales = packed_weight(interleaved(scales, INT4_BLOCK_ROWS))
+        first, second = interleaved(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)
 
     @staticmethod

@@ -48,6 +48,17 @@ class KernelLinear(nn.Module):
     gemm: Callable[..., Tensor]
 
 
+class Reordered(nn.Module):
+    """A layer whose columns lie in an order [K] of their own: x is put into it first."""
+
+    def __init__(self, layer: nn.Module, order: Tensor):
+        super().__init__()
+        self.layer, self.order = layer, constant(order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.index_select(-1, self.order))
+
+
 class Norm(Protocol):
     """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
 
@@ -103,13 +114,13 @@ def _(x: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 
 class AtenInt8(KernelLinear):
-    """codes int8 [N, K], scales [N] in the dtype of x."""
+    """codes int8 [N, K], scales [N, 1] in the dtype of x."""
 
     names = ("weight", "scales")
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        self.weight, self.scales = constant(codes), constant(scales)
+        self.weight, self.scales = constant(codes), constant(scales.squeeze(-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ since there each kernel launch saved counts.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import cast
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kernels import cpu, inductor
 from kernels.experts import CompiledExperts, KernelExperts
 from kernels.inductor import CompiledLinear, FusedCompiledLinear
-from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
-from linears import GROUP_SIZES, StoredInt4, StoredInt8, StoredLinear, is_router, unpack_nibbles
+from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear, Reordered
+from linears import GROUP_SIZES, StoredLinear, is_router
 from model import Block, Experts, Linear, ModelConfig, MoE, Transformer
 
 AnyLinear = Linear | Experts | StoredLinear
@@ -26,22 +26,21 @@ AnyLinear = Linear | Experts | StoredLinear
 def optimize_(model: Transformer, device_type: str | None = None) -> None:
     """Give a loaded model, once, the kernels of its device.
 
-    device_type: «cpu» or «cuda», by default the model's own; another serves to look at what would run there. Raises
-    ValueError where int4 zero points are above 15.
+    device_type: «cpu» or «cuda», by default the model's own; another serves to look at what would run there.
     """
     on_gpu = (device_type or model.device.type) == "cuda"
     dtype = model.embed_tokens.weight.dtype
     cuda = cuda_kernels() if on_gpu else None
     names = [name for name, child in model.named_modules() if isinstance(child, AnyLinear)]
-    # A linear that is inexact in one layer gets no kernel in any: a compiled step needs layers that are alike.
+    # What is inexact in one layer is taken so in all: a compiled step needs layers that are alike.
     inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
     for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
         linear = model.get_submodule(name)
         assert isinstance(linear, AnyLinear)
-        check_zeros(name, linear)
         layer = None
-        if name.split(".")[-1] not in inexact and not is_router(name):
-            layer = gpu_layer(linear, dtype, cuda) if on_gpu else cpu_layer(linear, dtype)
+        if not is_router(name):
+            exact = name.split(".")[-1] not in inexact
+            layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     layers = [model.get_submodule(name) for name in names if not is_router(name)]
     if all(isinstance(getattr(layer, "layer", layer), cpu.CpuBf16 | cpu.CpuInt8 | cpu.CpuInt4) for layer in layers):
@@ -61,14 +60,9 @@ def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) 
 
 
 def is_exact(stored: nn.Module, dtype: torch.dtype) -> bool:
-    """Say whether the model's dtype holds the bf16 scales: float16 would lose small ones."""
+    """Say whether the model's dtype holds the scales: float16 would lose small ones, bfloat16 bits of float16's."""
     scales = getattr(stored, "scales", None)
     return scales is None or torch.equal(scales.to(dtype).to(scales), scales)
-
-
-def check_zeros(name: str, stored: AnyLinear) -> None:
-    if isinstance(stored, StoredInt4) and stored.zeros.max() > 15:  # kernels pack them two to a byte
-        raise ValueError(f"{name}.zeros has zero points above 15; the checkpoint is damaged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,43 +76,59 @@ def compiled_layer(stored: AnyLinear, on_gpu: bool) -> nn.Module:
     return FusedCompiledLinear(stored) if on_gpu else CompiledLinear(stored, on_gpu)
 
 
-def cpu_layer(stored: AnyLinear, dtype: torch.dtype) -> nn.Module | None:
-    """Return the layer of a CPU whose kernel takes a weight in a model of this dtype; None where there is none."""
-    if isinstance(stored, StoredInt8):
-        layer = cpu_int8_layer(stored, dtype)
-    elif isinstance(stored, StoredInt4):
-        layer = cpu_int4_layer(stored, dtype)
-    elif isinstance(stored, StoredLinear):
-        return None
+def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.Module | None:
+    """Return the layer of a CPU whose kernel takes a weight in a model of this dtype; None where there is none.
+
+    exact: whether that dtype holds all scales, which ATen's kernels need.
+    """
+    layer: nn.Module | None
+    if isinstance(stored, StoredLinear):
+        layer = cpu_int8_layer(stored, dtype, exact) if stored.form.bits == 8 else cpu_int4_layer(stored, dtype, exact)
+        if layer is not None and stored.order is not None:
+            return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
         layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
     else:
         return None
-    return KernelExperts(layer) if layer is not None and stored.weight.ndim == 3 else layer
+    return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer
 
 
-def cpu_int8_layer(stored: StoredInt8, dtype: torch.dtype) -> KernelLinear | None:
+def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    tensors = stored.weight, stored.scales.to(dtype), stored.bias
-    if cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 64):
-        return cpu.CpuInt8(*tensors)
-    # ATen's kernels crash on sizes that are not multiples of their tiles.
-    return AtenInt8(*tensors) if N % 4 == 0 and K % 16 == 0 else None
-
-
-def cpu_int4_layer(stored: StoredInt4, dtype: torch.dtype) -> KernelLinear | None:
-    if not kernels_take_groups(stored):
+    if cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 64) and whole_groups(stored):
+        return cpu.CpuInt8(stored.weight, stored.scales, stored.bias, stored.zeros)
+    if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
         return None
-    codes = unpack_nibbles(stored.weight, stored.in_features)
-    tensors = codes, stored.scales.to(dtype), stored.zeros, stored.bias
+    # ATen's kernels crash on sizes that are not multiples of their tiles.
+    return AtenInt8(stored.weight, stored.scales.to(dtype), stored.bias) if N % 4 == 0 and K % 16 == 0 else None
+
+
+def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
+    if not whole_groups(stored):
+        return None
+    codes, zeros = stored.codes(), zeros_of(stored)
     if cpu.has_kernel(dtype, codes, cpu.INT4_BLOCK_ROWS, 32):
-        return cpu.CpuInt4(*tensors)
-    return AtenInt4(*tensors) if codes.shape[-2] % 16 == 0 else None
+        return cpu.CpuInt4(codes, stored.scales, zeros, stored.bias)
+    if not exact or codes.shape[-2] % 16:
+        return None
+    scales, zeros = regrouped(stored.group_size, stored.scales.to(dtype), zeros)
+    return AtenInt4(codes, scales, zeros, stored.bias)
 
 
-def kernels_take_groups(stored: StoredInt4) -> bool:
-    """Say whether the groups are those that kernels take: ATen's take these sizes alone, Triton's powers of 2."""
-    return stored.in_features % stored.group_size == 0 and stored.group_size in GROUP_SIZES
+def whole_groups(stored: StoredLinear) -> bool:
+    """Say whether the groups are such as the kernels take: of whole vectors, and none of them shorter."""
+    return stored.in_features % stored.group_size == 0 and stored.group_size % 32 == 0
+
+
+def zeros_of(stored: StoredLinear) -> Tensor:
+    """Return the zero points of int4, which are 8 where it has none."""
+    return torch.full_like(stored.scales, 8, dtype=torch.uint8) if stored.zeros is None else stored.zeros
+
+
+def regrouped(group_size: int, *values: Tensor) -> Iterator[Tensor]:
+    """Repeat what larger groups have for groups that all kernels take: powers of 2, of which ATen has these."""
+    size = max(size for size in GROUP_SIZES if group_size % size == 0)
+    return (tensor.repeat_interleave(group_size // size, dim=-1) for tensor in values)
 
 
 def cuda_kernels() -> ModuleType | None:
@@ -130,16 +140,20 @@ def cuda_kernels() -> ModuleType | None:
     return cuda
 
 
-def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None) -> nn.Module | None:
+def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, exact: bool = True) -> nn.Module | None:
     """Return the layer of a GPU whose kernel takes a weight in a model of this dtype; None where there is none."""
-    if cuda is None or stored.weight.ndim == 3:
+    if cuda is None or not isinstance(stored, StoredLinear) or stored.weight.ndim == 3 or not exact:
         return None
-    if isinstance(stored, StoredInt8):
-        return cuda.CudaInt8(stored.weight, stored.scales.to(dtype), stored.bias)
-    if isinstance(stored, StoredInt4) and kernels_take_groups(stored):
-        codes = unpack_nibbles(stored.weight, stored.in_features)
-        return cuda.CudaInt4(codes, stored.scales.to(dtype), stored.zeros, stored.bias)
-    return None
+    if stored.order is not None or stored.form.scales != torch.bfloat16:  # as which the kernels hold them
+        return None
+    if stored.form.bits == 4:
+        if not whole_groups(stored):
+            return None
+        scales, zeros = regrouped(stored.group_size, stored.scales.to(dtype), zeros_of(stored))
+        return cuda.CudaInt4(stored.codes(), scales, zeros, stored.bias)
+    if stored.scales.shape[-1] > 1 or stored.zeros is not None:
+        return None
+    return cuda.CudaInt8(stored.weight, stored.scales.to(dtype), stored.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from tqdm import tqdm
 
-from checkpoint import ModelReader, checkpoint_dtype, write_fused_config
+from checkpoint import ModelReader, checkpoint_dtype, write_config
 from cli.arguments import ArgumentParser, checkpoint_folder
 from cli.errors import user_errors
 from config import DTYPES, read_config
@@ -32,13 +32,14 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
     dtype = DTYPES[dtype_name] if dtype_name else checkpoint_dtype(checkpoint_dir, raw, allow_pickle=True)
-    reader = ModelReader(checkpoint_dir, dtype, allow_pickle=True)
+    reader = ModelReader(checkpoint_dir, dtype, allow_pickle=True, keep_codes=False)
     with new_folder(output_dir) as folder:
         with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
             write_safetensors(
                 folder / "model.safetensors", reader.specs, lambda name: (bar.update(), reader.read(name))[1]
             )
-        write_fused_config(checkpoint_dir, reader.raw, dtype, folder)
+        raw = {key: value for key, value in reader.raw.items() if key not in ("quantization_config", "quantization")}
+        write_config(checkpoint_dir, raw | {"layout": "fused"}, dtype, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
     if not any(
         (output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "tekken.json")

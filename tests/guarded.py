@@ -40,6 +40,7 @@ def products(at_end: bool) -> int:
     for N, K in [(4, 64), (20, 128), (32, 64), (36, 704), (48, 2112)]:
         weight = drawn(N, K)
         layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None)]
+        layers.append(CpuInt8(*quantize_int8(weight, 32), None, torch.ones(N, K // 32, dtype=torch.int8)))
         if N % INT4_BLOCK_ROWS == 0:
             layers.append(CpuInt4(*quantize_int4(weight, 64), None))
         for layer in layers:

@@ -26,8 +26,10 @@ from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, R
 
 import checkpoint
 from bench.launches import pretend
+from compressed import quantization_config
 from kernels import cuda
 from kernels.optimize import optimize_
+from linears import Scheme
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
@@ -35,10 +37,10 @@ from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "float32", "layout": "fused",
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "float32",
 }  # fmt: skip
-INT8: dict[str, Any] = {"quantization": {"mode": "int8"}}
-INT4: dict[str, Any] = {"quantization": {"mode": "int4", "groupsize": 32}}
+INT8: dict[str, Any] = {"quantization_config": quantization_config(Scheme("int8"))}
+INT4: dict[str, Any] = {"quantization_config": quantization_config(Scheme("int4", 32))}
 QWEN3 = {"model_type": "qwen3", "head_dim": 24, "attention_bias": True}
 WINDOW = {"model_type": "mistral", "sliding_window": 8}
 BIASES = {"mlp_bias": True}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import model
 from kernels import cuda
-from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from linears import dequantize, quantize_int4, quantize_int8
 
 # No bf16 where a kernel has a `tl.dot`, in which the interpreter takes it for whole numbers (Triton 3.7).
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,7 +52,7 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         layer = cuda.CudaInt4(codes, scales.to(DTYPES[dtype]), zeros, None)
         x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
         assert torch.equal(cuda.unpack_int4(layer.weight, group_size), codes.int())
-        weight = dequantize_int4(codes, scales, zeros, group_size).to(x.dtype)
+        weight = dequantize(codes, scales, zeros, group_size).to(x.dtype)
         assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
         ours = cuda.int4_product(x, layer.weight, layer.parameters_of_groups, **given)
         return distance(ours, twin(x, weight, given))
@@ -61,7 +61,7 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         codes, scales = quantize_int8(torch.randn(N, K))
         x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
         ours = cuda.int8_product(x, codes, scales.to(x.dtype), **given)
-        return distance(ours, twin(x, dequantize_int8(codes, scales), given))
+        return distance(ours, twin(x, dequantize(codes, scales), given))
 
     def plain(M: int, N: int, K: int) -> float:
         x, weight = torch.randn(M, K), torch.randn(N, K)

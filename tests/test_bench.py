@@ -20,6 +20,7 @@ from bench.rung import Rung, format_line
 from bench.runner import GREEDY, NUM_STEPS, PROMPT, Runner, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
+from compressed import quantization_config
 from config import parse_config
 from engine import generate
 from kernels.cpu import library
@@ -61,7 +62,7 @@ def command(config, *arguments, ranks=1):
 
 def subject(forms=None, **changes):
     raw = RAW | changes
-    quantized = {name: raw | {"layout": "fused", "quantization": form} for name, form in (forms or {}).items()}
+    quantized = {name: raw | {"quantization_config": quantization_config(form)} for name, form in (forms or {}).items()}
     return Subject("tiny", raw, torch.bfloat16, {"": raw, **quantized})
 
 
@@ -171,17 +172,20 @@ def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
 # Fresh processes
 
 
-INT4 = {"mode": "int4", "groupsize": 32}
+INT4 = Scheme("int4", 32)
 
 
 def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(products, "MOST_COPIES", 2)
-    rungs = list(products.make_rungs(subject({"int8": {"mode": "int8"}, "int4-g32": INT4}), "cpu"))
+    rungs = list(
+        products.make_rungs(subject({"int8": Scheme("int8"), "int4-g32": INT4, "int8-g64": Scheme("int8", 64)}), "cpu")
+    )
     names = [rung.name for rung in rungs]
     norms = ["norm, multiply and sum", "norm folded into the sum"]
     forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
     forms += [f"{name}, {form}" for name in ("int8", "int4-g32") for form in ("multiply and sum", "ATen", "ours")]
     forms += [f"int8, {form}" for form in norms]
+    forms += ["int8-g64, multiply and sum", *(["int8-g64, ours"] if library() else [])]
     assert sorted(names) == sorted(f"{form}, {rows}" for form in forms for rows in ("1 row", "5 rows"))
     assert all(rung.measure() > 0 for rung in rungs)
     assert all(rung.against in names for rung in rungs if "multiply and sum, " not in rung.name)
@@ -424,7 +428,7 @@ def test_what_is_not_installed_is_named_by_its_package():
 # Mistakes, and other machines
 
 
-@pytest.mark.parametrize("scheme", ["int5", "int4", "int4-g7", "int8-g32", "-g32", ""])
+@pytest.mark.parametrize("scheme", ["int5", "int4", "int4-g7", "int8-sym", "-g32", ""])
 def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, capsys, scheme):
     assert_user_error(mistake(capsys, "--config", config, f"--quantize={scheme}"), "--quantize", repr(scheme))
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from checkpoint import load_model, random_model
 from engine import generate
 from kernels.optimize import cuda_kernels, optimize_
-from linears import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from linears import dequantize, quantize_int4, quantize_int8
 from model import attention, attention_mask
 from quantize import main as quantize
 from speculate import Speculation
@@ -134,10 +134,10 @@ def test_products_are_their_twins(M, N, K, group_size):
     codes, scales, zeros = quantize_int4(weight, group_size)
     layer = cuda.CudaInt4(codes, scales, zeros, None).cuda()
     ours = cuda.int4_product(x.bfloat16().cuda(), layer.weight, layer.parameters_of_groups)
-    assert relative(ours, x.bfloat16().double() @ dequantize_int4(codes, scales, zeros, group_size).double().T) < 1e-2
+    assert relative(ours, x.bfloat16().double() @ dequantize(codes, scales, zeros, group_size).double().T) < 1e-2
     codes, scales = quantize_int8(weight)
     ours = cuda.int8_product(x.bfloat16().cuda(), codes.cuda(), scales.cuda())
-    assert relative(ours, x.bfloat16().double() @ dequantize_int8(codes, scales).double().T) < 1e-2
+    assert relative(ours, x.bfloat16().double() @ dequantize(codes, scales).double().T) < 1e-2
 
 
 @pytest.mark.parametrize("M", [1, 6])
@@ -151,12 +151,12 @@ def test_products_do_what_stands_around_them(M, what):
     x, weight = torch.randn(M, 4096).bfloat16(), torch.randn(2050, 4096) / 64
     codes, scales = quantize_int8(weight)
     ours = cuda.int8_product(x.cuda(), codes.cuda(), scales.cuda(), **on_gpu(after))
-    assert relative(ours, twin(x, dequantize_int8(codes, scales), after)) < 1e-2
+    assert relative(ours, twin(x, dequantize(codes, scales), after)) < 1e-2
     codes, scales, zeros = quantize_int4(weight, 32)
     layer = cuda.CudaInt4(codes, scales, zeros, None).cuda()
     given = given if M == 1 else after  # of one row it takes the norm too
     ours = cuda.int4_product(x.cuda(), layer.weight, layer.parameters_of_groups, **on_gpu(given))
-    assert relative(ours, twin(x, dequantize_int4(codes, scales, zeros, 32), given)) < 1e-2
+    assert relative(ours, twin(x, dequantize(codes, scales, zeros, 32), given)) < 1e-2
 
 
 def on_gpu(given):

@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
 from checkpoint import random_model
+from compressed import quantization_config
 from kernels.optimize import optimize_
-from linears import constant
+from linears import Scheme, constant
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import Sampling, compiled, decode, keep_first_layer_guards
@@ -107,7 +108,7 @@ def test_one_cuda_graph_serves_every_position(model, made, name):
 
 def on_cuda() -> Transformer:
     """A model as it is on a GPU, with int4 and int8 weights, its memory left out."""
-    quantized = {"layout": "fused", "quantization": {"mode": "int4", "groupsize": 32}}
+    quantized = {"quantization_config": quantization_config(Scheme("int4", 32))}
     model = random_model(RAW | quantized, "cpu", torch.bfloat16, optimize=False)
     optimize_(model, "cuda")
     model.to("meta").setup_caches(1, 8192)
@@ -145,7 +146,7 @@ def test_a_step_needs_the_host_for_nothing(name):
 
 
 MIXED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
-INT8 = {"layout": "fused", "quantization": {"mode": "int8"}}
+INT8 = {"quantization_config": quantization_config(Scheme("int8"))}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import random_model
+from compressed import quantization_config
 from kernels import cpu, inductor
 from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, empty_weight, packed_weight
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
@@ -25,10 +26,9 @@ from kernels.optimize import FusedBlock, cpu_layer, optimize_
 from linears import (
     GROUP_SIZES,
     Scheme,
-    StoredInt4,
+    StoredLinear,
     constant,
-    dequantize_int4,
-    dequantize_int8,
+    dequantize,
     quantize_int4,
     quantize_int8,
     quantize_linear,
@@ -80,12 +80,29 @@ def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tu
     assert_product(CpuBf16(weight, bias), x, weight, bias)
     if K % 64 == 0:
         codes, scales = quantize_int8(weight)
-        assert_product(CpuInt8(codes, scales, bias), x, dequantize_int8(codes, scales), bias)
+        assert_product(CpuInt8(codes, scales, bias), x, dequantize(codes, scales), bias)
     if N % INT4_BLOCK_ROWS == 0:
         for group_size in (size for size in GROUP_SIZES if K % size == 0):
             quantized = quantize_int4(weight, group_size)
-            twin = dequantize_int4(*quantized, group_size)
+            twin = dequantize(*quantized, group_size)
             assert_product(CpuInt4(*quantized, bias), x, twin, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, MAX_ROWS, MAX_ROWS + 1])
+def test_groups_zero_points_and_scales_of_every_dtype_equal_their_twins(rows: int, dtype: torch.dtype) -> None:
+    N, K = 64, 384
+    x, generator = normal(rows, K), torch.Generator().manual_seed(1)
+    for group_size in (32, 96, 128, 384):
+        shape = N, K // group_size
+        scales = (torch.randn(shape, generator=generator) / 100).to(dtype)  # of both signs
+        codes = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
+        for zeros in (None, torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)):
+            twin = dequantize(codes, scales, 0 if zeros is None else zeros, group_size)
+            assert_product(CpuInt8(codes, scales, None, zeros), x, twin, None)
+        codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=generator)
+        zeros = torch.randint(16, shape, dtype=torch.uint8, generator=generator)
+        assert_product(CpuInt4(codes, scales, zeros, None), x, dequantize(codes, scales, zeros, group_size), None)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -94,7 +111,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert (result.returncode, result.stdout) == (0, f"{2 * (12 * MAX_ROWS + 4)}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{2 * (17 * MAX_ROWS + 4)}\n"), result.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 6, 11])
@@ -171,7 +188,11 @@ def test_own_threads_serve_several_callers_and_forks() -> None:
 
 
 def test_own_threads_are_for_the_few_rows_of_models_that_are_all_kernels() -> None:
-    raw = RAW | {"hidden_size": 128, "intermediate_size": 192, "layout": "fused", "quantization": {"mode": "int8"}}
+    raw = RAW | {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "quantization_config": quantization_config(Scheme("int8")),
+    }
     model, wide = (random_model(form, dtype=torch.bfloat16) for form in (RAW, raw))
     exact = random_model(RAW, dtype=torch.float32)
     with on_threads(2):
@@ -201,20 +222,20 @@ def test_each_row_is_multiplied_alone() -> None:
 def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
     one_each = torch.eye(192).bfloat16()  # a product with it is the weight itself
     codes, scales = quantize_int8(normal(64, 192))
-    assert torch.equal(CpuInt8(codes, scales, None)(one_each), dequantize_int8(codes, scales).bfloat16().T)
+    assert torch.equal(CpuInt8(codes, scales, None)(one_each), dequantize(codes, scales).bfloat16().T)
     for group_size in (32, 64):
         quantized = quantize_int4(normal(64, 192), group_size)
         unpacked = CpuInt4(*quantized, None)(one_each)
-        twin = dequantize_int4(*quantized, group_size).bfloat16().T
+        twin = dequantize(*quantized, group_size).bfloat16().T
         assert torch.equal(unpacked, twin)
 
 
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     x, weight = normal(MAX_ROWS + 1, 1024), normal(4176, 1024, seed=1)  # pieces are of 8 MiB in bf16
     codes, scales = quantize_int8(weight)
-    assert_product(CpuInt8(codes, scales, None), x, dequantize_int8(codes, scales), None)
+    assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
     quantized = quantize_int4(weight, 32)
-    assert_product(CpuInt4(*quantized, None), x, dequantize_int4(*quantized, 32), None)
+    assert_product(CpuInt4(*quantized, None), x, dequantize(*quantized, 32), None)
 
 
 def test_no_rows_are_no_outputs() -> None:
@@ -257,7 +278,7 @@ def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(
     x, weight, scheme = normal(3, 192), Linear(192, 64), Scheme("int4", group_size)
     weight.weight = constant(normal(64, 192, seed=1))
     stored = quantize_linear(weight, scheme)
-    assert isinstance(stored, StoredInt4)
+    assert isinstance(stored, StoredLinear)
     twin = stored.dequantize()
     layer = cpu_layer(stored, torch.bfloat16)
     assert layer is None or group_size % 32 == 0

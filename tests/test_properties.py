@@ -15,7 +15,7 @@ from torch import Tensor
 
 import steps
 from kernels.layers import MAX_ROWS
-from linears import dequantize_int4, pack_nibbles, unpack_nibbles
+from linears import dequantize, pack_nibbles, unpack_nibbles
 from rows import Row, num_pending
 from steps import SLOTS_STEP, Sampling, draw, probabilities, prompt_chunks, sample, visible_slots
 from tokenizer import TextStream, Tokenizer, cut_whitespace
@@ -199,4 +199,4 @@ def test_any_bytes_are_codes_that_pack_to_themselves(rows: list[bytes], num_colu
     again = pack_nibbles(codes)
     assert torch.equal(again if num_columns == 6 else again[:, :2], packed if num_columns == 6 else packed[:, :2])
     scales, zeros = torch.ones(len(rows), 1), torch.full((len(rows), 1), 8, dtype=torch.uint8)
-    assert torch.equal(dequantize_int4(codes, scales, zeros, 32), codes.float() - 8)
+    assert torch.equal(dequantize(codes, scales, zeros, 32), codes.float() - 8)

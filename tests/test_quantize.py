@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import quantize
 from calibration import write_windows
 from checkpoint import load_model, meta_model, random_model, save_hub_checkpoint
-from config import read_config
+from compressed import quantization_config
+from config import parse_config, read_config
 from engine import generate
 from generate import main
 from gptq import Calibration, gptq, gptq_stack
@@ -26,10 +27,8 @@ from kernels.optimize import optimize_
 from linears import (
     GROUP_SIZES,
     Scheme,
-    StoredInt4,
-    StoredInt8,
-    dequantize_int4,
-    dequantize_int8,
+    StoredLinear,
+    dequantize,
     pack_nibbles,
     quantizable_linears,
     quantize_int4,
@@ -38,6 +37,7 @@ from linears import (
     unpack_nibbles,
 )
 from model import Experts, Linear, MoE, Transformer
+from names import hub_names
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import (
     NEWER,
@@ -54,7 +54,8 @@ from tokenizer import load_tokenizer
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 DEMO = REPO / "checkpoints/demo"
-SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128), Scheme("int4-gptq", 32)]
+SCHEMES = [Scheme("int8"), Scheme("int8", 64), Scheme("int4", 32), Scheme("int4", 128, symmetric=True)]
+SCHEMES += [Scheme("int4"), Scheme("int4-gptq", 32), Scheme("int4-gptq", 64, symmetric=True)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -100,22 +101,24 @@ def test_an_even_column_is_the_low_half_of_its_byte() -> None:
 @settings(deadline=None, max_examples=50)
 def test_no_weight_moves_by_more_than_half_a_step(N: int, K: int, size: float, seed: int) -> None:
     weight = size * normal(N, K, seed=seed)
-    codes, scales = quantize_int8(weight)
-    error = (dequantize_int8(codes, scales) - weight).abs()
-    assert (error <= 0.51 * scales.float().unsqueeze(1)).all()
-    for group_size in GROUP_SIZES:
-        codes, scales, zeros = quantize_int4(weight, group_size)
-        error = (dequantize_int4(codes, scales, zeros, group_size) - weight).abs()
-        # Half a step, and what bf16 rounds the scale by, 15 times.
-        step = scales.float().repeat_interleave(group_size, dim=1)[:, :K]
-        assert (error <= (0.5 + 15 / 256) * step).all()
+    for group_size in (K, *GROUP_SIZES):
+        codes, scales = quantize_int8(weight, group_size)
+        error = (dequantize(codes, scales, 0, group_size) - weight).abs()
+        assert (error <= 0.51 * scales.float().repeat_interleave(group_size, dim=1)[:, :K]).all()
+        for symmetric in (False, True):
+            codes, scales, zeros = quantize_int4(weight, group_size, symmetric)
+            error = (dequantize(codes, scales, zeros, group_size) - weight).abs()
+            # Half a step, and what bf16 rounds the scale by, 15 times. Symmetric, one end has a code less.
+            step = scales.float().abs().repeat_interleave(group_size, dim=1)[:, :K]
+            assert (error <= ((1 if symmetric else 0.5) + 15 / 256) * step).all()
+            assert not symmetric or (zeros == 8).all()
 
 
 def test_a_row_of_equal_weights_or_zeros_stays_what_it_is() -> None:
     weight = torch.tensor([0.0, 0.5, -2.0]).unsqueeze(1).expand(3, 40)
     codes, scales = quantize_int8(weight)
-    torch.testing.assert_close(dequantize_int8(codes, scales), weight, rtol=1 / 128, atol=0)
-    torch.testing.assert_close(dequantize_int4(*quantize_int4(weight, 32), 32), weight, rtol=1 / 128, atol=1e-9)
+    torch.testing.assert_close(dequantize(codes, scales), weight, rtol=1 / 128, atol=0)
+    torch.testing.assert_close(dequantize(*quantize_int4(weight, 32), 32), weight, rtol=1 / 128, atol=1e-9)
 
 
 def test_int8_codes_are_symmetric_and_use_the_whole_range() -> None:
@@ -212,7 +215,7 @@ def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
         block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Scheme("int8"))  # type: ignore[assignment]
         block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Scheme("int8"))  # type: ignore[assignment]
     optimize_(model)
-    assert {type(block.mlp.down_proj.stored) for block in model.layers} == {StoredInt8}
+    assert {type(block.mlp.down_proj.stored) for block in model.layers} == {StoredLinear}
     assert {type(block.mlp.gate_up_proj) for block in model.layers} == {AtenInt8}
 
 
@@ -222,9 +225,9 @@ def test_the_kernels_run_where_the_shape_allows() -> None:
         return type(getattr(layer, "stored", layer))
 
     assert kind(Scheme("int8"), 64, 128) is AtenInt8
-    assert kind(Scheme("int8"), 63, 61) is StoredInt8
+    assert kind(Scheme("int8"), 63, 61) is StoredLinear
     assert kind(Scheme("int4", 32), 64, 128) is AtenInt4
-    assert kind(Scheme("int4", 32), 64, 172) is StoredInt4
+    assert kind(Scheme("int4", 32), 64, 172) is StoredLinear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def correlated_inputs(num: int, K: int) -> Tensor:
 
 
 def output_error(weight: Tensor, quantized: tuple[Tensor, Tensor, Tensor], group_size: int, x: Tensor) -> float:
-    return (x @ (dequantize_int4(*quantized, group_size) - weight).t()).square().mean().item()
+    return (x @ (dequantize(*quantized, group_size) - weight).t()).square().mean().item()
 
 
 @pytest.mark.parametrize("K", [96, 172, 320])
@@ -354,7 +357,7 @@ def quantized(source: Path, output: Path, *args: object) -> Path:
 
 
 def arguments(scheme: Scheme) -> list[object]:
-    group = ["--groupsize", scheme.group_size] if scheme.group_size else []
+    group = ["--groupsize", scheme.group_size or -1, *["--symmetric"] * scheme.symmetric]
     calibration = ["--calibration_samples", 4, "--calibration_length", 64] if scheme.mode == "int4-gptq" else []
     return ["--mode", scheme.mode, *group, *calibration]
 
@@ -365,21 +368,29 @@ def plain_twin(path: Path) -> Transformer:
 
     stored = load_file(path / "model.safetensors")
     raw = read_config(path)
-    scheme = raw.pop("quantization")
+    groups = raw.pop("quantization_config")["config_groups"].values()
+    sizes = [group["weights"]["group_size"] for group in groups]
+    for base in [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]:
+        words, scales = stored.pop(f"{base}_packed"), stored.pop(f"{base}_scale").double()
+        N, K = stored.pop(f"{base}_shape").tolist()
+        bits = 4 if words.shape[1] == -(-K // 8) else 8
+
+        def codes(words: Tensor, bits: int = bits) -> Tensor:
+            shifts = torch.arange(0, 32, bits)
+            return (words.long().unsqueeze(-1) >> shifts & 2**bits - 1).flatten(-2)
+
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
+        if f"{base}_zero_point" in stored:
+            zeros = codes(stored.pop(f"{base}_zero_point").t())[:, :N].t().double()
+        group_size = sizes[0] if scales.shape[1] > 1 else K
+        group_of = torch.tensor([column // group_size for column in range(K)])
+        stored[base] = (codes(words)[:, :K] - zeros[:, group_of]) * scales[:, group_of]
     model = Transformer(meta_model({**raw, "tie_word_embeddings": False}).config)
-    state = dict(stored)
-    for name, child in quantizable_linears(model).items():
-        codes, scales = stored[f"{name}.weight"], state.pop(f"{name}.scales")
-        if codes.dtype == torch.int8:
-            state[f"{name}.weight"] = codes.float() * scales.float()[..., None]
-        else:
-            K, group_size = child.weight.shape[-1], scheme["groupsize"]
-            zeros = state.pop(f"{name}.zeros")
-            low, high = codes % 16, codes // 16
-            codes = torch.stack((low, high), dim=-1).reshape(*codes.shape[:-1], -1)[..., :K].float()
-            group_of = torch.tensor([column // group_size for column in range(K)])
-            state[f"{name}.weight"] = (codes - zeros[..., group_of]) * scales.float()[..., group_of]
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        whole = torch.cat([stored[part] for part in hub_names(name, model.config)]).float()
+        state[name] = whole.view(parameter.shape)
+    model.load_state_dict(state)
     return model
 
 
@@ -424,8 +435,7 @@ def assert_compiled_once_and_equal(model: Transformer) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
 def test_compiled_equals_eager_and_compiles_once(scheme: Scheme) -> None:
-    quantization = {"mode": scheme.mode} | ({"groupsize": scheme.group_size} if scheme.group_size else {})
-    raw = {**read_config(DEMO), "num_hidden_layers": 2, "layout": "fused", "quantization": quantization}
+    raw = {**read_config(DEMO), "num_hidden_layers": 2, "quantization_config": quantization_config(scheme)}
     assert_compiled_once_and_equal(random_model(raw, dtype=torch.float32))
 
 
@@ -468,7 +478,7 @@ def test_one_rounded_block_after_another_is_what_gptq_sees(stories: Path) -> Non
     for name, child in quantizable_linears(twin).items():
         if name != "lm_head":
             codes = unpack_nibbles(merged[f"{name}.weight"].data, child.weight.shape[1])
-            weight = dequantize_int4(codes, merged[f"{name}.scales"], merged[f"{name}.zeros"], 32)
+            weight = dequantize(codes, merged[f"{name}.scales"], merged[f"{name}.zeros"], 32)
             child.weight = nn.Parameter(weight)
     expected = twin.hidden_states(tokens, torch.arange(64))
     torch.testing.assert_close(torch.cat(calibration.hidden), expected, atol=1e-4, rtol=1e-4)
@@ -533,8 +543,8 @@ def test_the_table_keeps_its_columns_where_a_group_is_shorter(stories: Path, tmp
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [
-        (["--mode", "int4", "--groupsize", 33], ["--groupsize", "33", "32, 64, 128, 256"]),
-        (["--mode", "int8", "--groupsize", 32], ["--groupsize 32", "int8"]),
+        (["--mode", "int4", "--groupsize", 33], ["--groupsize", "33", "-1, 32, 64, 128, 256"]),
+        (["--mode", "int8", "--symmetric"], ["--symmetric", "int8"]),
         (["--mode", "int5"], ["--mode", "int5"]),
         ([], ["--mode"]),
         (["--mode", "int4", "--calibration_length", 64], ["--calibration_length", "int4-gptq"]),
@@ -619,55 +629,30 @@ def damaged(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (path / "config.json").write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"mode": "int5"}, {"mode": "int4"}, {"mode": "int4", "groupsize": 33}, {"mode": "int4", "groupsize": "32"},
-        {"mode": "int8", "groupsize": 32}, {"mode": "int4", "groupsize": True}, {"mode": "int4", "groupsize": [32]},
-        {}, [], "int8", 8,
-    ],
-    ids=str,
-)  # fmt: skip
-def test_another_quantization_is_refused_with_its_value(tmp_path: Path, value: Any) -> None:
-    path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
-    damaged(path, lambda raw: raw.update(quantization=value))
-    with pytest.raises(ValueError, match="quantization") as error:
-        load_model(path)
-    assert str(value) in str(error.value)
-
-
-def test_quantized_weights_in_the_hubs_layout_are_refused(tmp_path: Path) -> None:
-    path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
-    damaged(path, lambda raw: raw.pop("layout"))
-    with pytest.raises(ValueError, match="layout"):
-        load_model(path)
-
-
-def test_zero_points_that_are_no_codes_of_4_bits_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = quantized(DEMO, tmp_path / "out", "--mode", "int4")
-    stored, name = load_file(path / "model.safetensors"), "layers.0.mlp.down_proj.zeros"
-    others = {f"{name} is torch.bfloat16, expected torch.uint8": stored[name].bfloat16(), "above 15": stored[name] + 16}
-    for said, zeros in others.items():
-        save_file(stored | {name: zeros}, path / "model.safetensors")
-        with pytest.raises(ValueError, match=said):
-            load_model(path)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_folder_of_an_earlier_version_is_refused_with_the_command_that_makes_it_anew(mode: str) -> None:
+    size = {"groupsize": 64} if mode == "int4" else {"groupsize": None}
+    raw = {**read_config(DEMO), "layout": "fused", "quantization": {"mode": mode, **size}}
+    with pytest.raises(ValueError, match="earlier version") as error:
+        parse_config(raw)
+    assert str(error.value).endswith(f"--mode {mode}" + (" --groupsize 64" if mode == "int4" else ""))
 
 
 def test_codes_that_config_does_not_announce_are_refused(tmp_path: Path) -> None:
     path = quantized(DEMO, tmp_path / "out", "--mode", "int8")
-    damaged(path, lambda raw: raw.pop("quantization"))
-    with pytest.raises(ValueError, match="tensor"):
+    kept = read_config(path)["quantization_config"]
+    damaged(path, lambda raw: raw.pop("quantization_config"))
+    with pytest.raises(ValueError, match="weight_packed"):
         load_model(path)
-    damaged(path, lambda raw: raw.update(quantization={"mode": "int4", "groupsize": 32}))
-    with pytest.raises(ValueError, match="tensor"):
+    for group in kept["config_groups"].values():
+        group["weights"] |= {"num_bits": 4, "strategy": "group", "group_size": 32}
+    damaged(path, lambda raw: raw.update(quantization_config=kept))
+    with pytest.raises(ValueError, match="weight_packed has shape"):
         load_model(path)
 
 
 def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
-    quantization = {"mode": "int4", "groupsize": 32}
-    raw = {**read_config(DEMO), "layout": "fused", "quantization": quantization}
+    raw = {**read_config(DEMO), "quantization_config": quantization_config(Scheme("int4", 32))}
     model = random_model(raw, dtype=torch.float32)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0

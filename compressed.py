@@ -1,0 +1,72 @@
+"""Quantized linears as compressed-tensors, which other programs read too; `formats.py` reads them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formats import retyped
+from linears import HEAD_SCHEME, Scheme, StoredLinear, pack_nibbles
+from model import Transformer
+from names import hub_names, hub_rows, unstacked
+
+
+def quantization_config(scheme: Scheme, head: Scheme = HEAD_SCHEME) -> dict[str, Any]:
+    """Return what config.json says of the linears of blocks and of the head, both in compressed-tensors."""
+
+    def group(scheme: Scheme, target: str) -> dict[str, Any]:
+        form = scheme.form
+        weights = {"num_bits": form.bits, "type": "int", "symmetric": not form.zeros,
+                   "strategy": "group" if form.group_size else "channel", "group_size": form.group_size,
+                   "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax"}  # fmt: skip
+        return {"targets": [target], "weights": weights, "input_activations": None, "output_activations": None,
+                "format": "pack-quantized"}  # fmt: skip
+
+    blocks = group(scheme, r"re:.*\.layers\..*(_proj|\.w[123])$")
+    groups = {"group_0": blocks, "group_1": group(head, "re:.*lm_head$")}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups,
+            "quantization_status": "compressed", "ignore": [], "kv_cache_scheme": None,
+            "global_compression_ratio": None}  # fmt: skip
+
+
+def pack_tensors(stored: StoredLinear, base: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, by name, of a linear of a form, with these parameters: the inverse of `pack_quantized`.
+
+    They may be on the meta device, which says their dtypes and shapes.
+    """
+    weight, zeros = parameters["weight"], parameters.get("zeros")
+    as_bytes = weight if stored.form.bits == 4 else weight.view(torch.uint8) ^ 128
+    words = retyped(F.pad(as_bytes, (0, -as_bytes.shape[-1] % 4)), torch.int32)
+    yield f"{base}.weight_packed", words
+    yield f"{base}.weight_scale", parameters["scales"]
+    if zeros is not None:
+        columns = F.pad(zeros.t(), (0, -zeros.shape[0] % 8))
+        yield f"{base}.weight_zero_point", retyped(pack_nibbles(columns), torch.int32).t().contiguous()
+    yield f"{base}.weight_shape", torch.tensor([len(weight), stored.in_features], device=weight.device)
+
+
+def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn parameters of a model into the Hub's tensors, those of quantized linears into compressed-tensors.
+
+    All of a module's parameters are there, or none of them. They may be on the meta device.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        module, _, kind = name.rpartition(".")
+        stored = model.get_submodule(module)
+        matrix = unstacked(name, value, model.config)
+        hub, rows = hub_names(name, model.config), hub_rows(name, model.config, matrix.shape[0])
+        if not isinstance(stored, StoredLinear) or kind == "bias":
+            tensors |= zip(hub, matrix.split(rows), strict=True)
+        elif kind == "weight":
+            kinds = [kind for kind, _ in stored.named_parameters() if kind != "bias"]
+            values = [unstacked(name, parameters[f"{module}.{kind}"], model.config).split(rows) for kind in kinds]
+            packed = [
+                dict(pack_tensors(stored, base.removesuffix(".weight"), dict(zip(kinds, part, strict=True))))
+                for base, part in zip(hub, zip(*values, strict=True), strict=True)
+            ]
+            # Kind by kind, so that what is stacked when it is read lies together.
+            tensors |= [item for items in zip(*(part.items() for part in packed), strict=True) for item in items]
+    return tensors

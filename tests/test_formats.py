@@ -1,0 +1,544 @@
+"""Quantized checkpoints of other programs: small folders, packed here from random codes, and the programs' own."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import generate
+import quantize
+from checkpoint import load_model, random_model, save_hub_checkpoint
+from config import parse_config, read_config
+from linears import StoredLinear
+from model import Ranks
+from scripts import convert_hf_checkpoint
+from tests.conftest import SHARED, HubCheckpoint, assert_user_error, run_forked
+
+GetCheckpoint = Callable[[str], HubCheckpoint]
+# Of a linear of this name and shape: the tensors by their last names, and the weight that they stand for.
+Pack = Callable[[str, int, int], tuple[dict[str, Tensor], Tensor]]
+
+RAW: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+TOKENS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def as_words(codes: Tensor, bits: int) -> Tensor:
+    """Put codes [.., K], the first in the lowest bits, into int32 [.., K * bits / 32 rounded up]."""
+    per_word = 32 // bits
+    codes = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
+    words = sum(codes[..., i] << bits * i for i in range(per_word))
+    assert isinstance(words, Tensor)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+class Drawn:
+    """Random codes, scales of both signs, zero points, an order; and the weight that they stand for."""
+
+    def __init__(self, name: str, N: int, K: int, bits: int, group: int, zeros: bool, dtype: torch.dtype, order: bool):
+        # Parts that are stacked have an order in common.
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        shared = torch.Generator().manual_seed(K)
+        size, top = K if group == -1 else group, 2**bits
+        G = -(-K // size)
+        self.codes = torch.randint(top, (N, K), generator=generator)
+        self.scales = (torch.randn(N, G, generator=generator) * 0.6 / top).to(dtype)
+        self.zeros = torch.randint(top, (N, G), generator=generator) if zeros else torch.full((N, G), top // 2)
+        self.groups = torch.arange(K) // size
+        if order:
+            self.groups = self.groups[torch.randperm(K, generator=shared)]
+        weight = (self.codes - self.zeros[:, self.groups]).double() * self.scales.double()[:, self.groups]
+        self.weight = weight.float()
+
+
+def compressed(
+    bits: int, group: int = -1, zeros: bool = False, dtype: torch.dtype = torch.bfloat16, order: bool = False,
+    plain: bool = False,
+) -> tuple[dict[str, Any], Pack]:  # fmt: skip
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        drawn = Drawn(name, N, K, bits, group, zeros, dtype, order)
+        if plain:
+            return {"weight": (drawn.codes - 128).to(torch.int8), "weight_scale": drawn.scales}, drawn.weight
+        tensors = {"weight_packed": as_words(drawn.codes, bits), "weight_scale": drawn.scales}
+        tensors["weight_shape"] = torch.tensor([N, K])
+        if zeros:
+            tensors["weight_zero_point"] = as_words(drawn.zeros.t(), bits).t().contiguous()
+        if order:
+            tensors["weight_g_idx"] = drawn.groups.int()
+        return tensors, drawn.weight
+
+    size = {"strategy": "channel", "group_size": None} if group == -1 else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits, "type": "int", "symmetric": not zeros, "dynamic": False, **size}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"],
+            "format": "int-quantized" if plain else "pack-quantized"}, pack  # fmt: skip
+
+
+def gptq(
+    bits: int = 4, group: int = 32, zeros: bool = True, order: bool = False, v2: bool = False, g_idx: bool = True,
+    **options: Any,
+) -> tuple[dict[str, Any], Pack]:  # fmt: skip
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        drawn = Drawn(name, N, K, bits, group, zeros, torch.float16, order)
+        words = as_words(drawn.zeros.t(), bits)  # [G, N * bits / 32]
+        if not v2:
+            words = words - (0x11111111 if bits == 4 else 0x01010101)  # of the word, with borrow
+        tensors = {"qweight": as_words(drawn.codes, bits).t().contiguous(), "qzeros": words}
+        tensors |= {"scales": drawn.scales.t().contiguous(), **({"g_idx": drawn.groups.int()} if g_idx else {})}
+        return tensors, drawn.weight
+
+    form = {"checkpoint_format": "gptq_v2"} if v2 else {}
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": order, **form, **options}, pack
+
+
+def awq(group: int = 32, **options: Any) -> tuple[dict[str, Any], Pack]:
+    def shuffled(codes: Tensor) -> Tensor:
+        return as_words(codes.unflatten(-1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(-2), 4)
+
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        drawn = Drawn(name, N, K, 4, group, True, torch.float16, False)
+        tensors = {"qweight": shuffled(drawn.codes.t()), "qzeros": shuffled(drawn.zeros.t())}
+        return {**tensors, "scales": drawn.scales.t().contiguous()}, drawn.weight
+
+    return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "GEMM", **options}, pack
+
+
+def auto_round(packing: str, made: tuple[dict[str, Any], Pack]) -> tuple[dict[str, Any], Pack]:
+    options = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": made[0]["group_size"]}
+    return options, made[1]
+
+
+def float8(
+    rows: int, columns: int, inverse: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> tuple[dict[str, Any], Pack]:  # fmt: skip
+    """rows, columns: of what shares a scale; 0: all of them."""
+
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        weight = (torch.randn(N, K, generator=generator) * 20).to(torch.float8_e4m3fn)
+        size = rows or N, columns or K
+        scale = torch.rand(-(-N // size[0]), -(-K // size[1]), generator=generator).mul(0.01).to(dtype)
+        wide = scale.float().repeat_interleave(size[0], 0)[:N].repeat_interleave(size[1], 1)[:, :K]
+        scale = scale.flatten() if scale.numel() == 1 else scale
+        return {"weight": weight, "weight_scale_inv" if inverse else "weight_scale": scale}, weight.float() * wide
+
+    weights = {"num_bits": 8, "type": "float", "strategy": options.pop("strategy", "channel"), **options}
+    ct = {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"], "weights": weights}}}
+    return ({"quant_method": "fp8", "weight_block_size": [rows, columns]} if inverse else ct), pack
+
+
+FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
+    "ct 4 bit": compressed(4, 32),
+    "ct 4 bit, zero points": compressed(4, 64, zeros=True),
+    "ct 4 bit, by channel, fp16 scales": compressed(4, dtype=torch.float16),
+    "ct 4 bit, fp32 scales": compressed(4, 32, zeros=True, dtype=torch.float32),
+    "ct 4 bit, ordered": compressed(4, 32, order=True),
+    "ct 8 bit": compressed(8, 32, dtype=torch.float16),
+    "ct 8 bit, zero points": compressed(8, 64, zeros=True),
+    "ct 8 bit, by channel": compressed(8),
+    "ct int8": compressed(8, plain=True),
+    "ct int8 in groups, fp32 scales": compressed(8, 64, plain=True, dtype=torch.float32),
+    "ct fp8 by channel": float8(1, 0),
+    "ct fp8 by tensor": float8(0, 0, strategy="tensor"),
+    "ct fp8 by block": float8(48, 40, strategy="block", block_structure=[48, 40]),
+    "ct fp8 by group": float8(1, 32, strategy="group", group_size=32),
+    "gptq": gptq(),
+    "gptq v2": gptq(v2=True, group=64),
+    "gptq, ordered": gptq(order=True),
+    "gptq, a whole row": gptq(group=-1),
+    "gptq 8 bit": gptq(bits=8),
+    "gptq 8 bit, ordered": gptq(bits=8, order=True, zeros=False),
+    "gptq in groups of 16": gptq(group=16),
+    "awq": awq(),
+    "awq of an odd group": awq(group=-1),
+    "auto-round": auto_round("auto_round", gptq(v2=True, g_idx=False)),
+    "auto-round as gptq": auto_round("auto_round:auto_gptq", gptq(g_idx=False)),
+    "auto-round as awq": auto_round("auto_round:auto_awq", awq()),
+    "fp8": float8(128, 128, inverse=True, dtype=torch.float32),
+    "fp8 in blocks that do not divide": float8(48, 40, inverse=True),
+    "fp8 with scales of powers of 2": float8(48, 40, inverse=True, dtype=torch.float8_e8m0fnu),
+}
+
+
+def write_folder(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], **quantization: Any) -> Path:
+    path.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(raw | quantization))
+    return path
+
+
+def make_folders(
+    path: Path, form: tuple[dict[str, Any], Pack], source: Path | None = None, leave: tuple[str, ...] = ("lm_head",)
+) -> tuple[Path, Path]:
+    """Write a model quantized in a form, and the plain one in fp32 whose weights it stands for.
+
+    source: the folder whose other tensors they take; None: a random one. leave: parts of the names that stay plain.
+    """
+    options, pack = form
+    if source is None:
+        source = path / "source"
+        source.mkdir(parents=True)
+        save_hub_checkpoint(random_model(RAW, dtype=torch.float32, optimize=False), RAW, source, torch.float32)
+    raw = {**read_config(source), "dtype": "float32"}
+    plain = load_file(source / "model.safetensors")
+    packed = dict(plain)
+    for name, weight in plain.items():
+        kept = weight.ndim != 2 or any(part in name for part in (*leave, "embed_tokens", "mlp.gate.", "moe.gate."))
+        if not kept:
+            base = name.removesuffix(".weight")
+            del packed[name]
+            tensors, plain[name] = pack(base, *weight.shape)
+            packed |= {f"{base}.{kind}": tensor for kind, tensor in tensors.items()}
+    return (
+        write_folder(path / "packed", raw, packed, quantization_config=options),
+        write_folder(path / "plain", raw, plain),
+    )
+
+
+@torch.inference_mode()
+def logits(path: Path, dtype: torch.dtype = torch.float32, optimize: bool = True, tokens: Tensor = TOKENS) -> Tensor:
+    model = load_model(path, dtype=dtype, optimize=optimize)
+    return model(tokens, torch.arange(tokens.shape[1])).float()
+
+
+def forms_of(path: Path) -> dict[str, str]:
+    """Return the form of each quantized linear, in a word."""
+    model = load_model(path, dtype=torch.float32, optimize=False)
+    return {
+        name: f"int{child.form.bits}{' ordered' * child.form.ordered}"
+        for name, child in model.named_modules()
+        if isinstance(child, StoredLinear)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_computes_with_the_weights_that_it_stands_for(tmp_path: Path, capsys: Any, name: str) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS[name])
+    expected = logits(plain)
+    for optimize in (False, True):
+        torch.testing.assert_close(logits(packed, optimize=optimize), expected, atol=1e-4, rtol=0)
+    error = (logits(packed, torch.bfloat16) - logits(packed, torch.bfloat16, optimize=False)).norm()
+    assert error <= 0.05 * expected.norm()
+    said = capsys.readouterr().err
+    if "fp8" in name:
+        assert "8 weights are dequantized" in said and "MB of float32" in said
+    else:
+        assert said == ""
+        kinds = set(forms_of(packed).values())
+        assert kinds == {("int8" if "8" in name else "int4") + " ordered" * ("ordered" in name)}
+
+
+@pytest.mark.parametrize("name", ["gptq", "ct 4 bit, zero points", "fp8"])
+@pytest.mark.parametrize("family", ["qwen2_tied", "biased", "qwen3", "mixtral", "phi3", "granite4", "qwen3_moe"])
+def test_every_family_is_read_in_every_kind_of_format(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, name: str, family: str
+) -> None:
+    form = {"gptq": gptq(group=16), "ct 4 bit, zero points": compressed(4, 16, zeros=True), "fp8": FORMATS["fp8"]}[name]
+    reference = hub_checkpoint(family)
+    packed, plain = make_folders(tmp_path, form, reference.path)
+    tokens = reference.tokens[:, :12]
+    torch.testing.assert_close(logits(packed, tokens=tokens), logits(plain, tokens=tokens), atol=1e-4, rtol=0)
+
+
+def references() -> list[Path]:
+    folders = sorted((SHARED / "formats").glob("*/reference.safetensors"))
+    return [file.parent for file in folders if (file.parent / "model.safetensors").is_file()]
+
+
+@pytest.mark.skipif(not references(), reason="the programs' own folders are not on this machine")
+def test_the_programs_own_folders_are_read_or_refused_by_name() -> None:
+    for folder in references():
+        reference = load_file(folder / "reference.safetensors")
+        name = folder.name.split("_")[0]
+        if name in ("ao", "bnb", "mlx"):
+            with pytest.raises(ValueError, match={"ao": "torchao", "bnb": "bitsandbytes", "mlx": "MLX"}[name]):
+                load_model(folder)
+            continue
+        expected = reference.get("logits_rule", reference["logits"])
+        error = (logits(folder, tokens=reference["input_ids"]) - expected).abs().max()
+        assert error < 1e-4, folder
+
+
+def test_a_quantized_head_is_read_as_it_is_even_where_the_embedding_is_said_to_be_it(tmp_path: Path) -> None:
+    options, pack = gptq(dynamic={"lm_head": {"bits": 8, "group_size": 64}})
+
+    def by_name(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        return (gptq(bits=8, group=64)[1] if name == "lm_head" else pack)(name, N, K)
+
+    packed, plain = make_folders(tmp_path, (options, by_name), leave=())
+    expected = logits(plain)
+    raw = read_config(packed)
+    for tied in (False, True):
+        (packed / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": tied}))
+        torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
+        assert forms_of(packed)["lm_head"] == "int8"
+
+
+@pytest.mark.parametrize("leave", ["v_proj", "layers.1", "o_proj"])
+def test_modules_that_were_left_alone_stay_what_they_are(tmp_path: Path, capsys: Any, leave: str) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS["gptq"], leave=("lm_head", leave))
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+    # Of a matrix that is stacked here and quantized in part, all is dequantized.
+    assert ("2 weights are dequantized" in capsys.readouterr().err) == (leave == "v_proj")
+    assert len(forms_of(packed)) == {"v_proj": 6, "layers.1": 4, "o_proj": 6}[leave]
+
+
+def test_parts_of_different_orders_are_dequantized(tmp_path: Path, capsys: Any) -> None:
+    options, pack = FORMATS["gptq, ordered"]
+
+    def other_order(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        return pack(name, N, K) if "k_proj" not in name else FORMATS["gptq"][1](name, N, K)
+
+    packed, plain = make_folders(tmp_path, (options, other_order))
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+    assert "2 weights are dequantized" in capsys.readouterr().err
+
+
+def test_shards_and_older_files_are_read(tmp_path: Path) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS["gptq"])
+    expected, raw = logits(plain), read_config(packed)
+    tensors = load_file(packed / "model.safetensors")
+    shards = {f"model-0000{i}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in (0, 1)}
+    for file, held in shards.items():
+        save_file(held, packed / file)
+    (packed / "model.safetensors").unlink()
+    where = {name: file for file, held in shards.items() for name in held}
+    (packed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
+    options = raw.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(raw))
+    (packed / "quantize_config.json").write_text(json.dumps(options | {"quant_method": "gptq"}))
+    torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
+
+
+def test_the_tensors_tell_where_config_says_too_little_or_too_much(tmp_path: Path) -> None:
+    """transformers saves dequantized weights under a config of fp8, and fp8 weights under none."""
+    packed, plain = make_folders(tmp_path, FORMATS["fp8"])
+    expected, raw = logits(plain), read_config(packed)
+    options = raw.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(raw))
+    torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
+    (plain / "config.json").write_text(json.dumps(raw | {"quantization_config": options}))
+    assert torch.equal(logits(plain), expected)
+
+
+def test_scales_of_activations_and_caches_change_nothing(tmp_path: Path) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS["ct fp8 by tensor"])
+    tensors = load_file(packed / "model.safetensors")
+    tensors |= {
+        f"model.layers.0.self_attn.{kind}": torch.ones(1)
+        for kind in ("q_proj.input_scale", "q_proj.activation_scale", "k_scale")
+    }
+    save_file(tensors, packed / "model.safetensors")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ct 4 bit, fp32 scales", "gptq, ordered", "gptq, a whole row", "ct 8 bit", "fp8"])
+def test_the_ranks_shares_are_parts_of_the_weight(tmp_path: Path, name: str) -> None:
+    packed, _ = make_folders(tmp_path, FORMATS[name])
+
+    def weights(rank: int, count: int) -> dict[str, Any]:
+        model = load_model(packed, dtype=torch.float32, ranks=Ranks(rank, count), optimize=False)
+        names = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+        linears = {name: model.layers[0].get_submodule(name) for name in names}
+        return {name: x.dequantize() if isinstance(x, StoredLinear) else x.weight for name, x in linears.items()}
+
+    whole, shares = weights(0, 1), [weights(rank, 2) for rank in (0, 1)]
+    for module in ("self_attn.o_proj", "mlp.down_proj"):
+        assert torch.equal(torch.cat([share[module] for share in shares], dim=1), whole[module])
+    halves = [share["mlp.gate_up_proj"].chunk(2) for share in shares]
+    assert torch.equal(torch.cat([half[i] for i in (0, 1) for half in halves]), whole["mlp.gate_up_proj"])
+
+
+def test_groups_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    packed, _ = make_folders(tmp_path, compressed(4, 64))
+    with pytest.raises(ValueError, match=r"o_proj has 64 inputs in groups of 64, .* the 2 ranks"):
+        load_model(packed, ranks=Ranks(0, 2))
+
+
+def test_convert_dequantizes_and_quantize_takes_what_is_no_code(tmp_path: Path, capsys: Any) -> None:
+    packed, plain = make_folders(tmp_path / "gptq", FORMATS["gptq"])
+    convert_hf_checkpoint.main(["--checkpoint_dir", str(packed), "--output_dir", str(tmp_path / "dense")])
+    assert "8 weights are dequantized" in capsys.readouterr().err
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(plain), atol=1e-4, rtol=0)
+    arguments = ["--mode", "int8", "--output_path", str(tmp_path / "int8"), "--checkpoint_path"]
+    assert_user_error(run_forked(quantize.main, *arguments, packed, cwd=tmp_path), "quantized already")
+    float8_folder, _ = make_folders(tmp_path / "fp8", FORMATS["fp8"])
+    quantize.main([*arguments, str(float8_folder)])
+    error = (logits(tmp_path / "int8") - logits(float8_folder)).norm()
+    assert 0 < error < 0.1 * logits(float8_folder).norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao", "quant_type": {}}, "torchao"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"group_size": 64, "bits": 4, "mode": "affine"}, "MLX"),
+        ({"quant_method": "exl3", "bits": 4.0}, "exl3"),
+        ({"quant_method": "exl2"}, "exl2"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}, "NVFP4"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {"format": "mxfp4-pack-quantized"}}}, "MXFP4"),
+        ({"quant_method": "aqlm"}, "aqlm"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "marlin"}, "MARLIN"),
+        ({"quant_method": {"a": [1] * 1000}}, "{'a': [1"),
+        ({"quant_method": None}, "an unknown method"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_method_that_is_not_read_is_refused_by_its_name_in_a_short_line(options: Any, name: str) -> None:
+    for key in ("quantization_config", "quantization") if name == "MLX" else ("quantization_config",):
+        with pytest.raises(ValueError, match=r"run quantize\.py on it") as error:
+            parse_config({**RAW, key: {**options, "modules_to_not_convert": ["lm_head"] * 100}})
+        assert f"quantization_config of {name}" in str(error.value) and len(str(error.value)) < 220
+
+
+Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
+DOWN, Q = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
+
+
+def option(key: str, value: Any) -> Change:
+    return lambda options, tensors: options.update({key: value})
+
+
+def of_group(**changes: Any) -> Change:
+    return lambda options, tensors: options["config_groups"]["group_0"]["weights"].update(changes)
+
+
+def tensor(name: str, change: Callable[[Tensor], Tensor | None]) -> Change:
+    def damage(options: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        value = change(tensors.pop(name))
+        if value is not None:
+            tensors[name] = value.contiguous()
+
+    return damage
+
+
+def with_nan(values: Tensor) -> Tensor:
+    values.view(-1)[3] = torch.nan
+    return values
+
+
+def with_one(value: int) -> Callable[[Tensor], Tensor]:
+    return lambda values: torch.cat((values.new_tensor([value]), values[1:]))
+
+
+CT, CT_ZEROS, GPTQ, AWQ, FP8, ORDERED = "ct 4 bit", "ct 4 bit, zero points", "gptq", "awq", "fp8", "gptq, ordered"
+INT8 = "ct int8"
+HOSTILE: dict[str, tuple[str, Change, str]] = {
+    "ct too short": (CT, tensor(f"{DOWN}.weight_packed", lambda t: t[:, :-1]), "weight_packed has shape [64, 15]"),
+    "ct of other rows": (CT, tensor(f"{DOWN}.weight_packed", lambda t: t[:-8]), "weight_packed has shape [56, 16]"),
+    "ct of bytes": (CT, tensor(f"{DOWN}.weight_packed", lambda t: t.byte()), "weight_packed is torch.uint8"),
+    "ct scales of another group": (CT, tensor(f"{DOWN}.weight_scale", lambda t: t[:, :3]), "has shape [64, 3]"),
+    "ct without scales": (CT, tensor(f"{DOWN}.weight_scale", lambda t: None), "lacks tensor"),
+    "ct no groups": (CT, tensor(f"{DOWN}.weight_scale", lambda t: t[:, :0]), "weight_scale has shape [64, 0]"),
+    "ct scales NaN": (CT, tensor(f"{DOWN}.weight_scale", with_nan), "not finite"),
+    "ct scales of integers": (CT, tensor(f"{DOWN}.weight_scale", lambda t: t.int()), "expected floats"),
+    "ct another weight_shape": (CT, tensor(f"{DOWN}.weight_shape", lambda t: t + 1), "weight_shape is not [64, 128]"),
+    "ct zero points of other rows": (
+        CT_ZEROS, tensor(f"{DOWN}.weight_zero_point", lambda t: t[:-1]), "weight_zero_point has shape [7, 2]"
+    ),
+    "ct an unknown strategy": (CT, of_group(strategy="spiral"), "strategy 'spiral' of compressed-tensors"),
+    "ct of 3 bits": (CT, of_group(num_bits=3), "num_bits 3 of compressed-tensors"),
+    "ct of 8 bits": (CT, of_group(num_bits=8), "weight_packed has shape"),
+    "ct of a type": (CT, of_group(type="complex"), "type 'complex'"),
+    "ct groups of 0": (CT, of_group(group_size=0), "group_size 0"),
+    "ct groups of text": (CT, of_group(group_size="32"), "group_size '32'"),
+    "ct groups of another size": (CT, of_group(group_size=64), "weight_scale has shape [64, 2]"),
+    "ct without groups": (CT, option("config_groups", {}), "weight_packed has shape"),
+    "ct groups that are a list": (CT, option("config_groups", []), "config_groups []"),
+    "ct a group that is text": (CT, option("config_groups", {"a": "b"}), "config_groups"),
+    "ct a transform": (CT, option("transform_config", {"config_groups": {"R1": {}}}), "transform_config"),
+    "ct sparse": (CT, option("sparsity_config", {"format": "sparse-24"}), "sparsity_config"),
+    "ct of another method": (CT, option("quant_method", "fp8"), "and config.json speaks of fp8"),
+    "gptq g_idx out of range": (GPTQ, tensor(f"{DOWN}.g_idx", with_one(99)), "does not put 32 columns into each of 4"),
+    "gptq g_idx below 0": (ORDERED, tensor(f"{DOWN}.g_idx", with_one(-7)), "g_idx does not put 32 columns"),
+    "gptq g_idx of floats": (GPTQ, tensor(f"{DOWN}.g_idx", lambda t: t.float()), "g_idx is torch.float32"),
+    "gptq g_idx too short": (GPTQ, tensor(f"{DOWN}.g_idx", lambda t: t[1:]), "g_idx has shape [127]"),
+    "gptq too short": (GPTQ, tensor(f"{DOWN}.qweight", lambda t: t[1:]), "qweight has shape [15, 64]"),
+    "gptq without zero points": (GPTQ, tensor(f"{DOWN}.qzeros", lambda t: None), "lacks tensor"),
+    "gptq zero points too many": (GPTQ, tensor(f"{DOWN}.qzeros", lambda t: t.repeat(2, 1)), "qzeros has shape [8, 8]"),
+    "gptq scales NaN": (GPTQ, tensor(f"{DOWN}.scales", with_nan), "not finite"),
+    "gptq no groups": (GPTQ, tensor(f"{DOWN}.scales", lambda t: t[:0]), "scales has shape [0, 64]"),
+    "gptq of 3 bits": (GPTQ, option("bits", 3), "bits 3 of gptq"),
+    "gptq of bits that are text": (GPTQ, option("bits", [4]), "bits [4] of gptq"),
+    "gptq groups of 0": (GPTQ, option("group_size", 0), "group_size 0 of gptq"),
+    "gptq groups of true": (GPTQ, option("group_size", True), "group_size True of gptq"),
+    "gptq of a third version": (GPTQ, option("checkpoint_format", "gptq_v3"), "checkpoint_format 'gptq_v3' of gptq"),
+    "gptq of a module of 0": (GPTQ, option("dynamic", {"a": {"group_size": 0}}), "group_size 0 of gptq"),
+    "gptq without config": (GPTQ, option("quant_method", "fp8"), "is of gptq or awq, and config.json speaks of fp8"),
+    "gptq as awq": (GPTQ, option("quant_method", "awq"), "qweight has shape"),
+    "awq as gemv": (AWQ, option("version", "gemv"), "version 'gemv' of awq"),
+    "awq too short": (AWQ, tensor(f"{DOWN}.qweight", lambda t: t[:, 1:]), "qweight has shape [128, 7]"),
+    "awq scales NaN": (AWQ, tensor(f"{Q}.scales", with_nan), "not finite"),
+    "auto-round of another packing": ("auto-round", option("packing_format", "auto_round:x"), "packing_format"),
+    "auto-round of a packing that is a list": ("auto-round", option("packing_format", []), "packing_format []"),
+    "fp8 without scales": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: None), "lacks tensor"),
+    "fp8 scales of another block": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: t.repeat(3, 1)), "shape [3, 1]"),
+    "fp8 NaN": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: t * torch.nan), "not finite"),
+    "fp8 blocks of 0": (FP8, option("weight_block_size", [0, 128]), "blocks of [0, 128] weights"),
+    "fp8 blocks of text": (FP8, option("weight_block_size", "128"), "blocks of 128 weights"),
+    "int8 without scales": (INT8, tensor(f"{DOWN}.weight_scale", lambda t: None), "is torch.int8, expected floats"),
+    "int8 too small": (INT8, tensor(f"{DOWN}.weight", lambda t: t[:, 1:]), "weight has shape [64, 127]"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("good")
+    return {name: make_folders(path / name, FORMATS[name])[0] for name in {form for form, _, _ in HOSTILE.values()}}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_malformed_twin_is_refused_in_one_line(
+    tmp_path: Path, good_folders: dict[str, Path], capsys: Any, case: str
+) -> None:
+    name, change, said = HOSTILE[case]
+    raw, tensors = read_config(good_folders[name]), load_file(good_folders[name] / "model.safetensors")
+    change(raw["quantization_config"], tensors)
+    folder = write_folder(tmp_path / "model", raw, tensors)
+    for command, arguments in (
+        (generate.main, ["--prompt_length", "2", "--max_new_tokens", "1"]),
+        (quantize.main, ["--mode", "int8", "--output_path", str(tmp_path / "out")]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command(["--checkpoint_path", str(folder), *arguments])
+        assert end.value.code == 2
+        printed = capsys.readouterr()
+        [line] = [line for line in printed.err.splitlines() if "dequantized" not in line]
+        assert line.startswith("error: ") and len(line) < 500
+        assert said in line or "quantized already" in line, line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_of_an_earlier_version_is_not_half_read(tmp_path: Path) -> None:
+    packed, _ = make_folders(tmp_path, FORMATS["ct 4 bit"])
+    raw = read_config(packed)
+    (packed / "config.json").write_text(json.dumps({**raw, "layout": "fused"}))
+    with pytest.raises(ValueError, match="quantization_config of compressed-tensors in a layout of ours"):
+        load_model(packed)
+    shutil.rmtree(packed)
