@@ -45,7 +45,7 @@ from linears import (
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
-# The default calibration text: modules of the standard library that the demo was not trained on.
+# Modules of the standard library that the demo was not trained on: a text to measure with.
 CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
 
 
