@@ -105,7 +105,9 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         for hub_name, part in zip(hub_names(name, config), parts, strict=True):
             layer = hub_name.split(".")[-2]
             part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part
-            yield names.get_name(hub_name, (".weight",)), part
+            gguf_name = names.get_name(hub_name, (".weight",))
+            assert gguf_name is not None, hub_name
+            yield gguf_name, part
 
 
 def write_gguf(model: Transformer, path: Path) -> None:

@@ -36,8 +36,9 @@ from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject
 from checkpoint import load_model, random_model, save_hub_checkpoint
 from cli.errors import fail
-from config import DTYPES
+from config import DTYPES, quantization_scheme
 from kernels import cpu
+from linears import Scheme
 
 DEPTH = 4  # layers whose compile time all are compared with
 PROMPT_LENGTH = 512  # long enough that the activations show in the peak
@@ -130,9 +131,11 @@ class Processes:
             path.mkdir()
             save_hub_checkpoint(model, form, path, self.subject.dtype)
         elif not path.exists():
-            plain, scheme = self.checkpoint("", self.subject.raw), form["quantization"]
-            command = [sys.executable, "quantize.py", "--checkpoint_path", str(plain), "--mode", scheme["mode"]]
-            command += ["--groupsize", str(scheme["groupsize"])] if scheme.get("groupsize") else []
+            plain, scheme = self.checkpoint("", self.subject.raw), quantization_scheme(form)
+            assert scheme is not None
+            command = [sys.executable, "quantize.py", "--checkpoint_path", str(plain), "--mode", scheme.mode]
+            command += ["--groupsize", str(scheme.group_size or -1)] if scheme != Scheme("int8") else []
+            command += ["--symmetric"] if scheme.symmetric else []
             subprocess.run([*command, "--output_path", str(path)], cwd=ROOT, check=True, capture_output=True)
         return path
 

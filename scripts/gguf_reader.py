@@ -108,9 +108,11 @@ class GgufFile:
     def _make_tensor(self, name: str, dimensions: list[int], kind: int, offset: int) -> GgufTensor:
         import gguf
 
-        if kind not in iter(gguf.GGMLQuantizationType):
-            raise ValueError(f"{self.path}: tensor {name} is of type {kind}, which package gguf does not know")
-        known = gguf.GGMLQuantizationType(kind)
+        try:
+            known = gguf.GGMLQuantizationType(kind)
+        except ValueError:
+            unknown = f"{self.path}: tensor {name} is of type {kind}, which package gguf does not know"
+            raise ValueError(unknown) from None
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[known]
         row_bytes, rest = divmod(dimensions[0] * block_bytes, block_size)
         if rest or not all(dimensions):
