@@ -251,9 +251,7 @@ class Reading:
         one = [] if transposed or 1 not in sizes else [(1,)]
         dtype, shape = self.check(kind, *shapes, *one, floats=True)
         if dtype not in FLOAT_DTYPES - {torch.float64}:
-            raise ValueError(
-                f"{self.files.path}: tensor {self.base}.{kind} is {dtype}, expected floats of 16 or 32 bits"
-            )
+            raise ValueError(f"{self.files.path}: tensor {self.base}.{kind} is {dtype}, not of 16 or 32 bits")
         G = shape[0] if transposed else shape[-1]
         return dtype, G, sizes[G]
 

@@ -33,10 +33,13 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     cuda = cuda_kernels() if on_gpu else None
     names = [name for name, child in model.named_modules() if isinstance(child, AnyLinear)]
     # What is inexact in one layer is taken so in all: a compiled step needs layers that are alike.
+    with_zeros = {name.split(".")[-1] for name in names if has_zeros(model.get_submodule(name))}
     inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
     for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
         linear = model.get_submodule(name)
         assert isinstance(linear, AnyLinear)
+        if isinstance(linear, StoredLinear) and name.split(".")[-1] not in with_zeros:
+            linear.zeros = None
         layer = None
         if not is_router(name):
             exact = name.split(".")[-1] not in inexact
@@ -57,6 +60,12 @@ def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) 
     if not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
         return cpu.attention()
     return inductor.attention
+
+
+def has_zeros(stored: nn.Module) -> bool:
+    """Say whether zero points do anything: what symmetric weights of GPTQ have are those that stand for none."""
+    zeros = stored.zeros if isinstance(stored, StoredLinear) else None
+    return zeros is not None and bool((zeros != (0 if zeros.dtype == torch.int8 else 8)).any())
 
 
 def is_exact(stored: nn.Module, dtype: torch.dtype) -> bool:
