@@ -208,7 +208,7 @@ class ModelReader:
         if forms or form is None or isinstance(child, Embedding) or is_router(name):
             return None
         if form.ordered:
-            orders = [part.parameters()["order"] for part in parts if part]
+            orders = [part.order for part in parts if part and part.order is not None]
             cut = self.ranks.count > 1 and is_row_parallel(name)  # a rank's inputs are columns all over the order
             if isinstance(child, Experts) or cut or not all(torch.equal(orders[0], order) for order in orders):
                 return None

@@ -163,9 +163,9 @@ class TensorFiles:
     def dtype(self) -> torch.dtype | None:
         """Return the dtype of most of the floats, of those that run; None where there are none."""
         counts = dict.fromkeys(FLOAT_DTYPES, 0)
-        for tensor in map(self.get, self.files):
-            if tensor.dtype in counts:
-                counts[tensor.dtype] += tensor.numel()
+        for dtype, shape in filter(None, map(self.spec, self.files)):
+            if dtype in counts:
+                counts[dtype] += shape.numel()
         dtype = max(counts, key=lambda dtype: counts[dtype])
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
 

@@ -167,6 +167,7 @@ class Packed:
     names: tuple[str, ...]  # of its tensors
     parameters: Callable[[], dict[str, Tensor]]  # of a StoredLinear of this form; without one, the weight in fp32
     shape: torch.Size
+    order: Tensor | None = None  # of a StoredLinear too
 
     def dense(self) -> Tensor:
         """Return the weight in fp32."""
@@ -255,17 +256,20 @@ class Reading:
         G = shape[0] if transposed else shape[-1]
         return dtype, G, sizes[G]
 
-    def packed(self, form: Form | None, parameters: Callable[[], dict[str, Tensor]]) -> Packed:
-        return Packed(form, tuple(self.names), parameters, self.shape)
+    def packed(
+        self, form: Form | None, parameters: Callable[[], dict[str, Tensor]], order: Tensor | None = None
+    ) -> Packed:
+        return Packed(form, tuple(self.names), parameters, self.shape, order)
 
     def read_order(self, kind: str, group_size: int) -> Tensor | None:
-        """Return the order that puts the columns of a group beside each other; None where they are so.
+        """Return the order that puts a group's columns beside each other; None where they are so, or have no g_idx.
 
         Raises ValueError where the groups that a g_idx gives are not of this size.
         """
+        if not self.has(kind):
+            return None
         K = self.shape[-1]
-        if f"{self.base}.{kind}" not in self.names:
-            self.check(kind, (K,))
+        self.check(kind, (K,))
         groups, own = self.get(kind).long(), torch.arange(K) // group_size
         if torch.equal(groups, own) or bool((groups == -1).all()):
             return None
@@ -313,26 +317,21 @@ def pack_quantized(reading: Reading) -> Packed:
     bits = reading.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in reading.widths))[1] * 32 // K
     bits = 4 if bits < 8 else 8
     dtype, G, size = reading.check_scales("weight_scale", N)
-    has_zeros, has_order = reading.has("weight_zero_point"), False
+    has_zeros = reading.has("weight_zero_point")
     if has_zeros:
         reading.check_words("weight_zero_point", (-(-N // (32 // bits)), G))
     if reading.has("weight_shape"):
         reading.check("weight_shape", (2,))
         if reading.get("weight_shape").tolist() != [N, K]:
             raise ValueError(f"{reading.files.path}: tensor {reading.base}.weight_shape is not {[N, K]}")
-    if reading.has("weight_g_idx"):
-        has_order = reading.read_order("weight_g_idx", size or K) is not None
+    order = reading.read_order("weight_g_idx", size or K)
 
     def parameters() -> dict[str, Tensor]:
-        as_bytes = retyped(reading.get("weight_packed"), torch.uint8)
-        rest: dict[str, Tensor | None] = {}
-        if has_zeros:
-            rest["zeros"] = unpack_words(reading.get("weight_zero_point").t(), bits)[:, :N].t()
-        if has_order:
-            rest["order"] = reading.read_order("weight_g_idx", size or K)
-        return reading.stored(bits, as_bytes[:, : -(-K * bits // 8)], reading.get("weight_scale").expand(N, G), **rest)
+        as_bytes = retyped(reading.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
+        zeros = unpack_words(reading.get("weight_zero_point").t(), bits)[:, :N].t() if has_zeros else None
+        return reading.stored(bits, as_bytes, reading.get("weight_scale").expand(N, G), zeros, order)
 
-    return reading.packed(Form(bits, size, has_zeros, dtype, has_order), parameters)
+    return reading.packed(Form(bits, size, has_zeros, dtype, order is not None), parameters, order)
 
 
 def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
@@ -342,18 +341,17 @@ def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
     bits = 4 if words == K // 8 else 8
     dtype, G, size = reading.check_scales("scales", N, transposed=True)
     reading.check_words("qzeros", (G, N * bits // 32))
-    has_order = reading.has("g_idx") and reading.read_order("g_idx", size or K) is not None
+    order = reading.read_order("g_idx", size or K)
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
     is_first = options.get("checkpoint_format", options.get("format")) != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
 
     def parameters() -> dict[str, Tensor]:
-        rest = {"order": reading.read_order("g_idx", size or K)} if has_order else {}
         as_bytes = retyped(reading.get("qweight").t(), torch.uint8)
         zeros = unpack_words(reading.get("qzeros") + added, bits).t()
-        return reading.stored(bits, as_bytes, reading.get("scales").t(), zeros, **rest)
+        return reading.stored(bits, as_bytes, reading.get("scales").t(), zeros, order)
 
-    return reading.packed(Form(bits, size, True, dtype, has_order), parameters)
+    return reading.packed(Form(bits, size, True, dtype, order is not None), parameters, order)
 
 
 def awq(reading: Reading) -> Packed:

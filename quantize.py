@@ -14,8 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,6 @@ from linears import (
 )
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer
-
-# Modules of the standard library that the demo was not trained on: a text to measure with.
-CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
 
 
 @torch.inference_mode()
@@ -115,13 +111,6 @@ def chat_opening(path: Path, tokenizer: Tokenizer) -> list[int]:
         before, found, _ = template.render([{"role": "user", "content": mark}], False).partition(mark)
         return tokenizer.encode(before) if found else []
     return []
-
-
-def library_text(modules: Sequence[str]) -> str:
-    """Return the source of these modules and packages of the standard library."""
-    paths = [Path(sysconfig.get_path("stdlib"), name) for name in modules]
-    files = [file for path in paths for file in ([path] if path.suffix else sorted(path.glob("*.py")))]
-    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ from cli.errors import user_errors
 from likelihood import kl_divergence, perplexity
 from linears import Scheme, constant, quantize_linear
 from model import Linear, Transformer
-from quantize import CALIBRATION_MODULES, library_text
-from scripts.train_demo import HELD_OUT
+from scripts.train_demo import CALIBRATION_MODULES, HELD_OUT, library_text
 from tokenizer import load_tokenizer
 
 SCHEMES = [Scheme("int8"), *(Scheme(mode, size) for mode in ("int4", "int4-gptq") for size in (32, 64, 128))]

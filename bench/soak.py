@@ -30,7 +30,7 @@ from bench.runner import Runner, make_steps
 from checkpoint import load_model
 from cli.arguments import ArgumentParser, check_device, number
 from cli.errors import user_errors
-from quantize import CALIBRATION_MODULES, library_text
+from scripts.train_demo import CALIBRATION_MODULES, library_text
 from steps import Sampling
 from tokenizer import load_tokenizer
 
