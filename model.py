@@ -348,10 +348,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         scores, experts = (all_scores := self.gate(rows)).topk(self.num_active)  # [B * S, A]
-        if self.norm_topk_prob:
-            shares = scores.softmax(dim=-1, dtype=torch.float32)
-        else:
-            shares = all_scores.softmax(dim=-1, dtype=torch.float32).gather(-1, experts)
+        shares = (scores if self.norm_topk_prob else all_scores).softmax(dim=-1, dtype=torch.float32)
+        if not self.norm_topk_prob:
+            shares = shares.gather(-1, experts)
         rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, self.num_active, -1), experts))
         y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
