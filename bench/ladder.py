@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
-from bench import anatomy, products, speculation
+from bench import anatomy, editing, products, speculation
 from bench.rung import Rung
 from bench.runner import PROMPT, Runner, make_steps
 from bench.subject import Subject
@@ -135,6 +135,10 @@ class Ladder:
             for place, where in (("alone", partial), ("beside another", beside_another)):
                 yield Rung(f"{name}, {place}", "tok/s", where(ours), weights)
                 yield Rung(f"{name}, {place}, OpenMP", "tok/s", where(openmp), weights, against=f"{name}, {place}")
+
+    def editing(self) -> Iterator[Rung]:
+        for name, mode, weights in self.ways():
+            yield from editing.make_rungs(name, weights, self.runner(mode, weights, editing.LENGTH))
 
     def batch(self) -> Iterator[Rung]:
         for name, mode, weights in self.ways():

@@ -40,7 +40,7 @@ from model import Ranks
 PROCESS_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
 WARM_GROUPS = ("products", "positions", "kernels", "options", "verify")  # whose rungs warm up themselves, each time
 ALONE = (*PROCESS_GROUPS, "products")  # of one process
-IF_NAMED = ("kernels", "options", "beside")  # what they say is for who changes a step
+IF_NAMED = ("kernels", "options", "beside", "editing")  # what they say is for who changes a step
 GROUPS = (*ALONE, "decode", "batch", "prefill", "positions", "verify", *IF_NAMED)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import anatomy, gpt_fast, llama_cpp, peers, products, projection, results, run, soak
+from bench import anatomy, editing, gpt_fast, llama_cpp, peers, products, projection, results, run, soak
 from bench.process import Processes
 from bench.run import main
 from bench.rung import Rung, format_line
@@ -330,6 +330,16 @@ def gguf_file(model, tmp_path):
     pytest.importorskip("gguf")
     llama_cpp.write_gguf(model, tmp_path / "model.gguf")
     return tmp_path / "model.gguf"
+
+
+def test_a_changed_file_is_mostly_found_where_it_stood_before():
+    prompt, answer = editing.make_texts()["editing"]
+    assert len(prompt) > 1900 and prompt != answer
+    model = random_model(RAW | {"vocab_size": 4096}, "cpu", torch.float32)
+    runner = Runner(model, make_steps("eager", "cpu"), editing.LENGTH)
+    rewriting = editing.Rewriting(runner, prompt, answer, editing.DRAFTERS["suffixes"])
+    rewriting.run()
+    assert rewriting.tokens_per_forward() > 10
 
 
 def test_llama_cpp_writes_our_greedy_text_from_the_file_we_make(model, gguf_file):
