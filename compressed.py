@@ -1,6 +1,6 @@
 """Quantized linears as compressed-tensors, which other programs read too; `formats.py` reads them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,22 @@ from names import hub_names, hub_rows, unstacked
 
 def quantization_config(scheme: Scheme, head: Scheme = HEAD_SCHEME) -> dict[str, Any]:
     """Return what config.json says of the linears of blocks and of the head, both in compressed-tensors."""
+    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|\.w[123])$"]), (head, ["re:.*lm_head$"])])
 
-    def group(scheme: Scheme, target: str) -> dict[str, Any]:
+
+def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]:
+    """Return what config.json says of modules, by the schemes of groups of them: names, or patterns after `re:`."""
+
+    def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         form = scheme.form
         weights = {"num_bits": form.bits, "type": "int", "symmetric": not form.zeros,
                    "strategy": "group" if form.group_size else "channel", "group_size": form.group_size,
                    "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax"}  # fmt: skip
-        return {"targets": [target], "weights": weights, "input_activations": None, "output_activations": None,
+        return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
                 "format": "pack-quantized"}  # fmt: skip
 
-    blocks = group(scheme, r"re:.*\.layers\..*(_proj|\.w[123])$")
-    groups = {"group_0": blocks, "group_1": group(head, "re:.*lm_head$")}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups,
+    by_name = {f"group_{i}": group(*schemed) for i, schemed in enumerate(groups)}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": by_name,
             "quantization_status": "compressed", "ignore": [], "kv_cache_scheme": None,
             "global_compression_ratio": None}  # fmt: skip
 

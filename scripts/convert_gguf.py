@@ -1,9 +1,11 @@
 """Convert a GGUF file, as llama.cpp has them, to a folder like the Hub's: weights, config and tokenizer.
 
     python scripts/convert_gguf.py SmolLM2-135M-Instruct.Q4_1.gguf --output_dir checkpoints/smollm2
+    python scripts/convert_gguf.py Llama-3.2-1B-Instruct-Q4_0.gguf --keep_codes
 
-Quantized weights are dequantized, a part of a tensor in memory at a time. The output takes its name only when it is
-whole. It needs package gguf.
+Quantized weights are dequantized, a part of a tensor in memory at a time. With --keep_codes those of Q8_0 and Q4_0 stay
+codes, in compressed-tensors as quantize.py writes it, and all others are dequantized. The output takes its name only
+when it is whole. It needs package gguf.
 """
 
 import signal
@@ -27,8 +29,10 @@ from tqdm import tqdm
 from checkpoint import is_finite, meta_model, tensor_specs
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
+from compressed import grouped_config, pack_tensors
 from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
+from linears import Form, Scheme, StoredLinear, pack_nibbles
 from model import ModelConfig, rope_frequencies
 from names import hub_names, is_stack, part_rows
 from scripts.gguf_reader import GgufFile
@@ -56,6 +60,9 @@ LAYER_NAMES = {
     "block_sparse_moe.experts.w3": "ffn_up_exps", "block_sparse_moe.experts.w2": "ffn_down_exps",
 }  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
+# Types whose codes can be kept, as the schemes that they are; their scales are fp16.
+BLOCK = 32
+CODES = {"Q8_0": Scheme("int8", BLOCK), "Q4_0": Scheme("int4", BLOCK, symmetric=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,6 +224,8 @@ def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) ->
     sources: dict[str, Source] = {}
     for hub_name, (_, shape) in specs.items():
         name, expert = gguf_name(hub_name)
+        if name == "output.weight" and name not in file.tensors:  # a head that is tied in the file
+            name = "token_embd.weight"
         if name not in file.tensors:
             raise ValueError(f"{file.path} lacks tensor {name}; download it again")
         stack = (config.num_local_experts,) if ".experts." in hub_name else ()
@@ -250,18 +259,87 @@ def read_tensor(file: GgufFile, source: Source, spec: Spec) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Codes that are kept
+
+
+def is_linear(hub_name: str) -> bool:
+    """Say whether a tensor of the Hub's is the weight of a linear, but not of a router, which is never rounded."""
+    module, _, kind = hub_name.rpartition(".")
+    return kind == "weight" and "norm" not in module and not module.endswith((".embed_tokens", ".gate"))
+
+
+def kept_schemes(file: GgufFile, sources: dict[str, Source]) -> dict[str, Scheme]:
+    """Return the schemes of the Hub's modules whose codes are kept. Raises ValueError where there are none."""
+    kinds = {name: file.tensors[source.name].kind.name for name, source in sources.items() if is_linear(name)}
+    kept = {name.removesuffix(".weight"): CODES[kind] for name, kind in kinds.items() if kind in CODES}
+    if not kept:
+        others = ", ".join(sorted({*kinds.values()}))
+        raise ValueError(
+            f"{file.path} has no linears in {' or '.join(CODES)} whose codes --keep_codes could keep, only {others}; "
+            "leave it out, and run quantize.py on the folder"
+        )
+    return kept
+
+
+def stored_linear(scheme: Scheme, shape: torch.Size) -> StoredLinear:
+    """Make a linear on the meta device for the codes of a tensor."""
+    with torch.device("meta"):
+        return StoredLinear(shape, Form(scheme.form.bits, BLOCK, scales=torch.float16))
+
+
+def packed_specs(specs: dict[str, Spec], kept: dict[str, Scheme]) -> dict[str, Spec]:
+    """Put the tensors of compressed-tensors in the places of the weights whose codes are kept."""
+    packed: dict[str, Spec] = {}
+    for name, (dtype, shape) in specs.items():
+        module = name.removesuffix(".weight")
+        if module not in kept:
+            packed[name] = (dtype, shape)
+            continue
+        stored = stored_linear(kept[module], shape)
+        tensors = pack_tensors(stored, module, dict(stored.named_parameters()))
+        packed |= {part: (tensor.dtype, tensor.shape) for part, tensor in tensors}
+    return packed
+
+
+def read_codes(file: GgufFile, source: Source, stored: StoredLinear) -> dict[str, Tensor]:
+    """Return the parameters of a linear as a tensor has them: blocks of an fp16 scale and BLOCK codes.
+
+    Byte i of a block of 4 bits holds codes i and i + 16.
+    """
+    rows = torch.from_numpy(file.blocks(source.name)[source.rows].copy())
+    scales, codes = rows.unflatten(-1, (stored.in_features // BLOCK, -1)).tensor_split((2,), dim=-1)
+    scales = scales.contiguous().view(torch.float16).squeeze(-1)
+    if not is_finite(scales):
+        raise ValueError(f"{file.path}: {source.name} has scales that are not finite; the file is damaged")
+    if stored.form.bits == 8:
+        codes = codes.flatten(-2).view(torch.int8)
+    else:
+        codes = pack_nibbles(torch.cat((codes & 15, codes >> 4), dim=-1).flatten(-2))
+    parameters = {"weight": codes, "scales": scales}
+    return {name: split_halves(x, source.heads) if source.heads else x for name, x in parameters.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def convert(path: Path, output_dir: Path, dtype_name: str) -> None:
+def convert(path: Path, output_dir: Path, dtype_name: str, keep_codes: bool = False) -> None:
     """Write the folder of a GGUF file. Raises ValueError or FileNotFoundError, and then leaves nothing behind."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("package gguf is not installed, which reads the weights: pip install gguf")
     file = GgufFile(path)
     raw, dtype = build_config(file), DTYPES[dtype_name]
+    if keep_codes and file.tensors["token_embd.weight"].kind.name in CODES:
+        raw["tie_word_embeddings"] = False  # codes for the head, rows to look up for the embedding
     specs = dict(hub_specs(raw, dtype))
     sources = find_sources(file, specs, parse_config(raw))
     raw["torch_dtype"] = dtype_name
+    kept = kept_schemes(file, sources) if keep_codes else {}
+    if kept:
+        groups: dict[tuple[bool, Scheme], list[str]] = {}
+        for module, scheme in kept.items():
+            groups.setdefault((module == "lm_head", scheme), []).append(module)
+        raw["quantization_config"] = grouped_config([(scheme, names) for (_, scheme), names in groups.items()])
     generation: dict[str, Any] = {}
     if has_tokenizer(file.values):
         vocabulary = GgufVocabulary(file.values)
@@ -270,17 +348,34 @@ def convert(path: Path, output_dir: Path, dtype_name: str) -> None:
     with new_folder(output_dir) as folder:
         if has_tokenizer(file.values):
             write_tokenizer(file.values, folder)
-        with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
-            write_safetensors(
-                folder / "model.safetensors",
-                specs,
-                lambda name: (bar.update(), read_tensor(file, sources[name], specs[name]))[1],
-            )
+        write_weights(file, folder / "model.safetensors", specs, sources, kept)
         write_json(folder / "config.json", {**raw, **generation})
         write_json(folder / "generation_config.json", generation)
     print(f"wrote {output_dir}", file=sys.stderr)
+    if kept:
+        count = sum(map(is_linear, specs))
+        print(f"kept the codes of {len(kept)} of {count} linears; all else is in {dtype_name}", file=sys.stderr)
     if not has_tokenizer(file.values):
         print(f"but no tokenizer, since {path} has none", file=sys.stderr)
+
+
+def write_weights(
+    file: GgufFile, path: Path, specs: dict[str, Spec], sources: dict[str, Source], kept: dict[str, Scheme]
+) -> None:
+    pending: dict[str, Tensor] = {}
+    with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
+
+        def read(name: str) -> Tensor:
+            if name not in pending:
+                bar.update()
+                module, weight = name.rpartition(".")[0], name.rpartition(".")[0] + ".weight"
+                if module not in kept or name.endswith(".bias"):
+                    return read_tensor(file, sources[name], specs[name])
+                stored = stored_linear(kept[module], specs[weight][1])
+                pending.update(pack_tensors(stored, module, read_codes(file, sources[weight], stored)))
+            return pending.pop(name)
+
+        write_safetensors(path, packed_specs(specs, kept), read)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,9 +385,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of the weights that are written (bfloat16)"
     )
+    parser.add_argument("--keep_codes", action="store_true", help="do not dequantize linears of Q8_0 and Q4_0")
     args = parser.parse_args(argv)
     with user_errors():
-        convert(args.file, args.output_dir or args.file.with_suffix(""), args.dtype)
+        convert(args.file, args.output_dir or args.file.with_suffix(""), args.dtype, args.keep_codes)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import load_model
+from checkpoint import ModelReader, load_model
 from cli.template import load_template
 from config import eos_token_ids, read_config
 from scripts import convert_gguf, gguf_reader
@@ -54,7 +54,7 @@ def pair_neighbours(weight, heads):
 
 
 def write_gguf(source, path, kind=None, tokenizer=True, **changes):
-    """Write a folder of the Hub's as llama.cpp's converter does. kind: of the matrices, fp32 without."""
+    """Write a folder of the Hub's as llama.cpp's converter does. kind: of the matrices, or of each name; else fp32."""
     raw, tensors = (
         read_config(source),
         {k: v.float().numpy() for k, v in load_file(source / "model.safetensors").items()},
@@ -109,7 +109,8 @@ def add_matrix(writer, name, value, kind):
     import numpy as np
 
     value = np.asarray(value)
-    if kind is None or value.ndim == 1:
+    kind = kind(name) if callable(kind) else kind
+    if kind is None or value.ndim == 1 or value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         writer.add_tensor(name, value)
     else:
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
@@ -156,6 +157,47 @@ def test_quantized_rows_are_dequantized_and_then_reordered(tmp_path, hub_checkpo
         if value.ndim > 1:  # whole rows move, and blocks lie within one: the order does not matter to a code
             value = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind).copy())
         assert torch.equal(found[name], value), name
+
+
+Q8_0, Q4_0, Q5_1 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q5_1"))
+KINDS = {
+    "attn_q": Q8_0, "attn_k": Q4_0, "attn_v": Q4_0, "attn_output": Q4_0, "ffn_gate_exps": Q8_0, "ffn_up_exps": Q8_0,
+    "ffn_down_exps": Q5_1, "token_embd": Q8_0, "ffn_gate_inp": Q8_0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral_tied", "tied"])
+@pytest.mark.parametrize(
+    ("kind", "forms"),
+    [
+        (Q8_0, {"qkv_proj": 8, "o_proj": 8, "gate_up_proj": 8, "down_proj": 8, "lm_head": 8}),
+        (Q4_0, {"qkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 4, "lm_head": 4}),
+        (lambda name: KINDS.get(name.split(".")[-2]), {"o_proj": 4, "lm_head": 8}),  # q differs from k and v
+    ],
+    ids=["Q8_0", "Q4_0", "mixed"],
+)
+def test_codes_that_are_kept_say_what_their_dequantized_weights_do(tmp_path, hub_checkpoint, family, kind, forms):
+    reference = hub_checkpoint(family)
+    write_gguf(reference.path, tmp_path / "model.gguf", kind)
+    convert(tmp_path / "model.gguf", tmp_path / "codes", "--dtype", "float32", "--keep_codes")
+    convert(tmp_path / "model.gguf", tmp_path / "plain", "--dtype", "float32")
+    expected = logits_of(tmp_path / "plain", reference.tokens)
+    torch.testing.assert_close(logits_of(tmp_path / "codes", reference.tokens), expected, atol=1e-5, rtol=1e-5)
+    reader = ModelReader(tmp_path / "codes", torch.float32)
+    found = {name.split(".")[-1]: form.bits for name, form in reader.forms.items()}
+    if family == "tied":  # rows of down_proj are no multiple of 32, and it has no experts
+        forms = {name: bits for name, bits in forms.items() if name != "down_proj"}
+    elif len(forms) == 2:
+        forms = {**forms, "gate_up_proj": 8}
+    assert found == forms
+    assert {form.scales for form in reader.forms.values()} == {torch.float16}
+
+
+def test_codes_are_kept_only_where_there_are_some(tmp_path, gqa_path):
+    write_gguf(gqa_path, tmp_path / "model.gguf")
+    result = run_forked(convert_gguf.main, "model.gguf", "--output_dir", "out", "--keep_codes", cwd=tmp_path)
+    assert_user_error(result, "no linears in Q8_0 or Q4_0 whose codes --keep_codes could keep, only F32; leave it out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
