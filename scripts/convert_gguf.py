@@ -34,14 +34,18 @@ from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
 from linears import Form, Scheme, StoredLinear, pack_nibbles
 from model import ModelConfig, rope_frequencies
-from names import hub_names, is_stack, part_rows
+from names import hub_names, hub_rows, is_stack
 from scripts.gguf_reader import GgufFile
 from scripts.gguf_tokenizer import GgufVocabulary, has_tokenizer, write_json, write_tokenizer
 
 # general.architecture -> what transformers calls such a model. Mistral's models come as llama, and Mixtral's too.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
+    "phi3": "Phi3ForCausalLM", "seed_oss": "SeedOssForCausalLM", "olmo2": "Olmo2ForCausalLM",
+}  # fmt: skip
 # Of these llama.cpp turns neighbouring channels with each other: rows of q and k are stored in that order.
-INTERLEAVED = {"llama"}
+INTERLEAVED = {"llama", "smollm3", "granite"}
 # Keys of an architecture that change no arithmetic, or none with these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "attention.sliding_window": (0,), "rope.scaling.original_context_length": (),
@@ -56,10 +60,16 @@ LAYER_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps", "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
     "block_sparse_moe.experts.w3": "ffn_up_exps", "block_sparse_moe.experts.w2": "ffn_down_exps",
 }  # fmt: skip
+# Architectures whose second norm goes by another name.
+NORM_AFTER_ATTENTION = {"seed_oss", "olmo2"}
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 # Types whose codes can be kept, as the schemes that they are; their scales are fp16.
 BLOCK = 32
 CODES = {"Q8_0": Scheme("int8", BLOCK), "Q4_0": Scheme("int4", BLOCK, symmetric=True)}
@@ -113,18 +123,20 @@ def build_config(file: GgufFile) -> dict[str, Any]:
         raise ValueError(f"{file.path}: {data.architecture}.vocab_size is not token_embd's {vocab_size} rows")
     hidden_size, heads = data.get("embedding_length", int), data.get("attention.head_count", int)
     head_dim = data.get("attention.key_length", int, hidden_size // max(1, heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in ("attention.value_length", *["rope.dimension_count"] * (data.architecture != "phi3")):
         if (other := data.get(key, int, head_dim)) != head_dim:
             raise ValueError(f"{file.path}: {data.architecture}.{key} {other} is not supported; expected {head_dim}")
     num_experts, num_active = data.get("expert_count", int, 0), data.get("expert_used_count", int, 0)
-    family, class_name = ("mixtral", "MixtralForCausalLM") if num_experts else ("", ARCHITECTURES[data.architecture])
+    family, class_name = data.architecture, ARCHITECTURES[data.architecture]
+    if family == "llama" and num_experts:
+        family, class_name = "mixtral", "MixtralForCausalLM"
     num_layers = data.get("block_count", int)
     stored = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
     if stored < num_layers:  # before that many are made
         raise ValueError(f"{file.path}: {data.architecture}.block_count is {num_layers} and {stored} have tensors")
     raw = {
         "architectures": [class_name],
-        "model_type": family or data.architecture,
+        "model_type": {"qwen3moe": "qwen3_moe"}.get(family, family),
         "hidden_size": hidden_size,
         "intermediate_size": data.get("feed_forward_length", int),
         "num_hidden_layers": num_layers,
@@ -141,10 +153,9 @@ def build_config(file: GgufFile) -> dict[str, Any]:
     }
     if num_experts:
         raw |= {"num_local_experts": num_experts, "num_experts_per_tok": num_active}
-    if data.architecture == "llama" and not num_experts:
-        raw |= {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+    raw |= family_keys(family, data, head_dim)
     scaling, factor = data.get("rope.scaling.type", str, "none"), data.get("rope.scaling.factor", float, 1.0)
-    if scaling not in ("none", "linear"):
+    if scaling not in ("none", "linear", *["longrope"] * (raw["rope_scaling"] is not None)):
         raise ValueError(f"{file.path}: {data.architecture}.rope.scaling.type {scaling!r} is not supported")
     if scaling == "linear" and factor != 1:
         raw["rope_scaling"] = {"rope_type": "linear", "factor": factor}
@@ -152,6 +163,38 @@ def build_config(file: GgufFile) -> dict[str, Any]:
     if ROPE_FACTORS in file.tensors:
         raw["rope_scaling"] = llama3_scaling(file, raw)
     return raw
+
+
+def family_keys(family: str, data: Metadata, head_dim: int) -> dict[str, Any]:
+    """Return the keys of config.json that a family has besides those of all."""
+    tensors = data.file.tensors
+    biases = {
+        key: f"blk.0.{name}.bias" in tensors for key, name in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))
+    }
+    match family:
+        case "llama" | "smollm3":
+            return biases
+        case "granite":
+            keys = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+                    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
+            return biases | {key: data.get(name, float, 1.0) for key, name in keys.items()}
+        case "qwen3moe":
+            return {"moe_intermediate_size": data.get("expert_feed_forward_length", int), "norm_topk_prob": True}
+        case "seed_oss":
+            return biases | {"attention_out_bias": "blk.0.attn_output.bias" in tensors}
+        case "phi3":
+            raw = {
+                "sliding_window": data.get("attention.sliding_window", int, 0) or None,
+                "original_max_position_embeddings": data.get("rope.scaling.original_context_length", int, 4096),
+                "partial_rotary_factor": data.get("rope.dimension_count", int, head_dim) / head_dim,
+            }
+            factor = data.get("rope.scaling.attn_factor", float, 1.0)
+            if LONGROPE["long_factor"] in tensors:
+                factors = {key: data.file.read(name, torch.float32) for key, name in LONGROPE.items()}
+                rope = {key: [float(f"{x:.7g}") for x in value.flatten().tolist()] for key, value in factors.items()}
+                raw["rope_scaling"] = {"rope_type": "longrope", "attention_factor": factor, **rope}
+            return raw
+    return {}
 
 
 def llama3_scaling(file: GgufFile, raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -197,14 +240,17 @@ class Source(NamedTuple):
     heads: int  # whose rows are interleaved; 0 for other tensors
 
 
-def gguf_name(hub_name: str) -> tuple[str, int]:
+def gguf_name(hub_name: str, architecture: str) -> tuple[str, int]:
     """Return GGUF's name of a tensor of the Hub's, and which of its experts that is; 0 without experts."""
     name, _, kind = hub_name.rpartition(".")
     if name in OUTER_NAMES:
         return f"{OUTER_NAMES[name]}.{kind}", 0
     expert = re.search(r"\.experts\.(\d+)", name)
     layer, part = re.sub(r"\.experts\.\d+", ".experts", name).removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{LAYER_NAMES[part]}.{kind}", int(expert[1]) if expert else 0
+    names = LAYER_NAMES
+    if architecture in NORM_AFTER_ATTENTION:
+        names = names | {"post_attention_layernorm": "post_attention_norm"}
+    return f"blk.{layer}.{names[part]}.{kind}", int(expert[1]) if expert else 0
 
 
 def hub_specs(raw: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Spec]]:
@@ -212,7 +258,7 @@ def hub_specs(raw: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Sp
     model = meta_model(raw)
     for name, (kind, shape) in tensor_specs(model, dtype).items():
         columns = shape[2:] if is_stack(name, model.config) else shape[1:]
-        rows = part_rows(name, model.config, shape[0])
+        rows = hub_rows(name, model.config, shape[0])
         for hub_name, count in zip(hub_names(name, model.config), rows, strict=True):
             yield hub_name, (kind, torch.Size([count, *columns]))
 
@@ -223,7 +269,7 @@ def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) ->
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if interleaved else {}
     sources: dict[str, Source] = {}
     for hub_name, (_, shape) in specs.items():
-        name, expert = gguf_name(hub_name)
+        name, expert = gguf_name(hub_name, file.values["general.architecture"])
         if name == "output.weight" and name not in file.tensors:  # a head that is tied in the file
             name = "token_embd.weight"
         if name not in file.tensors:
@@ -237,7 +283,9 @@ def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) ->
         count = shape[0] if len(shape) == 2 else 1  # a vector is one row
         rows = slice(expert * count, (expert + 1) * count)
         sources[hub_name] = Source(name, rows, heads.get(hub_name.split(".")[-2], 0))
-    if unexpected := sorted(file.tensors.keys() - {source.name for source in sources.values()} - {ROPE_FACTORS}):
+    if unexpected := sorted(
+        file.tensors.keys() - {source.name for source in sources.values()} - {ROPE_FACTORS, *LONGROPE.values()}
+    ):
         raise ValueError(f"{file.path} has tensor {unexpected[0]}, which is not supported")
     return sources
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import ModelReader, load_model
+from checkpoint import ModelReader, load_model, random_model, save_hub_checkpoint
 from cli.template import load_template
-from config import eos_token_ids, read_config
+from config import eos_token_ids, parse_config, read_config
 from scripts import convert_gguf, gguf_reader
 from scripts.gguf_reader import GgufFile
 from tests.conftest import REPO, SHARED, assert_user_error, run_forked
@@ -20,7 +20,8 @@ gguf = pytest.importorskip("gguf")
 
 FAMILIES = [
     "gqa", "wide_heads", "rope_linear", "rope_llama3", "tied", "biased", "mistral", "qwen2", "qwen2_tied",
-    "qwen3", "mixtral",
+    "qwen3", "mixtral", "qwen3_moe", "granite", "granite_tied", "phi3", "phi4_mini", "seed_oss", "seed_oss_biased",
+    "olmo2",
 ]  # fmt: skip
 BYTE_TOKENS = ["Ġa", "12", "123", "Ġ1", "ab"]
 
@@ -59,7 +60,8 @@ def write_gguf(source, path, kind=None, tokenizer=True, **changes):
         read_config(source),
         {k: v.float().numpy() for k, v in load_file(source / "model.safetensors").items()},
     )
-    architecture = "llama" if raw["model_type"] in ("mistral", "mixtral") else raw["model_type"]
+    other_names = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+    architecture = other_names.get(raw["model_type"], raw["model_type"])
     writer = gguf.GGUFWriter(path, changes.get("architecture", architecture))
     heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
     writer.add_block_count(changes.get("block_count", raw["num_hidden_layers"]))
@@ -77,9 +79,10 @@ def write_gguf(source, path, kind=None, tokenizer=True, **changes):
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if experts := raw.get("num_local_experts"):
+    if experts := raw.get("num_local_experts", raw.get("num_experts")):
         writer.add_expert_count(experts)
         writer.add_expert_used_count(raw["num_experts_per_tok"])
+    add_family(writer, raw, rope)
     for key, value in changes.get("metadata", {}).items():
         writer.add_key_value(key, *value)
     if tokenizer:
@@ -87,7 +90,7 @@ def write_gguf(source, path, kind=None, tokenizer=True, **changes):
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), raw["num_hidden_layers"])
     stacks = {}
     for name, value in sorted(tensors.items()):
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
             value = pair_neighbours(value, heads if "q_proj" in name else kv_heads)
         if ".experts." in name:
             layer, number, part = (name.split(".")[i] for i in (2, 5, 6))
@@ -95,7 +98,7 @@ def write_gguf(source, path, kind=None, tokenizer=True, **changes):
             continue
         add_matrix(writer, names.get_name(name, (".weight", ".bias")), value, kind)
     for (layer, part), stack in stacks.items():
-        place = {"w1": "gate", "w2": "down", "w3": "up"}[part]
+        place = {"w1": "gate", "w2": "down", "w3": "up"}.get(part, part.removesuffix("_proj"))
         add_matrix(writer, f"blk.{layer}.ffn_{place}_exps.weight", [stack[i] for i in range(len(stack))], kind)
     for name, value in changes.get("tensors", {}).items():
         writer.add_tensor(name, value)
@@ -103,6 +106,31 @@ def write_gguf(source, path, kind=None, tokenizer=True, **changes):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_family(writer, raw, rope):
+    """Add what llama.cpp's converter says of a family besides what it says of all."""
+    import numpy as np
+
+    if raw["model_type"] == "qwen3_moe":
+        writer.add_expert_feed_forward_length(raw["moe_intermediate_size"])
+    if raw["model_type"] == "granite":
+        writer.add_attention_scale(raw["attention_multiplier"])
+        writer.add_embedding_scale(raw["embedding_multiplier"])
+        writer.add_residual_scale(raw["residual_multiplier"])
+        writer.add_logit_scale(raw["logits_scaling"])
+    if raw["model_type"] == "phi3":
+        head_dim = raw["hidden_size"] // raw["num_attention_heads"]
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+        writer.add_rope_scaling_orig_ctx_len(raw["original_max_position_embeddings"])
+        if raw["sliding_window"]:
+            writer.add_sliding_window(raw["sliding_window"])
+        if rope["rope_type"] == "longrope":
+            ratio = raw["max_position_embeddings"] / raw["original_max_position_embeddings"]
+            factor = (1 + np.log(ratio) / np.log(raw["original_max_position_embeddings"])) ** 0.5
+            writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or factor)
+            for kind in ("long", "short"):
+                writer.add_tensor(f"rope_factors_{kind}.weight", np.float32(rope[f"{kind}_factor"]))
 
 
 def add_matrix(writer, name, value, kind):
@@ -143,6 +171,20 @@ def test_logits_match_the_model_that_the_file_was_made_of(tmp_path, hub_checkpoi
     torch.testing.assert_close(logits_of(tmp_path / "out", reference.tokens), reference.logits, atol=1e-4, rtol=0)
     tied = read_config(reference.path)["tie_word_embeddings"]
     assert ("lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")) == tied
+
+
+def test_every_fourth_layer_of_smollm3_does_not_rotate(tmp_path, hub_checkpoint):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    raw = {"model_type": "smollm3", "num_key_value_heads": 2, "vocab_size": 120, "rms_norm_eps": 1e-6, **sizes}
+    raw |= {"max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    model = random_model(raw, dtype=torch.float32, optimize=False)
+    (tmp_path / "hub").mkdir()
+    save_hub_checkpoint(model, raw, tmp_path / "hub", torch.float32)
+    write_gguf(tmp_path / "hub", tmp_path / "model.gguf", tokenizer=False)
+    convert(tmp_path / "model.gguf", tmp_path / "out", "--dtype", "float32")
+    ids = torch.arange(50).unsqueeze(0)
+    torch.testing.assert_close(logits_of(tmp_path / "out", ids), model(ids, torch.arange(50)), atol=1e-5, rtol=0)
+    assert parse_config(read_config(tmp_path / "out")).no_rope_layers == (3,)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
