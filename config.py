@@ -4,6 +4,7 @@ Both forms that the Hub has are read: `rope_theta` beside `rope_scaling` with `t
 `dtype`. A key that would change the arithmetic and is not supported is an error, never a wrong text.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +191,21 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": default, **text, "tie_word_embeddings": True, **beside}
 
 
+def is_head(raw: dict[str, Any]) -> bool:
+    """Say whether config.json is that of an EAGLE-3 head, or of another drafter of the speculators package."""
+    names = raw.get("architectures")
+    is_eagle = isinstance(names, list) and any(isinstance(n, str) and re.search("eagle-?3", n, re.I) for n in names)
+    return is_eagle or raw.get("speculators_model_type") is not None
+
+
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """Turn the Hub's config.json into a ModelConfig.
 
     Raises ValueError, with the key and its value, where a key is missing or malformed or asks for arithmetic that
     model.py does not have.
     """
+    if is_head(raw):
+        raise ValueError("config.json is that of a head, which drafts for a model; give it as --draft_checkpoint_path")
     raw = text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILY_DEFAULTS:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from eagle import Head
 from model import Transformer
 from steps import Sampling, Text, prefill, prompt_chunks, visible_slots
 from suffix import Suffixes
@@ -26,6 +27,7 @@ class Proposal:
     k: int
     lengths: list[int]  # how many of the k are meant for each text; those beyond are there for other rows
     num_latest: int = 1  # how many of a text's last ids the step is given
+    first: int = 0  # position of the first that may be one of these; where there are fewer, it stands for them
     is_drawn: bool = False  # from a distribution, which takes noise
 
 
@@ -48,6 +50,7 @@ class Drafter(Protocol):
 MODEL_K, LOOKUP_K = 5, 15
 # The assumed cost of one more draft, in steps of the target: by a model a tenth its size and verified; verified alone.
 DRAFT_COST, VERIFY_COST = 0.25, 0.1
+HEAD_COST = 0.15  # of a layer and an output layer, and verified
 # By this factor a past round weighs less with each new one.
 DECAY = 0.92
 # Drafts counted as accepted at the beginning: enough to begin with the largest k.
@@ -144,15 +147,51 @@ class DraftModel:
 
     def catch_up(self, texts: list[Text]) -> None:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
-        if all(self.filled[text.number] >= len(text.ids) - 2 for text in texts):
-            return
-        # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
-        starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
-        missing = [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)]
+        if any(self.filled[text.number] < len(text.ids) - 2 for text in texts):
+            # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
+            starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
+            self.run(starts, [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)])
+
+    def run(self, starts: list[int], missing: list[list[int]]) -> None:
+        """Prefill the caches of each row, from slot `starts` on, with the ids that it lacks."""
         last_id = self.model.config.vocab_size - 1
         for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
             slots = visible_slots(self.slots, length)
             self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
+
+
+@dataclass
+class HeadModel(DraftModel):
+    """An EAGLE-3 head. What it has drafted it runs again, once the target has given taps for what was accepted."""
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        super().begin(target, num_rows, cached)
+        assert isinstance(self.model, Head)
+        self.model.follow_(target)
+        self.pace, self.is_new = Pace(self.levels, HEAD_COST), True
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        room = max(text.room for text in texts)
+        k, num_plain = self.pace.next(room)
+        if k == 0:
+            return num_plain
+        # A round first runs the last k + 1 tokens. Where the latest one left more, draft as many again, if they fit.
+        num_missing = max(len(text.ids) - self.filled[text.number] for text in texts)
+        most = min([level for level in self.levels if level >= room - 1], default=self.levels[0])
+        k = min([level for level in self.levels if max(k, num_missing - 1) <= level <= most], default=k)
+        # The prompt, even one that a round has room for, so that a first round compiles all; what was decoded plainly;
+        # and what another drafter proposed.
+        if self.is_new or num_missing > k + 1:
+            self.is_new = False
+            starts = [max(1, min(self.filled[text.number], len(text.ids) - 1)) for text in texts]
+            self.run(starts, [text.ids[start:] for text, start in zip(texts, starts, strict=True)])
+        lengths = [k * (text.room > 0) for text in texts]
+        return Proposal(self.model, k, lengths, num_latest=k + 1, first=1, is_drawn=True)
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        for text in texts:
+            self.filled[text.number] = len(text.ids)
+        update_pace(self.pace, proposal, counts)
 
 
 @dataclass

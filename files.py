@@ -26,6 +26,7 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.bool: "BOOL",
 }
 
 # Those too that are read and never written. A name that is missing is of no form that is looked for.

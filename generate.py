@@ -35,8 +35,9 @@ from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
-from config import quantization_scheme, read_config
+from config import is_head, quantization_scheme, read_config
 from drafters import DraftModel
+from eagle_checkpoint import load_head, random_head
 from engine import Engine, batch_sizes, generate
 from files import write_whole
 from model import ONE_RANK, Ranks, Transformer
@@ -57,22 +58,25 @@ def load_one(args: argparse.Namespace, path: Path, job: Job, dtype: torch.dtype,
 def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer, Speculation | None]:
     """Load the model and what drafts for it, with caches for the longest text and for drafts beyond its end."""
     model = load_one(args, args.checkpoint_path, job, job.dtype, ranks)
-    if job.draft_dtype is None and not args.prompt_lookup:
-        model.setup_caches(job.num_rows, job.max_seq_length)
-        return model, None
-    draft_model = None
-    if job.draft_dtype is not None:
-        raw = read_config(args.draft_checkpoint_path)
-        whole = meta_model(raw)
-        num_bytes = sum(
-            dtype.itemsize * shape.numel() for dtype, shape in tensor_specs(whole, job.draft_dtype).values()
-        )
-        shared_by = draft_ranks(whole.config, quantization_scheme(raw), num_bytes, ranks)
-        draft_model = load_one(args, args.draft_checkpoint_path, job, job.draft_dtype, shared_by)
-    speculation = Speculation(draft_model, args.speculate_k or 0, lookup=args.prompt_lookup)
+    draft_model = load_draft(args, job, model) if args.draft_checkpoint_path else None
+    speculation = None
+    if draft_model or args.prompt_lookup:
+        speculation = Speculation(draft_model, args.speculate_k or 0, lookup=args.prompt_lookup)
     for loaded in filter(None, (model, draft_model)):
-        loaded.setup_caches(job.num_rows, job.max_seq_length + speculation.most_drafts)
+        loaded.setup_caches(job.num_rows, job.max_seq_length + (speculation.most_drafts if speculation else 0))
     return model, speculation
+
+
+def load_draft(args: argparse.Namespace, job: Job, target: Transformer) -> Transformer:
+    """Load a smaller model, or a head for the target."""
+    path, raw = args.draft_checkpoint_path, read_config(args.draft_checkpoint_path)
+    if is_head(raw):
+        return random_head(raw, target) if args.random_weights else load_head(path, target)
+    assert job.draft_dtype is not None
+    whole = meta_model(raw)
+    num_bytes = sum(dtype.itemsize * shape.numel() for dtype, shape in tensor_specs(whole, job.draft_dtype).values())
+    shared_by = draft_ranks(whole.config, quantization_scheme(raw), num_bytes, target.ranks)
+    return load_one(args, path, job, job.draft_dtype, shared_by)
 
 
 def make_engine(args: argparse.Namespace, job: Job, model: Transformer, speculation: Speculation | None) -> Engine:

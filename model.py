@@ -387,10 +387,12 @@ class Transformer(nn.Module):
 
     inv_freq: Tensor
     local_inv_freq: Tensor
+    taps: Tensor  # what enters the tap_layers, by position as in the KV caches: [B, length + 1, len(tap_layers) * E]
 
     def __init__(self, config: ModelConfig, ranks: Ranks = ONE_RANK):
         super().__init__()
         self.config, self.ranks = config, ranks
+        self.tap_layers: tuple[int, ...] = ()  # those that an EAGLE-3 head reads; set before setup_caches
         num_local_ids = -(-config.vocab_size // ranks.count)  # the last rank's share may be padded
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
@@ -415,19 +417,21 @@ class Transformer(nn.Module):
         return scaled(angles.cos(), factor), scaled(angles.sin(), factor)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Allocate empty KV caches, in the embedding's dtype and on its device."""
+        """Allocate empty KV caches, and taps, in the embedding's dtype and on its device."""
         self.max_seq_length = max_seq_length
         self.set_rope_(self.inv_freq.device, max_seq_length)
         like = self.embed_tokens.weight
+        taps_size = len(self.tap_layers) * self.config.hidden_size
+        self.register_buffer("taps", like.new_zeros(max_batch_size, max_seq_length + 1, taps_size), persistent=False)
         for attn in (block.self_attn for block in self.layers):
             attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
 
     def arrange_rows_(self, order: list[int]) -> None:
-        """Permute the rows of the KV caches: row i gets what row order[i] held."""
+        """Permute the rows of the KV caches and taps: row i gets what row order[i] held."""
         rows = [i for i, row in enumerate(order) if i != row]
-        for cache in (block.self_attn.cache for block in self.layers if rows):
-            assert cache is not None
-            for values in (cache.k, cache.v):
+        caches = [block.self_attn.cache for block in self.layers]
+        for values in (self.taps, *(values for cache in caches if cache for values in (cache.k, cache.v))):
+            if rows:
                 values[rows] = values[[order[i] for i in rows]]
 
     @property
@@ -480,10 +484,16 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
-        contexts = self.block_contexts(positions.expand(tokens.shape), slots)
+        positions = positions.expand(tokens.shape)
+        contexts, inputs = self.block_contexts(positions, slots), {}
         x = self.scale_embedding(self.embed_tokens(tokens))
-        for block, context in zip(self.layers, contexts, strict=True):
+        for layer, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
+            if layer in self.tap_layers:
+                inputs[layer] = x
             x = block(x, *context)
+        if inputs:
+            rows = torch.arange(len(x), device=x.device).unsqueeze(-1)
+            self.taps[rows, positions] = torch.cat([inputs[layer] for layer in self.tap_layers], dim=-1)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

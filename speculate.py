@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drafters import LOOKUP_K, MODEL_K, Both, Drafter, DraftModel, Lookup, levels_below
+from drafters import LOOKUP_K, MODEL_K, Both, Drafter, DraftModel, HeadModel, Lookup, levels_below
+from eagle import Head
 from kernels.cpu import own_threads
 from model import Transformer
 from steps import Noise, Sampling, Text, compiled, draw, likeliest, prefill, probabilities, visible_slots
@@ -36,15 +37,19 @@ def draft(
 ) -> tuple[Tensor, Tensor | None]:
     """Propose k ids per row, [B, k]; return them and the q [B, k, V] they were drawn from, None at temperature 0.
 
-    tokens, positions [B, 2]: the last two of the text. The first of them is missing in the caches if the round before
-    accepted every draft, and is otherwise written again. noise [B, k, V]: as in `sample`. vocab_size: the target's V.
-    Only ids that both models have are proposed.
+    tokens, positions [B, n]: the last of the text, two for a model. The first of them is missing in the caches if the
+    round before accepted every draft, and is otherwise written again. A head gets all k + 1 that such a round may have
+    added, since it wrote its drafts without the target's taps. noise [B, k, V]: as in `sample`. vocab_size: the
+    target's V. Only ids that both models have are proposed.
     """
     tokens = tokens.clamp(max=model.config.vocab_size - 1)  # the last id stands for those that only the target has
     ids: list[Tensor] = []
     q: list[Tensor] = []
+    features: tuple[Tensor, ...] = ()  # of a head, at first from the target's taps
     for i in range(k):
-        logits = model.logits(model.hidden_states(tokens, positions, slots)[:, -1])
+        hidden = model.hidden_states(tokens, positions, slots, *features)
+        features = (hidden[:, -1:],) if isinstance(model, Head) else ()
+        logits = model.logits(hidden[:, -1])
         if logits.shape[-1] != vocab_size:
             logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
         if noise is None:
@@ -106,7 +111,7 @@ def verify(
 ) -> Tensor:
     """Run the text's last token and its k drafts through the target.
 
-    tokens, positions [B, 2]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns n and ids, as `accept`
+    tokens, positions [B, n]: as in `draft`. drafted [B, k], q and noise: as in `accept`. Returns n and ids, as `accept`
     does, in one tensor for one read: [B, k + 2].
     """
     k = drafted.shape[1]
@@ -146,10 +151,10 @@ def draft_and_verify(
 class Speculation:
     """Where drafts come from, how many there may be, and what became of them.
 
-    draft_model: with caches as long as the target's, and as many rows; beyond the context that it was trained for it
-    merely guesses worse. lookup: drafts are found in the text; without a draft model they are. max_k: the most drafts a
-    round, 0 for MODEL_K and LOOKUP_K. levels: the numbers of drafts to choose from, by default `levels_below` the most.
-    The steps are the plain ones until `compile_`; prefill may be a compiled one.
+    draft_model: a model or a head, with caches as long as the target's, and as many rows; beyond the context that it
+    was trained for it merely guesses worse. lookup: drafts are found in the text; without a draft model they are.
+    max_k: the most drafts a round, 0 for MODEL_K and LOOKUP_K. levels: the numbers of drafts to choose from, by default
+    `levels_below` the most. The steps are the plain ones until `compile_`; prefill may be a compiled one.
     """
 
     draft_model: Transformer | None = None
@@ -168,7 +173,8 @@ class Speculation:
     def __post_init__(self) -> None:
         self.drafter = lookup = Lookup(self.lookup_levels)
         if self.draft_model:
-            draft_model = DraftModel(self.draft_model, self.model_levels, self.prefill)
+            kind = HeadModel if isinstance(self.draft_model, Head) else DraftModel
+            draft_model = kind(self.draft_model, self.model_levels, self.prefill)
             self.drafter = Both(lookup, draft_model) if self.lookup else draft_model
 
     @property
@@ -217,7 +223,7 @@ class Speculation:
         ends = [len(text.ids) for text in texts]
         slots = visible_slots(self.slots, max(ends) + k)
         # The last ids and their positions: all that the step needs of the text, in one copy to the device.
-        places = [[max(0, end - i) for i in range(proposal.num_latest, 0, -1)] for end in ends]
+        places = [[max(proposal.first, end - i) for i in range(proposal.num_latest, 0, -1)] for end in ends]
         latest = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)], places
         tokens, positions = torch.tensor(latest, device=device).unbind()
         drafts, round_noise = proposal.drafts, None

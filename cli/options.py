@@ -29,8 +29,9 @@ from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
 from cli.template import ChatTemplate, load_template
-from config import DTYPES, eos_token_ids, parse_config, quantization_scheme, read_config
+from config import DTYPES, eos_token_ids, is_head, parse_config, quantization_scheme, read_config
 from drafters import LOOKUP_K, MODEL_K
+from eagle_checkpoint import parse_head_config
 from engine import check_ids
 from linears import Scheme
 from model import ModelConfig, Ranks
@@ -103,7 +104,7 @@ def add_sampling_options(parser: ArgumentParser) -> None:
 def add_draft_options(parser: ArgumentParser) -> None:
     drafts = parser.add_argument_group("speculation (the text stays the model's own)")
     drafts.add_argument("--draft_checkpoint_path", type=checkpoint_folder, metavar="DIR",
-                        help="a smaller model of the same vocabulary drafts")  # fmt: skip
+                        help="a smaller model of the same vocabulary drafts, or an EAGLE-3 head")  # fmt: skip
     drafts.add_argument("--prompt_lookup", action="store_true",
                         help="where the text repeats itself, it drafts; with or without a model")  # fmt: skip
     drafts.add_argument("--speculate_k", type=number(int, 1, 64), metavar="K",
@@ -160,7 +161,7 @@ class Job:
     sampling: Sampling
     unsupported: str  # a line on what the checkpoint asks for and does not get, or ""
     quantization: Scheme | None
-    draft_dtype: torch.dtype | None
+    draft_dtype: torch.dtype | None  # of a draft model
     template: ChatTemplate | None  # of --chat and --interactive
 
     @property
@@ -231,7 +232,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         sampling,
         unsupported_options(args.checkpoint_path),
         quantization,
-        check_draft(args, tokenizer, config.vocab_size),
+        check_draft(args, tokenizer, config),
         template,
     )
 
@@ -299,8 +300,11 @@ def chat_template(
     return template
 
 
-def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> torch.dtype | None:
-    """Return the draft's dtype, None without a draft. Raises ValueError where its vocabulary is another."""
+def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, target: ModelConfig) -> torch.dtype | None:
+    """Return the dtype of a draft model; None where there is none, and for a head, which has the model's.
+
+    Raises ValueError where its vocabulary is another, or the head is for another model.
+    """
     path = args.draft_checkpoint_path
     if args.speculate_k and not path and not args.prompt_lookup:
         raise ValueError("--speculate_k needs a draft; give --draft_checkpoint_path or --prompt_lookup")
@@ -311,6 +315,9 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--draft_checkpoint_path: {error}") from None
     try:
+        if is_head(raw):
+            parse_head_config(raw, target)
+            return None
         config = parse_config(raw)
         quantization_scheme(raw)
     except ValueError as error:
@@ -321,9 +328,10 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_siz
     except FileNotFoundError as error:
         if not args.random_weights:
             raise ValueError(f"{error}; the draft's vocabulary and the model's have to be compared") from None
-        if config.vocab_size != vocab_size:
+        if config.vocab_size != target.vocab_size:
             raise ValueError(
-                f"the draft {path} has {config.vocab_size} ids and the model {vocab_size}; they must have the same"
+                f"the draft {path} has {config.vocab_size} ids and the model {target.vocab_size}; they must have the "
+                "same"
             ) from None
     else:
         differ = sorted(i for i in {*theirs, *ours} if theirs.get(i) != ours.get(i))

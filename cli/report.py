@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from eagle import Head
 from engine import Engine
 from model import Transformer
 from rows import Row
@@ -114,9 +115,8 @@ def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Specu
 
         name, peak = str(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     draft_model = speculation.draft_model if speculation else None
-    sources = ["model"] * (draft_model is not None) + ["prompt lookup"] * bool(
-        speculation and speculation.lookup_levels
-    )
+    sources = ["head" if isinstance(draft_model, Head) else "model"] * (draft_model is not None)
+    sources += ["prompt lookup"] * bool(speculation and speculation.lookup_levels)
     step_bytes = [bytes_per_step(model, rows, draft_model) for rows in samples]
     # The row that ran longest saw every step of its batch.
     rates = [max(rows, key=lambda row: len(row.arrivals)).steps_per_s for rows in samples]

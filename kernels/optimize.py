@@ -51,7 +51,8 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     for block in model.layers:
         block.self_attn.attend = choose_attention(dtype, on_gpu, cuda)
     if on_gpu and is_llama_block(model.config):
-        model.layers = cast("Sequence[Block]", nn.ModuleList(FusedBlock(block) for block in model.layers))
+        blocks = nn.ModuleList(FusedBlock(block) if type(block) is Block else block for block in model.layers)
+        model.layers = cast("Sequence[Block]", blocks)
 
 
 def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) -> Callable[..., Tensor]:

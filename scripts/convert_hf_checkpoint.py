@@ -14,13 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
+from typing import Any
+
+import torch
 from tqdm import tqdm
 
 from checkpoint import ModelReader, checkpoint_dtype, write_config
 from cli.arguments import ArgumentParser, checkpoint_folder
 from cli.errors import user_errors
-from config import DTYPES, read_config
-from files import new_folder, sibling, write_safetensors
+from config import DTYPES, is_head, read_config
+from files import FLOAT_DTYPES, SAFETENSORS_DTYPES, Spec, TensorFiles, new_folder, sibling, spec_of, write_safetensors
 
 
 def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = None) -> None:
@@ -32,6 +35,9 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
     dtype = DTYPES[dtype_name] if dtype_name else checkpoint_dtype(checkpoint_dir, raw, allow_pickle=True)
+    if is_head(raw):
+        copy_head(checkpoint_dir, output_dir, raw, dtype)
+        return
     reader = ModelReader(checkpoint_dir, dtype, allow_pickle=True, keep_codes=False)
     with new_folder(output_dir) as folder:
         with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
@@ -47,6 +53,21 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
         print(
             f"but no tokenizer, since {checkpoint_dir} has none: no .json, no .model and no merges.txt", file=sys.stderr
         )
+
+
+def copy_head(checkpoint_dir: Path, output_dir: Path, raw: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write an EAGLE-3 head's tensors as they are called; only with a model it is known what they have to be."""
+    files = TensorFiles(checkpoint_dir, allow_pickle=True)
+    specs: dict[str, Spec] = {}
+    for name in files.files:
+        held_as, shape = spec_of(files.get(name))
+        if held_as not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{checkpoint_dir}: tensor {name} is {held_as}, which no head has")
+        specs[name] = (dtype if held_as in FLOAT_DTYPES else held_as), shape
+    with new_folder(output_dir) as folder:
+        write_safetensors(folder / "model.safetensors", specs, lambda name: files.get(name).to(specs[name][0]))
+        write_config(checkpoint_dir, raw, dtype, folder)
+    print(f"wrote {output_dir}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,8 @@ from torch._inductor.output_code import CompiledFxGraph
 
 from checkpoint import random_model
 from compressed import quantization_config
+from eagle import Head
+from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from linears import Scheme, constant
 from model import Transformer
@@ -26,8 +28,12 @@ RAW: dict[str, Any] = {
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(0.8, top_k=20)
 K = 3
 V = RAW["vocab_size"]
-DRAFT_MODEL = "a draft model"
-# Each step, how many columns its tokens have, and what it is given after the slots; a model for DRAFT_MODEL.
+DRAFT_MODEL, HEAD = "a draft model", "a head"
+HEAD_RAW = RAW | {
+    "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 60,
+    "eagle_aux_hidden_state_layer_ids": [0, 1],
+}  # fmt: skip
+# Each step, how many columns its tokens have, and what it is given after the slots; a model for DRAFT_MODEL and HEAD.
 STEPS = {
     "decode": (decode, None, [GREEDY, None]),
     "decode, drawn": (decode, None, [DRAWN, torch.ones(1, V)]),
@@ -36,6 +42,12 @@ STEPS = {
         draft_and_verify,
         2,
         [DRAFT_MODEL, K, DRAWN, (torch.ones(1, K, V), (torch.ones(1, K), torch.ones(1, V)))],
+    ),
+    "round of a head": (draft_and_verify, K + 1, [HEAD, K, GREEDY, None]),
+    "round of a head, drawn": (
+        draft_and_verify,
+        K + 1,
+        [HEAD, K, DRAWN, (torch.ones(1, K, V), (torch.ones(1, K), torch.ones(1, V)))],
     ),
     "verify": (verify, 2, [torch.zeros(1, K, dtype=torch.long), GREEDY, None, None]),
     "verify, drawn": (
@@ -75,21 +87,28 @@ def made(monkeypatch):
     return graphs
 
 
-def with_draft(rest: list[Any], draft_model: Transformer) -> list[Any]:
-    return [draft_model if each is DRAFT_MODEL else each for each in rest]
+def with_caches(head: Head, target: Transformer) -> Head:
+    """Give both caches, and the head the target's taps."""
+    for model in (target, head):
+        model.setup_caches(1, 8192)
+    head.follow_(target)
+    return head
 
 
-@pytest.mark.parametrize("name", ["decode, drawn", "verify", "round"])
-def test_one_cuda_graph_serves_every_position(model, made, name):
+@pytest.mark.parametrize("name", ["decode, drawn", "verify", "round", "round of a head"])
+def test_one_cuda_graph_serves_every_position(made, name):
     """It is for no number of slots, and copies nothing but the step's own small inputs before a replay."""
     step, columns, rest = STEPS[name]
-    draft_model = random_model(RAW, "cpu", torch.float32, seed=1)
-    draft_model.setup_caches(1, 8192)
-    rest = with_draft(rest, draft_model)
+    model, draft_model = (random_model(RAW, "cpu", torch.float32, seed=seed) for seed in (0, 1))
+    for each in (model, draft_model):
+        each.setup_caches(1, 8192)
+    if rest[0] is HEAD:
+        draft_model = with_caches(random_head(HEAD_RAW, model), model)
+    rest = [draft_model if isinstance(each, str) else each for each in rest]
     run = compiled(step, "reduce-overhead")
     counters.clear()
     with torch.inference_mode():
-        for position in [8, 64, 65, 4096, 4097, 8192]:
+        for position in [10, 64, 65, 4096, 4097, 8192]:
             slots = torch.arange(-(-position // 64) * 64)
             run(model, *arguments(columns, position - K), slots, *rest)  # before the drafts
     assert counters["stats"]["unique_graphs"] == 1
@@ -115,6 +134,13 @@ def on_cuda() -> Transformer:
     return model
 
 
+def head_on_cuda(target: Transformer) -> Head:
+    head = random_head(HEAD_RAW, random_model(RAW, "cpu", torch.bfloat16), optimize=False)
+    optimize_(head, "cuda")
+    target.tap_layers = head.head_config.tap_layers
+    return with_caches(head.to("meta"), target)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_needs_the_host_for_nothing(name):
     """Nothing in it is read, made or waited for on the host, and no shape follows the data."""
@@ -127,11 +153,12 @@ def test_a_step_needs_the_host_for_nothing(name):
 
     step, columns, rest = STEPS[name]
     rest = [torch.utils._pytree.tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="meta"), r) for r in rest]
-    rest = with_draft(rest, on_cuda())
+    target = on_cuda()
+    rest = [on_cuda() if each is DRAFT_MODEL else head_on_cuda(target) if each is HEAD else each for each in rest]
     torch._dynamo.reset()
     run = torch.compile(step, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
     with torch.inference_mode():
-        run(on_cuda(), *arguments(columns, 100, "meta"), None, *rest)
+        run(target, *arguments(columns, 100, "meta"), None, *rest)
     nodes = [
         node for graph in graphs for module in graph.modules() for node in getattr(module, "graph", graph.graph).nodes
     ]
@@ -187,4 +214,4 @@ def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
             compiled(decode)(odd, *arguments(None, 4), torch.arange(64), GREEDY, None)
         _, columns, rest = STEPS["round"]
         with pytest.raises(ValueError, match=message):
-            compiled(draft_and_verify)(model, *arguments(columns, 4), torch.arange(64), *with_draft(rest, odd))
+            compiled(draft_and_verify)(model, *arguments(columns, 4), torch.arange(64), odd, *rest[1:])

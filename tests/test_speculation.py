@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import generate as generate_module
 import speculate as speculate_module
 from drafters import FIRST_WAIT, LONGEST_WAIT, Pace, expected_tokens, levels_below
+from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
 from kernels.optimize import optimize_
@@ -25,6 +26,7 @@ from speculate import Speculation, accept, draft_and_verify
 from steps import Noise, Sampling, Text, compiled, decode, likeliest, prefill, probabilities
 from suffix import Suffixes
 from tests.conftest import REPO, assert_user_error, run_forked
+from tests.test_eagle import TAP_LAYERS, taught_head
 from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
 
 DEMO, DEMO_DRAFT = REPO / "checkpoints" / "demo", REPO / "checkpoints" / "demo-draft"
@@ -67,12 +69,14 @@ DRAFTS = {
     "a shorter context": lambda model: tiny_model(num_hidden_layers=1, max_position_embeddings=16),
     "more ids": lambda model: tiny_model(num_hidden_layers=1, vocab_size=80),
     "prompt lookup": lambda model: None,
+    "a head": lambda model: taught_head(),
 }
 
 
 @pytest.fixture(scope="module")
 def target():
     model = tiny_model()
+    model.tap_layers = TAP_LAYERS
     model.setup_caches(4, LENGTH + MAX_K)
     return model
 
@@ -185,16 +189,28 @@ SMALL_DRAFTS = {
     "nearly the target": lambda: nearly(tiny_model(**SMALL), noise=0.1),
     "random": lambda: tiny_model(**SMALL | {"num_hidden_layers": 2}),
     "prompt lookup": lambda: None,
+    "a head of fewer ids": lambda: small_head(),
 }
+
+
+def small_head():
+    config = HeadConfig(tiny_model(**SMALL).config, 9, SMALL["hidden_size"], (0,), norm_before_residual=False)
+    head = Head(config)
+    for name, parameter in head.named_parameters():
+        parameter.data.fill_(1) if name.endswith("norm.weight") else parameter.data.normal_(0, 0.2)
+    head.places = torch.tensor([9, 0, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8])
+    return head.requires_grad_(requires_grad=False)
 
 
 @pytest.mark.parametrize("name", SMALL_DRAFTS)
 def test_sampled_text_follows_the_targets_distribution_under_filters(name):
     """The second and third new token of 3,000 texts, against what the target's logits give."""
     target, draft_model = tiny_model(**SMALL), SMALL_DRAFTS[name]()
+    target.tap_layers = (0,)
     sampling, prompt, rows = Sampling(1.2, top_k=8, top_p=0.9, min_p=0.02), [5, 6, 7, 5, 6], 3000
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12))  # all first and second tokens
     texts = torch.cat((torch.tensor(prompt).expand(144, -1), pairs), dim=1)
+    target.setup_caches(144, 7)
     p = probabilities(target(texts, torch.arange(7)), sampling).view(12, 12, 7, 12)
     first, second, third = p[0, 0, 4], p[:, 0, 5], p[:, :, 6]
     joint = first.unsqueeze(1) * second
@@ -231,15 +247,18 @@ def test_each_row_of_a_batch_equals_its_own_run_at_every_number_of_drafts(target
     assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, speculation=speculation)) == plain
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_k=20)], ids=["greedy", "sampled"])
-def test_a_draft_model_and_the_text_both_propose_and_greedy_text_is_the_plain_one(target, sampling):
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [("nearly the target", GREEDY), ("nearly the target", Sampling(0.9, top_k=20)), ("a head", GREEDY)],
+)
+def test_a_draft_model_and_the_text_both_propose_and_greedy_text_is_the_plain_one(target, sampling, name):
     sources = set()
 
     def watched(model, tokens, positions, slots, drafts, *rest):
         sources.add("text" if isinstance(drafts, torch.Tensor) else "model")
         return draft_and_verify(model, tokens, positions, slots, drafts, *rest)
 
-    speculation = Speculation(make_draft("nearly the target"), 2, draft_and_verify=watched, lookup=True)
+    speculation = Speculation(make_draft(name), 2, draft_and_verify=watched, lookup=True)
     prompts = [[*range(5, 15), 5, 6, 7], [9, 8, 7]]
     generator = torch.Generator().manual_seed(1)
     rows = rows_of(generate(target, prompts, 60, sampling, generator=generator, speculation=speculation))
@@ -248,7 +267,7 @@ def test_a_draft_model_and_the_text_both_propose_and_greedy_text_is_the_plain_on
     assert sampling != GREEDY or rows == rows_of(generate(target, prompts, 60, GREEDY))
 
 
-@pytest.mark.parametrize("name", ["nearly the target", "fewer ids", "prompt lookup"])
+@pytest.mark.parametrize("name", ["nearly the target", "fewer ids", "prompt lookup", "a head"])
 @pytest.mark.parametrize("levels", [(3,), ()], ids=["always", "at will"])
 def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain, name, levels):
     sizes, ends, ended = [], [3, 60, 20, 80], set()
@@ -279,14 +298,14 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain
         return
     # The draft's caches hold each row's own text again: the next turn has nothing to prefill that they had.
     texts = [prompt + ids for prompt, ids in zip(PROMPTS, plain, strict=True)]
-    assert all(filled < len(text) for filled, text in zip(speculation.drafter.filled, texts, strict=True))
+    assert all(filled <= len(text) for filled, text in zip(speculation.drafter.filled, texts, strict=True))
     texts = [text[: max(2, filled)] for filled, text in zip(speculation.drafter.filled, texts, strict=True)]
     again = generate(target, texts, 9, GREEDY, cached=1, speculation=speculation)
     expected = [(prompt + ids)[len(text) :][:9] for prompt, ids, text in zip(PROMPTS, plain, texts, strict=True)]
     assert rows_of(again) == expected
 
 
-@pytest.mark.parametrize("name", ["nearly the target", "prompt lookup"])
+@pytest.mark.parametrize("name", ["nearly the target", "prompt lookup", "a head"])
 def test_what_a_row_draws_does_not_depend_on_rows_that_have_ended(target, name):
     def run(**options):
         generator, speculation = torch.Generator().manual_seed(5), Speculation(make_draft(name), levels=(3,))
@@ -329,11 +348,12 @@ def test_max_new_tokens_is_exact_inside_a_round(target, plain, count):
     assert rows == ([ids[:count] for ids in plain] if count else [])
 
 
-def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(target, plain):
+@pytest.mark.parametrize("name", ["the target", "a head"])
+def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(target, plain, name):
     for place in range(1, 8):
         eos = plain[1][place]
         expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in plain]
-        speculation = Speculation(make_draft("the target"))
+        speculation = Speculation(make_draft(name))
         assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, eos_ids=[eos], speculation=speculation)) == expected
 
 
@@ -388,8 +408,10 @@ def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(ta
     assert [len(counts) for counts in updates] == [1]
 
 
-def test_unused_slots_may_hold_nan_in_both_caches(target, plain):
-    draft_model = make_draft("nearly the target")
+@pytest.mark.parametrize("name", ["nearly the target", "a head"])
+def test_unused_slots_may_hold_nan_in_both_caches(target, plain, name):
+    draft_model = make_draft(name)
+    target.taps.fill_(math.nan)
     for model in (target, draft_model):
         for block in model.layers:
             block.self_attn.cache.k.fill_(math.nan)
@@ -444,8 +466,13 @@ def steps():
     return {"prefill": compiled(prefill), "decode": compiled(decode)}
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, FILTERED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", ["nearly the target", "prompt lookup"])
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("nearly the target", GREEDY), ("nearly the target", FILTERED), ("prompt lookup", GREEDY),
+        ("prompt lookup", FILTERED), ("a head", FILTERED),
+    ],
+)  # fmt: skip
 def test_compiled_rounds_equal_eager_ones_and_nothing_recompiles(target, plain, steps, name, sampling):
     levels = levels_below(2) if sampling is GREEDY else (2, 0)  # each needs a graph, which takes seconds
     plain_rounds = Speculation(make_draft(name), max_k=2, levels=levels)
