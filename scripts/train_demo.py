@@ -29,7 +29,7 @@ from typing import Any
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import save_hub_checkpoint
@@ -176,6 +176,22 @@ def held_out_loss(model: Any, tokens: Tensor, context: int) -> float:
     return torch.stack(losses).mean().item()
 
 
+def make_optimizers(
+    matrices: list[nn.Parameter], others: list[nn.Parameter], rate: float, steps: int
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
+    """Return Muon for the matrices and AdamW with this rate for the others, and their schedules over the steps."""
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    warmup, cooldown = max(1, steps // 50), max(1, int(steps * 0.6))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, (steps - s) / cooldown, 1.0))
+        for o in optimizers
+    ]
+    return optimizers, schedules
+
+
 def train(
     name: str, model: Transformer, data: Iterable[Tensor], steps: int, held_out: Tensor, teacher: Any = None
 ) -> tuple[Any, list[tuple[int, float]]]:
@@ -186,15 +202,7 @@ def train(
     initialize_(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers.")]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or not n.startswith("layers.")]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    warmup, cooldown = max(1, steps // 50), max(1, int(steps * 0.6))
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, (steps - s) / cooldown, 1.0))
-        for o in optimizers
-    ]
+    optimizers, schedules = make_optimizers(matrices, others, 3e-3, steps)
     compiled = torch.compile(model)
     losses = []
     bar = tqdm(data, total=steps, desc=name, unit="step", dynamic_ncols=True)

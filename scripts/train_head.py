@@ -36,7 +36,7 @@ from eagle_checkpoint import parse_head_config, save_head
 from engine import generate
 from files import new_folder
 from model import Transformer
-from scripts.train_demo import cut, definitions, library_texts
+from scripts.train_demo import cut, definitions, library_texts, make_optimizers
 from steps import Sampling
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -168,15 +168,7 @@ def train(head: Head, target: Transformer, texts: Tensor, ids: Tensor, steps: in
     """Train in place: Muon for the matrices, AdamW for the output layer and the norms."""
     matrices = [p for n, p in head.named_parameters() if p.ndim == 2 and n.startswith(("layers.", "fc."))]
     others = [p for n, p in head.named_parameters() if p.ndim == 1 or n.startswith("lm_head.")]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    warmup, cooldown = max(1, steps // 50), max(1, int(steps * 0.6))
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, (steps - s) / cooldown, 1.0))
-        for o in optimizers
-    ]
+    optimizers, schedules = make_optimizers(matrices, others, 1e-3, steps)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.cat(
         [torch.randperm(len(texts), generator=generator) for _ in range(1 + steps * BATCH_ROWS // len(texts))]
