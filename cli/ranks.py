@@ -28,6 +28,8 @@ T = TypeVar("T")
 ENDED = "ended"
 GONE = "torchrun is gone, and so this rank ends"
 MOMENT = 2  # seconds
+STUCK = timedelta(minutes=10)  # that a rank may wait for another within a step, as when that one compiles longer
+LONG = 10  # seconds, in which torchrun's store answers
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def process_group() -> Iterator[Ranks]:
             raise ValueError(f"WORLD_SIZE is {count}, but torchrun has not started this; unset it, or use torchrun")
         store, rank, count = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STUCK)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's setting, which leaves cores idle
         torch.set_num_threads(max(1, num_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     done = threading.Event()
@@ -59,6 +61,7 @@ def process_group() -> Iterator[Ranks]:
     except SystemExit as end:
         leave(store, end.code if isinstance(end.code, int) else 1 if end.code else 0)
     except Exception as error:
+        end_in(LONG)
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             if not another_has_ended(store):
                 print(f"rank {rank} lost the others: {str(error).split('. ')[0]}", file=sys.stderr)
@@ -77,6 +80,13 @@ def leave(store: dist.Store, status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def end_in(seconds: float) -> None:
+    """End this process in so many seconds, if it has not ended by itself: a store may be lost without an answer."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def another_has_ended(store: dist.Store) -> bool:
