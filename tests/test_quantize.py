@@ -1,5 +1,7 @@
 """int8, int4 and GPTQ: the arithmetic, the quantizable_linears, and the command."""
 
+import copy
+import itertools
 import json
 import math
 import shutil
@@ -38,6 +40,7 @@ from linears import (
 )
 from model import Experts, Linear, MoE, Transformer
 from names import hub_names
+from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import (
     NEWER,
@@ -284,6 +287,40 @@ def test_the_hessians_are_of_the_inputs_that_the_linears_see(hub_checkpoint: Get
         assert isinstance(encoder, partial)
         torch.testing.assert_close(encoder.keywords["hessian"], expected.pop(name), rtol=1e-4, atol=1e-3)
     assert not expected
+
+
+@pytest.mark.parametrize("family", NEWER)
+@torch.inference_mode()
+def test_gptq_of_each_family_is_nearer_than_rounding_and_its_draft_leaves_the_text_alone(
+    hub_checkpoint: GetCheckpoint, family: str
+) -> None:
+    reference = hub_checkpoint(family)
+    model = load_model(reference.path, dtype=torch.float32, optimize=False)
+    by_gptq, rounded = (copy.deepcopy(model) for _ in range(2))
+    calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
+    for i, block in enumerate(by_gptq.layers):
+        encoders = calibration.encoders(block)
+        for target, scheme in ((block, Scheme("int4-gptq", 32)), (rounded.layers[i], Scheme("int4", 32))):
+            for name, child in quantizable_linears(target).items():
+                encode = encoders[name] if target is block else None
+                target.set_submodule(name, quantize_linear(child, scheme, encode))
+        calibration.advance(block)
+    positions = torch.arange(reference.tokens.shape[1])
+    ours, theirs = ((m(reference.tokens, positions) - reference.logits).norm() for m in (by_gptq, rounded))
+    assert ours < 0.95 * theirs
+    speculation = Speculation(by_gptq, levels=(3,))
+    for each in (model, by_gptq):
+        each.setup_caches(1, 64)
+    texts = [
+        list(
+            itertools.chain(
+                *(step[0] for step in generate(model, [[1, 5, 9]], 40, Sampling(temperature=0), speculation=draft))
+            )
+        )
+        for draft in (None, speculation)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 40
+    assert sum(speculation.accept_counts[0][1:]) > 0
 
 
 def scarce_router_(model: Transformer) -> None:
