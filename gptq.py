@@ -1,7 +1,7 @@
 """GPTQ: int4 codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
 
 `quantize.py --mode int4-gptq` is the command. It walks the model block by block: in memory are one block, the Hessians
-of its linears (the sums of x x^T over their inputs), and the hidden states of the calibration text.
+of its linears (the sums of x x^T over their inputs x, of length 1), and the hidden states of the calibration text.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linears import Encode, encode_int4, group_parameters, quantizable_linears
@@ -24,7 +25,7 @@ def gptq(
     weight: Tensor,
     group_size: int,
     hessian: Tensor,
-    act_order: bool = False,
+    act_order: bool = True,
     damping: float = DAMPING,
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +37,9 @@ def gptq(
     """
     K = weight.shape[1]
     scales, zeros = group_parameters(weight, group_size, symmetric)
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
+    order = torch.arange(K, device=weight.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
     columns = weight.float().t()[order]  # [K, N]: each column of the weight lies whole in memory
     codes = torch.empty_like(columns, dtype=torch.uint8)
@@ -80,12 +83,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 def gptq_stack(
-    stack: Tensor,
-    group_size: int,
-    hessians: Tensor,
-    counts: list[int],
-    act_order: bool = False,
-    symmetric: bool = False,
+    stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], act_order: bool = True, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
 
@@ -114,7 +112,7 @@ class Calibration:
         model: Transformer,
         table: Tensor,
         windows: Tensor,
-        act_order: bool = False,
+        act_order: bool = True,
         tick: Callable[[], Any] = lambda: None,
         symmetric: bool = False,
     ):
@@ -125,7 +123,7 @@ class Calibration:
         self.options: dict[str, Any] = {"act_order": act_order, "symmetric": symmetric}
         self.tick = tick
         self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
-        x = model.scale_embedding(torch.nn.functional.embedding(windows.to(table.device), table))
+        x = model.scale_embedding(F.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
         model.set_rope_(table.device, windows.shape[1])
@@ -139,7 +137,8 @@ class Calibration:
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
         def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:
-            x = x.flatten(0, 1).float()
+            # Each token counts alike: a few with huge activations, as the first of a text, would outweigh all others.
+            x = F.normalize(x.flatten(0, 1).float(), dim=-1)
             if experts is None:
                 sums[name].addmm_(x.t(), x)
                 return

@@ -133,13 +133,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (what the model itself writes)")
     gptq.add_argument("--calibration_samples", type=number(int, 1), metavar="N", help="windows of that text (64)")
     gptq.add_argument("--calibration_length", type=number(int, 2), metavar="N", help="tokens of a window (512)")
-    gptq.add_argument("--act_order", action="store_true", help="round the columns with the largest inputs first")
+    gptq.add_argument("--act_order", action=argparse.BooleanOptionalAction,
+                      help="round the columns with the largest inputs first (yes)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.mode == "int8" and args.symmetric:
         parser.error("--symmetric does not go with --mode int8, which always is; it is for int4")
     for option in ("calibration_file", "calibration_samples", "calibration_length", "act_order"):
-        if args.mode != "int4-gptq" and getattr(args, option):
+        if args.mode != "int4-gptq" and getattr(args, option) is not None:
             parser.error(f"--{option} does not go with --mode {args.mode}; it is for --mode int4-gptq")
+    args.act_order = args.act_order is not False
     args.groupsize = args.groupsize or (-1 if args.mode == "int8" else 32)
     return args
 

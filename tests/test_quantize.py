@@ -255,6 +255,15 @@ def test_gptq_is_nearer_on_its_calibration_inputs_than_rounding(K: int, act_orde
     assert chosen < 0.8 * rounded
 
 
+def test_the_column_with_the_largest_inputs_is_rounded_first_unless_told_otherwise() -> None:
+    weight, x = normal(48, 64), correlated_inputs(500, 64)
+    largest = x.square().sum(dim=0).argmax()
+    rounded = quantize_int4(weight, 32)[0][:, largest]  # what nothing was compensated for before
+    for options, first in (((), True), (("--act_order",), True), (("--no-act_order",), False)):
+        args = quantize.parse_args(["--mode", "int4-gptq", *options])
+        assert torch.equal(gptq(weight, 32, x.t() @ x, args.act_order)[0][:, largest], rounded) == first
+
+
 def test_gptq_on_independent_inputs_is_rounding_to_nearest() -> None:
     weight = normal(8, 64)
     for ours, theirs in zip(gptq(weight, 32, torch.eye(64)), quantize_int4(weight, 32), strict=True):
@@ -274,14 +283,17 @@ def test_gptq_refuses_inputs_that_are_not_finite() -> None:
         gptq(normal(8, 64), 32, torch.full((64, 64), torch.inf))
 
 
-def test_the_hessians_are_of_the_inputs_that_the_linears_see(hub_checkpoint: GetCheckpoint) -> None:
+def test_the_hessians_are_of_the_inputs_that_the_linears_see_each_as_long_as_the_others(
+    hub_checkpoint: GetCheckpoint,
+) -> None:
     reference = hub_checkpoint("gqa")
     model = load_model(reference.path, dtype=torch.float32, optimize=False)
     block, seen = model.layers[0], {}
     for name, child in quantizable_linears(block).items():
         child.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs[0].flatten(0, 1)}))
     model(reference.tokens, torch.arange(reference.tokens.shape[1]))
-    expected = {name: x.t() @ x for name, x in seen.items()}
+    unit = {name: x / x.norm(dim=-1, keepdim=True) for name, x in seen.items()}
+    expected = {name: x.t() @ x for name, x in unit.items()}
     calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
     for name, encoder in calibration.encoders(block).items():
         assert isinstance(encoder, partial)
@@ -352,8 +364,9 @@ def test_gptq_calibrates_each_expert_on_the_tokens_that_go_to_it(hub_checkpoint:
         codes, scales, zeros = encoder(weight, 32)
         for i in range(5):
             rows = x[experts == i]
+            unit = rows / rows.norm(dim=-1, keepdim=True)
             assert encoder.keywords["counts"][i] == len(rows)
-            torch.testing.assert_close(encoder.keywords["hessians"][i], rows.t() @ rows, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(encoder.keywords["hessians"][i], unit.t() @ unit, rtol=1e-4, atol=1e-3)
             rounded = quantize_int4(weight[i], 32)
             if i == 4:
                 assert len(rows) == 0 and torch.equal(codes[i], rounded[0])
