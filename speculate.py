@@ -58,7 +58,7 @@ def draft(
         else:
             q.append(probabilities(logits, sampling))
             chosen = draw(q[-1], noise[:, i]).unsqueeze(-1).clamp(min=0)
-        ids.append(model.ranks.broadcast(chosen))
+        ids.append(model.embed_tokens.ranks.broadcast(chosen))  # of a head, its target's where they have one embedding
         tokens, positions = ids[-1], positions[:, -1:] + 1
     return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
 

@@ -15,6 +15,7 @@ from checkpoint import load_model, random_model
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, patient_group, process_group, together
 from config import read_config
+from eagle_checkpoint import load_head
 from model import ONE_RANK
 from speculate import Speculation
 from steps import Sampling, compiled, decode
@@ -44,6 +45,17 @@ def logits_and_greedy(path, ranks):
     return {**found, "greedy": rows_of(generate.generate(model, PROMPTS, 10, GREEDY))}
 
 
+def load_draft(path, model, ranks):
+    """Load a draft model, or a head of which each rank has the whole."""
+    if path.name == "head":
+        draft_model = load_head(path, model)
+        model.setup_caches(2, 128)  # with taps
+    else:
+        draft_model = load_model(path, dtype=torch.float32, ranks=ranks)
+    draft_model.setup_caches(2, 128)
+    return draft_model
+
+
 def texts(folder, ranks):
     """Return what every way of generating gives; each rank has another seed, as if a draw had gone astray."""
     model = load_model(folder / "demo", dtype=torch.float32, ranks=ranks)
@@ -55,20 +67,21 @@ def texts(folder, ranks):
         "lookup": (None, None),
         "replicated": ("draft", ONE_RANK),
         "quantized": ("draft-int8", ranks),
+        "head": ("head", ranks),
     }
     for name in list(ways)[: 2 if ranks.count > 2 else None]:  # what more ranks change
         draft_name, draft_ranks = ways[name]
         for sampling in (GREEDY, DRAWN):
             speculation = None
             if name != "plain":
-                draft_model = draft_name and load_model(folder / draft_name, dtype=torch.float32, ranks=draft_ranks)
-                if draft_model:
-                    draft_model.setup_caches(2, 128)
+                draft_model = draft_name and load_draft(folder / draft_name, model, draft_ranks)
                 speculation = Speculation(draft_model)
             generator = torch.Generator().manual_seed(1 + ranks.rank)
             new_ids = generate.generate(model, PROMPTS, 12, sampling, generator=generator, speculation=speculation)
             kind = "greedy" if sampling == GREEDY else "drawn"
             found[f"{name} {kind}"] = rows_of(new_ids)
+            if name == "head":
+                found[f"accepted {kind}"] = speculation.accept_counts
     stop = found["plain greedy"][0][2]  # ends the first row, and the second goes on in a smaller batch
     found["ended greedy"] = rows_of(generate.generate(model, PROMPTS, 12, GREEDY, eos_ids=[stop]))
     return found

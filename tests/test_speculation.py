@@ -30,6 +30,7 @@ from tests.test_eagle import TAP_LAYERS, taught_head
 from tests.test_generate import GREEDY, rows_of, tiny_model, tokens_of
 
 DEMO, DEMO_DRAFT = REPO / "checkpoints" / "demo", REPO / "checkpoints" / "demo-draft"
+DEMO_HEAD = REPO / "checkpoints" / "demo-eagle3"
 LENGTH = 128
 MAX_K = 5
 FILTERED = Sampling(0.9, top_k=20, top_p=0.95, min_p=0.01)
@@ -70,6 +71,7 @@ DRAFTS = {
     "more ids": lambda model: tiny_model(num_hidden_layers=1, vocab_size=80),
     "prompt lookup": lambda model: None,
     "a head": lambda model: taught_head(),
+    "a head of three layers": lambda model: taught_head(3),
 }
 
 
@@ -357,8 +359,20 @@ def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(targ
         assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, eos_ids=[eos], speculation=speculation)) == expected
 
 
-def test_a_second_turn_continues_the_first(target, plain):
-    speculation = Speculation(make_draft("nearly the target"))
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_a_head_drafts_for_a_quantized_target(scheme):
+    target, speculation = quantized(tiny_model(), scheme), Speculation(taught_head(), levels=(3,))
+    target.tap_layers = TAP_LAYERS
+    for model in (target, speculation.draft_model):
+        model.setup_caches(4, LENGTH + 3)
+    plain = rows_of(generate(target, PROMPTS, 40, GREEDY))
+    assert rows_of(generate(target, PROMPTS, 40, GREEDY, speculation=speculation)) == plain
+    assert sum(sum(counts[1:]) for counts in speculation.accept_counts) > 10, speculation.accept_counts
+
+
+@pytest.mark.parametrize("name", ["nearly the target", "a head"])
+def test_a_second_turn_continues_the_first(target, plain, name):
+    speculation = Speculation(make_draft(name))
     list(generate(target, [PROMPTS[1][:3]], 1, GREEDY, speculation=speculation))
     text = [*PROMPTS[1], *plain[1][:10]]
     assert tokens_of(generate(target, [text], 20, GREEDY, cached=3, speculation=speculation)) == plain[1][10:30]
@@ -654,7 +668,9 @@ def test_lookup_finds_the_loop_of_a_model_that_sees_only_the_last_token():
 
 
 @pytest.mark.parametrize(
-    "how", [("--draft_checkpoint_path", DEMO_DRAFT), ("--prompt_lookup",)], ids=["draft", "lookup"]
+    "how",
+    [("--draft_checkpoint_path", DEMO_DRAFT), ("--draft_checkpoint_path", DEMO_HEAD), ("--prompt_lookup",)],
+    ids=["draft", "head", "lookup"],
 )
 def test_the_command_prints_the_plain_text_up_to_a_stop_inside_a_round(tmp_path, how):
     path = tmp_path / "metrics.json"
@@ -683,8 +699,9 @@ def write_config(path: Path, **changes):
     return path
 
 
-@pytest.mark.parametrize("drafts", ["a model's", "prompt lookup"])
+@pytest.mark.parametrize("drafts", ["prompt lookup", "head"])
 def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch, drafts):
+    """The head is the demo's, and compiled it gives the eager text."""
     warmed_up = []
 
     def watched(*args, **options):
@@ -697,20 +714,28 @@ def test_the_command_compiles_all_before_the_clock_starts(tmp_path, monkeypatch,
 
     monkeypatch.setattr(speculate_module, "likeliest", likeliest_compiled)
     monkeypatch.setattr(generate_module, "warm_up", watched)
-    options = ("--random_weights", "--checkpoint_path", write_config(tmp_path / "a", num_hidden_layers=1))
-    most = 2 if drafts == "prompt lookup" else 1  # a graph of two models for each number of drafts would take long
-    options += ("--prompt_length", 3, "--temperature", 0, "--max_new_tokens", 40, "--speculate_k", most)
-    draft_path = write_config(tmp_path / "b", num_hidden_layers=1)
-    options += ("--prompt_lookup",) if drafts == "prompt lookup" else ("--draft_checkpoint_path", draft_path)
-    options += ("--metrics_path", tmp_path / "metrics.json")
+    most = 2 if drafts == "prompt lookup" else 1  # a graph of model and head for each number of drafts would take long
+    options = ["--temperature", 0, "--max_new_tokens", 40, "--speculate_k", most, "--device", "cpu"]
+    options += ["--metrics_path", tmp_path / "metrics.json"]
+    if drafts == "head":
+        options += ["--dtype", "float32", "--prompt", "import ", "--draft_checkpoint_path", DEMO_HEAD]
+    else:
+        path = write_config(tmp_path / "a", num_hidden_layers=1)
+        options += ["--random_weights", "--checkpoint_path", path, "--prompt_length", 3, "--prompt_lookup"]
     try:
-        generate_module.main(["--compile", "--device", "cpu", *map(str, options)])
+        generate_module.main(["--compile", *map(str, options)])
     finally:
         torch.compiler.set_stance("default")
     assert warmed_up
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["speculation"] == {"drafts": "model" if drafts == "a model's" else drafts, "speculate_k": most}
-    assert metrics["samples"][0]["num_drafted"] > 0
+    assert metrics["speculation"] == {"drafts": drafts, "speculate_k": most}
+    [sample] = metrics["samples"]
+    assert sample["num_drafted"] > 0
+    if drafts == "head":
+        monkeypatch.undo()
+        generate_module.main([*map(str, options)])
+        [eager] = json.loads((tmp_path / "metrics.json").read_text())["samples"]
+        assert (sample["tokens"], sample["accept_counts"]) == (eager["tokens"], eager["accept_counts"])
 
 
 def test_random_weights_need_only_the_configs(tmp_path):

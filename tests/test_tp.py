@@ -157,6 +157,11 @@ def folder(tmp_path_factory, hub_checkpoint):
         convert(models / name, models / f"{name}-converted")
     (models / "demo").symlink_to(DEMO)
     (models / "draft").symlink_to(ROOT / "checkpoints" / "demo-draft")
+    # A head that has the demo's embedding, which is cut.
+    shutil.copytree(ROOT / "checkpoints" / "demo-eagle3", models / "head")
+    weights = load_file(models / "head" / "model.safetensors")
+    del weights["embed_tokens.weight"]
+    save_file(weights, models / "head" / "model.safetensors", {"format": "pt"})
     for name, (mode, *options) in (*(("demo", each) for each in QUANTIZED), ("draft", ("int8",))):
         options += GPTQ if mode == "int4-gptq" else []
         output = ["--output_path", str(models / f"{name}-{mode}")]
@@ -234,8 +239,9 @@ def test_all_ways_of_generating_give_one_ranks_text_on_every_rank_whatever_the_s
     assert expected["plain drawn"] != expected["plain greedy"]
     assert all(rank["texts"] == {name: expected[name] for name in rank["texts"]} for rank in found[count])
     assert len(expected["ended greedy"][0]) < len(expected["ended greedy"][1])
-    ways = ("lookup", "replicated", "sharded", "quantized")
+    ways = ("lookup", "replicated", "sharded", "quantized", "head")
     assert all(expected[f"{name} greedy"] == expected["plain greedy"] for name in ways)
+    assert sum(map(sum, (counts[1:] for counts in expected["accepted greedy"]))) > 2
 
 
 def test_compiled_and_quantized_and_with_a_quantized_draft_the_text_is_the_eager_one(folder, tmp_path):
