@@ -243,7 +243,8 @@ def head_config(target_path: Path) -> dict[str, Any]:
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": "demo", "architectures": raw["architectures"]},
+            # As seen from the repository: where there is no such folder, the package asks the Hub.
+            "verifier": {"name_or_path": "checkpoints/demo", "architectures": raw["architectures"]},
         },
     }
 
@@ -251,7 +252,8 @@ def head_config(target_path: Path) -> dict[str, Any]:
 MODEL_CARD = """\
 # demo-eagle3
 
-An EAGLE-3 head that drafts for `checkpoints/demo`, in the form of the speculators package.
+An EAGLE-3 head that drafts for `checkpoints/demo`, in the form of the speculators package, which loads it in the
+repository's folder: `SpeculatorModel.from_pretrained("checkpoints/demo-eagle3")`.
 
 | | |
 |---|---|
