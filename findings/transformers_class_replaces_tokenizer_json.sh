@@ -3,8 +3,8 @@
 #
 # Common belief: where there is a tokenizer.json it is the tokenizer, and tokenizer_class names a wrapper around it.
 # Behaviour: some classes, GPT2Tokenizer for one, take its vocabulary and merges and put their own pre-tokenizer in the
-# place of the file's. SmolLM2's and StarCoder2's folders name that class, and their files split digits: the split is
-# lost. PreTrainedTokenizerFast leaves the file as it is.
+# place of the file's. A folder that names that class, and whose file splits digits, loses the split.
+# PreTrainedTokenizerFast leaves the file as it is.
 # Seen: «tokenizer.json: ['a', '1', '2']», «GPT2Tokenizer: ['a', '12']», «PreTrainedTokenizerFast: ['a', '1', '2']».
 set -eu
 folder=$(mktemp -d)
