@@ -1,7 +1,8 @@
-"""Products with a few rows, and attention, at memory speed on CPUs with AVX-512 and bf16: cpu.cpp and its layers.
+"""Products with a few rows, and attention, at memory speed on x86 CPUs: cpu.cpp and its layers.
 
-cpu.cpp is compiled when a model first needs it, and kept in the user's cache. The plain twin of each product is
-`F.linear` with the dequantized weight, that of attention `model.attention`.
+cpu.cpp is compiled when a model first needs it, and kept in the user's cache: for AVX-512 with bf16 where the CPU has
+them, else for AVX2. LLAMA_KERNELS_MARCH holds it to less, as the compiler's -march (x86-64-v3: AVX2). The plain twin of
+each product is `F.linear` with the dequantized weight, that of attention `model.attention`.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import constant
 
-SOURCE, THREADS = (Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h"))
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
+NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 BLOCK_ROWS, INT4_BLOCK_ROWS = 4, 16  # rows of the weight that the kernels of int8 and int4 interleave
 
@@ -40,20 +42,20 @@ def library() -> Path | None:
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
     program = shutil.which(compiler[0])
-    if "avx512_bf16" not in cpu:
+    if not set(cpu.split()) >= NEEDED:
         return None
     if program is None:
         print(f"cpu.cpp is not used, products will be slower: there is no compiler {compiler[0]!r}", file=sys.stderr)
         return None
+    march = os.environ.get("LLAMA_KERNELS_MARCH") or "native"
     version = Path(program).stat()  # of the link's target; to ask the compiler would take a process
     home = Path(torch.__file__).parent
-    command = [*compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", STABLE_ABI]
-    command += [f"-I{home / 'include'}", str(SOURCE), f"-L{home / 'lib'}", "-ltorch_cpu"]
+    command = [*compiler, "-O3", f"-march={march}", "-fopenmp", "-shared", "-fPIC", "-std=c++17", STABLE_ABI]
+    command += [f"-I{home / 'include'}", str(SOURCES[0]), f"-L{home / 'lib'}", "-ltorch_cpu"]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
     made_by = [program, str(version.st_size), str(version.st_mtime_ns), torch.__version__]
-    key = hashlib.sha256(
-        "\n".join([SOURCE.read_text(), THREADS.read_text(), *command, *made_by, *features]).encode()
-    ).hexdigest()
+    sources = [path.read_text() for path in SOURCES]
+    key = hashlib.sha256("\n".join([*sources, *command, *made_by, *features]).encode()).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-kernels"
         path = folder / f"{key[:16]}.so"
@@ -125,11 +127,28 @@ def packed_weight(values: Tensor) -> nn.Parameter:
     return constant(empty_weight(values.shape, values.dtype, values.device).copy_(values))
 
 
+# Of the models that are served, by instruction set.
+DTYPES = {"avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float16), None: ()}
+
+
+@functools.cache
+def instruction_set() -> str | None:
+    """Return what cpu.cpp was compiled for, «avx512» or «avx2»; None where there is no library."""
+    if library() is None:
+        return None
+    functions().instruction_set.restype = ctypes.c_char_p
+    return functions().instruction_set().decode()
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the models that cpu.cpp serves on this CPU."""
+    return DTYPES[instruction_set()]
+
+
 def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> bool:
     """Say whether cpu.cpp takes a weight [N, K], in tiles of so many rows and columns, in a model of this dtype."""
     N, K = weight.shape[-2:]
-    fits = dtype == torch.bfloat16 and weight.device.type == "cpu" and N % rows == 0 and K % columns == 0
-    return fits and library() is not None
+    return weight.device.type == "cpu" and N % rows == 0 and K % columns == 0 and dtype in dtypes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +186,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention() -> Callable[..., Tensor]:
-    """Return the operator that attends as `model.attention`, in bfloat16; to find it takes a first token's time."""
+    """Return the operator that attends as `model.attention`, in `dtypes`; to find it takes a first token's time."""
     return torch.ops.kernels.attention.default
 
 
@@ -176,7 +195,7 @@ def attention() -> Callable[..., Tensor]:
 
 
 class CpuBf16(KernelLinear):
-    """bf16, the weight [N, K] as it is."""
+    """bf16 or fp16, the weight [N, K] as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(bias)
@@ -189,6 +208,12 @@ class CpuBf16(KernelLinear):
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor) -> Tensor:
         return F.linear(rows, weight)
+
+
+class Avx2Bf16(CpuBf16):
+    """The same without instructions for bf16: for many rows it is widened, since ATen's GEMM of bf16 is slow then."""
+
+    gemm = CpuBf16.product
 
 
 def interleaved(values: Tensor, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cpu import CpuBf16, CpuInt4, CpuInt8
+from kernels.cpu import Avx2Bf16, CpuBf16, CpuInt4, CpuInt8
 from kernels.inductor import num_partial_sums, streamed_product
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import StoredLinear
@@ -15,7 +15,7 @@ from model import Experts, by_expert
 # By the name of a form, what multiplies rows with the tensors of one layer.
 FORMS: dict[str, Callable[..., Tensor]] = {
     "dense": F.linear,
-    **{kind.__name__: kind.matmul for kind in (CpuBf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)},
+    **{kind.__name__: kind.matmul for kind in (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)},
 }
 
 # It reads on the host how many rows each expert has, which a CUDA graph cannot.

@@ -58,7 +58,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
 def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) -> Callable[..., Tensor]:
     if cuda is not None:
         return cuda.attention
-    if not on_gpu and dtype == torch.bfloat16 and cpu.library() is not None:
+    if not on_gpu and dtype in cpu.dtypes():
         return cpu.attention()
     return inductor.attention
 
@@ -97,7 +97,8 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
         if layer is not None and stored.order is not None:
             return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
-        layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
+        form = cpu.CpuBf16 if cpu.instruction_set() == "avx512" else cpu.Avx2Bf16
+        layer = form(stored.weight, getattr(stored, "bias", None))
     else:
         return None
     return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer

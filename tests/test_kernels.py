@@ -37,9 +37,7 @@ from model import Linear, attention
 from tests.conftest import HANG, REPO
 from tests.test_graphs import RAW
 
-pytestmark = pytest.mark.skipif(
-    cpu.library() is None, reason="the CPU has no AVX-512 with bf16, or there is no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the CPU has no AVX2, or there is no C++ compiler")
 
 
 def layer_for(weight: Tensor) -> torch.nn.Module | None:
@@ -49,8 +47,8 @@ def layer_for(weight: Tensor) -> torch.nn.Module | None:
     return cpu_layer(stored, weight.dtype)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @contextlib.contextmanager
@@ -67,16 +65,19 @@ def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tens
     """Check against the product in fp64: weights may be rounded to bf16, and results are, twice with their bias."""
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     y = layer(x)
-    assert y.dtype == torch.bfloat16 and y.shape == expected.shape
+    assert y.dtype == x.dtype and y.shape == expected.shape
     bound = 2**-7 * expected.abs() + 2**-9 * F.linear(x.double().abs(), weight.double().abs()) + 2**-6
     assert ((y.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
 @pytest.mark.parametrize("shape", [(4, 128), (64, 256), (300, 640), (304, 640), (16, 96)], ids=str)
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 3))
-def test_products_equal_their_twins_at_every_number_of_rows(rows: int, shape: tuple[int, int]) -> None:
+def test_products_equal_their_twins_at_every_number_of_rows(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     N, K = shape
-    x, weight, bias = normal(rows, K), normal(N, K, seed=1), normal(N, seed=2)
+    x, weight, bias = (normal(*size, seed=seed, dtype=dtype) for seed, size in enumerate([(rows, K), (N, K), (N,)]))
     assert_product(CpuBf16(weight, bias), x, weight, bias)
     if K % 64 == 0:
         codes, scales = quantize_int8(weight)
@@ -219,6 +220,45 @@ def test_each_row_is_multiplied_alone() -> None:
             assert layer(changed)[i].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_x_of_any_size_is_multiplied_as_its_twin(rows: int) -> None:
+    """Values in 32 columns that differ by up to 2^40, rows of tiny, of huge and of no values, and with an infinity."""
+    weight = normal(64, 256)
+    sizes = torch.randint(-20, 20, (rows, 256), generator=torch.Generator().manual_seed(1))
+    codes, scales = quantize_int8(weight)
+    quantized = quantize_int4(weight, 32)
+    for layer, twin in (
+        (CpuInt8(codes, scales, None), dequantize(codes, scales)),
+        (CpuInt4(*quantized, None), dequantize(*quantized, 32)),
+    ):
+        for x in (
+            torch.ldexp(normal(rows, 256).float(), sizes).bfloat16(), normal(rows, 256) * 2.0**-100,
+            normal(rows, 256) * 2.0**110, torch.zeros(rows, 256, dtype=torch.bfloat16),
+        ):  # fmt: skip
+            expected = F.linear(x.double(), twin.double())
+            spread = F.linear(
+                x.double().abs().unflatten(1, (-1, 32)).amax(2).repeat_interleave(32, 1), twin.double().abs()
+            )
+            bound = 2**-7 * expected.abs() + 2**-9 * spread
+            assert ((layer(x).double() - expected).abs() <= bound).all()
+        x = normal(rows, 256)
+        x[-1, 77] = torch.inf
+        assert not layer(x)[-1].isfinite().any()
+        assert layer(x)[:-1].isfinite().all()
+
+
+def test_weights_of_zero_give_zero_whatever_their_zero_point() -> None:
+    x = normal(5, 256)
+    zeros = torch.arange(16, dtype=torch.uint8).repeat(4)[:, None].expand(64, 4).contiguous()
+    scales = normal(64, 4).abs()
+    layer = CpuInt4(zeros.repeat_interleave(64, 1), scales, zeros, None)
+    wide = (zeros.to(torch.int8) - 8) * 16
+    for rows in (1, 5):
+        if cpu.instruction_set() == "avx2":  # AVX-512 takes them off in fp32, which rounds
+            assert (layer(x[:rows]) == 0).all()
+        assert (CpuInt8(wide.repeat_interleave(64, 1), scales, None, wide)(x[:rows]).abs() < 1e-2).all()
+
+
 def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
     one_each = torch.eye(192).bfloat16()  # a product with it is the weight itself
     codes, scales = quantize_int8(normal(64, 192))
@@ -269,8 +309,9 @@ def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
     assert isinstance(layer_for(weight), CpuBf16)
     strided = torch.empty(64, 256, dtype=torch.bfloat16)[:, ::2]
-    for other in (weight.float(), weight.half(), weight[:63], weight[:, :100], weight.to("meta"), strided):
+    for other in (weight.float(), weight[:63], weight[:, :100], weight.to("meta"), strided):
         assert layer_for(other) is None
+    assert isinstance(layer_for(weight.half()), CpuBf16) == (torch.float16 in cpu.dtypes())
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 96, 192])
@@ -374,6 +415,15 @@ def test_attention_over_scattered_slots_equals_its_twin(T: int, batch_size: int,
     assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
 
 
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
+def test_attention_in_every_dtype_equals_its_twin(dtype: torch.dtype) -> None:
+    q, k, v = (normal(1, *size, 64, seed=seed, dtype=dtype) for seed, size in enumerate([(5, 8), (2, 75), (2, 75)]))
+    mask = torch.ones(1, 5, 75, dtype=torch.bool).tril(70)
+    expected, spread = (attention(q.double(), k.double(), values.double(), mask) for values in (v, v.abs()))
+    y = torch.ops.kernels.attention(q, k, v, mask)
+    assert y.dtype == dtype and ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + spread) + 2**-12).all()
+
+
 def test_attention_of_a_query_that_sees_nothing_is_zero() -> None:
     q, (k, v) = normal(1, 2, 4, 64), keys_and_values(1, 2, 64, 64)
     mask = torch.ones(1, 2, 64, dtype=torch.bool)
@@ -428,3 +478,18 @@ def test_without_a_compiler_that_works_there_is_no_library(
     assert cpu.library.__wrapped__() is None
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize(("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake")])
+def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, march: str) -> None:
+    """This process runs the largest that the CPU has; for a lesser one, what compares with twins runs again."""
+    flags = ["-fsyntax-only", "-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).parent / 'include'}"]
+    if name == cpu.instruction_set():
+        return  # it is what this process runs
+    if name == "avx2":
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "twin or beyond"]
+    else:
+        command = [os.environ.get("CXX") or "g++", f"-march={march}", *flags, str(cpu.SOURCES[0])]
+    environment = {**os.environ, "LLAMA_KERNELS_MARCH": march}
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert result.returncode == 0, result.stdout + result.stderr

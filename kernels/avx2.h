@@ -1,0 +1,506 @@
+// What cpu.cpp needs of AVX2 with FMA and F16C, for x in bf16 and fp16.
+//
+// Weights in bf16 and fp16 are multiplied in fp32. Codes of int8 and int4 are multiplied in integers: each row of x is
+// in 16-bit fixed point, times a power of two for each STEP columns. Of the largest value there, and of all down to its
+// 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-16 of that largest value at most.
+//
+// Included by cpu.cpp, whose helpers and forms of weights it uses.
+
+constexpr char INSTRUCTION_SET[] = "avx2";
+constexpr bool TAKES_HALF = true;  // models in float16
+
+static inline __m256 load_wide(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline __m256 load_wide(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline __m256 load_wide(const float* p) { return _mm256_loadu_ps(p); }
+
+// Of 8 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
+template <class T>
+static inline __m256 load_first(const T* p, int64_t count) {
+    if (count >= 8) return load_wide(p);
+    T values[8] = {};
+    if (count > 0) std::memcpy(values, p, count * sizeof(T));
+    return load_wide(values);
+}
+
+// 16 values in two vectors, in an order that is the same for x and w: bf16 as even and odd ones, which takes no shuffle.
+struct Two {
+    __m256 first, second;
+};
+
+static inline Two load_two(const bf16* p) {
+    const __m256i pairs = _mm256_loadu_si256((const __m256i*)p), odd = _mm256_set1_epi32(0xffff0000);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(_mm256_and_si256(pairs, odd))};
+}
+static inline Two load_two(const half* p) { return {load_wide(p), load_wide(p + 8)}; }
+
+static inline float sum_of(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+static inline float largest_of(__m256 v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+// Write y [M, N] for ROWS rows of w at a time, the last ones fewer: sums_of(rows of x, packed x, first row of w, how
+// many, sums [MAX_M, ROWS]).
+template <int BLOCK, int ROWS, auto PACK, class T, class Sums>
+static void product(const T* x, T* y, int64_t M, int64_t N, int64_t K, Sums sums_of) {
+    over_rows<BLOCK, PACK>(x, M, N, K, [=](int rows, int64_t m, auto packed, int64_t first, int64_t last) {
+        alignas(32) float sums[MAX_M * ROWS];
+        for (int64_t n = first * BLOCK; n < last * BLOCK; n += ROWS) {
+            const int count = int(std::min<int64_t>(ROWS, last * BLOCK - n));
+            sums_of(rows, packed, n, count, sums);
+            for (int i = 0; i < rows; i++)
+                for (int r = 0; r < count; r++) set(y[(m + i) * N + n + r], sums[i * ROWS + r]);
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16, and fp16
+
+// Put x [M, K] in the order in which it is read, in fp32: [K / 16, M, 16].
+template <class T>
+static const float* pack_wide(const T* x, int64_t M, int64_t K) {
+    static thread_local std::vector<Line> buffer;
+    if (int64_t(buffer.size()) < M * K / 16) buffer.resize(M * K / 16);
+    float* packed = (float*)buffer.data();
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t k = 0; k < K; k += 16) {
+            const Two two = load_two(x + m * K + k);
+            _mm256_store_ps(packed + k * M + m * 16, two.first);
+            _mm256_store_ps(packed + k * M + m * 16 + 8, two.second);
+        }
+    return packed;
+}
+
+// Add the products of C rows of x, of M that are packed, and R rows of w, over `width` columns, to sums [C, 16].
+template <int R, int C, int M, class T>
+static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t width, int64_t ahead, float* sums) {
+    __m256 parts[R][C][2] = {};
+    for (int64_t k = 0; k < width; k += 32) {
+        for (int j = 0; j < R; j++) _mm_prefetch((const char*)(w + ahead + R * k + 32 * j), _MM_HINT_T0);
+        for (int i = 0; i < 2; i++) {
+            Two weights[R];
+            for (int j = 0; j < R; j++) weights[j] = load_two(w + j * K + k + 16 * i);
+            for (int c = 0; c < C; c++) {
+                const float* p = x + (k + 16 * i) * M + 16 * c;
+                const __m256 first = _mm256_load_ps(p), second = _mm256_load_ps(p + 8);
+                for (int j = 0; j < R; j++) {
+                    __m256 &a = parts[j][c][0], &b = parts[j][c][R * C < 4];  // few sums: two for each
+                    a = _mm256_fmadd_ps(weights[j].first, first, a);
+                    b = _mm256_fmadd_ps(weights[j].second, second, b);
+                }
+            }
+        }
+    }
+    for (int j = 0; j < R; j++)
+        for (int c = 0; c < C; c++)
+            sums[c * INT4_BLOCK_ROWS + j] += sum_of(_mm256_add_ps(parts[j][c][0], parts[j][c][1]));
+}
+
+// The sums of `rows` rows of w, an even number: [M, 16]. x is taken in parts of its columns, which stay in the first
+// cache. Fetched are the rows that come next, in the order of memory.
+template <int M, class T>
+static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
+    constexpr int R = M > 2 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
+    const int64_t pieces = M * K * int64_t(sizeof(float)) / X_PART_BYTES + 1, width = (K / 32 + pieces - 1) / pieces * 32;
+    std::fill(sums, sums + M * INT4_BLOCK_ROWS, 0);
+    for (int64_t k = 0; k < K; k += width)
+        for (int r = 0; r < rows; r += R) {
+            const T* p = w + r * K + k;
+            const int64_t columns = std::min(width, K - k);
+            const int64_t ahead = pieces > 1 ? R * K : R == 1 ? PREFETCH_BYTES / int64_t(sizeof(T)) : R * K;
+            bf16_tile<R, C, M>(x + k * M, p, K, columns, ahead, sums + r);
+            if constexpr (M > C)
+                bf16_tile<R, M - C, M>(x + k * M + 16 * C, p, K, columns, ahead, sums + r + C * INT4_BLOCK_ROWS);
+        }
+}
+
+template <class T>
+static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K) {
+    if (M > MAX_ROWS)
+        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
+            for (int64_t i = 0; i < BLOCK_ROWS * K; i += 8) _mm256_store_ps(out + i, load_wide(w + block * BLOCK_ROWS * K + i));
+        });
+    product<BLOCK_ROWS, INT4_BLOCK_ROWS, pack_wide<T>>(x, y, M, N, K, [=](int rows, const float* packed, int64_t n, int count, float* sums) {
+        WITH_M(rows, bf16_sums<M>(packed, w + n * K, K, count, sums))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fixed point
+
+constexpr int STEP = 32;  // columns that share a scale
+
+// Rows of x: [K / STEP, M, STEP] of int16, and [K / STEP, M] each of scales and of sums of values, whole numbers. A scale
+// is a power of two, or NaN where a value is not finite.
+struct Fixed {
+    std::vector<Line> lines;
+    std::vector<float> scales, totals;
+    const int16_t* values() const { return (const int16_t*)lines.data(); }
+};
+
+// Put x [M, K] in fixed point.
+template <class T>
+static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
+    static thread_local Fixed fixed;
+    if (int64_t(fixed.scales.size()) < M * K / STEP) {
+        fixed.lines.resize(M * K / STEP);
+        fixed.scales.resize(M * K / STEP);
+        fixed.totals.resize(M * K / STEP);
+    }
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    for (int64_t i = 0; i < M * K / STEP; i++) {
+        const T* p = x + i % M * K + i / M * STEP;
+        __m256 wide[4];
+        __m256i most = _mm256_setzero_si256();  // as integers magnitudes keep their order, and those not finite are above
+        for (int j = 0; j < 4; j++) {
+            wide[j] = load_wide(p + 8 * j);
+            most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(wide[j]), magnitude));
+        }
+        __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        const int largest = std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1)) >> 23;  // exponent
+        const int exponent = std::max(largest, 15);  // so that 2^(14 - exponent) and its inverse are normal numbers
+        const __m256 inverse = _mm256_castsi256_ps(_mm256_set1_epi32((268 - exponent) << 23));
+        __m256i whole[4], total = _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++) {
+            whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(wide[j], inverse));
+            total = _mm256_add_epi32(total, whole[j]);
+        }
+        __m256i* values = (__m256i*)fixed.lines[i].values;
+        for (int j = 0; j < 2; j++)
+            _mm256_store_si256(values + j, _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[2 * j], whole[2 * j + 1]), 0xd8));
+        fixed.scales[i] = largest == 255 ? NAN : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((exponent - 14) << 23)));
+        fixed.totals[i] = sum_of(_mm256_cvtepi32_ps(total));
+    }
+    return &fixed;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int8: the lanes of a vector are columns
+
+template <int M, bool ZEROS, class Scale>
+static void int8_sums(const Fixed* x, const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group,
+                      float* sums) {
+    constexpr int R = 2;  // rows of w that share what is loaded of x
+    __m256 parts[BLOCK_ROWS][M] = {}, totals[BLOCK_ROWS][M] = {};
+    const int16_t* values = x->values();
+    const float* x_scales = x->scales.data();
+    int64_t left = group;
+    for (int64_t k = 0; k < K; k += STEP, values += M * STEP, x_scales += M) {
+        const int8_t* p = w + k / 64 * 64 * BLOCK_ROWS + k % 64;
+        for (int r = 0; r < BLOCK_ROWS; r += R) {
+            __m256i weights[R][2];
+            for (int j = 0; j < R; j++) {
+                if (k % 64 == 0) fetch(p + 64 * (r + j));
+                for (int i = 0; i < 2; i++) {
+                    weights[j][i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 64 * (r + j) + 16 * i)));
+                    if (ZEROS) weights[j][i] = _mm256_sub_epi16(weights[j][i], _mm256_set1_epi16(zeros[r + j]));
+                }
+            }
+            for (int m = 0; m < M; m++) {
+                const __m256i* inputs = (const __m256i*)(values + m * STEP);
+                const __m256i first = _mm256_load_si256(inputs), second = _mm256_load_si256(inputs + 1);
+                const __m256 scale = _mm256_broadcast_ss(x_scales + m);
+                for (int j = 0; j < R; j++) {
+                    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(weights[j][0], first), _mm256_madd_epi16(weights[j][1], second));
+                    parts[r + j][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, parts[r + j][m]);
+                }
+            }
+        }
+        if (left -= STEP) continue;
+        for (int r = 0; r < BLOCK_ROWS; r++)
+            for (int m = 0; m < M; m++) {
+                totals[r][m] = _mm256_fmadd_ps(parts[r][m], _mm256_set1_ps(widen(scales[r])), totals[r][m]);
+                parts[r][m] = _mm256_setzero_ps();
+            }
+        left = group, scales += BLOCK_ROWS;
+        if (ZEROS) zeros += BLOCK_ROWS;
+    }
+    for (int r = 0; r < BLOCK_ROWS; r++)
+        for (int m = 0; m < M; m++) sums[m * BLOCK_ROWS + r] = sum_of(totals[r][m]);
+}
+
+template <class Scale>
+static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, float* out) {
+    for (int64_t k = 0; k < K; k += 32)
+        for (int r = 0; r < BLOCK_ROWS; r++) {
+            const int8_t* p = w + k / 64 * 64 * BLOCK_ROWS + k % 64 + 64 * r;
+            const float scale = widen(scales[k / group * BLOCK_ROWS + r]);
+            const int zero = zeros ? zeros[k / group * BLOCK_ROWS + r] : 0;
+            for (int i = 0; i < 32; i++) out[r * K + k + i] = (p[i] - zero) * scale;
+        }
+}
+
+template <class T, class Scale>
+static void int8_product(const T* x, const int8_t* w, const Scale* scales, const int8_t* zeros, T* y, int64_t M, int64_t N,
+                         int64_t K, int64_t group) {
+    const int64_t G = K / group;
+    if (M > MAX_ROWS)
+        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
+            const int64_t n = block * BLOCK_ROWS;
+            int8_unpack(w + n * K, scales + n * G, zeros ? zeros + n * G : nullptr, K, group, out);
+        });
+    product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+        WITH_M(rows, (zeros ? int8_sums<M, true, Scale> : int8_sums<M, false, Scale>)(packed, w + n * K, scales + n * G, zeros ? zeros + n * G : nullptr, K, group, sums))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int4: the lanes of a vector are rows of w, of which a block has two vectors. Pairs of x are broadcast, and nothing is
+// summed across lanes. Sums of a STEP are below 2^24, so that they and what zero points take off are exact in fp32.
+
+// The zero points of a block, in two vectors.
+static inline void int4_zeros(const uint8_t* zeros, __m256* wide) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros), mask = _mm_set1_epi8(15);
+    wide[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, mask)));
+    wide[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)));
+}
+
+// Add the products of C rows of x, of M that are packed, and STEP columns of a block of w to parts [C, 2].
+template <int C, int M>
+static inline void int4_tile(const int16_t* x, const float* scales, const float* totals, const uint8_t* w, const __m256* zero,
+                             __m256 (*parts)[2]) {
+    const __m256i mask = _mm256_set1_epi32(0x000f000f);
+    __m256i sums[C][2] = {};
+    for (int v = 0; v < 4; v++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m256i* words = (const __m256i*)(w + 64 * v);
+            const __m256i low = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256(words), 4 * i), mask);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256(words + 1), 4 * i), mask);
+            for (int c = 0; c < C; c++) {
+                int32_t pair;
+                std::memcpy(&pair, x + c * STEP + 8 * v + 2 * i, 4);
+                const __m256i inputs = _mm256_set1_epi32(pair);
+                sums[c][0] = _mm256_add_epi32(sums[c][0], _mm256_madd_epi16(low, inputs));
+                sums[c][1] = _mm256_add_epi32(sums[c][1], _mm256_madd_epi16(high, inputs));
+            }
+        }
+    for (int c = 0; c < C; c++)
+        for (int h = 0; h < 2; h++) {
+            const __m256 exact = _mm256_fnmadd_ps(zero[h], _mm256_broadcast_ss(totals + c), _mm256_cvtepi32_ps(sums[c][h]));
+            parts[c][h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + c), parts[c][h]);
+        }
+}
+
+template <int M, class Scale>
+static void int4_sums(const Fixed* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group,
+                      float* sums) {
+    constexpr int C = M > 5 ? (M + 1) / 2 : M;
+    __m256 totals[M][2] = {};
+    const int16_t* values = x->values();
+    const float *x_scales = x->scales.data(), *x_totals = x->totals.data();
+    for (int64_t g = 0; g < K / group; g++, scales += INT4_BLOCK_ROWS, zeros += INT4_BLOCK_ROWS / 2) {
+        // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
+        _mm_prefetch((const char*)scales + PREFETCH_BYTES / 4, _MM_HINT_T0);
+        _mm_prefetch((const char*)zeros + PREFETCH_BYTES / 8, _MM_HINT_T0);
+        __m256 parts[M][2] = {}, zero[2];
+        int4_zeros(zeros, zero);
+        for (int64_t k = 0; k < group; k += STEP, w += 256) {
+            for (int v = 0; v < 4; v++) fetch(w + 64 * v);
+            int4_tile<C, M>(values, x_scales, x_totals, w, zero, parts);
+            if constexpr (M > C) int4_tile<M - C, M>(values + C * STEP, x_scales + C, x_totals + C, w, zero, parts + C);
+            values += M * STEP, x_scales += M, x_totals += M;
+        }
+        for (int h = 0; h < 2; h++) {
+            const __m256 scale = load_wide(scales + 8 * h);
+            for (int m = 0; m < M; m++) totals[m][h] = _mm256_fmadd_ps(parts[m][h], scale, totals[m][h]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) _mm256_store_ps(sums + m * INT4_BLOCK_ROWS + 8 * h, totals[m][h]);
+}
+
+// Transpose 8 x 8 values.
+static inline void transpose(__m256* v) {
+    __m256 twos[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+        twos[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        twos[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        v[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+}
+
+template <class Scale>
+static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group, float* out) {
+    const __m256i mask = _mm256_set1_epi32(15);
+    for (int64_t k = 0; k < K; k += 8, w += 64) {
+        const int64_t g = k / group;
+        __m256 zero[2];
+        int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2, zero);
+        for (int h = 0; h < 2; h++) {
+            const __m256 scale = load_wide(scales + g * INT4_BLOCK_ROWS + 8 * h);
+            const __m256i words = _mm256_loadu_si256((const __m256i*)w + h);
+            __m256 columns[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                const __m256i codes = _mm256_and_si256(_mm256_srli_epi32(words, i / 2 * 4 + i % 2 * 16), mask);
+                columns[i] = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[h]), scale);
+            }
+            transpose(columns);
+            for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + (8 * h + i) * K + k, columns[i]);
+        }
+    }
+}
+
+template <class T, class Scale>
+static void int4_product(const T* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
+                         int64_t K, int64_t group) {
+    const int64_t G = K / group;
+    if (M > MAX_ROWS)
+        return gemm<INT4_BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
+            const int64_t n = block * INT4_BLOCK_ROWS;
+            int4_unpack(w + n * K / 2, scales + n * G, zeros + n * G / 2, K, group, out);
+        });
+    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+        WITH_M(rows, int4_sums<M, Scale>(packed, w + n * K / 2, scales + n * G, zeros + n * G / 2, K, group, sums))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: parts of a tile, in fp32
+
+constexpr int SLOTS = 32;
+constexpr int PER_CELL = 1;
+using Cell = float;
+using Weight = float;
+
+template <class T>
+static const float* queries_of(const T* q, int64_t count) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(count);
+    for (int64_t i = 0; i < count; i++) buffer[i] = widen(q[i]);
+    return buffer.data();
+}
+
+// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+static inline __m256 exponential(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(-87), x);  // below, next to nothing; NaN stays, as the second operand
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 y = _mm256_set1_ps(1.f / 720);
+    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
+// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
+template <class Tile>
+static void columns_of(const Tile& tile, int64_t first, int64_t last, float* keys) {
+    for (int64_t t = 0; t < SLOTS; t += 8)
+        for (int64_t d = 0; d < tile.D; d += 8) {
+            __m256 rows[8];
+            for (int64_t i = 0; i < 8; i++) {
+                const auto* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
+                if (d % 32 == 0) fetch(k + d);
+                rows[i] = load_first(k + d, tile.D - d);
+            }
+            transpose(rows);
+            for (int64_t i = 0; i < 8; i++) _mm256_store_ps(keys + (d + i) * SLOTS + t, rows[i]);
+        }
+}
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+template <class Tile>
+static void score(const Tile& tile, int64_t first, int64_t last, const float* keys, float* scores) {
+    const __m256 scale = _mm256_set1_ps(1 / std::sqrt(float(tile.D)));
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        for (int64_t t = 0; t < SLOTS; t += 16) {
+            __m256 sums[R][2] = {};
+            for (int64_t d = 0; d < tile.D; d++)
+                for (int i = 0; i < R; i++)
+                    for (int j = 0; j < 2; j++) {
+                        const __m256 k = _mm256_load_ps(keys + d * SLOTS + t + 8 * j);
+                        sums[i][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(tile.row(r0 + i) + d), k, sums[i][j]);
+                    }
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) {
+                    const int64_t slot = first + t + 8 * j, left = std::min<int64_t>(8, last - slot);
+                    uint64_t bytes = 0;
+                    if (left > 0) std::memcpy(&bytes, tile.mask + (r0 + i) / tile.G * tile.slots + slot, left);
+                    const __m256i seen = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+                    const __m256 unseen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(seen, _mm256_setzero_si256()));
+                    const __m256 score = _mm256_blendv_ps(_mm256_mul_ps(sums[i][j], scale), _mm256_set1_ps(-INFINITY), unseen);
+                    _mm256_storeu_ps(scores + (r0 + i) * SLOTS + t + 8 * j, score);
+                }
+        }
+    });
+}
+
+// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
+static float soften(const float* scores, float* weights, float& largest, float& total) {
+    __m256 most = _mm256_set1_ps(largest), sum = _mm256_setzero_ps();
+    for (int i = 0; i < SLOTS; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + i));
+    const float now = largest_of(most), shrink = largest == now ? 1 : std::exp(largest - now);
+    for (int i = 0; i < SLOTS; i += 8) {
+        const __m256 score = _mm256_loadu_ps(scores + i);
+        const __m256 seen = _mm256_cmp_ps(score, _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+        const __m256 weight = _mm256_and_ps(seen, exponential(_mm256_sub_ps(score, _mm256_set1_ps(now))));
+        _mm256_storeu_ps(weights + i, weight);
+        sum = _mm256_add_ps(sum, weight);
+    }
+    largest = now;
+    total = total * shrink + sum_of(sum);
+    return shrink;
+}
+
+// A bit for each of SLOTS bytes: whether it is not 0.
+static inline uint64_t flags_of(const uint8_t* seen) {
+    const __m256i zero = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)seen), _mm256_setzero_si256());
+    return uint32_t(~_mm256_movemask_epi8(zero));
+}
+
+// Widen slots [first, first + SLOTS) of v; 0 for those that no query sees: they may hold anything, NaN too.
+// seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
+template <class Tile>
+static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t seen, float* values) {
+    for (int64_t t = 0; t < SLOTS; t++)
+        for (int64_t d = 0; d < tile.width(); d += 8, values += 8) {
+            const auto* p = tile.v + std::min(first + t, last - 1) * tile.D + d;
+            if (d % 32 == 0) fetch(p);
+            _mm256_storeu_ps(values, load_first(p, seen >> t & 1 ? tile.D - d : 0));
+        }
+}
+
+// Add weights x v of a block of slots to the rows' outputs [rows, width].
+template <class Tile>
+static void accumulate(const Tile& tile, const float* weights, const float* values, float* out) {
+    const int64_t width = tile.width();
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        for (int64_t d = 0; d < width; d += 16) {
+            __m256 sums[R][2];
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm256_loadu_ps(out + (r0 + i) * width + d + 8 * j);
+            for (int64_t t = 0; t < SLOTS; t++) {
+                const __m256 low = _mm256_loadu_ps(values + t * width + d), high = _mm256_loadu_ps(values + t * width + d + 8);
+                for (int i = 0; i < R; i++) {
+                    const __m256 weight = _mm256_broadcast_ss(weights + (r0 + i) * SLOTS + t);
+                    sums[i][0] = _mm256_fmadd_ps(weight, low, sums[i][0]);
+                    sums[i][1] = _mm256_fmadd_ps(weight, high, sums[i][1]);
+                }
+            }
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) _mm256_storeu_ps(out + (r0 + i) * width + d + 8 * j, sums[i][j]);
+        }
+    });
+}

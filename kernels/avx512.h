@@ -1,0 +1,494 @@
+// What cpu.cpp needs of AVX-512 with bf16: products in fp32 sums of pairs of bf16 (vdpbf16ps), attention likewise.
+//
+// Included by cpu.cpp, whose helpers and forms of weights it uses.
+
+constexpr char INSTRUCTION_SET[] = "avx512";
+constexpr bool TAKES_HALF = false;  // models in float16
+
+static inline __m512 load_wide(const bf16* p) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+static inline __m512 load_wide(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+
+static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
+static inline __m512bh load_first(const bf16* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
+}
+
+// Replace each index in 0 to 15 (its higher bits do not count) by that of the 16 values, rounded to bf16.
+static inline __m512bh look_up(__m512 values, __m512i indices) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
+    return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
+}
+
+// The first half of adding up two vectors, each in itself: what is left of them takes turns in the lanes.
+static inline __m512 sums_of_two(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+
+// The second half, of eight such pairs: 16 sums in order.
+static inline __m512 sums_of_pairs(const __m512* pairs) {
+    __m512 fours[4], halves[2];
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+// Put x [M, K] in the order in which it is read, [K / 32, M, 32]: rows whose distance is a power of two do not stay in the
+// first cache. Each thread does so for itself: what another has written takes longer to read than to make.
+static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
+    if (M == 1) return x;
+    static thread_local std::vector<Line> buffer;
+    if (int64_t(buffer.size()) < M * K / 32) buffer.resize(M * K / 32);
+    bf16* packed = buffer.data()->values;
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t k = 0; k < K; k += 32) std::memcpy(packed + k * M + m * 32, x + m * K + k, 32 * sizeof(bf16));
+    return packed;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16
+
+template <int M>
+static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_t K, int64_t first, int64_t last) {
+    constexpr int SHARING = M > 2 ? 2 : 1;           // rows of w that share what is loaded of x
+    constexpr int PARTS = M == 1 ? 4 : 2 / SHARING;  // sums side by side, since adding to one has to wait for itself
+    // Where x is too large for the first cache, a part of its columns after the other.
+    const bool whole = M * K * int64_t(sizeof(bf16)) < FIRST_CACHE;
+    const int64_t pieces = whole ? 1 : (M + 2 * (SHARING - 1)) * K * int64_t(sizeof(bf16)) / X_PART_BYTES + 1;
+    const int64_t width = (K / 32 + pieces - 1) / pieces * 32;
+    // Fetched are the rows that come next, of a part at the same columns and else in the order of memory: one stream is
+    // faster than several. A single row of w goes on in its stream; two of x take longer, and are fetched for earlier.
+    const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * PREFETCH_BYTES / int64_t(sizeof(bf16));
+    const int64_t step = whole ? SHARING : 1, gap = whole ? 32 : K;
+    __m512 totals[M][INT4_BLOCK_ROWS / SHARING] = {};
+    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += INT4_BLOCK_ROWS) {
+        const int rows = std::min<int64_t>(INT4_BLOCK_ROWS, last * BLOCK_ROWS - n);
+        for (int64_t begin = 0; begin < K; begin += width)
+            for (int r = 0; r < rows; r += SHARING) {
+                __m512 sums[SHARING][M][PARTS] = {};
+                const bf16* p = w + (n + r) * K;
+                auto add = [&](int64_t k, int i) __attribute__((always_inline)) {
+                    __m512bh weights[SHARING];
+                    for (int j = 0; j < SHARING; j++) {
+                        _mm_prefetch((const char*)(p + ahead + step * k + gap * j), _MM_HINT_T0);
+                        weights[j] = load_bf16(p + j * K + k);
+                    }
+                    for (int m = 0; m < M; m++) {
+                        const __m512bh inputs = load_bf16(x + k * M + m * 32);
+                        for (int j = 0; j < SHARING; j++)
+                            sums[j][m][i] = _mm512_dpbf16_ps(sums[j][m][i], weights[j], inputs);
+                    }
+                };
+                const int64_t end = std::min(K, begin + width);
+                int64_t k = begin;
+                for (; k + 32 * PARTS <= end; k += 32 * PARTS)
+                    for (int i = 0; i < PARTS; i++) add(k + 32 * i, i);
+                for (; k < end; k += 32) add(k, 0);
+                for (int m = 0; m < M; m++) {
+                    __m512 sum = sums[0][m][0];
+                    for (int i = 1; i < PARTS; i++) sum = _mm512_add_ps(sum, sums[0][m][i]);
+                    if (SHARING == 2) sum = sums_of_two(sum, sums[SHARING - 1][m][0]);  // while the next ones are read
+                    __m512& total = totals[m][r / SHARING];
+                    total = begin ? _mm512_add_ps(total, sum) : sum;
+                }
+            }
+        for (int m = 0; m < M; m++) {
+            __m512 pairs[INT4_BLOCK_ROWS / 2];
+            for (int i = 0; i < INT4_BLOCK_ROWS / 2; i++) {
+                const __m512* two = totals[m] + 2 * i / SHARING;
+                pairs[i] = SHARING == 2 ? two[0] : sums_of_two(two[0], two[1]);
+            }
+            const __m256i sums = (__m256i)_mm512_cvtneps_pbh(sums_of_pairs(pairs));
+            _mm256_mask_storeu_epi16(y + m * N + n, (1 << rows) - 1, sums);
+        }
+    }
+}
+
+static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    over_rows<BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, bf16_blocks<M>(packed, w, y + m * N, N, K, first, last))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int8
+
+// Without groups, which are whole rows, the sums are scaled at the end.
+template <int M, bool GROUPS, class Scale>
+static void int8_blocks(const bf16* x, const float* wide_x, const float* totals, const int8_t* w, const Scale* scales,
+                        const int8_t* zeros, bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    const int64_t G = K / group;
+    for (int64_t n = first; n < last; n++) {
+        __m512 sums[BLOCK_ROWS][M] = {}, parts[BLOCK_ROWS][M] = {};
+        const int8_t* p = w + n * BLOCK_ROWS * K;
+        int64_t g = n * G, left = group;
+        auto add = [&](int64_t k, int r, int half) __attribute__((always_inline)) {  // 32 columns of a row
+            __m512 codes[2];
+            for (int i = 0; i < 2; i++)
+                codes[i] = _mm512_cvtepi32_ps(
+                    _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 32 * half + 16 * i))));
+            if constexpr (M == 1) {
+                for (int i = 0; i < 2; i++)
+                    parts[r][0] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + k + 32 * half + 16 * i), parts[r][0]);
+            } else {  // codes are exact in bf16, and one instruction takes 32 of them
+                const __m512bh weights = _mm512_cvtne2ps_pbh(codes[1], codes[0]);
+                for (int m = 0; m < M; m++)
+                    parts[r][m] = _mm512_dpbf16_ps(parts[r][m], weights, load_bf16(x + (k + 32 * half) * M + m * 32));
+            }
+        };
+        auto end_group = [&]() __attribute__((always_inline)) {
+            for (int r = 0; r < BLOCK_ROWS; r++) {
+                const __m512 scale = _mm512_set1_ps(widen(scales[g * BLOCK_ROWS + r]));
+                const __m512 zero = _mm512_set1_ps(zeros ? zeros[g * BLOCK_ROWS + r] / 16.f : 0);  // in each of 16 lanes
+                for (int m = 0; m < M; m++) {
+                    if (zeros) parts[r][m] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g - n * G]), parts[r][m]);
+                    sums[r][m] = _mm512_fmadd_ps(parts[r][m], scale, sums[r][m]);
+                    parts[r][m] = _mm512_setzero_ps();
+                }
+            }
+            g++, left = group;
+        };
+        for (int64_t k = 0; k < K; k += 64, p += BLOCK_ROWS * 64) {
+            for (int r = 0; r < BLOCK_ROWS; r++) fetch(p + 64 * r);
+            if constexpr (GROUPS) {
+                _mm_prefetch((const char*)(scales + g * BLOCK_ROWS) + PREFETCH_BYTES / 16, _MM_HINT_T0);
+                for (int half = 0; half < 2; half++) {
+                    for (int r = 0; r < BLOCK_ROWS; r++) add(k, r, half);
+                    if (!(left -= 32)) end_group();
+                }
+            } else {
+                for (int r = 0; r < BLOCK_ROWS; r++)
+                    for (int half = 0; half < 2; half++) add(k, r, half);
+            }
+        }
+        if (!GROUPS) end_group();
+        for (int r = 0; r < BLOCK_ROWS; r++)
+            for (int m = 0; m < M; m++) y[m * N + n * BLOCK_ROWS + r] = narrow(_mm512_reduce_add_ps(sums[r][m]));
+    }
+}
+
+template <class Scale>
+static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, int64_t block,
+                        bf16* out) {
+    for (int64_t k = 0; k < K; k += 64)
+        for (int r = 0; r < BLOCK_ROWS; r++) {
+            const int8_t* p = w + block * BLOCK_ROWS * K + k * BLOCK_ROWS + 64 * r;
+            for (int half = 0; half < 64; half += 32) {
+                const int64_t at = (block * (K / group) + (k + half) / group) * BLOCK_ROWS + r;
+                const float scale = widen(scales[at]);
+                const int zero = zeros ? zeros[at] : 0;
+                for (int i = half; i < half + 32; i++) out[r * K + k + i] = narrow((p[i] - zero) * scale);
+            }
+        }
+}
+
+// The sums of each group of the rows of x: [M, K / group].
+static const float* group_totals(const bf16* x, int64_t M, int64_t K, int64_t group) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(M * (K / group));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    for (int64_t i = 0; i < M * (K / group); i++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
+        buffer[i] = _mm512_reduce_add_ps(sum);
+    }
+    return buffer.data();
+}
+
+template <class Scale>
+static void int8_product(const bf16* x, const int8_t* w, const Scale* scales, const int8_t* zeros, bf16* y, int64_t M,
+                         int64_t N, int64_t K, int64_t group) {
+    if (M > MAX_ROWS)
+        return gemm<BLOCK_ROWS, bf16>(
+            x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, zeros, K, group, block, out); });
+    static thread_local std::vector<float> buffer;
+    buffer.resize(K);
+    float* wide_x = buffer.data();
+    if (M % MAX_M == 1)  // the last pass has one row
+        for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
+    const int64_t G = K / group;
+    const float* totals = zeros ? group_totals(x, M, K, group) : wide_x;
+    over_rows<BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, (G == 1 ? int8_blocks<M, false, Scale> : int8_blocks<M, true, Scale>)(
+                         packed, wide_x, totals + (zeros ? m * G : 0), w, scales, zeros, y + m * N, N, K, group, first, last))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// int4: the lanes of a vector are rows of w, pairs of x are broadcast, and nothing is summed across lanes. What the codes have
+// too much, 16 and the zero point, is taken off the sums: where x is inf, all outputs are NaN.
+
+// The codes number i of each half, as the upper bits of a mantissa: 16 + code.
+static inline __m512bh int4_weights(__m512i words, int i) {
+    const __m512i mantissa = _mm512_set1_epi16(15 << 3), sixteen = _mm512_set1_epi16(0x4180);
+    const __m512i moved = i ? _mm512_srli_epi16(words, 4 * i - 3) : _mm512_slli_epi16(words, 3);
+    return (__m512bh)_mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // a & b | c
+}
+
+// 16 + zero of INT4_BLOCK_ROWS rows.
+static inline __m512 int4_zeros(const uint8_t* zeros) {
+    const __m512i mantissa = _mm512_set1_epi32(15 << 19), sixteen = _mm512_set1_epi32(0x41800000);
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros);
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4)));
+    return (__m512)_mm512_ternarylogic_epi32(_mm512_slli_epi32(codes, 19), mantissa, sixteen, 0xea);
+}
+
+template <int M, class Scale>
+static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const Scale* scales, const uint8_t* zeros,
+                        bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    const int64_t G = K / group;
+    for (int64_t n = first; n < last; n++) {
+        __m512 sums[M] = {};
+        const uint8_t* p = w + n * INT4_BLOCK_ROWS * K / 2;
+        for (int64_t g = 0; g < G; g++) {
+            // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
+            _mm_prefetch((const char*)(scales + (n * G + g) * INT4_BLOCK_ROWS) + PREFETCH_BYTES / 4, _MM_HINT_T0);
+            _mm_prefetch((const char*)(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2) + PREFETCH_BYTES / 8, _MM_HINT_T0);
+            __m512 parts[M][PARTS] = {};
+            for (int64_t k = g * group; k < (g + 1) * group; k += 32)
+                for (int v = 0; v < 4; v++, p += 64) {
+                    fetch(p);
+                    const __m512i words = _mm512_loadu_si512(p);
+                    for (int i = 0; i < 4; i++) {
+                        const __m512bh weights = int4_weights(words, i);
+                        for (int m = 0; m < M; m++) {
+                            int32_t pair;
+                            std::memcpy(&pair, x + k * M + m * 32 + 8 * v + 2 * i, 4);
+                            __m512& sum = parts[m][i % PARTS];
+                            sum = _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(pair));
+                        }
+                    }
+                }
+            const __m512 zero = int4_zeros(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2);
+            const __m512 scale = load_wide(scales + (n * G + g) * INT4_BLOCK_ROWS);
+            for (int m = 0; m < M; m++) {
+                for (int i = 1; i < PARTS; i++) parts[m][0] = _mm512_add_ps(parts[m][0], parts[m][i]);
+                parts[m][0] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g]), parts[m][0]);
+                sums[m] = _mm512_fmadd_ps(parts[m][0], scale, sums[m]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            _mm256_storeu_si256((__m256i*)(y + m * N + n * INT4_BLOCK_ROWS), (__m256i)_mm512_cvtneps_pbh(sums[m]));
+    }
+}
+
+template <class Scale>
+static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
+                        bf16* out) {
+    // Of four rows, each a quarter of a vector, the word that has a column, and where in the word its code is.
+    alignas(64) uint16_t places[4][32], nibbles[32];
+    for (int column = 0; column < 32; column++) {
+        nibbles[column] = column % 8 / 2 * 4;
+        for (int row = 0; row < 4; row++) places[row][column] = 8 * row + column / 8 * 2 + column % 2;
+    }
+    const __m512 codes = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);  // with 16 added
+    alignas(64) float scale[INT4_BLOCK_ROWS], offset[INT4_BLOCK_ROWS];  // what 16 + zero stands for
+    for (int64_t k = 0; k < K; k += 32) {
+        if (k % group == 0) {
+            const int64_t g = block * (K / group) + k / group;
+            const __m512 wide = load_wide(scales + g * INT4_BLOCK_ROWS);
+            _mm512_store_ps(scale, wide);
+            _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2)));
+        }
+        const __m512i* p = (const __m512i*)(w + (block * K + k) * INT4_BLOCK_ROWS / 2);
+        __m512i twos[4], fours[4];  // the words of rows i, i + 4, i + 8 and i + 12
+        for (int i = 0; i < 2; i++) {
+            twos[2 * i] = _mm512_unpacklo_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
+            twos[2 * i + 1] = _mm512_unpackhi_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
+        }
+        for (int i = 0; i < 2; i++) {
+            fours[2 * i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
+            fours[2 * i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
+        }
+        for (int r = 0; r < INT4_BLOCK_ROWS; r++) {
+            const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
+            // Exact in fp32 where scales are of 16 bits: codes have 5 bits, scales 11.
+            const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(offset[r]));
+            const __m512i indices = _mm512_srlv_epi16(words, _mm512_load_si512(nibbles));
+            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, indices));
+        }
+    }
+}
+
+template <class Scale>
+static void int4_product(const bf16* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, bf16* y, int64_t M,
+                             int64_t N, int64_t K, int64_t group) {
+    if (M > MAX_ROWS)
+        return gemm<INT4_BLOCK_ROWS, bf16>(x, y, M, N, K,
+                                           [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
+    const int64_t G = K / group;
+    const float* totals = group_totals(x, M, K, group);
+    over_rows<INT4_BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(rows, int4_blocks<M, Scale>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: parts of a tile. Two values of 16 bits are one cell.
+
+constexpr int SLOTS = 64;  // taken together
+constexpr int PER_CELL = 2;
+using Cell = uint32_t;
+using Weight = bf16;
+
+static const bf16* queries_of(const bf16* q, int64_t) { return q; }
+
+// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, nothing in bf16; NaN stays, as the second operand
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.f / 720);
+    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, n);
+}
+
+// Transpose 16 x 16 values of 32 bits.
+static inline void transpose(__m512i* v) {
+    __m512i twos[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        twos[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + 2 + j]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {  // of four quarters, each has a column of four rows
+        __m512i even[2], odd[2];
+        for (int j = 0; j < 2; j++) {
+            even[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0x88);
+            odd[j] = _mm512_shuffle_i32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0xdd);
+        }
+        v[i] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+}
+
+// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
+static void columns_of(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, uint32_t* keys) {
+    for (int64_t t = 0; t < SLOTS; t += 16)
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i rows[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const bf16* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
+                fetch(k + d);
+                rows[i] = (__m512i)load_first(k + d, tile.D - d);
+            }
+            transpose(rows);
+            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(keys + (d / 2 + i) * SLOTS + t, rows[i]);
+        }
+}
+
+// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
+static void score(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, const uint32_t* keys, float* scores) {
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        __m512 sums[R][SLOTS / 16] = {};
+        for (int64_t d = 0; d < tile.D; d += 2)
+            for (int i = 0; i < R; i++) {
+                int32_t pair;
+                std::memcpy(&pair, tile.row(r0 + i) + d, 4);
+                for (int j = 0; j < SLOTS / 16; j++) {
+                    const __m512bh k = load_bf16((const bf16*)(keys + d / 2 * SLOTS + 16 * j));
+                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(pair), k);
+                }
+            }
+        for (int i = 0; i < R; i++)
+            for (int64_t t = first, j = 0; t < first + SLOTS; t += 16, j++) {
+                const int64_t left = std::max<int64_t>(0, last - t);
+                const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
+                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + (r0 + i) / tile.G * tile.slots + t);
+                __m512 score = _mm512_set1_ps(-INFINITY);
+                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums[i][j], scale);
+                _mm512_storeu_ps(scores + (r0 + i) * SLOTS + t - first, score);
+            }
+    });
+}
+
+// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
+static float soften(const float* scores, bf16* weights, float& largest, float& total) {
+    __m512 most = _mm512_set1_ps(largest);
+    for (int i = 0; i < SLOTS; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+    float now = _mm512_reduce_max_ps(most), shrink = largest == now ? 1 : std::exp(largest - now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < SLOTS; i += 16) {
+        __m512 score = _mm512_loadu_ps(scores + i);
+        __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+        __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, _mm512_set1_ps(now))));
+        _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+        sum = _mm512_add_ps(sum, weight);
+    }
+    largest = now;
+    total = total * shrink + _mm512_reduce_add_ps(sum);
+    return shrink;
+}
+
+// A bit for each of 64 bytes: whether it is not 0.
+static inline uint64_t flags_of(const uint8_t* seen) {
+    const __m512i flags = _mm512_loadu_si512(seen);
+    return _mm512_test_epi8_mask(flags, flags);
+}
+
+// Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
+// seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
+static void values_of(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, uint64_t seen, uint32_t* pairs) {
+    alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
+    for (int i = 0; i < 32; i++)
+        for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
+    const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
+    for (int64_t t = 0; t < SLOTS; t += 2)
+        for (int64_t d = 0; d < tile.D; d += 32) {
+            __m512i v[2];
+            for (int i = 0; i < 2; i++) {
+                const bf16* p = tile.v + std::min(first + t + i, last - 1) * tile.D + d;
+                fetch(p);
+                v[i] = (__m512i)load_first(p, seen >> (t + i) & 1 ? tile.D - d : 0);
+            }
+            _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(v[0], low, v[1]));
+            _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(v[0], high, v[1]));
+            pairs += 32;
+        }
+}
+
+// Add weights x v of a block of slots to the rows' outputs [rows, width].
+static void accumulate(const Tile<bf16, bf16>& tile, const bf16* weights, const uint32_t* all_pairs, float* out) {
+    const int64_t width = tile.width();
+    by_rows<8>(0, tile.rows(), [&](int64_t r0, auto count) {
+        constexpr int R = count;
+        for (int64_t d = 0; d < width; d += 32) {
+            __m512 sums[R][2];
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
+            for (int64_t t = 0; t < SLOTS; t += 2) {
+                const uint32_t* pairs = all_pairs + t / 2 * width + d;
+                const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
+                for (int i = 0; i < R; i++) {
+                    int32_t pair;
+                    std::memcpy(&pair, weights + (r0 + i) * SLOTS + t, 4);
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
+                }
+            }
+            for (int i = 0; i < R; i++)
+                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
+        }
+    });
+}
