@@ -1,19 +1,39 @@
 // What cpu.cpp needs of AVX2 with FMA and F16C, for x in bf16 and fp16.
 //
-// Weights in bf16 and fp16 are multiplied in fp32. Codes of int8 and int4 are multiplied in integers: each row of x is
-// in 16-bit fixed point, times a power of two for each STEP columns. Of the largest value there, and of all down to its
+// Weights in bf16 and fp16 are multiplied in fp32, above MAX_ROWS rows of x by GEMM. Codes of int8 and int4 are
+// multiplied in integers, which is faster than GEMM in fp32 at any number of rows: each row of x is
+// in 16-bit fixed point, times a power of two for each STEP columns, 32 or 64. Of the largest value there, and of all down to its
 // 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-16 of that largest value at most.
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
 
 constexpr char INSTRUCTION_SET[] = "avx2";
 constexpr bool TAKES_HALF = true;  // models in float16
+constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
 static inline __m256 load_wide(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 static inline __m256 load_wide(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline __m256 load_wide(const float* p) { return _mm256_loadu_ps(p); }
+
+// Scales, whose type is asked when they are read: a function for each type would take long to compile.
+struct Scales {
+    const void* first;
+    int type;  // 0: bf16, 1: fp16, 2: fp32
+    Scales(const bf16* p) : first(p), type(0) {}
+    Scales(const half* p) : first(p), type(1) {}
+    Scales(const float* p) : first(p), type(2) {}
+    const char* place(int64_t i) const { return (const char*)first + (type == 2 ? 4 : 2) * i; }
+    __m256 eight(int64_t i) const {
+        const void* p = place(i);
+        return type == 0 ? load_wide((const bf16*)p) : type == 1 ? load_wide((const half*)p) : load_wide((const float*)p);
+    }
+    float operator[](int64_t i) const {
+        const void* p = place(i);
+        return type == 0 ? widen(*(const bf16*)p) : type == 1 ? widen(*(const half*)p) : *(const float*)p;
+    }
+};
 
 // Of 8 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
 template <class T>
@@ -34,6 +54,15 @@ static inline Two load_two(const bf16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(_mm256_and_si256(pairs, odd))};
 }
 static inline Two load_two(const half* p) { return {load_wide(p), load_wide(p + 8)}; }
+
+// sum + the products of pairs of int16
+static inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
 
 static inline float sum_of(__m256 v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -89,15 +118,16 @@ static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t widt
         for (int i = 0; i < 2; i++) {
             Two weights[R];
             for (int j = 0; j < R; j++) weights[j] = load_two(w + j * K + k + 16 * i);
-            for (int c = 0; c < C; c++) {
-                const float* p = x + (k + 16 * i) * M + 16 * c;
-                const __m256 first = _mm256_load_ps(p), second = _mm256_load_ps(p + 8);
-                for (int j = 0; j < R; j++) {
-                    __m256 &a = parts[j][c][0], &b = parts[j][c][R * C < 4];  // few sums: two for each
-                    a = _mm256_fmadd_ps(weights[j].first, first, a);
-                    b = _mm256_fmadd_ps(weights[j].second, second, b);
+            auto add = [&](int half) __attribute__((always_inline)) {
+                for (int c = 0; c < C; c++) {
+                    const __m256 inputs = _mm256_load_ps(x + (k + 16 * i) * M + 16 * c + 8 * half);
+                    for (int j = 0; j < R; j++) {
+                        __m256& sum = parts[j][c][R * C < 4 ? half : 0];  // where sums are few, two for each
+                        sum = _mm256_fmadd_ps(half ? weights[j].second : weights[j].first, inputs, sum);
+                    }
                 }
-            }
+            };
+            add(0), add(1);
         }
     }
     for (int j = 0; j < R; j++)
@@ -109,7 +139,7 @@ static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t widt
 // cache. Fetched are the rows that come next, in the order of memory.
 template <int M, class T>
 static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
-    constexpr int R = M > 2 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
+    constexpr int R = M > 1 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
     const int64_t pieces = M * K * int64_t(sizeof(float)) / X_PART_BYTES + 1, width = (K / 32 + pieces - 1) / pieces * 32;
     std::fill(sums, sums + M * INT4_BLOCK_ROWS, 0);
     for (int64_t k = 0; k < K; k += width)
@@ -137,10 +167,8 @@ static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int
 // ---------------------------------------------------------------------------------------------------------------------
 // Fixed point
 
-constexpr int STEP = 32;  // columns that share a scale
-
-// Rows of x: [K / STEP, M, STEP] of int16, and [K / STEP, M] each of scales and of sums of values, whole numbers. A scale
-// is a power of two, or NaN where a value is not finite.
+// Rows of x, of which STEP columns share a scale: [K / STEP, M, STEP] of int16, and [K / STEP, M] each of scales and of
+// sums of values, whole numbers. A scale is a power of two, or NaN where a value is not finite.
 struct Fixed {
     std::vector<Line> lines;
     std::vector<float> scales, totals;
@@ -148,20 +176,20 @@ struct Fixed {
 };
 
 // Put x [M, K] in fixed point.
-template <class T>
+template <int STEP, class T>
 static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
     static thread_local Fixed fixed;
     if (int64_t(fixed.scales.size()) < M * K / STEP) {
-        fixed.lines.resize(M * K / STEP);
+        fixed.lines.resize(M * K / 32);
         fixed.scales.resize(M * K / STEP);
         fixed.totals.resize(M * K / STEP);
     }
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     for (int64_t i = 0; i < M * K / STEP; i++) {
         const T* p = x + i % M * K + i / M * STEP;
-        __m256 wide[4];
+        __m256 wide[STEP / 8];
         __m256i most = _mm256_setzero_si256();  // as integers magnitudes keep their order, and those not finite are above
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < STEP / 8; j++) {
             wide[j] = load_wide(p + 8 * j);
             most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(wide[j]), magnitude));
         }
@@ -170,13 +198,13 @@ static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
         const int largest = std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1)) >> 23;  // exponent
         const int exponent = std::max(largest, 15);  // so that 2^(14 - exponent) and its inverse are normal numbers
         const __m256 inverse = _mm256_castsi256_ps(_mm256_set1_epi32((268 - exponent) << 23));
-        __m256i whole[4], total = _mm256_setzero_si256();
-        for (int j = 0; j < 4; j++) {
+        __m256i whole[STEP / 8], total = _mm256_setzero_si256();
+        for (int j = 0; j < STEP / 8; j++) {
             whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(wide[j], inverse));
             total = _mm256_add_epi32(total, whole[j]);
         }
-        __m256i* values = (__m256i*)fixed.lines[i].values;
-        for (int j = 0; j < 2; j++)
+        __m256i* values = (__m256i*)fixed.lines.data() + i * STEP / 16;
+        for (int j = 0; j < STEP / 16; j++)
             _mm256_store_si256(values + j, _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[2 * j], whole[2 * j + 1]), 0xd8));
         fixed.scales[i] = largest == 255 ? NAN : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((exponent - 14) << 23)));
         fixed.totals[i] = sum_of(_mm256_cvtepi32_ps(total));
@@ -187,9 +215,10 @@ static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
 // ---------------------------------------------------------------------------------------------------------------------
 // int8: the lanes of a vector are columns
 
-template <int M, bool ZEROS, class Scale>
-static void int8_sums(const Fixed* x, const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group,
-                      float* sums) {
+// scale: the place of the block's first one.
+template <int M, int STEP, bool ZEROS>
+static void int8_sums(const Fixed* x, const int8_t* w, Scales scales, int64_t scale, const int8_t* zeros, int64_t K,
+                      int64_t group, float* sums) {
     constexpr int R = 2;  // rows of w that share what is loaded of x
     __m256 parts[BLOCK_ROWS][M] = {}, totals[BLOCK_ROWS][M] = {};
     const int16_t* values = x->values();
@@ -197,66 +226,57 @@ static void int8_sums(const Fixed* x, const int8_t* w, const Scale* scales, cons
     int64_t left = group;
     for (int64_t k = 0; k < K; k += STEP, values += M * STEP, x_scales += M) {
         const int8_t* p = w + k / 64 * 64 * BLOCK_ROWS + k % 64;
-        for (int r = 0; r < BLOCK_ROWS; r += R) {
-            __m256i weights[R][2];
+        for (int r = 0; r < BLOCK_ROWS; r += R, p += R * 64) {
+            __m256i weights[R][STEP / 16];
             for (int j = 0; j < R; j++) {
-                if (k % 64 == 0) fetch(p + 64 * (r + j));
-                for (int i = 0; i < 2; i++) {
-                    weights[j][i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 64 * (r + j) + 16 * i)));
+                if (STEP == 64 || k % 64 == 0) fetch(p + 64 * j);
+                for (int i = 0; i < STEP / 16; i++) {
+                    weights[j][i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 64 * j + 16 * i)));
                     if (ZEROS) weights[j][i] = _mm256_sub_epi16(weights[j][i], _mm256_set1_epi16(zeros[r + j]));
                 }
             }
             for (int m = 0; m < M; m++) {
-                const __m256i* inputs = (const __m256i*)(values + m * STEP);
-                const __m256i first = _mm256_load_si256(inputs), second = _mm256_load_si256(inputs + 1);
-                const __m256 scale = _mm256_broadcast_ss(x_scales + m);
-                for (int j = 0; j < R; j++) {
-                    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(weights[j][0], first), _mm256_madd_epi16(weights[j][1], second));
-                    parts[r + j][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, parts[r + j][m]);
+                __m256i products[R] = {};
+                for (int i = 0; i < STEP / 16; i++) {
+                    const __m256i inputs = _mm256_load_si256((const __m256i*)(values + m * STEP) + i);
+                    for (int j = 0; j < R; j++)
+                        products[j] = i ? add_products(products[j], weights[j][i], inputs) : _mm256_madd_epi16(weights[j][i], inputs);
                 }
+                for (int j = 0; j < R; j++)
+                    parts[r + j][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[j]), _mm256_broadcast_ss(x_scales + m), parts[r + j][m]);
             }
         }
         if (left -= STEP) continue;
         for (int r = 0; r < BLOCK_ROWS; r++)
             for (int m = 0; m < M; m++) {
-                totals[r][m] = _mm256_fmadd_ps(parts[r][m], _mm256_set1_ps(widen(scales[r])), totals[r][m]);
+                totals[r][m] = _mm256_fmadd_ps(parts[r][m], _mm256_set1_ps(scales[scale + r]), totals[r][m]);
                 parts[r][m] = _mm256_setzero_ps();
             }
-        left = group, scales += BLOCK_ROWS;
+        left = group, scale += BLOCK_ROWS;
         if (ZEROS) zeros += BLOCK_ROWS;
     }
     for (int r = 0; r < BLOCK_ROWS; r++)
         for (int m = 0; m < M; m++) sums[m * BLOCK_ROWS + r] = sum_of(totals[r][m]);
 }
 
-template <class Scale>
-static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, float* out) {
-    for (int64_t k = 0; k < K; k += 32)
-        for (int r = 0; r < BLOCK_ROWS; r++) {
-            const int8_t* p = w + k / 64 * 64 * BLOCK_ROWS + k % 64 + 64 * r;
-            const float scale = widen(scales[k / group * BLOCK_ROWS + r]);
-            const int zero = zeros ? zeros[k / group * BLOCK_ROWS + r] : 0;
-            for (int i = 0; i < 32; i++) out[r * K + k + i] = (p[i] - zero) * scale;
-        }
-}
-
-template <class T, class Scale>
-static void int8_product(const T* x, const int8_t* w, const Scale* scales, const int8_t* zeros, T* y, int64_t M, int64_t N,
+template <class T>
+static void int8_product(const T* x, const int8_t* w, Scales scales, const int8_t* zeros, T* y, int64_t M, int64_t N,
                          int64_t K, int64_t group) {
     const int64_t G = K / group;
-    if (M > MAX_ROWS)
-        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
-            const int64_t n = block * BLOCK_ROWS;
-            int8_unpack(w + n * K, scales + n * G, zeros ? zeros + n * G : nullptr, K, group, out);
+    auto in_steps = [=](auto step) {
+        constexpr int STEP = step;
+        product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<STEP, T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+            WITH_M(rows, (zeros ? int8_sums<M, STEP, true> : int8_sums<M, STEP, false>)(
+                             packed, w + n * K, scales, n * G, zeros ? zeros + n * G : nullptr, K, group, sums))
         });
-    product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
-        WITH_M(rows, (zeros ? int8_sums<M, true, Scale> : int8_sums<M, false, Scale>)(packed, w + n * K, scales + n * G, zeros ? zeros + n * G : nullptr, K, group, sums))
-    });
+    };
+    if (group % 64 == 0) in_steps(std::integral_constant<int, 64>());
+    else in_steps(std::integral_constant<int, 32>());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // int4: the lanes of a vector are rows of w, of which a block has two vectors. Pairs of x are broadcast, and nothing is
-// summed across lanes. Sums of a STEP are below 2^24, so that they and what zero points take off are exact in fp32.
+// summed across lanes. Sums of 32 columns are below 2^24, so that they and what zero points take off are exact in fp32.
 
 // The zero points of a block, in two vectors.
 static inline void int4_zeros(const uint8_t* zeros, __m256* wide) {
@@ -265,112 +285,65 @@ static inline void int4_zeros(const uint8_t* zeros, __m256* wide) {
     wide[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)));
 }
 
-// Add the products of C rows of x, of M that are packed, and STEP columns of a block of w to parts [C, 2].
-template <int C, int M>
-static inline void int4_tile(const int16_t* x, const float* scales, const float* totals, const uint8_t* w, const __m256* zero,
-                             __m256 (*parts)[2]) {
+// Add the products of M rows of x and 32 columns of a block of w to parts [M, 2]: of H of its vectors from `first`
+// on, as many as there are registers for sums.
+template <int M, int H>
+static inline void int4_step(const int16_t* x, const float* scales, const float* totals, const uint8_t* w, const __m256* zero,
+                             __m256 (*parts)[2], int first) {
     const __m256i mask = _mm256_set1_epi32(0x000f000f);
-    __m256i sums[C][2] = {};
+    __m256i sums[M][H] = {};
     for (int v = 0; v < 4; v++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            const __m256i* words = (const __m256i*)(w + 64 * v);
-            const __m256i low = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256(words), 4 * i), mask);
-            const __m256i high = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256(words + 1), 4 * i), mask);
-            for (int c = 0; c < C; c++) {
+            __m256i codes[H];
+            for (int h = 0; h < H; h++)
+                codes[h] = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)(w + 64 * v) + first + h), 4 * i), mask);
+            for (int m = 0; m < M; m++) {
                 int32_t pair;
-                std::memcpy(&pair, x + c * STEP + 8 * v + 2 * i, 4);
+                std::memcpy(&pair, x + m * 32 + 8 * v + 2 * i, 4);
                 const __m256i inputs = _mm256_set1_epi32(pair);
-                sums[c][0] = _mm256_add_epi32(sums[c][0], _mm256_madd_epi16(low, inputs));
-                sums[c][1] = _mm256_add_epi32(sums[c][1], _mm256_madd_epi16(high, inputs));
+                for (int h = 0; h < H; h++) sums[m][h] = add_products(sums[m][h], codes[h], inputs);
             }
         }
-    for (int c = 0; c < C; c++)
-        for (int h = 0; h < 2; h++) {
-            const __m256 exact = _mm256_fnmadd_ps(zero[h], _mm256_broadcast_ss(totals + c), _mm256_cvtepi32_ps(sums[c][h]));
-            parts[c][h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + c), parts[c][h]);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < H; h++) {
+            const __m256 exact = _mm256_fnmadd_ps(zero[first + h], _mm256_broadcast_ss(totals + m), _mm256_cvtepi32_ps(sums[m][h]));
+            parts[m][first + h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + m), parts[m][first + h]);
         }
 }
 
-template <int M, class Scale>
-static void int4_sums(const Fixed* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group,
-                      float* sums) {
-    constexpr int C = M > 5 ? (M + 1) / 2 : M;
+template <int M>
+static void int4_sums(const Fixed* x, const uint8_t* w, Scales scales, int64_t scale, const uint8_t* zeros, int64_t K,
+                      int64_t group, float* sums) {
+    constexpr int H = M > 4 ? 1 : 2;
     __m256 totals[M][2] = {};
     const int16_t* values = x->values();
     const float *x_scales = x->scales.data(), *x_totals = x->totals.data();
-    for (int64_t g = 0; g < K / group; g++, scales += INT4_BLOCK_ROWS, zeros += INT4_BLOCK_ROWS / 2) {
+    for (int64_t g = 0; g < K / group; g++, scale += INT4_BLOCK_ROWS, zeros += INT4_BLOCK_ROWS / 2) {
         // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
-        _mm_prefetch((const char*)scales + PREFETCH_BYTES / 4, _MM_HINT_T0);
+        _mm_prefetch(scales.place(scale) + PREFETCH_BYTES / 4, _MM_HINT_T0);
         _mm_prefetch((const char*)zeros + PREFETCH_BYTES / 8, _MM_HINT_T0);
         __m256 parts[M][2] = {}, zero[2];
         int4_zeros(zeros, zero);
-        for (int64_t k = 0; k < group; k += STEP, w += 256) {
+        for (int64_t k = 0; k < group; k += 32, w += 256, values += M * 32, x_scales += M, x_totals += M) {
             for (int v = 0; v < 4; v++) fetch(w + 64 * v);
-            int4_tile<C, M>(values, x_scales, x_totals, w, zero, parts);
-            if constexpr (M > C) int4_tile<M - C, M>(values + C * STEP, x_scales + C, x_totals + C, w, zero, parts + C);
-            values += M * STEP, x_scales += M, x_totals += M;
+            for (int h = 0; h < 2; h += H) int4_step<M, H>(values, x_scales, x_totals, w, zero, parts, h);
         }
         for (int h = 0; h < 2; h++) {
-            const __m256 scale = load_wide(scales + 8 * h);
-            for (int m = 0; m < M; m++) totals[m][h] = _mm256_fmadd_ps(parts[m][h], scale, totals[m][h]);
+            const __m256 eight = scales.eight(scale + 8 * h);
+            for (int m = 0; m < M; m++) totals[m][h] = _mm256_fmadd_ps(parts[m][h], eight, totals[m][h]);
         }
     }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) _mm256_store_ps(sums + m * INT4_BLOCK_ROWS + 8 * h, totals[m][h]);
 }
 
-// Transpose 8 x 8 values.
-static inline void transpose(__m256* v) {
-    __m256 twos[8], fours[8];
-    for (int i = 0; i < 8; i += 2) {
-        twos[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-        twos[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0x44);
-            fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0xee);
-        }
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
-        v[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
-    }
-}
-
-template <class Scale>
-static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group, float* out) {
-    const __m256i mask = _mm256_set1_epi32(15);
-    for (int64_t k = 0; k < K; k += 8, w += 64) {
-        const int64_t g = k / group;
-        __m256 zero[2];
-        int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2, zero);
-        for (int h = 0; h < 2; h++) {
-            const __m256 scale = load_wide(scales + g * INT4_BLOCK_ROWS + 8 * h);
-            const __m256i words = _mm256_loadu_si256((const __m256i*)w + h);
-            __m256 columns[8];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                const __m256i codes = _mm256_and_si256(_mm256_srli_epi32(words, i / 2 * 4 + i % 2 * 16), mask);
-                columns[i] = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[h]), scale);
-            }
-            transpose(columns);
-            for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + (8 * h + i) * K + k, columns[i]);
-        }
-    }
-}
-
-template <class T, class Scale>
-static void int4_product(const T* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
+template <class T>
+static void int4_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                          int64_t K, int64_t group) {
     const int64_t G = K / group;
-    if (M > MAX_ROWS)
-        return gemm<INT4_BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
-            const int64_t n = block * INT4_BLOCK_ROWS;
-            int4_unpack(w + n * K / 2, scales + n * G, zeros + n * G / 2, K, group, out);
-        });
-    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
-        WITH_M(rows, int4_sums<M, Scale>(packed, w + n * K / 2, scales + n * G, zeros + n * G / 2, K, group, sums))
+    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<32, T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+        WITH_M(rows, int4_sums<M>(packed, w + n * K / 2, scales, n * G, zeros + n * G / 2, K, group, sums))
     });
 }
 
@@ -400,6 +373,24 @@ static inline __m256 exponential(__m256 x) {
     for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
+// Transpose 8 x 8 values.
+static inline void transpose(__m256* v) {
+    __m256 twos[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+        twos[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        twos[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        v[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
 }
 
 // Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.

@@ -4,6 +4,7 @@
 
 constexpr char INSTRUCTION_SET[] = "avx512";
 constexpr bool TAKES_HALF = false;  // models in float16
+constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
 
 static inline __m512 load_wide(const bf16* p) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);

@@ -13,8 +13,7 @@
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
 //   int8, 1 to 8 rows      int8_blocks, codes as bf16; 1 row: fp32    int8_sums, x in 16-bit fixed point
 //   int4, 1 to 8 rows      int4_blocks, codes as bf16                 int4_sums, x in 16-bit fixed point
-//   9 to 16 rows           8 at a time                                8 at a time
-//   more rows              int8_unpack, int4_unpack; GEMM in bf16     the same, and widened; GEMM in fp32
+//   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              score, accumulate: pairs of bf16           score, accumulate: in fp32
 //
 // w of bf16 and fp16 is [N, K] as it is. int8: w [N / 4, K / 64, 4, 64], scales [N / 4, groups, 4], and zeros, int8 or
@@ -50,7 +49,6 @@ constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16 and int8
 // longer than their product.
 constexpr int INT4_BLOCK_ROWS = 16;
 constexpr int MAX_M = 8;  // rows of x in one pass; their sums stay in registers
-constexpr int MAX_ROWS = 16;  // of x, as in layers.py; above, GEMM is faster
 constexpr int64_t UNPACK_BYTES = 8 << 20;  // of w, which are unpacked together
 constexpr int STEPS_PER_SHARE = 32;  // a thread takes its share of a product in these, and others what is left of it
 constexpr int MIN_WEIGHTS_PER_STEP = 1 << 16;  // about: taking a step costs time too

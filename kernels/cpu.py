@@ -211,7 +211,7 @@ class CpuBf16(KernelLinear):
 
 
 class Avx2Bf16(CpuBf16):
-    """The same without instructions for bf16: for many rows it is widened, since ATen's GEMM of bf16 is slow then."""
+    """The same without instructions for bf16: many rows are multiplied in fp32, since ATen's GEMM of bf16 is slow."""
 
     gemm = CpuBf16.product
 
