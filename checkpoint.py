@@ -27,12 +27,13 @@ from compressed import hub_tensors
 from config import eos_token_ids as eos_token_ids  # which programs import from here
 from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
-from formats import OTHER_SCALES, Packed, find, read_quantization
+from formats import OTHER_SCALES, Packed, find
 from kernels.cpu import empty_weight
 from kernels.optimize import optimize_
 from linears import Form, StoredLinear, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
-from names import hub_names, hub_rows, is_stack, part_rows, unstacked
+from names import FAMILY_NAMES, hub_names, hub_rows, is_stack, part_rows, unstacked
+from quantization import read_quantization
 from tp import check_group, check_sizes, is_row_parallel, local_part
 
 # Files beside the weights that influence the text too.
@@ -91,6 +92,11 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
+def is_zero_bias(files: TensorFiles, name: str) -> bool:
+    """Say whether a tensor is a bias of zeros, which auto-gptq wrote for each linear."""
+    return name.endswith(".bias") and not bool(files.get(name).any())
+
+
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> list[str]:
     """Return the tensors that no text depends on. A tied head may be there or not.
 
@@ -99,8 +105,8 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
     missing = sorted(set(expected) - set(files.files))
     others = sorted(set(files.files) - {*expected, *tied})
     others = [name for name in others if not OTHER_SCALES.search(name)]
-    unexpected = [name for name in others if not UNUSED_NAMES.search(name)]
-    unused = [name for name in others if UNUSED_NAMES.search(name)]
+    unused = [name for name in others if UNUSED_NAMES.search(name) or is_zero_bias(files, name)]
+    unexpected = sorted({*others} - {*unused})
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -246,9 +252,12 @@ class ModelReader:
     def _adopt_names(self, config: ModelConfig) -> None:
         """Take in what other programs write: names without `model.`, and a tied head that is stored."""
         files, embedding, head = self.files, "model.embed_tokens.weight", "lm_head.weight"
+        family = FAMILY_NAMES.get(config.model_type, {})
         for name in list(files.files):  # those of the text in a model that sees too
             if match := re.match(r"(model\.)?language_model\.", name):
                 files.alias((match[1] or "") + name[match.end() :], name)
+            elif re.search(r"\.(mlp\.gate|experts\.\d+)\.", name):  # Mixtral's, as transformers 5 has them in memory
+                files.alias(functools.reduce(lambda x, pair: x.replace(*pair), family.items(), name), name)
         if "layers.0.self_attn.o_proj.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)

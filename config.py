@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from files import own_file, read_json
-from formats import read_quantization
 from linears import Scheme
 from model import ModelConfig
+from quantization import read_quantization
 from rope import parse_rope, read_flag, read_number
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -71,7 +71,9 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Models that see too -> the family of their text, where `text_config` names none.
-OUTER_KEYS = ("dtype", "torch_dtype", "eos_token_id", "quantization_config", "tie_word_embeddings")
+OUTER_KEYS = (
+    "dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config", "tie_word_embeddings",
+)  # fmt: skip
 TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 # The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
@@ -147,6 +149,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
+# Files beside config.json in which older programs said how a model is quantized, and their keys that have other names.
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 # Files that stand for a model in a form that is not read, and what to do.
 OTHER_FORMS = {
     "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
@@ -173,9 +178,13 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
         raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
-    raw, older = read_json(path), own_file(checkpoint_path, "quantize_config.json")
-    if raw.get("quantization_config") is None and older.is_file():  # as auto-gptq wrote it
-        raw["quantization_config"] = {"quant_method": "gptq", **read_json(older)}
+    raw = read_json(path)
+    for name, method in OLDER_FILES.items():
+        if raw.get("quantization_config") is None and own_file(checkpoint_path, name).is_file():
+            held = read_json(checkpoint_path / name)
+            held = held["quantization"] if isinstance(held.get("quantization"), dict) else held
+            held = {OLDER_KEYS.get(key, key): value for key, value in held.items() if value is not None}
+            raw["quantization_config"] = {"quant_method": method, **held}
     return text_config(raw)
 
 

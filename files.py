@@ -102,7 +102,9 @@ class TensorFiles:
                 f"{self.path} has .bin weights only; convert them: python scripts/convert_hf_checkpoint.py "
                 f"--checkpoint_dir {self.path}"
             )
-        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json")
+        others = [file.name for file in self.path.glob("*.safetensors")]
+        rename = f"; rename {others[0]}, if that is it" if len(others) == 1 else ""
+        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json{rename}")
 
     def _sharded(self, index: Path, suffix: str) -> dict[str, str]:
         files = read_json(index).get("weight_map")

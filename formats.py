@@ -10,149 +10,20 @@ first in the lowest bits.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from files import FLOAT_DTYPES, TensorFiles
-from linears import GROUP_SIZES, MODES, Form, Scheme, StoredLinear, pack_nibbles, unpack_nibbles
+from linears import Form, StoredLinear, pack_nibbles, unpack_nibbles
+from quantization import Kind, Quantization
 
 FLOAT8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2}
 # What becomes of activations or keys in another program: here they are not quantized.
-OTHER_SCALES = re.compile(r"\.(activation|input|output|q|k|v)_(scale|zero_point|global_scale)$")
+OTHER_SCALES = re.compile(r"\.(act|activation|input|output|prob_output|q|k|v|kv)_(scale|zero_point|global_scale)$")
 # Column 8 w + i of a word of AWQ is its code AWQ_ORDER[i].
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-READ = "compressed-tensors, gptq, awq, auto-round and fp8"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# config.json
-
-
-class Kind(NamedTuple):
-    """What config.json says of some of the weights."""
-
-    bits: int | None  # of a code; None: floats of 8 bits
-    group_size: int | None  # None: a whole row
-    block: Any = None  # rows and columns that share a scale, of floats
-    symmetric: bool = False
-    of_head: bool = False
-
-    @property
-    def scheme(self) -> Scheme | None:
-        return Scheme(f"int{self.bits}", self.group_size, self.symmetric and self.bits == 4) if self.bits else None
-
-
-class Quantization(NamedTuple):
-    method: str
-    options: Mapping[str, Any]
-    kinds: Sequence[Kind] = ()
-
-    def fail(self, key: str, expected: str, options: Mapping[str, Any] | None = None) -> ValueError:
-        value = (self.options if options is None else options).get(key)
-        return ValueError(
-            f"config.json: {key} {repr(value)[:60]} of {self.method} is not supported, expected {expected}"
-        )
-
-    def read_size(self, options: Mapping[str, Any]) -> int | None:
-        size = options.get("group_size")
-        if size not in (None, -1) and (type(size) is not int or size <= 0):
-            raise self.fail("group_size", "a number of columns, or -1", options)
-        return None if size == -1 else size
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """The scheme of the blocks' linears, of the first ones where they differ; None where they are no codes."""
-        return next((kind.scheme for kind in self.kinds if not kind.of_head), None)
-
-    @property
-    def head(self) -> Scheme | None:
-        """The scheme of the output head, where config.json has one for it."""
-        return next((kind.scheme for kind in self.kinds if kind.of_head), None)
-
-
-def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
-    """Read what config.json says of quantized weights; None where it says nothing.
-
-    Raises ValueError, in a line that names the method and says what to do, where it is one that is not read.
-    """
-    if isinstance(own := raw.get("quantization"), dict) and own.get("mode") in MODES:
-        size = f" --groupsize {own['groupsize']}" if own.get("groupsize") in GROUP_SIZES else ""
-        raise ValueError(
-            "config.json: this folder is of an earlier version, whose form is read no more; make it anew: python "
-            f"quantize.py --checkpoint_path MODEL --mode {own['mode']}{size}"
-        )
-    options = raw.get("quantization") if raw.get("quantization_config") is None else raw["quantization_config"]
-    if options in (None, {}):
-        return None
-    if not isinstance(options, dict):
-        raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
-    method = str(options.get("quant_method", "MLX" if "bits" in options else None))[:40]
-    name = {"None": "an unknown method"}.get(method, method)
-    if method == "auto-round":  # in whose own packing zero points are stored as they are, as in gptq_v2
-        packing = options.get("packing_format")
-        packings = {"auto_round": "gptq_v2", "auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
-        if packing not in [*packings]:
-            raise Quantization(method, options).fail("packing_format", " or ".join(packings))
-        method = packings[packing].removesuffix("_v2")
-        options = {**options, "checkpoint_format": packings[packing]} if method == "gptq" else options
-    groups = options.get("config_groups")
-    kinds = [options, *(groups.values() if isinstance(groups, dict) else ())]
-    words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))
-    if other := re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower()):
-        method = name = other[0].upper()
-    if method not in (*KINDS, "fp8", "fbgemm_fp8") and not (
-        method == "modelopt" and options.get("quant_algo") == "FP8"
-    ):
-        raise ValueError(
-            f"config.json: quantization_config of {name} is not read, only {READ}; download the model that it was made "
-            "from, and run quantize.py on it"
-        )
-    quantization = Quantization(method, options)
-    block = options.get("weight_block_size")
-    return quantization._replace(kinds=KINDS[method](quantization) if method in KINDS else [Kind(None, None, block)])
-
-
-def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
-    for key in ("sparsity_config", "transform_config"):
-        if quantization.options.get(key) and quantization.options[key] != {"format": "dense"}:
-            raise quantization.fail(key, "none")
-    groups = quantization.options.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else [None]
-    if not all(isinstance(group, dict) and isinstance(group.get("weights"), dict | None) for group in groups):
-        raise quantization.fail("config_groups", "groups with targets and weights")
-    kinds = []
-    for group in (group for group in groups if group.get("weights")):
-        weights = group["weights"]
-        is_int = weights.get("type", "int") == "int"
-        expected = {"type": ("int", "float"), "num_bits": (4, 8) if is_int else (8,),
-                    "strategy": ("group", "channel", "tensor", *["block"] * (not is_int))}  # fmt: skip
-        for key, values in expected.items():
-            if weights.get(key, "int" if key == "type" else None) not in values:
-                raise quantization.fail(key, " or ".join(map(str, values)), weights)
-        bits = weights["num_bits"] if is_int else None
-        is_head, symmetric = "lm_head" in str(group.get("targets")), weights.get("symmetric") is True
-        kinds.append(Kind(bits, quantization.read_size(weights), weights.get("block_structure"), symmetric, is_head))
-    return kinds
-
-
-def read_code_kinds(quantization: Quantization) -> list[Kind]:
-    """Read the kinds of GPTQ and AWQ: that of all modules, and those of some."""
-    options, is_gptq = quantization.options, quantization.method == "gptq"
-    if options.get("bits") not in ((4, 8) if is_gptq else (4,)):
-        raise quantization.fail("bits", "4 or 8" if is_gptq else "4")
-    key = "version" if "version" in options else "checkpoint_format" if options.get("checkpoint_format") else "format"
-    layouts = ("gptq", "gptq_v2") if is_gptq else ("gemm",)
-    if options.get(key) is not None and str(options[key]).lower() not in layouts:
-        raise quantization.fail(key, " or ".join(layouts))
-    others = [options.get(key) for key in ("dynamic", "extra_config")]
-    modules = [module for other in others if isinstance(other, dict) for module in other.values()]
-    kinds = [{**options, **module} for module in ({}, *modules) if isinstance(module, dict)]
-    return [Kind(kind["bits"], quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
-
-
-KINDS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +57,7 @@ def find(files: TensorFiles, base: str, shape: torch.Size, quantization: Quantiz
     Raises ValueError where its tensors do not have the shapes that it needs.
     """
     method, options, kinds = quantization or Quantization("nothing", {})
-    reading = Reading(files, base, shape, kinds or [Kind(8, None)])
+    reading = Reading(files, base, shape, kinds or [Kind(8, None, symmetric=True)])
     weight = files.spec(f"{base}.weight")
     for kind, methods in (("weight_packed", ("compressed-tensors",)), ("qweight", ("gptq", "awq"))):
         if reading.has(kind) and method not in methods:
@@ -200,6 +71,11 @@ def find(files: TensorFiles, base: str, shape: torch.Size, quantization: Quantiz
         return pack_quantized(reading)
     if weight and weight[0] in FLOAT8_DTYPES:
         return float8(reading)
+    if weight and weight[0] in FLOAT_DTYPES and reading.has("weight_scale"):
+        raise ValueError(
+            f"{files.path}: {base} has scales and a weight of {weight[0]}, not rounded yet; save it with "
+            "save_compressed=True"
+        )
     return int_quantized(reading) if weight and weight[0] == torch.int8 and reading.has("weight_scale") else None
 
 
@@ -255,6 +131,10 @@ class Reading:
             raise ValueError(f"{self.files.path}: tensor {self.base}.{kind} is {dtype}, not of 16 or 32 bits")
         G = shape[0] if transposed else shape[-1]
         return dtype, G, sizes[G]
+
+    def has_zeros(self) -> bool:
+        """Say whether there are zero points, or have to be."""
+        return self.has("weight_zero_point") or not any(kind.symmetric for kind in self.kinds)
 
     def packed(
         self, form: Form | None, parameters: Callable[[], dict[str, Tensor]], order: Tensor | None = None
@@ -317,8 +197,9 @@ def pack_quantized(reading: Reading) -> Packed:
     bits = reading.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in reading.widths))[1] * 32 // K
     bits = 4 if bits < 8 else 8
     dtype, G, size = reading.check_scales("weight_scale", N)
-    has_zeros = reading.has("weight_zero_point")
-    if has_zeros:
+    has_zeros = reading.has_zeros()
+    zeros_in_words = has_zeros and reading.check("weight_zero_point", (-(-N // (32 // bits)), G), (1,))[1] != (1,)
+    if zeros_in_words:
         reading.check_words("weight_zero_point", (-(-N // (32 // bits)), G))
     if reading.has("weight_shape"):
         reading.check("weight_shape", (2,))
@@ -328,7 +209,10 @@ def pack_quantized(reading: Reading) -> Packed:
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = retyped(reading.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
-        zeros = unpack_words(reading.get("weight_zero_point").t(), bits)[:, :N].t() if has_zeros else None
+        zeros = reading.get("weight_zero_point") if has_zeros else None
+        if zeros is not None:  # that of a whole tensor is a code of its own, less its middle
+            middle = (zeros.int() + 2 ** (bits - 1)).to(torch.uint8)
+            zeros = unpack_words(zeros.t(), bits)[:, :N].t() if zeros_in_words else middle.expand(N, G)
         return reading.stored(bits, as_bytes, reading.get("weight_scale").expand(N, G), zeros, order)
 
     return reading.packed(Form(bits, size, has_zeros, dtype, order is not None), parameters, order)
@@ -343,7 +227,7 @@ def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
     reading.check_words("qzeros", (G, N * bits // 32))
     order = reading.read_order("g_idx", size or K)
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
-    is_first = options.get("checkpoint_format", options.get("format")) != "gptq_v2"
+    is_first = str(options.get("checkpoint_format", options.get("format"))).lower() != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
 
     def parameters() -> dict[str, Tensor]:
@@ -375,7 +259,7 @@ def int_quantized(reading: Reading) -> Packed:
     N, _ = reading.shape
     reading.check("weight", tuple(reading.shape))
     dtype, G, size = reading.check_scales("weight_scale", N)
-    has_zeros = reading.has("weight_zero_point")
+    has_zeros = reading.has_zeros()
     if has_zeros:
         reading.check("weight_zero_point", (N, G), (1,))
 

@@ -121,6 +121,22 @@ def auto_round(packing: str, made: tuple[dict[str, Any], Pack]) -> tuple[dict[st
     return options, made[1]
 
 
+def of_tensor(bits: int) -> tuple[dict[str, Any], Pack]:
+    """One scale and one zero point, which is not packed as those of groups are."""
+
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        drawn = Drawn(name, N, K, bits, -1, True, torch.bfloat16, False)
+        scale, middle, zero = drawn.scales[:1, 0], 2 ** (bits - 1), drawn.zeros[0, 0]
+        tensors = {"weight_packed": as_words(drawn.codes, bits), "weight_scale": scale}
+        return {**tensors, "weight_zero_point": (zero - middle).to(torch.int8).view(1)}, (
+            (drawn.codes - zero) * scale.float()
+        )
+
+    options = compressed(bits, zeros=True)[0]
+    options["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    return options, pack
+
+
 def float8(
     rows: int, columns: int, inverse: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> tuple[dict[str, Any], Pack]:  # fmt: skip
@@ -151,6 +167,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "ct 8 bit, by channel": compressed(8),
     "ct int8": compressed(8, plain=True),
     "ct int8 in groups, fp32 scales": compressed(8, 64, plain=True, dtype=torch.float32),
+    "ct 8 bit, of a whole tensor": of_tensor(8),
+    "ct 4 bit, of a whole tensor": of_tensor(4),
     "ct fp8 by channel": float8(1, 0),
     "ct fp8 by tensor": float8(0, 0, strategy="tensor"),
     "ct fp8 by block": float8(48, 40, strategy="block", block_structure=[48, 40]),
@@ -167,6 +185,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "auto-round": auto_round("auto_round", gptq(v2=True, g_idx=False)),
     "auto-round as gptq": auto_round("auto_round:auto_gptq", gptq(g_idx=False)),
     "auto-round as awq": auto_round("auto_round:auto_awq", awq()),
+    "auto-round of gptqmodel": auto_round("auto_round:gptqmodel", gptq(v2=True, g_idx=False)),
     "fp8": float8(128, 128, inverse=True, dtype=torch.float32),
     "fp8 in blocks that do not divide": float8(48, 40, inverse=True),
     "fp8 with scales of powers of 2": float8(48, 40, inverse=True, dtype=torch.float8_e8m0fnu),
@@ -328,6 +347,76 @@ def test_shards_and_older_files_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
 
 
+ROTATED = {"R1": {"apply": [{"location": "weight_output"}, {"location": "weight_input", "inverse": True}]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gptq v2", {"checkpoint_format": None, "format": "GPTQ_V2"}),
+        ("gptq", {"checkpoint_format": None, "version": "2", "dynamic": {"x": {"bits": None, "group_size": None}}}),
+        ("auto-round", {"quant_method": "intel/auto-round"}),
+        ("ct 4 bit", {"quant_method": None, "transform_config": {"config_groups": ROTATED}}),
+        ("ct fp8 by block", {"block_structure": "48x40"}),
+    ],
+)
+def test_config_says_the_same_in_other_words(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS[name])
+    raw = read_config(packed)
+    key = "compression_config" if "ct" in name else "quantization_config"
+    options = raw.pop("quantization_config")
+    if "block_structure" in change:
+        options["config_groups"]["a"]["weights"] |= change
+    else:
+        options |= change
+    (packed / "config.json").write_text(json.dumps({**raw, key: options}))
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "options"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "quant_method": None}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+        ("ct fp8 by tensor", "hf_quant_config.json", {"producer": {}, "quantization": {"quant_algo": "FP8"}}),
+    ],
+)
+def test_older_programs_said_it_in_a_file_beside(tmp_path: Path, name: str, file: str, options: Any) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS[name])
+    raw = read_config(packed)
+    del raw["quantization_config"]
+    (packed / "config.json").write_text(json.dumps(raw))
+    (packed / file).write_text(json.dumps(options))
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+
+
+def test_biases_of_zeros_are_left_out_and_others_are_not(tmp_path: Path, capsys: Any) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS["gptq"])
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.bias"
+    save_file({**tensors, name: torch.zeros(128)}, packed / "model.safetensors")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+    assert f"ignored {name}" in capsys.readouterr().err
+    save_file({**tensors, name: torch.ones(128)}, packed / "model.safetensors")
+    with pytest.raises(ValueError, match=f"has unexpected tensor {name}"):
+        load_model(packed)
+
+
+@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
+def test_mixtral_is_read_by_the_names_that_it_has_in_memory_too(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, block: str
+) -> None:
+    reference = hub_checkpoint("mixtral")
+    packed, plain = make_folders(tmp_path, gptq(group=16), reference.path)
+    new = {".block_sparse_moe.": f".{block}.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    tensors = load_file(packed / "model.safetensors")
+    for old, name in new.items():
+        tensors = {key.replace(old, name): tensor for key, tensor in tensors.items()}
+    save_file(tensors, packed / "model.safetensors")
+    tokens = reference.tokens[:, :12]
+    torch.testing.assert_close(logits(packed, tokens=tokens), logits(plain, tokens=tokens), atol=1e-4, rtol=0)
+
+
 def test_the_tensors_tell_where_config_says_too_little_or_too_much(tmp_path: Path) -> None:
     """transformers saves dequantized weights under a config of fp8, and fp8 weights under none."""
     packed, plain = make_folders(tmp_path, FORMATS["fp8"])
@@ -473,6 +562,14 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "ct groups that are a list": (CT, option("config_groups", []), "config_groups []"),
     "ct a group that is text": (CT, option("config_groups", {"a": "b"}), "config_groups"),
     "ct a transform": (CT, option("transform_config", {"config_groups": {"R1": {}}}), "transform_config"),
+    "ct a rotation of inputs": (
+        CT, option("transform_config", {"a": [{"location": "weight_input"}, {"location": "input"}]}), "transform_config"
+    ),
+    "ct without zero points": (CT, of_group(symmetric=False), "q_proj.weight_zero_point; download"),
+    "ct not rounded yet": (
+        CT, lambda _, tensors: tensors.update({f"{DOWN}.weight": tensors.pop(f"{DOWN}.weight_packed").bfloat16()}),
+        "not rounded yet; save it with save_compressed=True",
+    ),
     "ct sparse": (CT, option("sparsity_config", {"format": "sparse-24"}), "sparsity_config"),
     "ct of another method": (CT, option("quant_method", "fp8"), "and config.json speaks of fp8"),
     "gptq g_idx out of range": (GPTQ, tensor(f"{DOWN}.g_idx", with_one(99)), "does not put 32 columns into each of 4"),
@@ -488,6 +585,8 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "gptq of bits that are text": (GPTQ, option("bits", [4]), "bits [4] of gptq"),
     "gptq groups of 0": (GPTQ, option("group_size", 0), "group_size 0 of gptq"),
     "gptq groups of true": (GPTQ, option("group_size", True), "group_size True of gptq"),
+    "gptq as marlin": (GPTQ, option("is_marlin_format", True), "is_marlin_format True of gptq"),
+    "gptq of a module of 2 bits": (GPTQ, option("dynamic", {"a": {"bits": 2}}), "bits 2 of gptq"),
     "gptq of a third version": (GPTQ, option("checkpoint_format", "gptq_v3"), "checkpoint_format 'gptq_v3' of gptq"),
     "gptq of a module of 0": (GPTQ, option("dynamic", {"a": {"group_size": 0}}), "group_size 0 of gptq"),
     "gptq without config": (GPTQ, option("quant_method", "fp8"), "is of gptq or awq, and config.json speaks of fp8"),

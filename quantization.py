@@ -1,0 +1,159 @@
+"""What config.json says of quantized weights: the method, and the sizes of codes and groups.
+
+`formats.py` looks for the tensors.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from linears import GROUP_SIZES, MODES, Scheme
+
+READ = "compressed-tensors, gptq, awq, auto-round and fp8"
+# Of auto-round: two store zero points as they are, as gptq_v2 does.
+PACKINGS = {
+    "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What config.json says of some of the weights."""
+
+    bits: int | None  # of a code; None: floats of 8 bits
+    group_size: int | None  # None: a whole row
+    block: Any = None  # rows and columns that share a scale, of floats
+    symmetric: bool = False
+    of_head: bool = False
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return Scheme(f"int{self.bits}", self.group_size, self.symmetric and self.bits == 4) if self.bits else None
+
+
+class Quantization(NamedTuple):
+    method: str
+    options: Mapping[str, Any]
+    kinds: Sequence[Kind] = ()
+
+    def fail(self, key: str, expected: str, options: Mapping[str, Any] | None = None) -> ValueError:
+        value = (self.options if options is None else options).get(key)
+        return ValueError(
+            f"config.json: {key} {repr(value)[:60]} of {self.method} is not supported, expected {expected}"
+        )
+
+    def read_size(self, options: Mapping[str, Any]) -> int | None:
+        size = options.get("group_size")
+        if size not in (None, -1) and (type(size) is not int or size <= 0):
+            raise self.fail("group_size", "a number of columns, or -1", options)
+        return None if size == -1 else size
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of the blocks' linears, of the first ones where they differ; None where they are no codes."""
+        return next((kind.scheme for kind in self.kinds if not kind.of_head), None)
+
+    @property
+    def head(self) -> Scheme | None:
+        """The scheme of the output head, where config.json has one for it."""
+        return next((kind.scheme for kind in self.kinds if kind.of_head), None)
+
+
+def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    """Read what config.json says of quantized weights; None where it says nothing.
+
+    Raises ValueError, in a line that names the method and says what to do, where it is one that is not read.
+    """
+    if isinstance(own := raw.get("quantization"), dict) and own.get("mode") in MODES:
+        size = f" --groupsize {own['groupsize']}" if own.get("groupsize") in GROUP_SIZES else ""
+        raise ValueError(
+            "config.json: this folder is of an earlier version, whose form is read no more; make it anew: python "
+            f"quantize.py --checkpoint_path MODEL --mode {own['mode']}{size}"
+        )
+    keys = ("quantization_config", "compression_config", "quantization")  # the second by compressed-tensors of 2024
+    options = next((raw[key] for key in keys if raw.get(key) is not None), {})
+    if not isinstance(options, dict):
+        raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
+    options = {key: value for key, value in options.items() if value is not None}
+    if not options:
+        return None
+    default = "MLX" if "bits" in options else "compressed-tensors" if "config_groups" in options else None
+    method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
+    name = {"None": "an unknown method"}.get(method, method)
+    if method == "auto-round":
+        packing = options.get("packing_format")
+        if packing not in [*PACKINGS]:
+            raise Quantization(method, options).fail("packing_format", " or ".join(PACKINGS))
+        method = PACKINGS[packing].removesuffix("_v2")
+        options = {**options, "checkpoint_format": PACKINGS[packing]} if method == "gptq" else options
+    groups = options.get("config_groups")
+    kinds = [options, *(groups.values() if isinstance(groups, dict) else ())]
+    words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))
+    if other := re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower()):
+        method = name = other[0].upper()
+    if method not in (*KINDS, "fp8", "fbgemm_fp8") and not (
+        method == "modelopt" and options.get("quant_algo") == "FP8"
+    ):
+        raise ValueError(
+            f"config.json: quantization_config of {name} is not read, only {READ}; download the model that it was made "
+            "from, and run quantize.py on it"
+        )
+    quantization = Quantization(method, options)
+    block = options.get("weight_block_size")
+    return quantization._replace(kinds=KINDS[method](quantization) if method in KINDS else [Kind(None, None, block)])
+
+
+def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
+    sparsity, transform = (quantization.options.get(key) for key in ("sparsity_config", "transform_config"))
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        raise quantization.fail("sparsity_config", "none")
+    # A rotation of inputs or outputs, and not of weights alone, which are stored as they are after it.
+    places = re.findall(r"'location': '(\w+)'", str(transform))
+    if transform and (not places or not all(place.startswith("weight_") for place in places)):
+        raise quantization.fail("transform_config", "rotations of weights alone")
+    groups = quantization.options.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else [None]
+    if not all(isinstance(group, dict) and isinstance(group.get("weights"), dict | None) for group in groups):
+        raise quantization.fail("config_groups", "groups with targets and weights")
+    kinds = []
+    for group in (group for group in groups if group.get("weights")):
+        weights = {"type": "int", **{key: value for key, value in group["weights"].items() if value is not None}}
+        is_int = weights["type"] == "int"
+        expected = {"type": ("int", "float"), "num_bits": (4, 8) if is_int else (8,),
+                    "strategy": ("group", "channel", "tensor", *["block"] * (not is_int))}  # fmt: skip
+        for key, values in expected.items():
+            if weights.get(key) not in values:
+                raise quantization.fail(key, " or ".join(map(str, values)), weights)
+        block = weights.get("block_structure")
+        if isinstance(block, str) and (sizes := re.fullmatch(r"(\d{1,6})x(\d{1,6})", block)):
+            block = [int(size) for size in sizes.groups()]
+        bits = weights["num_bits"] if is_int else None
+        is_head = "lm_head" in str(group.get("targets"))
+        kinds.append(
+            Kind(bits, quantization.read_size(weights), block, weights.get("symmetric", True) is True, is_head)
+        )
+    return kinds
+
+
+def read_code_kinds(quantization: Quantization) -> list[Kind]:
+    """Read the kinds of GPTQ and AWQ: that of all modules, and those of some."""
+    options, is_gptq = quantization.options, quantization.method == "gptq"
+    if options.get("bits") not in ((4, 8) if is_gptq else (4,)):
+        raise quantization.fail("bits", "4 or 8" if is_gptq else "4")
+    layouts = ("gptq", "gptq_v2") if is_gptq else ("gemm",)
+    for key in ("checkpoint_format", "format") if is_gptq else ("version", "checkpoint_format", "format"):
+        if key in options and str(options[key]).lower() not in layouts:
+            raise quantization.fail(key, " or ".join(layouts))
+    if options.get("is_marlin_format"):
+        raise quantization.fail("is_marlin_format", "false")
+    others = [options.get(key) for key in ("dynamic", "extra_config")]
+    modules = [module for other in others if isinstance(other, dict) for module in other.values()]
+    modules = [{k: v for k, v in module.items() if v is not None} for module in modules if isinstance(module, dict)]
+    for module in modules:
+        if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:
+            raise quantization.fail("bits", "4 or 8", module)
+    kinds = [{**options, **module} for module in ({}, *modules)]
+    return [Kind(kind["bits"], quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
+
+
+KINDS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}
