@@ -55,12 +55,13 @@ static inline Two load_two(const bf16* p) {
 }
 static inline Two load_two(const half* p) { return {load_wide(p), load_wide(p + 8)}; }
 
-// sum + the products of pairs of int16
-static inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+// Add the products of pairs of int16.
+static inline void add_products(__m256i& sum, __m256i a, __m256i b) {
 #ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
+    sum = _mm256_dpwssd_avx_epi32(sum, a, b);
 #else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    asm("" : "+x"(sum));  // else GCC adds up many products first, for which there are no registers
 #endif
 }
 
@@ -138,7 +139,7 @@ static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t widt
 // The sums of `rows` rows of w, an even number: [M, 16]. x is taken in parts of its columns, which stay in the first
 // cache. Fetched are the rows that come next, in the order of memory.
 template <int M, class T>
-static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
+__attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
     constexpr int R = M > 1 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
     const int64_t pieces = M * K * int64_t(sizeof(float)) / X_PART_BYTES + 1, width = (K / 32 + pieces - 1) / pieces * 32;
     std::fill(sums, sums + M * INT4_BLOCK_ROWS, 0);
@@ -217,7 +218,7 @@ static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
 
 // scale: the place of the block's first one.
 template <int M, int STEP, bool ZEROS>
-static void int8_sums(const Fixed* x, const int8_t* w, Scales scales, int64_t scale, const int8_t* zeros, int64_t K,
+__attribute__((noinline)) static void int8_sums(const Fixed* x, const int8_t* w, Scales scales, int64_t scale, const int8_t* zeros, int64_t K,
                       int64_t group, float* sums) {
     constexpr int R = 2;  // rows of w that share what is loaded of x
     __m256 parts[BLOCK_ROWS][M] = {}, totals[BLOCK_ROWS][M] = {};
@@ -240,7 +241,7 @@ static void int8_sums(const Fixed* x, const int8_t* w, Scales scales, int64_t sc
                 for (int i = 0; i < STEP / 16; i++) {
                     const __m256i inputs = _mm256_load_si256((const __m256i*)(values + m * STEP) + i);
                     for (int j = 0; j < R; j++)
-                        products[j] = i ? add_products(products[j], weights[j][i], inputs) : _mm256_madd_epi16(weights[j][i], inputs);
+                        add_products(products[j], weights[j][i], inputs);
                 }
                 for (int j = 0; j < R; j++)
                     parts[r + j][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[j]), _mm256_broadcast_ss(x_scales + m), parts[r + j][m]);
@@ -285,37 +286,35 @@ static inline void int4_zeros(const uint8_t* zeros, __m256* wide) {
     wide[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)));
 }
 
-// Add the products of M rows of x and 32 columns of a block of w to parts [M, 2]: of H of its vectors from `first`
-// on, as many as there are registers for sums.
-template <int M, int H>
+// Add the products of C rows of x, and 32 columns of a block of w, to parts [C, 2].
+template <int C>
 static inline void int4_step(const int16_t* x, const float* scales, const float* totals, const uint8_t* w, const __m256* zero,
-                             __m256 (*parts)[2], int first) {
+                             __m256 (*parts)[2]) {
     const __m256i mask = _mm256_set1_epi32(0x000f000f);
-    __m256i sums[M][H] = {};
+    __m256i sums[C][2] = {};
     for (int v = 0; v < 4; v++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            __m256i codes[H];
-            for (int h = 0; h < H; h++)
-                codes[h] = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)(w + 64 * v) + first + h), 4 * i), mask);
-            for (int m = 0; m < M; m++) {
+            __m256i codes[2];
+            for (int h = 0; h < 2; h++)
+                codes[h] = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)(w + 64 * v) + h), 4 * i), mask);
+            for (int c = 0; c < C; c++) {
                 int32_t pair;
-                std::memcpy(&pair, x + m * 32 + 8 * v + 2 * i, 4);
-                const __m256i inputs = _mm256_set1_epi32(pair);
-                for (int h = 0; h < H; h++) sums[m][h] = add_products(sums[m][h], codes[h], inputs);
+                std::memcpy(&pair, x + c * 32 + 8 * v + 2 * i, 4);
+                for (int h = 0; h < 2; h++) add_products(sums[c][h], codes[h], _mm256_set1_epi32(pair));
             }
         }
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < H; h++) {
-            const __m256 exact = _mm256_fnmadd_ps(zero[first + h], _mm256_broadcast_ss(totals + m), _mm256_cvtepi32_ps(sums[m][h]));
-            parts[m][first + h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + m), parts[m][first + h]);
+    for (int c = 0; c < C; c++)
+        for (int h = 0; h < 2; h++) {
+            const __m256 exact = _mm256_fnmadd_ps(zero[h], _mm256_broadcast_ss(totals + c), _mm256_cvtepi32_ps(sums[c][h]));
+            parts[c][h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + c), parts[c][h]);
         }
 }
 
 template <int M>
-static void int4_sums(const Fixed* x, const uint8_t* w, Scales scales, int64_t scale, const uint8_t* zeros, int64_t K,
-                      int64_t group, float* sums) {
-    constexpr int H = M > 4 ? 1 : 2;
+__attribute__((noinline)) static void int4_sums(const Fixed* x, const uint8_t* w, Scales scales, int64_t scale, const uint8_t* zeros,
+                                                int64_t K, int64_t group, float* sums) {
+    constexpr int C = M > 5 ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
     __m256 totals[M][2] = {};
     const int16_t* values = x->values();
     const float *x_scales = x->scales.data(), *x_totals = x->totals.data();
@@ -327,7 +326,8 @@ static void int4_sums(const Fixed* x, const uint8_t* w, Scales scales, int64_t s
         int4_zeros(zeros, zero);
         for (int64_t k = 0; k < group; k += 32, w += 256, values += M * 32, x_scales += M, x_totals += M) {
             for (int v = 0; v < 4; v++) fetch(w + 64 * v);
-            for (int h = 0; h < 2; h += H) int4_step<M, H>(values, x_scales, x_totals, w, zero, parts, h);
+            int4_step<C>(values, x_scales, x_totals, w, zero, parts);
+            if constexpr (M > C) int4_step<M - C>(values + C * 32, x_scales + C, x_totals + C, w, zero, parts + C);
         }
         for (int h = 0; h < 2; h++) {
             const __m256 eight = scales.eight(scale + 8 * h);
