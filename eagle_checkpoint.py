@@ -50,7 +50,7 @@ def parse_head_config(raw: dict[str, Any], target: ModelConfig) -> HeadConfig:
         raise ValueError(f"config.json: speculators_model_type {kind!r} is not supported; supported: 'eagle3'")
     if kind and not isinstance(nested, dict):
         raise ValueError(f"config.json: transformer_layer_config is {nested!r}, expected an object")
-    inner = raw.get("eagle_config") or {}
+    inner = {} if raw.get("eagle_config") is None else raw["eagle_config"]
     if not isinstance(inner, dict):
         raise ValueError(f"config.json: eagle_config is {inner!r}, expected an object")
     # Where the residual branches off is left out by EAGLE, which has it before the norm; of the speculators package's
@@ -61,7 +61,8 @@ def parse_head_config(raw: dict[str, Any], target: ModelConfig) -> HeadConfig:
     layers = {"model_type": "qwen3", **nested} if kind and nested else dict(raw)
     if layers.get("model_type") not in FAMILIES:
         raise ValueError(f"config.json: model_type {layers.get('model_type')!r} of a head; supported: llama, qwen3")
-    config = parse_config({**layers, "architectures": [], "tie_word_embeddings": False})
+    layers |= {"architectures": [], "speculators_model_type": None, "tie_word_embeddings": False}
+    config = parse_config(layers)
     values = {"draft_vocab_size": config.vocab_size, "target_hidden_size": config.hidden_size, **values}
     head = HeadConfig(
         config,
@@ -94,8 +95,8 @@ def parse_tap_layers(raw: dict[str, Any], inner: dict[str, Any], num_layers: int
     An eagle_config counts as SpecForge and SGLang do, by the layers whose outputs these are.
     """
     key = "eagle_aux_hidden_state_layer_ids"
-    ids, shift = (raw[key], 0) if raw.get(key) else (inner.get(key), 1)
-    if not ids:
+    ids, shift = (raw[key], 0) if raw.get(key) is not None else (inner.get(key), 1)
+    if ids in (None, []):
         ids, shift = [2, num_layers // 2, num_layers - 3], 0
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i + shift < num_layers for i in ids):
         raise ValueError(f"config.json: a head that taps layers {ids!r}, and the model has {num_layers} layers")
@@ -121,6 +122,8 @@ class HeadReader:
         for name in list(self.files.files):
             plain = name.removeprefix("model.")
             if (used := plain.replace("midlayer.", "layers.0.")) != name:
+                if used in self.files.files:
+                    raise ValueError(f"{path} has {name} and {used}, which are one tensor of a head; remove one")
                 self.files.alias(used, name)
         check_depth(self.files, self.config.layers)
         with torch.device("meta"):

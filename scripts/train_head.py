@@ -4,7 +4,7 @@ The texts are the modules that the demo was trained on, and what it writes itsel
 learns the demo's distribution by EAGLE-3's training-time test: each step of the training drafts UNROLLED tokens in a
 row, each from the features that the head gave for the one before.
 
-    python scripts/train_head.py --output_dir checkpoints
+    python scripts/train_head.py --output_dir FOLDER
 
 The same Python and torch versions and number of threads give the same weights. A quarter of an hour on two CPU cores.
 """
@@ -220,7 +220,7 @@ def head_config(target_path: Path) -> dict[str, Any]:
         key: value for key, value in raw.items() if key not in ("architectures", "dtype", "rope_scaling", "rope_theta")
     }
     layers |= {"num_hidden_layers": 1, "tie_word_embeddings": False, **SIZES}
-    layers |= {"rope_parameters": {"rope_type": "default", "rope_theta": raw["rope_theta"]}}
+    layers |= {"rope_parameters": {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}}
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": LONGEST_DRAFT,
@@ -244,7 +244,7 @@ def head_config(target_path: Path) -> dict[str, Any]:
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             # As seen from the repository: where there is no such folder, the package asks the Hub.
-            "verifier": {"name_or_path": "checkpoints/demo", "architectures": raw["architectures"]},
+            "verifier": {"name_or_path": "checkpoints/demo", "architectures": raw.get("architectures")},
         },
     }
 
@@ -279,12 +279,6 @@ the same terms.
 """
 
 
-def write_folder(path: Path, head: Head, raw: dict[str, Any], ids: Tensor, card: str) -> None:
-    with new_folder(path) as folder:
-        save_head(head, raw, ids, folder, torch.bfloat16)
-        (folder / "README.md").write_text(card)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=ROOT / "checkpoints" / "demo",
@@ -297,10 +291,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def make(args: argparse.Namespace, folder: Path) -> None:
+    """Write the texts, train on them, and put the head into the folder."""
     torch.manual_seed(args.seed)
-    raw = head_config(args.checkpoint_path)
     tokenizer, target = load_tokenizer(args.checkpoint_path), load_model(args.checkpoint_path)
+    raw = head_config(args.checkpoint_path)
+    head = Head(parse_head_config(raw, target.config))
     train_sources, held_out_sources = (
         [*texts.values(), *(d for text in texts.values() for d in definitions(text))] for texts in library_texts()
     )
@@ -323,7 +319,6 @@ def run(args: argparse.Namespace) -> None:
 
     target = load_model(args.checkpoint_path, optimize=False)
     target.tap_layers = tuple(TAP_LAYERS)
-    head = Head(parse_head_config(raw, target.config))
     initialize_(head, target, ids)
     train(head, target, texts, ids, args.steps, args.seed)
     shares = measure_acceptance(head, target, torch.cat(held_out), ids, first=BEGINNING)
@@ -351,7 +346,13 @@ def run(args: argparse.Namespace) -> None:
         threads=torch.get_num_threads(),
         seed=args.seed,
     )
-    write_folder(args.output_dir / "demo-eagle3", head, raw, ids, card)
+    save_head(head, raw, ids, folder, torch.bfloat16)
+    (folder / "README.md").write_text(card)
+
+
+def run(args: argparse.Namespace) -> None:
+    with new_folder(args.output_dir / "demo-eagle3") as folder:  # first, since the training takes long
+        make(args, folder)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,8 +19,7 @@ from eagle import Head, HeadConfig
 from eagle_checkpoint import load_head, save_head
 from engine import generate
 from kernels.optimize import optimize_
-from scripts import convert_hf_checkpoint
-from scripts.train_head import unroll
+from scripts import convert_hf_checkpoint, train_head
 from speculate import Speculation, draft_and_verify
 from steps import prefill
 from tests.conftest import REPO, SHARED, assert_user_error, run_forked
@@ -52,7 +51,7 @@ def trained_head(num_steps=45):
     head.places = torch.full((64,), len(ids)).scatter(0, ids, torch.arange(len(ids)))
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
     for _ in range(num_steps):
-        drafts = unroll(head, tokens[:, :-1], target.taps[:, : LENGTH - 1], 3)
+        drafts = train_head.unroll(head, tokens[:, :-1], target.taps[:, : LENGTH - 1], 3)
         wanted = [head.places[tokens[:, 2 + i : 2 + i + logits.shape[1]]] for i, logits in enumerate(drafts)]
         losses = [
             F.cross_entropy(a.flatten(0, 1), b.flatten(), ignore_index=len(ids))
@@ -247,6 +246,8 @@ MISTAKES = {
     "more taps": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 4, 5]}, {}, "reads 192", "4 taps", "256"),
     "a tap beyond the last layer": ({"eagle_aux_hidden_state_layer_ids": [2, 4, 8]}, {}, "[2, 4, 8]", "8 layers"),
     "taps of no numbers": ({"eagle_aux_hidden_state_layer_ids": ["2"]}, {}, "taps layers", "8 layers"),
+    "taps that are a number": ({"eagle_aux_hidden_state_layer_ids": 0}, {}, "taps layers 0", "8 layers"),
+    "an eagle_config that is a number": ({"eagle_config": 0}, {}, "eagle_config is 0"),
     "another drafter": ({"speculators_model_type": "dflash"}, {}, "'dflash' is not supported"),
     "no layers": ({"transformer_layer_config": None}, {}, "transformer_layer_config is None"),
     "another family": ({"transformer_layer_config": LAYER | {"model_type": "mixtral"}}, {}, "'mixtral'", "llama"),
@@ -259,6 +260,7 @@ MISTAKES = {
     "too many layers": ({"transformer_layer_config": LAYER | {"num_hidden_layers": 3000}}, {}, "3000", "of 1 layers"),
     "no fc": ({}, {"fc.weight": None}, "lacks tensor fc.weight"),
     "a norm that no flag asks for": ({}, {"input_norm.weight": torch.ones(192)}, "unexpected tensor input_norm.weight"),
+    "a tensor twice": ({}, {"midlayer.hidden_norm.weight": torch.ones(64)}, "midlayer.hidden", "layers.0.hidden"),
     "no d2t": ({}, {"d2t": None}, "160 ids of the model's 512", "no d2t"),
     "d2t beyond": ({}, {"d2t": torch.full((160,), 400)}, "d2t maps to ids from 400 to 559", "511"),
     "d2t twice": ({}, {"d2t": -torch.arange(160)}, "from 0 to 0, 1 of them", "160"),
@@ -275,6 +277,31 @@ def test_what_is_wrong_with_a_head_is_one_line(tmp_path, mistake):
     path = write_head(tmp_path / "head", tensors=tensors, **changes)
     options = ("--checkpoint_path", REFERENCES / "target", "--draft_checkpoint_path", path, "--prompt", "a")
     assert_user_error(run_forked(generate_module.main, *options, cwd=tmp_path), path, *fragments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_head_in_several_files_and_any_dtype_is_the_same(tmp_path, dtype):
+    path, target = write_head(tmp_path / "head"), reference_target(optimize=False)
+    expected = load_head(path, target, optimize=False).state_dict()
+    tensors, files = load_file(path / "model.safetensors"), ("model-00001-of-00002", "model-00002-of-00002")
+    (path / "model.safetensors").unlink()
+    where = {name: f"{files[i % 2]}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        held = {name: value for name, value in tensors.items() if where[name] == file}
+        save_file({name: v.to(dtype) if v.is_floating_point() else v for name, v in held.items()}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    for name, value in load_head(path, target, optimize=False).state_dict().items():
+        torch.testing.assert_close(value, expected[name].to(dtype).float())
+
+
+def test_the_training_refuses_what_cannot_be_before_it_begins(tmp_path):
+    (tmp_path / "demo-eagle3").mkdir()
+    (tmp_path / "demo-eagle3" / "kept").touch()
+    result = run_forked(train_head.main, "--output_dir", tmp_path, cwd=tmp_path)
+    assert_user_error(result, tmp_path / "demo-eagle3", "exists already")
+    options = ("--output_dir", tmp_path / "new", "--checkpoint_path", REFERENCES / "target")
+    assert_user_error(run_forked(train_head.main, *options, cwd=tmp_path), "draft_vocab_size is 2048", "512")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-eagle3"]
 
 
 def test_a_head_is_not_taken_for_a_model(tmp_path):
