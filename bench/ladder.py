@@ -112,20 +112,11 @@ class Ladder:
         small = meta_model(raw)
         shared_by = draft_ranks(small.config, quantization_scheme(raw), small.step_weight_bytes, self.ranks)
         num_tokens, levels = max(speculation.SHORTEST, self.new_tokens), levels_below(self.max_k)
-        duel: speculation.Duel | None = None
-
-        def measure() -> float:
-            nonlocal duel
-            if duel is None:
-                draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
-                duel = speculation.Duel(
-                    "", self.models[weights], draft_model, [PROMPT], num_tokens, levels=[levels],
-                    accept=speculation.accept_by_chance, length=self.length,
-                )  # fmt: skip
-                duel.warm_up()
-            return duel.sample(levels, num_tokens)["tok_per_s"]
-
-        return measure
+        draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
+        runner = self.runner("compile", weights)
+        way = speculation.Way("", runner, draft_model, levels=levels)
+        duel = speculation.Duel("", [way], [PROMPT], num_tokens, speculation.accept_by_chance)
+        return lambda: duel.sample(way, 0, 0)["tok_per_s"]
 
     def beside(self) -> Iterator[Rung]:
         """Decode with the cores to itself, and beside a busy program on one of them, on our threads and on OpenMP's."""

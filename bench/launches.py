@@ -3,9 +3,9 @@
     python -m bench.launches --config configs/llama-2-7b.json
 
 inductor is told that the CPU is an H100, and the model that it is on CUDA: nothing is run, and of a model two layers
-are made. For every form of the weights, of a decode step and of the forward that verifies drafts: which kernels a layer
-launches, and how many there are besides. Few of them read weights, and each takes its microseconds. The table goes to
-results/<date>_<config>-<options>-launches.json.
+are made. For every form of the weights, of a decode step, of the forward that verifies drafts and of a whole round with
+an EAGLE-3 head in the shapes of a layer: which kernels a layer launches, and how many there are besides. Few of them
+read weights, and each takes its microseconds. The table goes to results/<date>_<config>-<options>-launches.json.
 """
 
 import signal
@@ -35,9 +35,11 @@ from bench.subject import add_options, read_subject
 from checkpoint import meta_model, random_model
 from cli.arguments import ArgumentParser, need_triton
 from cli.errors import user_errors
+from eagle import Head
+from eagle_checkpoint import FAMILIES, random_head
 from kernels.optimize import optimize_
 from model import Transformer
-from speculate import verify
+from speculate import draft_and_verify, verify
 from steps import compiled, decode
 
 H100 = DeviceProperties(
@@ -89,16 +91,32 @@ def list_launches(code: str) -> tuple[list[list[str]], list[str]]:
     return layers, names["call"]
 
 
+def make_head(raw: dict[str, Any], model: Transformer) -> Head | None:
+    """Make a head of one layer for the model; None for a family that heads are not of."""
+    if raw["model_type"] not in FAMILIES:
+        return None
+    own = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "quantization_config": None}
+    head = random_head(raw | own | {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}, model, optimize=False)
+    optimize_(head, "cuda")
+    return head
+
+
 @torch.inference_mode()
-def write_steps(model: Transformer, codes: list[str], settings: dict[str, Any]) -> dict[str, str]:
+def write_steps(model: Transformer, head: Head | None, codes: list[str], settings: dict[str, Any]) -> dict[str, str]:
     """Return the code that inductor writes for each step; settings: of inductor, to be tried."""
-    model.setup_caches(1, NUM_SLOTS)
+    for each in filter(None, (model, head)):
+        each.setup_caches(1, NUM_SLOTS)
     one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
     drafted, slots = torch.zeros(1, NUM_DRAFTS, dtype=torch.long), torch.arange(NUM_SLOTS)
     calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "decode": (decode, (one, one, slots, GREEDY, None)),
         f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
     }
+    if head:
+        head.follow_(model)
+        latest = torch.zeros(1, NUM_DRAFTS + 1, dtype=torch.long)
+        name = f"round of a head, {NUM_DRAFTS} drafts"
+        calls[name] = draft_and_verify, (latest, latest, slots, head, NUM_DRAFTS, GREEDY, None)
     sources = {}
     with fresh_cache():  # in which there is no code yet
         for name, (step, args) in calls.items():
@@ -124,10 +142,12 @@ def run(args: argparse.Namespace) -> None:
     for weights, form in subject.forms.items():
         model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
         optimize_(model, "cuda")
-        for step, code in write_steps(model, codes, settings).items():
+        for step, code in write_steps(model, make_head(form, model), codes, settings).items():
             layers, besides = list_launches(code)
+            drafting, layers = layers[:-NUM_LAYERS], layers[-NUM_LAYERS:]  # a head's layers come first
             if layers != layers[:1] * NUM_LAYERS:
                 raise RuntimeError(f"the layers of a {step} step launch different kernels")
+            besides += [kernel for layer in drafting for kernel in layer]
             total = num_layers * len(layers[0]) + len(besides)
             title = f"{weights or 'plain weights'}, {step}"
             print(f"{title}: {len(layers[0])} a layer, {len(besides)} besides, {total} a step")

@@ -3,7 +3,7 @@
     python -m bench.run --config configs/tinyllama-1.1b.json --device cpu
     python -m bench.run --config configs/tinyllama-1.1b.json --only decode prefill --samples 3
     python -m bench.run --config configs/tinyllama-1.1b.json --compare --only
-    python -m bench.run --config configs/tinyllama-1.1b.json --speculate
+    python -m bench.run --config configs/tinyllama-1.1b.json --speculate demo shapes
     torchrun --nproc_per_node=2 -m bench.run --config configs/tinyllama-1.1b.json
 
 Each rung has a warm-up, then samples in turns with its group: A B A B. What is finished is written at once to
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,10 @@ def groups_of_rungs(
 
 
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
-    if args.speculate:
+    if args.speculate is not None:
         report.content["speculation"] = []
-        for duel in speculation.make_duels(subject, device, args.new_tokens, args.speculate_k):
+        options = subject, device, args.new_tokens, args.speculate_k
+        for duel in chain(*(speculation.make_duels(what, *options) for what in args.speculate)):
             entries = duel.run(args.samples)
             report.content["speculation"] += entries
             report.add(duel.name, [*map(speculation.describe, entries)])
@@ -183,8 +185,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def default_name(args: argparse.Namespace) -> str:
-    if args.speculate:
-        return "speculation"
+    if args.speculate is not None:
+        return "-".join(["speculation", *(results.make_slug(Path(what).name) for what in args.speculate)])
     what = "-".join(["ladder"] if args.only is None else args.only) or "peers"
     return what + ("-compare" if args.compare and args.only != [] else "")
 
@@ -200,7 +202,10 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[Subject, str]:
         raise ValueError("--gpt_fast is for --compare; add it")
     if args.gpt_fast and not (args.gpt_fast / "quantize.py").is_file():
         raise ValueError(f"--gpt_fast {args.gpt_fast} is no checkout of gpt-fast: it has no quantize.py")
-    if args.speculate and (args.only is not None or args.compare):
+    for what in args.speculate or ():
+        if what not in (names := (*speculation.DEMO_MODES, "shapes")) and not Path(what).is_dir():
+            raise ValueError(f"--speculate {what}: expected {', '.join(names)} or the folder of a model made for chat")
+    if args.speculate is not None and (args.only is not None or args.compare):
         raise ValueError("--speculate measures nothing else; leave out --only and --compare")
     if ranks.count > 1:
         alone = [name for name in ("speculate", "compare") if getattr(args, name)]
@@ -221,9 +226,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpt_fast", type=Path, metavar="DIR", help="with --compare, a checkout of gpt-fast to add")
     parser.add_argument("--samples", type=number(int, 1), default=5, help="of each rung (5)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=64, help="in a decode sample (64)")
-    parser.add_argument("--speculate", action="store_true",
-                        help="measure speculation against its formula, and nothing else")  # fmt: skip
-    parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", default=[1, 3, 5], help="drafts (1 3 5)")
+    parser.add_argument("--speculate", nargs="+", metavar="WHAT",
+                        help="measure drafters, and nothing else: of demo and demo-eager, of the shapes of --config, "
+                             "or of the folder of a model made for chat")  # fmt: skip
+    parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", default=[4], help="drafts (4)")
     parser.add_argument("--name", help="what the result file is called (by what is measured)")
     results.add_output_dir(parser)
     return parser.parse_args(argv)

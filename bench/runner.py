@@ -68,6 +68,13 @@ def make_steps(mode: str, device: str) -> Steps:
     return Steps(compiled(prefill), *(compiled(step, replay) for step in (decode, verify, draft, draft_and_verify)))
 
 
+def setup_caches(model: Transformer, num_rows: int, length: int) -> None:
+    """Give a model such caches, unless it has them."""
+    cache = model.layers[0].self_attn.cache
+    if cache is None or model.max_seq_length != length or cache.k.shape[0] != num_rows:
+        model.setup_caches(num_rows, length)
+
+
 @dataclass
 class Runner:
     """A model, its steps, and caches of `length` for `num_rows`, which it gets when it is run."""
@@ -82,9 +89,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Set up the caches, where another runner of the model has left others, and let the ranks begin together."""
-        cache = self.model.layers[0].self_attn.cache
-        if cache is None or self.model.max_seq_length != self.length or cache.k.shape[0] != self.num_rows:
-            self.model.setup_caches(self.num_rows, self.length)
+        setup_caches(self.model, self.num_rows, self.length)
         self.model.ranks.all_reduce(torch.ones(1, device=self.device))
 
     def generate(
@@ -136,7 +141,7 @@ class Runner:
         """Return the verifying of drafts [1, k] behind a text that ends at `end` to call."""
         self.prepare()
         with torch.inference_mode():
-            text = self.last_two(end, drafted.shape[1])
+            text = self.last(end, 2, drafted.shape[1])
         num_rows = 1 + drafted.shape[1]
         return self.as_engine(num_rows, lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
 
@@ -144,10 +149,10 @@ class Runner:
         """Return a step that runs as the engine runs it, on a number of rows of x."""
         return torch.inference_mode()(own_threads(self.model, num_rows)(step))
 
-    def last_two(self, end: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the last two ids of a text and their positions, [1, 2] each, and the slots that k drafts need."""
-        tokens, at = torch.tensor([[1, 1]], device=self.device), torch.tensor([[end - 2, end - 1]], device=self.device)
-        return tokens, at, self.slots(end + k)
+    def last(self, end: int, count: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last ids of a text and their positions, [1, count] each, and the slots that k drafts need."""
+        positions = torch.arange(end - count, end, device=self.device).unsqueeze(0)
+        return torch.ones_like(positions), positions, self.slots(end + k)
 
     def slots(self, length: int) -> Tensor:
         return visible_slots(torch.arange(self.length, device=self.device), length)

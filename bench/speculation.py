@@ -1,4 +1,4 @@
-"""Speculation: one target decoding plainly and with drafts, in turns; bench.run --speculate measures it.
+"""Speculation: one target decoding plainly and with each drafter, in turns; bench.run --speculate measures it.
 
 Random weights have no drafts worth accepting. For them each draft is accepted by chance, which times the machinery and
 writes nonsense; that is here, and no command of the project can reach it.
@@ -6,9 +6,11 @@ writes nonsense; that is here, and no command of the project can reach it.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,29 +20,44 @@ from torch import Tensor
 
 import speculate
 from bench.results import ROOT
-from bench.runner import GREEDY, PROMPT, Runner, make_steps, time_call
+from bench.runner import GREEDY, PROMPT, Runner, make_steps, setup_caches, time_call
 from bench.subject import Subject
 from checkpoint import load_model, random_model
-from config import read_config
-from drafters import expected_tokens, levels_below
+from cli.options import encode_prompt
+from cli.template import load_template
+from drafters import Drafter, Proposal, expected_tokens
+from eagle import Head
+from eagle_checkpoint import load_head, random_head
 from model import Transformer
-from speculate import count_leading
-from steps import likeliest
+from speculate import Speculation, count_leading
+from steps import Text, likeliest, prefill
 from tokenizer import load_tokenizer
 
-ACCEPTANCE = 0.7
+ACCEPTANCE = 0.75
 SHORTEST = 128  # tokens of a sample: fewer are a matter of luck
+DEMO = ROOT / "checkpoints" / "demo"
+DEMO_MODES = {"demo": "compile", "demo-eager": "eager"}
 # Several beginnings for the demo, which after a while repeats itself: then a draft is always right, or always wrong.
-TEXTS = [
-    "class Stack:\n    def __init__(self, items=None):\n",
-    "def ",
-    "import os\nimport sys\n\ndef main(",
-    "    def test_",
-    'class Parser(object):\n    """',
-    "def read_file(path):\n    ",
-    "for i in range(",
-    "    if not isinstance(",
-]
+DEMO_TEXTS = {
+    "code": [
+        "class Stack:\n    def __init__(self, items=None):\n",
+        "import os\nimport sys\n\ndef main(",
+        "def read_file(path):\n    ",
+        "    if not isinstance(",
+    ],
+    "free text": ['"""This module provides', "# The first argument is", '    """Return the', "# Note that this"],
+}
+CHAT_TEXTS = {
+    "chat": ["What is the capital of France, and why is it famous?", "How do I boil an egg?"],
+    "editing": [
+        "Write this code again, with the name `total` changed to `amount`:\n\n"
+        + "".join(f"def add_{word}(total, {word}):\n    total = total + {word}\n    return total\n\n\n"
+                  for word in ("price", "tax", "discount", "shipping", "refund", "tip")),
+        "Correct the spelling:\n\nThe libary is opn from nine to five. On saturday the libary is opn from ten to four. "
+        "On sunday it is closd. Who wants to borow a book needs a card, and who has no card can ask for one.",
+    ],
+    "free text": ["Write a short story about a lighthouse keeper.", "Describe a walk through a forest in autumn."],
+}  # fmt: skip
 
 
 def accept_by_chance(
@@ -52,129 +69,200 @@ def accept_by_chance(
 
 
 @dataclass
-class Duel:
-    """Decode of one target, plain and with speculation, in turns."""
+class Watched:
+    """A drafter, how long it takes on the host, and what becomes of its drafts, by their place."""
+
+    drafter: Drafter
+    seconds: float = 0.0
+    tried: Counter[int] = field(default_factory=Counter)  # those before which all were right
+    right: Counter[int] = field(default_factory=Counter)
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        self.drafter.begin(target, num_rows, cached)
+
+    def propose(self, texts: list[Text]) -> Proposal | int:
+        began = time.perf_counter()
+        proposal = self.drafter.propose(texts)
+        self.seconds += time.perf_counter() - began
+        return proposal
+
+    def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
+        for n, length in zip(counts, proposal.lengths, strict=True):
+            self.tried.update(range(min(n + 1, length)))
+            self.right.update(range(min(n, length)))
+        self.drafter.note(proposal, texts, counts)
+
+
+@dataclass
+class Way:
+    """A way to decode: plainly, or with drafts of a model, of the text or of either."""
 
     name: str
-    target: Transformer
-    draft_model: Transformer
-    prompts: list[list[int]]
-    num_tokens: int  # after each of them
-    levels: list[tuple[int, ...]]  # a speculation each: one number is a fixed k
-    mode: str = "compile"
-    accept: Callable[..., tuple[Tensor, Tensor]] = speculate.accept
-    length: int = 0  # of the caches; 0: as long as the texts need
-    num_samples: int = field(default=0, init=False)
+    runner: Runner
+    draft_model: Transformer | None = None
+    lookup: bool = False
+    levels: tuple[int, ...] = ()  # one number is a fixed k; (): it adapts
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.max_k = max(max(levels) for levels in self.levels)
-        needed = max(map(len, self.prompts)) + self.num_tokens + self.max_k
-        length = self.length or 64 * (2 + needed // 64)
-        self.runner = Runner(self.target, make_steps(self.mode, str(self.target.device)), length)
-        self.draft_model.setup_caches(1, length)
+    @property
+    def fixed_k(self) -> int:
+        return self.levels[0] if len(self.levels) == 1 else 0
 
-    def warm_up(self) -> None:
-        """Run each number of drafts once, which compiles it."""
-        for k in {k for levels in self.levels for k in levels if k}:
-            self.sample((k,), 4 * (k + 1))
-        for levels in self.levels:
-            self.time_parts(levels, 1)
+    def speculation(self) -> Speculation | None:
+        if not (self.draft_model or self.lookup):
+            return None
+        if self.draft_model:
+            setup_caches(self.draft_model, 1, self.runner.length)
+        return self.runner.speculation(self.draft_model, lookup=self.lookup, levels=self.levels)
 
-    def sample(self, levels: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
-        """Decode, with as many drafts as `levels` allows; none is plain decoding."""
-        speculation = self.runner.speculation(self.draft_model, max_k=self.max_k, levels=levels) if levels else None
-        torch.manual_seed(self.num_samples)  # where chance accepts, the n-th sample of every duel has the same luck
-        self.num_samples += 1
-        elapsed, num_timed, num_drafted, counts = 0.0, 0, 0, [0] * (self.max_k + 1)
-        for prompt in self.prompts:
+    def decode(self, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
+        """Decode so many tokens after each of the prompts."""
+        elapsed, num_timed, num_drafted, seconds, counts = 0.0, 0, 0, 0.0, [0]
+        tried, right = Counter[int](), Counter[int]()
+        for prompt in prompts:
+            if speculation := self.speculation():
+                speculation.drafter = watched = Watched(speculation.drafter)
             steps = self.runner.generate([prompt], num_tokens, speculation=speculation)
-            with patch.object(speculate, "accept", self.accept):
-                arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
+            arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
             # From the first round's end, since it prefills the draft, to the last but one's, since that may be cut.
             elapsed += arrivals[-2] - arrivals[1]
             num_timed += sum(lengths[2:-1])
-            [row_counts] = speculation.accept_counts if speculation else [[len(arrivals) - 1]]
-            counts = [*map(sum, zip_longest(counts, row_counts, fillvalue=0))]
-            num_drafted += speculation.num_drafted if speculation else 0
-        return {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
+            if speculation:
+                counts = [*map(sum, zip_longest(counts, *speculation.accept_counts, fillvalue=0))]
+                num_drafted, seconds = num_drafted + speculation.num_drafted, seconds + watched.seconds
+                tried, right = tried + watched.tried, right + watched.right
+        figures = {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
+        return figures | {"propose_s": seconds, "tried": list(tried.values()), "right": list(right.values())}
 
     @torch.inference_mode()
-    def time_parts(self, levels: tuple[int, ...], count: int) -> dict[str, float]:
-        """Time a plain step and the two parts of a round, each in a run of its own, half-way in a text."""
-        if len(levels) != 1:
-            return {}
-        [k] = levels
-        runner, vocab_size = self.runner, self.target.config.vocab_size
-        end = len(self.prompts[0]) + self.num_tokens // 2
-        drafting = self.draft_model, *runner.last_two(end, k), GREEDY, None, k, vocab_size
-        drafted, _ = runner.steps.draft(*drafting)
-        parts = {
-            "decode_ms": runner.step_at(end - 1),
-            "draft_ms": lambda: runner.steps.draft(*drafting),
-            "verify_ms": runner.verify_at(end, drafted),
+    def time_parts(self, end: int, count: int) -> dict[str, float]:
+        """Time a plain step and, where k is fixed, the drafting of a round, each in a run of its own."""
+        runner, draft_model, k = self.runner, self.draft_model, self.fixed_k
+        parts = {"decode_ms": runner.step_at(end - 1)}
+        if draft_model and k:
+            setup_caches(draft_model, 1, runner.length)
+            if isinstance(draft_model, Head):
+                draft_model.follow_(runner.model)
+            num_latest = k + 1 if isinstance(draft_model, Head) else 2
+            latest, vocab_size = runner.last(end, num_latest, k), runner.model.config.vocab_size
+            parts["draft_ms"] = lambda: runner.steps.draft(draft_model, *latest, GREEDY, None, k, vocab_size)
+            parts["draft_ms"]()  # which compiles it
+        return {
+            name: statistics.median(time_call(part, runner.device) * 1e3 for _ in range(count))
+            for name, part in parts.items()
         }
+
+    def figures(self, sample: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+        """Return what a sample says beside the plain one of its turn, since the machine's own speed moves between them.
+
+        The formula is the paper's (section 3.3) for a fixed k. For drafts found in the text it has the tokens counted.
+        """
+        found = {"tok_per_s": sample["tok_per_s"], "speedup": sample["tok_per_s"] / plain["tok_per_s"]}
+        if not sample["tried"]:
+            return found
+        rounds, accepted = sum(sample["accept_counts"]), sum(sample["right"])  # of the rounds some are plain steps
+        tokens, a, k = 1 + accepted / rounds, accepted / sum(sample["tried"]), self.fixed_k
+        found |= {"tokens_a_round": tokens, "drafts_a_round": sample["num_drafted"] / rounds, "a": a}
+        cost = sample.get("draft_ms", 1e3 * sample["propose_s"] / rounds) / sample["decode_ms"]  # of a round, in steps
+        if k or not self.draft_model:
+            formula = (expected_tokens(a, k) if k else tokens) / (1 + cost)
+            found |= {"c": cost / (k or found["drafts_a_round"]), "formula": formula}
+            found["share_of_formula"] = found["speedup"] / formula
+        return found
+
+
+@dataclass
+class Duel:
+    """The ways to decode one target, in turns; the first is the plain one."""
+
+    name: str
+    ways: list[Way]
+    prompts: list[list[int]]
+    num_tokens: int  # after each of them
+    accept: Callable[..., tuple[Tensor, Tensor]] = speculate.accept
+
+    def sample(self, way: Way, turn: int, count: int) -> dict[str, Any]:
+        torch.manual_seed(turn)  # where chance accepts, the n-th sample of every way has the same luck
         with patch.object(speculate, "accept", self.accept):
-            return {
-                name: statistics.median(time_call(part, runner.device) * 1e3 for _ in range(count))
-                for name, part in parts.items()
-            }
+            parts = way.time_parts(len(self.prompts[0]) + self.num_tokens // 2, count) if count else {}
+            return way.decode(self.prompts, self.num_tokens) | parts
 
     def run(self, num_samples: int) -> list[dict[str, Any]]:
-        self.warm_up()
-        rungs: list[tuple[int, ...]] = [(), *self.levels]
-        samples: dict[tuple[int, ...], list[dict[str, Any]]] = {rung: [] for rung in rungs}
         for turn in range(num_samples + 1):
-            for rung in rungs:
-                sample = self.sample(rung, self.num_tokens) | self.time_parts(rung, self.num_tokens // 8)
-                if turn > 0:  # the first warms up
-                    samples[rung].append(sample)
-        return [self.summarize(rung, samples[rung], samples[()]) for rung in rungs]
+            for way in self.ways:
+                sample = self.sample(way, turn, self.num_tokens // 8)
+                if turn > 0:  # the first warms up and compiles
+                    way.samples.append(sample)
+        return [self.summarize(way) for way in self.ways]
 
-    def summarize(self, levels: tuple[int, ...], samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Any:
-        # By turns, since the machine's own speed moves between them.
-        figures = [{"tok_per_s": mine["tok_per_s"], "speedup": mine["tok_per_s"] / other["tok_per_s"]}
-                   for mine, other in zip(samples, plain, strict=True)]  # fmt: skip
-        if len(levels) == 1:
-            for figure, sample in zip(figures, samples, strict=True):
-                figure |= apply_formula(sample, levels[0])
-                figure["share_of_formula"] = figure["speedup"] / figure["formula"]
-        entry: dict[str, Any] = {"target": self.name, "levels": levels, "samples": samples}
-        entry |= {"k": levels[0]} if len(levels) == 1 else {}
-        return entry | {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
+    def summarize(self, way: Way) -> dict[str, Any]:
+        turns = [way.figures(*pair) for pair in zip(way.samples, self.ways[0].samples, strict=True)]
+        entry: dict[str, Any] = {"target": self.name, "drafts": way.name, "k": way.fixed_k or "adapts"}
+        entry |= {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        last = way.samples[-1]
+        by_place = [n / count for n, count in zip_longest(last["right"], last["tried"], fillvalue=0)]
+        return entry | {"acceptance": by_place, "samples": way.samples}
 
 
-def apply_formula(sample: dict[str, Any], k: int) -> dict[str, float]:
-    """Return what the paper's formula promises (section 3.3), and what it is made of."""
-    accepted = sum(n * count for n, count in enumerate(sample["accept_counts"]))
-    full, rounds = sample["accept_counts"][k], sample["num_drafted"] // k  # where a plain step ends a text it is none
-    a = accepted / (accepted + rounds - full)
-    c = sample["draft_ms"] / k / sample["decode_ms"]
-    verify_steps = sample["verify_ms"] / sample["decode_ms"]
-    return {"a": a, "c": c, "verify_steps": verify_steps, "formula": expected_tokens(a, k) / (c * k + 1)}
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
 
 
-def make_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
-    """Make the duels of the demo, with real drafts, and of the subject, with drafts by chance."""
-    demo, demo_draft = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
-    prompts = [load_tokenizer(demo).encode(text) for text in TEXTS]
-    adaptive, short, long = levels_below(max(ks)), max(SHORTEST, num_tokens), max(200, num_tokens)
-    levels = [*((k,) for k in ks), adaptive]
-    target, draft_model = load_model(demo, device), load_model(demo_draft, device)
-    random_draft = random_model(read_config(demo_draft), device)
-    for mode, how in (("eager", "eager"), ("compile", "compiled")):
-        yield Duel(f"demo, its draft, {how}", target, draft_model, prompts, long, levels, mode)
-        yield Duel(f"demo, a random draft, {how}", target, random_draft, prompts, long, [adaptive], mode)
-    target = random_model(subject.raw, device, subject.dtype)
-    draft_model = random_model(subject.raw | {"num_hidden_layers": 2}, device, subject.dtype, seed=1)
-    by_chance = f"{subject.name}, 2 layers of it, each draft accepted with probability {ACCEPTANCE}"
-    yield Duel(by_chance, target, draft_model, [PROMPT], short, levels, accept=accept_by_chance)
-    yield Duel(f"{subject.name}, 2 random layers", target, draft_model, [PROMPT], long, [adaptive])
+def make_runners(models: Iterable[Transformer], mode: str, num_tokens: int) -> list[Runner]:
+    """Return runners with caches for texts of so many tokens. Prefill is eager, as it is in generate.py."""
+    length = 64 * (2 + num_tokens // 64)
+    return [Runner(model, replace(make_steps(mode, str(model.device)), prefill=prefill), length) for model in models]
+
+
+def demo_duels(mode: str, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
+    """Yield the duels of the demo, with real drafts of every kind."""
+    tokenizer = load_tokenizer(DEMO)
+    target, tapped, draft_model = (load_model(path, device) for path in (DEMO, DEMO, ROOT / "checkpoints/demo-draft"))
+    head = load_head(ROOT / "checkpoints/demo-eagle3", tapped)
+    plain, with_taps = make_runners((target, tapped), mode, num_tokens)
+    for kind, texts in DEMO_TEXTS.items():
+        ways = [Way("none", plain), *(Way("draft model", plain, draft_model, levels=(k,)) for k in ks)]
+        ways += [Way("head", with_taps, head, levels=levels) for levels in (*((k,) for k in ks), ())]
+        ways += [Way("suffix", plain, lookup=True), Way("head and suffix", with_taps, head, lookup=True)]
+        yield Duel(f"demo, {kind}, {mode}", ways, [tokenizer.encode(text) for text in texts], num_tokens)
+
+
+def shapes_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
+    """Yield the duels of the subject, in each form of its weights, with a head of its shapes and drafts by chance."""
+    raw = subject.raw | {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+    for weights, form in subject.forms.items():
+        target, tapped = (random_model(form, device, subject.dtype) for _ in range(2))
+        head = random_head(raw, tapped)
+        plain, with_taps = make_runners((target, tapped), "compile", num_tokens)
+        ways = [Way("none", plain), *(Way("head", with_taps, head, levels=(k,)) for k in ks)]
+        name = f"{subject.name}, {weights or subject.dtype_name}, each draft accepted with probability {ACCEPTANCE}"
+        yield Duel(name, ways, [PROMPT], num_tokens, accept_by_chance)
+
+
+def chat_duels(path: Path, device: str, num_tokens: int) -> Iterator[Duel]:
+    """Yield the duels of a model made for chat, with drafts that are found in its text."""
+    tokenizer, target = load_tokenizer(path), load_model(path, device)
+    template = load_template(path, tokenizer)
+    for kind, texts in CHAT_TEXTS.items():
+        prompts = [encode_prompt(text, None, tokenizer, template) for text in texts]
+        [runner] = make_runners([target], "compile", num_tokens + max(map(len, prompts)))
+        ways = [Way("none", runner), Way("suffix", runner, lookup=True)]
+        yield Duel(f"{path.name}, {kind}, compile", ways, prompts, num_tokens)
+
+
+def make_duels(what: str, subject: Subject, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
+    """Yield the duels of the demo, of the subject's shapes, or of a folder with a model made for chat."""
+    num_tokens = max(SHORTEST, num_tokens)
+    if what in DEMO_MODES:
+        return demo_duels(DEMO_MODES[what], device, num_tokens, ks)
+    if what == "shapes":
+        return shapes_duels(subject, device, num_tokens, ks)
+    return chat_duels(Path(what), device, num_tokens)
 
 
 def describe(entry: dict[str, Any]) -> str:
-    what = f"k {entry['levels']}" if entry["levels"] else "plain"
-    text = f"  {what:20} {entry['tok_per_s']:8.2f} tok/s  {entry['speedup']:5.2f}x"
+    text = f"  {entry['drafts']:16} k {entry['k']:6} {entry['tok_per_s']:8.2f} tok/s  {entry['speedup']:5.2f}x"
+    text += "  {tokens_a_round:.2f} tokens a round, a {a:.2f}".format(**entry) if "a" in entry else ""
     if "formula" in entry:
-        text += "  a {a:.2f}  c {c:.2f}  verify {verify_steps:.2f} steps  formula {formula:.2f}x".format(**entry)
-        text += f"  {entry['share_of_formula']:.0%} of it"
+        text += "  c {c:.3f}  formula {formula:.2f}x  {share_of_formula:.0%} of it".format(**entry)
     return text

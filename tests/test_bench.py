@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import anatomy, editing, gpt_fast, llama_cpp, peers, products, projection, results, run, soak
+from bench import anatomy, editing, gpt_fast, llama_cpp, peers, products, projection, results, run, soak, speculation
 from bench.process import Processes
 from bench.run import main
 from bench.rung import Rung, format_line
@@ -342,6 +342,22 @@ def test_a_changed_file_is_mostly_found_where_it_stood_before():
     assert rewriting.tokens_per_forward() > 10
 
 
+def test_a_duel_of_drafters_says_of_each_what_became_of_its_drafts(monkeypatch):
+    monkeypatch.setattr(speculation, "DEMO_TEXTS", {"code": speculation.DEMO_TEXTS["code"][:1]})
+    duel = next(speculation.make_duels("demo-eager", subject(), "cpu", 200, [4]))
+    duel.num_tokens = 32
+    entries = {(entry["drafts"], entry["k"]): entry for entry in duel.run(1)}
+    plain, draft_model, head = (entries[name, k] for name, k in (("none", "adapts"), ("draft model", 4), ("head", 4)))
+    assert plain["speedup"] == 1 and "a" not in plain
+    assert head["a"] > draft_model["a"] and head["tokens_a_round"] > 1.25 * draft_model["tokens_a_round"]
+    for entry in (draft_model, head):
+        [sample] = entry["samples"]
+        assert sample["right"] == [sum(sample["accept_counts"][i + 1 :]) for i in range(len(sample["right"]))]
+        assert entry["acceptance"][0] == sample["right"][0] / sample["tried"][0] > 0
+        assert entry["share_of_formula"] == pytest.approx(entry["speedup"] / entry["formula"])
+    assert entries["head and suffix", "adapts"]["tokens_a_round"] > entries["suffix", "adapts"]["tokens_a_round"] > 1
+
+
 def test_llama_cpp_writes_our_greedy_text_from_the_file_we_make(model, gguf_file):
     theirs = llama_cpp.LlamaCpp(gguf_file, "cpu", 256)
     ours = greedy(model, 40)
@@ -450,7 +466,8 @@ def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, ca
         (["--device", "tpu"], "--device tpu"),
         (["--samples", "0"], "--samples"),
         (["--config", "absent.json"], "--config absent.json is no file"),
-        (["--speculate", "--only", "decode"], "leave out --only"),
+        (["--speculate", "demo", "--only", "decode"], "leave out --only"),
+        (["--speculate", "absent"], "--speculate absent: expected demo, demo-eager, shapes or the folder"),
         (["--gpt_fast", "."], "--gpt_fast is for --compare"),
         (["--compare", "--gpt_fast", "."], "--gpt_fast . is no checkout of gpt-fast"),
     ],
