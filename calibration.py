@@ -48,15 +48,16 @@ def write_windows(
     length: int,
     chat_opening: Sequence[int] = (),
     tick: Callable[[], Any] = lambda: None,
+    seed: int = SEED,
 ) -> Tensor:
     """Have a model write windows [num, length], the same on each call.
 
     chat_opening: the ids before a user's first message; () for a model without a chat template. `tick` is called after
     each token of ROWS windows.
     """
-    generator = torch.Generator(model.device).manual_seed(SEED)
+    generator = torch.Generator(model.device).manual_seed(seed)
     ordinary = [i for i, text in tokenizer.token_bytes.items() if text and i < model.config.vocab_size]
-    drawn = torch.randint(len(ordinary), (num,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    drawn = torch.randint(len(ordinary), (num,), generator=torch.Generator().manual_seed(seed)).tolist()
     bos = tokenizer.encode("")
     openings = [[*bos, ordinary[i]] for i in drawn]
     if 0 < len(chat_opening) < length:

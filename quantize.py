@@ -146,7 +146,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
+    """windows [num, S]: ids for GPTQ in place of those that the options name."""
     raw = read_config(args.checkpoint_path)
     scheme = Scheme(args.mode, args.groupsize if args.groupsize > 0 else None, args.symmetric)
     check_device(args.device)
@@ -164,7 +165,10 @@ def run(args: argparse.Namespace) -> None:
     def read(name: str) -> Tensor:
         return reader.read(name).to(args.device)
 
-    windows = calibration_windows(args, source.config) if args.mode == "int4-gptq" else None
+    if args.mode != "int4-gptq":
+        windows = None
+    elif windows is None:
+        windows = calibration_windows(args, source.config)
     num_steps = len(quantizable_linears(source)) - 1 + (0 if windows is None else 2 * len(source.layers) * len(windows))
     with (
         new_folder(output_path) as folder,

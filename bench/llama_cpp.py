@@ -72,6 +72,23 @@ class LlamaCpp(Peer):
         logits = self.api.llama_get_logits_ith(self.context, -1)
         return torch.tensor([[np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()]])
 
+    def all_logits(self, ids: Tensor) -> Tensor:
+        """Return the logits [B, S, V] of texts [B, S], each on its own."""
+        return torch.stack([self.text_logits(row) for row in ids.tolist()])
+
+    def text_logits(self, ids: list[int]) -> Tensor:
+        self.keep(0)
+        batch = self.api.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, id in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = id, i, 1, 0, 1
+        status = self.api.llama_decode(self.context, batch)
+        self.api.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode gave {status}")
+        logits = self.api.llama_get_logits(self.context)
+        return torch.from_numpy(np.ctypeslib.as_array(logits, (len(ids), self.vocab_size)).copy())
+
     def keep(self, length: int) -> None:
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, length, -1)
         self.num_filled = min(self.num_filled, length)
@@ -146,6 +163,14 @@ def write_gguf(model: Transformer, path: Path) -> None:
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
+
+
+def step_bytes(path: Path) -> int:
+    """Return the bytes of weights that a step reads of a file: all but an embedding that is not the head too."""
+    import gguf
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
 
 def quantize_gguf(source: Path, path: Path, file_type: int) -> None:

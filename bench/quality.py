@@ -1,10 +1,12 @@
-"""Measure what quantization costs: bytes, perplexity and KL divergence of every mode against the bf16 checkpoint.
+"""Measure what each form of the weights costs: bytes, perplexity, and how far its distributions move.
 
     python -m bench.quality --name demo
-    python -m bench.quality --checkpoint_path DIR --text_file stories.txt --name stories
+    python -m bench.quality --checkpoint_path checkpoints/smollm2 --text_files stories.txt code.py --name smollm2
 
-GPTQ is calibrated on one part of the text and all modes are evaluated on another: the first half of --text_file and its
-second; by default modules of the standard library that the demo was not trained on.
+The texts are the files, by default held-out modules of the demo, and, where there is a chat template, conversations
+that the model writes from another seed than what GPTQ is calibrated on. All is computed in fp32, so that the weights
+alone make the difference. «noise» is the checkpoint again with noise of the size of bf16's rounding after each layer:
+a form that is no farther cannot be told from it. --compare adds llama.cpp's forms of the same weights.
 """
 
 import signal
@@ -13,88 +15,179 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import quantize
-from bench import results
-from checkpoint import load_model
+from bench import llama_cpp, results
+from calibration import NUM_WINDOWS, WINDOW, cut_windows, write_windows
+from checkpoint import load_model, meta_model
 from cli.arguments import ArgumentParser, checkpoint_folder, number, read_text
 from cli.errors import user_errors
-from likelihood import kl_divergence, perplexity
-from linears import Scheme, constant, quantize_linear
-from model import Linear, Transformer
+from config import read_config
+from likelihood import target_log_probabilities
+from linears import Scheme
+from model import Transformer
+from scripts.convert_hf_checkpoint import convert
 from scripts.train_demo import CALIBRATION_MODULES, HELD_OUT, library_text
 from tokenizer import load_tokenizer
 
-SCHEMES = [Scheme("int8"), *(Scheme(mode, size) for mode in ("int4", "int4-gptq") for size in (32, 64, 128))]
+INT4 = [Scheme(mode, size, sym) for sym in (False, True) for size in (32, 128) for mode in ("int4", "int4-gptq")]
+SCHEMES = [Scheme("int8"), Scheme("int8", 128), *INT4]
+LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # as llama.h numbers them
+CHAT_SEED = 1  # the calibration has 0
+ROWS = 2  # windows at a time
+# Standard errors are those of RESAMPLES texts drawn from stretches of so many tokens: neighbours are alike.
+STRETCH, RESAMPLES = 64, 200
+
+Logits = Callable[[Tensor], Tensor]  # of ids [B, S]: fp32 [B, S, V]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forms: each its name, the bytes that a step reads, and its logits
 
 
-def read_texts(path: Path | None) -> tuple[str, str]:
-    """Return the text to calibrate on and the text to evaluate on."""
-    if path is None:
-        rest = [name for name in HELD_OUT if name not in CALIBRATION_MODULES]
-        return library_text(CALIBRATION_MODULES), library_text(rest)
-    text = read_text("--text_file", path)
-    return text[: len(text) // 2], text[len(text) // 2 :]
+def plain_logits(model: Transformer) -> Logits:
+    return lambda ids: model(ids, torch.arange(ids.shape[1]))
 
 
-def replace_head(model: Transformer, plain: Transformer, scheme: Scheme | None) -> Transformer:
-    """Give the quantized model another output head: the plain one, or one of this scheme."""
-    head, weight = Linear(plain.config.hidden_size, plain.config.vocab_size), constant(plain.lm_head.weight)
-    head.weight = weight
-    model.lm_head = head if scheme is None else quantize_linear(head, scheme)  # type: ignore[assignment]
-    if scheme is None and plain.tied:
-        model.embed_tokens.weight = weight
-    return model
+def step_bytes(path: Path) -> int:
+    """Return the bytes of weights that a step reads, in bf16 what is not quantized."""
+    return load_model(path, dtype=torch.bfloat16, optimize=False).step_weight_bytes
 
 
-def quantize_models(path: Path, plain: Transformer, calibration: str) -> Iterator[tuple[str, Transformer]]:
-    """Quantize in every way and yield each model by name; then int4 with other output heads."""
-    yield "bfloat16", plain
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "calibration.txt")
-        file.write_text(calibration, encoding="utf-8")
-        for scheme in SCHEMES:
-            gptq = scheme.mode == "int4-gptq"
-            for act_order in (False, True) if gptq else (False,):
-                name = f"{scheme}{', act_order' * act_order}"
-                output = Path(folder, name)
-                args = ["--checkpoint_path", str(path), "--mode", scheme.mode, "--output_path", str(output)]
-                args += ["--groupsize", str(scheme.group_size)] if scheme.group_size else []
-                args += ["--calibration_file", str(file)] if gptq else []
-                quantize.run(quantize.parse_args([*args, *["--act_order"] * act_order]))
-                yield name, load_model(output, dtype=torch.bfloat16)
-        for head in (None, Scheme("int4", 32)):
-            model = load_model(Path(folder, "int4-gptq-g32"), dtype=torch.bfloat16)
-            yield f"int4-gptq-g32, head {head or 'bfloat16'}", replace_head(model, plain, head)
+def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each value by up to half the distance of its bf16 neighbours, at random."""
+    _, exponents = torch.frexp(x)
+    return x + torch.ldexp(torch.rand(x.shape, generator=generator) - 0.5, exponents - 8)
 
 
+def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iterator[tuple[str, int, Logits]]:
+    """path: the checkpoint in fp32; windows: what GPTQ is calibrated on; folder: for what is written."""
+    plain, size = load_model(path, dtype=torch.float32, optimize=False), step_bytes(path)
+    yield "bfloat16", size, plain_logits(plain)
+    generator = torch.Generator().manual_seed(0)
+    hooks = [block.register_forward_hook(lambda _, args, x: add_noise(x, generator)) for block in plain.layers]
+    yield "noise", size, plain_logits(plain)
+    for hook in hooks:
+        hook.remove()
+    if compare:
+        llama_cpp.write_gguf(plain, folder / "plain.gguf")
+        for name, number in LLAMA_CPP.items():
+            llama_cpp.quantize_gguf(folder / "plain.gguf", file := folder / f"{name}.gguf", number)
+            peer = llama_cpp.LlamaCpp(file, "cpu", WINDOW)
+            yield f"llama.cpp {name}", llama_cpp.step_bytes(file), peer.all_logits
+            peer.close()
+    for scheme in SCHEMES:
+        output = folder / str(scheme)
+        options = ["--mode", scheme.mode, "--groupsize", str(scheme.group_size or -1), "--output_path", str(output)]
+        options += ["--checkpoint_path", str(path), "--device", "cpu", *["--symmetric"] * scheme.symmetric]
+        with contextlib.redirect_stdout(io.StringIO()):
+            quantize.run(quantize.parse_args(options), windows)
+        yield str(scheme), step_bytes(output), plain_logits(load_model(output, dtype=torch.float32, optimize=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of a form
+
+
+def score(log_p: Tensor, log_q: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Compare a form's log-probabilities [N, V] with the checkpoint's: values [N], one for each predicted token."""
+    nll_p, nll_q = (-target_log_probabilities(log, targets) for log in (log_p, log_q))
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    same = (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).float()
+    return {"nll": nll_q, "change": nll_q - nll_p, "kl": kl, "same_top": same}
+
+
+def statistics(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum up values [..., N] of tokens: perplexity, its change, and KL divergence in nats."""
+    kl = values["kl"]
+    return {
+        "perplexity": values["nll"].mean(dim=-1).exp(),
+        "change": values["change"].mean(dim=-1).expm1(),
+        "kl_mean": kl.mean(dim=-1),
+        "kl_median": kl.median(dim=-1).values,
+        "kl_90th_percentile": kl.quantile(0.9, dim=-1),
+        "same_top": values["same_top"].mean(dim=-1),
+    }
+
+
+def summarize(values: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Return each statistic of values [N] with its standard error."""
+    stretches = {name: value[: len(value) // STRETCH * STRETCH].view(-1, STRETCH) for name, value in values.items()}
+    num = len(stretches["kl"])
+    drawn = torch.randint(num, (RESAMPLES, num), generator=torch.Generator().manual_seed(0))
+    errors = statistics({name: value[drawn].flatten(1) for name, value in stretches.items()})
+    return {name: [value.item(), errors[name].std().item()] for name, value in statistics(values).items()}
+
+
+def describe(name: str, kind: str, row: dict[str, Any]) -> str:
+    """Write a row of Markdown."""
+    kl = [f"{row[f'kl_{part}'][0]:.5f} ± {row[f'kl_{part}'][1]:.5f}" for part in ("mean", "median", "90th_percentile")]
+    change, same = (f"{row[key][0]:+.2%} ± {row[key][1]:.2%}" for key in ("change", "same_top"))
+    cells = [kind, name, f"{row['step_bytes'] / 1e6:.2f}", f"{row['perplexity'][0]:.3f}", change, *kl, same.lstrip("+")]
+    return f"| {' | '.join(cells)} |"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def read_texts(args: argparse.Namespace, path: Path, num: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what GPTQ is calibrated on and the texts by kind, as windows [num, length] of ids."""
+    tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32)
+    files = {file.stem: read_text("--text_files", file) for file in args.text_files}
+    if not files:
+        files = {"code": library_text([name for name in HELD_OUT if name not in CALIBRATION_MODULES])}
+    vocab_size = model.config.vocab_size
+    texts = {kind: cut_windows(text, tokenizer, num, length, vocab_size) for kind, text in files.items()}
+    opening = quantize.chat_opening(path, tokenizer)
+    total = args.calibration_samples + (2 * num if opening else 0)
+    with tqdm(total=-(-total // 8) * length, desc="texts", dynamic_ncols=True, disable=None) as bar:
+        if opening:  # of two windows one is a chat
+            written = write_windows(model, tokenizer, 2 * num, length, opening, bar.update, CHAT_SEED)
+            texts["chat"] = written[::2]
+        return write_windows(model, tokenizer, args.calibration_samples, length, opening, bar.update), texts
+
+
+@torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     path = results.new_path(args.output_dir, results.make_slug(results.name_hardware("cpu")), f"quality-{args.name}")
-    calibration, text = read_texts(args.text_file)
-    ids = load_tokenizer(args.checkpoint_path).encode(text)[: args.num_tokens]
-    plain = load_model(args.checkpoint_path, dtype=torch.bfloat16)
-    rows = []
-    lines = ["| | MB | MB a step | perplexity | to bf16 | KL |", "|---|---|---|---|---|---|"]
-    for name, model in tqdm(quantize_models(args.checkpoint_path, plain, calibration), total=13, disable=None):
-        likelihood = perplexity(model, ids, batch_size=4)
-        row = {"name": name, "weight_bytes": model.weight_bytes, "step_bytes": model.step_weight_bytes}
-        row |= {"perplexity": likelihood.perplexity, "kl": kl_divergence(plain, model, ids, batch_size=4)}
-        rows.append(row | {"tokens": likelihood.num_tokens})
-        change = row["perplexity"] / rows[0]["perplexity"] - 1
-        lines.append(
-            f"| {name} | {row['weight_bytes'] / 1e6:.2f} | {row['step_bytes'] / 1e6:.2f} | {row['perplexity']:.3f} "
-            f"| {change:+.2%} | {row['kl']:.4f} |"
-        )
-    header = results.make_header("quality", "cpu")
-    results.write(path, {**header, "checkpoint": args.checkpoint_path.name, "rows": rows})
-    print(*lines, sep="\n")
+    report = {**results.make_header("quality", "cpu"), "checkpoint": args.checkpoint_path.name, "rows": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "fp32"
+        convert(args.checkpoint_path, source, "float32")
+        config = meta_model(read_config(source)).config
+        if args.compare and (obstacle := llama_cpp.find_obstacle("cpu", config)):
+            raise ValueError(f"--compare: {obstacle}")
+        length = min(WINDOW, config.max_position_embeddings)
+        calibration, texts = read_texts(args, source, -(-args.num_tokens // length), length)
+        report |= {"calibration": list(calibration.shape), "texts": {k: list(ids.shape) for k, ids in texts.items()}}
+        reference: dict[str, list[Tensor]] = {kind: [] for kind in texts}
+        print("| text | form | MB a step | perplexity | change | mean KL | median | 90th percentile | same top |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        for name, size, logits in make_forms(source, calibration, folder, args.compare):
+            for kind, windows in texts.items():
+                parts = []
+                for i, ids in enumerate(tqdm(windows.split(ROWS), desc=f"{name}, {kind}", leave=False, disable=None)):
+                    log_q = logits(ids)[:, :-1].float().log_softmax(dim=-1).flatten(0, 1)
+                    if name == "bfloat16":
+                        reference[kind].append(log_q)
+                    parts.append(score(reference[kind][i], log_q, ids[:, 1:].flatten()))
+                values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                row = {"name": name, "text": kind, "tokens": len(values["kl"]), "step_bytes": size, **summarize(values)}
+                report["rows"].append(row)
+                results.write(path, report)  # at once: an interrupted run keeps what it has
+                print(describe(name, kind, row), flush=True)
     print(f"wrote {path}", file=sys.stderr)
 
 
@@ -102,8 +195,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     demo = results.ROOT / "checkpoints/demo"
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=demo, help="(checkpoints/demo)")
-    parser.add_argument("--text_file", type=Path, help="default: held-out modules of the standard library")
-    parser.add_argument("--num_tokens", type=number(int, 2), default=16384, help="to evaluate on, at most (16384)")
+    parser.add_argument("--text_files", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="to evaluate on, each a kind named after it (held-out modules of the demo)")  # fmt: skip
+    parser.add_argument("--num_tokens", type=number(int, 2), default=4096, help="of each kind of text (4096)")
+    parser.add_argument("--calibration_samples", type=number(int, 1), default=NUM_WINDOWS, help="windows for GPTQ (64)")
+    parser.add_argument("--compare", action="store_true", help="add llama.cpp's Q8_0, Q4_0 and Q4_K_M")
     parser.add_argument("--name", required=True, help="what the result file is called: quality-NAME")
     results.add_output_dir(parser)
     with user_errors():
