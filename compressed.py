@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats import retyped
-from linears import HEAD_SCHEME, Scheme, StoredLinear, pack_nibbles
+from linears import Scheme, StoredLinear, pack_nibbles
 from model import Transformer
 from names import hub_names, hub_rows, unstacked
 
 
-def quantization_config(scheme: Scheme, head: Scheme = HEAD_SCHEME) -> dict[str, Any]:
+def quantization_config(scheme: Scheme) -> dict[str, Any]:
     """Return what config.json says of the linears of blocks and of the head, both in compressed-tensors."""
-    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|\.w[123])$"]), (head, ["re:.*lm_head$"])])
+    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|\.w[123])$"]), (scheme.head, ["re:.*lm_head$"])])
 
 
 def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]:

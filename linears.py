@@ -45,6 +45,11 @@ class Scheme:
         is_int8 = self.mode == "int8"
         return Form(8 if is_int8 else 4, self.group_size, zeros=not (is_int8 or self.symmetric))
 
+    @property
+    def head(self) -> "Scheme":
+        """What becomes of the output head: int8. It does not show in the perplexity, int4 does: results/NOTES.md."""
+        return self if self.mode == "int8" else Scheme("int8")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -55,10 +60,6 @@ class Form:
     zeros: bool = False  # whether each group has a zero point
     scales: torch.dtype = torch.bfloat16
     ordered: bool = False  # whether the columns lie in an order of their own, so that those of a group are adjacent
-
-
-# Rounding the output head to int8 does not show in the perplexity, to int4 it does: results/NOTES.md.
-HEAD_SCHEME = Scheme("int8")
 
 
 def constant(tensor: Tensor) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
     python quantize.py --checkpoint_path checkpoints/demo --mode int4-gptq --groupsize 32
 
-The linears of the blocks take the mode, the output head is always int8, the embedding and the norms stay as they are.
+The linears of the blocks take the mode, the output head is int8 in all, the embedding and the norms stay as they are.
 What is written is compressed-tensors (formats.py), which other programs read too.
 """
 
@@ -31,16 +31,7 @@ from compressed import hub_tensors, quantization_config
 from config import eos_token_ids, read_config
 from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
-from linears import (
-    GROUP_SIZES,
-    HEAD_SCHEME,
-    MODES,
-    Scheme,
-    StoredLinear,
-    constant,
-    quantizable_linears,
-    quantize_linear,
-)
+from linears import GROUP_SIZES, MODES, Scheme, StoredLinear, constant, quantizable_linears, quantize_linear
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -76,7 +67,7 @@ def quantized_parts(
         yield parameters
         block.to("meta")
     model.lm_head.weight = constant(read(head))
-    stored = quantize_linear(model.lm_head, HEAD_SCHEME)
+    stored = quantize_linear(model.lm_head, scheme.head)
     yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
 
 

@@ -67,7 +67,7 @@ def step_bytes(path: Path) -> int:
 def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
     """Move each value by up to half the distance of its bf16 neighbours, at random."""
     _, exponents = torch.frexp(x)
-    return x + torch.ldexp(torch.rand(x.shape, generator=generator) - 0.5, exponents - 8)
+    return x + torch.ldexp(torch.rand(x.shape, generator=generator) - 0.5, exponents - 8) * (x != 0)
 
 
 def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iterator[tuple[str, int, Logits]]:
@@ -161,6 +161,7 @@ def read_texts(args: argparse.Namespace, path: Path, num: int, length: int) -> t
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     path = results.new_path(args.output_dir, results.make_slug(results.name_hardware("cpu")), f"quality-{args.name}")
+    print(f"each row is written at once to {path}", file=sys.stderr)
     report = {**results.make_header("quality", "cpu"), "checkpoint": args.checkpoint_path.name, "rows": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -186,9 +187,8 @@ def run(args: argparse.Namespace) -> None:
                 values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
                 row = {"name": name, "text": kind, "tokens": len(values["kl"]), "step_bytes": size, **summarize(values)}
                 report["rows"].append(row)
-                results.write(path, report)  # at once: an interrupted run keeps what it has
+                results.write(path, report)
                 print(describe(name, kind, row), flush=True)
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

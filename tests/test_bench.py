@@ -369,6 +369,15 @@ def test_llama_cpp_writes_our_greedy_text_from_the_file_we_make(model, gguf_file
     theirs.close()
 
 
+def test_llama_cpp_gives_our_logits_of_each_text_and_the_bytes_that_a_step_reads(model, gguf_file):
+    theirs = llama_cpp.LlamaCpp(gguf_file, "cpu", 64)
+    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, torch.arange(40)).float()
+    assert (theirs.all_logits(ids) - expected).abs().max() < 0.05 * expected.abs().max()
+    theirs.close()
+    assert llama_cpp.step_bytes(gguf_file) == pytest.approx(model.step_weight_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize(("kind", "file_type"), llama_cpp.FILE_TYPES.values())
 def test_llama_cpp_runs_its_quantized_form_and_every_measurement(gguf_file, tmp_path, kind, file_type):
     llama_cpp.quantize_gguf(gguf_file, tmp_path / kind, file_type)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoint import load_model
 from kernels.optimize import optimize_
-from linears import HEAD_SCHEME, Scheme, quantizable_linears, quantize_linear
+from linears import Scheme, quantizable_linears, quantize_linear
 from model import Transformer
 from steps import compiled
 from tests.conftest import FAMILIES, HubCheckpoint
@@ -35,7 +35,7 @@ def plain_model(reference: HubCheckpoint, form: str, dtype: torch.dtype) -> Tran
     scheme = FORMS[form]
     if scheme:
         for name, child in quantizable_linears(model).items():
-            model.set_submodule(name, quantize_linear(child, HEAD_SCHEME if name == "lm_head" else scheme))
+            model.set_submodule(name, quantize_linear(child, scheme.head if name == "lm_head" else scheme))
     model.setup_caches(2, NUM_SLOTS)
     return model
 

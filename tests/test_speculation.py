@@ -21,7 +21,7 @@ from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
 from kernels.optimize import optimize_
-from linears import HEAD_SCHEME, Scheme, quantizable_linears, quantize_linear
+from linears import Scheme, quantizable_linears, quantize_linear
 from speculate import Speculation, accept, draft_and_verify
 from steps import Noise, Sampling, Text, compiled, decode, likeliest, prefill, probabilities
 from suffix import Suffixes
@@ -54,7 +54,7 @@ def random_draft():
 
 def quantized(model, scheme):
     for name, child in quantizable_linears(model).items():
-        model.set_submodule(name, quantize_linear(child, HEAD_SCHEME if name == "lm_head" else scheme))
+        model.set_submodule(name, quantize_linear(child, scheme.head if name == "lm_head" else scheme))
     optimize_(model)
     return model
 
