@@ -118,6 +118,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is named once
+        name = name.replace(".stored.", ".")  # as a layer of kernels/ calls the linear that it computes
         parts = weight.detach().cpu().split(hub_rows(name, config, len(weight)))
         for hub_name, part in zip(hub_names(name, config), parts, strict=True):
             layer = hub_name.split(".")[-2]
