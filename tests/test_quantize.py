@@ -458,6 +458,13 @@ def test_a_loaded_checkpoint_computes_with_the_stored_codes(
     assert (logits - reference.logits).std() < 0.5 * reference.logits.std()
 
 
+def test_the_head_is_int8_and_in_groups_where_int8_blocks_are(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
+    for scheme, size in ((Scheme("int8"), None), (Scheme("int8", 32), 32), (Scheme("int4", 32), None)):
+        path = quantized(hub_checkpoint("gqa").path, tmp_path / str(scheme), *arguments(scheme))
+        head = load_model(path, dtype=torch.float32, optimize=False).lm_head
+        assert isinstance(head, StoredLinear) and (head.form.bits, head.form.group_size) == (8, size)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_save_load_and_generate_give_the_text_of_the_plain_twin(stories: Path, tmp_path: Path, scheme: Scheme) -> None:
     path = quantized(stories, tmp_path / "out", *arguments(scheme))
