@@ -71,7 +71,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             f"quantize.py --checkpoint_path MODEL --mode {own['mode']}{size}"
         )
     keys = ("quantization_config", "compression_config", "quantization")  # the second by compressed-tensors of 2024
-    options = next((raw[key] for key in keys if raw.get(key) is not None), {})
+    options: Any = next((raw[key] for key in keys if raw.get(key) is not None), {})
     if not isinstance(options, dict):
         raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
     options = {key: value for key, value in options.items() if value is not None}
