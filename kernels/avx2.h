@@ -110,12 +110,15 @@ static const float* pack_wide(const T* x, int64_t M, int64_t K) {
     return packed;
 }
 
-// Add the products of C rows of x, of M that are packed, and R rows of w, over `width` columns, to sums [C, 16].
+// Add the products of C rows of x, of M that are packed, and R rows of w, over `width` columns, to sums [C, 16]. Fetched
+// is what comes `ahead` of w: of `whole` rows in the order of memory, else at the same columns.
 template <int R, int C, int M, class T>
-static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t width, int64_t ahead, float* sums) {
+static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t width, int64_t ahead, bool whole,
+                             float* sums) {
+    const int64_t step = whole ? R : 1, gap = whole ? 32 : K;
     __m256 parts[R][C][2] = {};
     for (int64_t k = 0; k < width; k += 32) {
-        for (int j = 0; j < R; j++) _mm_prefetch((const char*)(w + ahead + R * k + 32 * j), _MM_HINT_T0);
+        for (int j = 0; j < R; j++) _mm_prefetch((const char*)(w + ahead + step * k + gap * j), _MM_HINT_T0);
         for (int i = 0; i < 2; i++) {
             Two weights[R];
             for (int j = 0; j < R; j++) weights[j] = load_two(w + j * K + k + 16 * i);
@@ -137,7 +140,7 @@ static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t widt
 }
 
 // The sums of `rows` rows of w, an even number: [M, 16]. x is taken in parts of its columns, which stay in the first
-// cache. Fetched are the rows that come next, in the order of memory.
+// cache.
 template <int M, class T>
 __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
     constexpr int R = M > 1 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
@@ -147,10 +150,10 @@ __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int6
         for (int r = 0; r < rows; r += R) {
             const T* p = w + r * K + k;
             const int64_t columns = std::min(width, K - k);
-            const int64_t ahead = pieces > 1 ? R * K : R == 1 ? PREFETCH_BYTES / int64_t(sizeof(T)) : R * K;
-            bf16_tile<R, C, M>(x + k * M, p, K, columns, ahead, sums + r);
+            const int64_t ahead = R == 1 && pieces == 1 ? PREFETCH_BYTES / int64_t(sizeof(T)) : R * K;
+            bf16_tile<R, C, M>(x + k * M, p, K, columns, ahead, pieces == 1, sums + r);
             if constexpr (M > C)
-                bf16_tile<R, M - C, M>(x + k * M + 16 * C, p, K, columns, ahead, sums + r + C * INT4_BLOCK_ROWS);
+                bf16_tile<R, M - C, M>(x + k * M + 16 * C, p, K, columns, ahead, pieces == 1, sums + r + C * INT4_BLOCK_ROWS);
         }
 }
 
