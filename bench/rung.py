@@ -35,13 +35,15 @@ def can_run(title: str, call: Callable[[], Any]) -> bool:
 def measure_roof(device: str) -> dict[str, float]:
     """Return the best of several: how fast memory is streamed, in GB/s, and bf16 GEMM, in TFLOP/s.
 
-    On a CPU 1 GiB is read, on a GPU copied, which counts as read and written. Matrices are 2048 or 8192 wide.
+    On a CPU 1 GiB is read, on a GPU copied, which counts as read and written. Matrices are 2048 or 8192 wide, and in
+    fp32 on a CPU without instructions for bf16, where bf16 takes minutes.
     """
     on_gpu = device.startswith("cuda")
     data = empty_weight((2**28,), torch.float32, device).fill_(1)
     copy = torch.empty_like(data) if on_gpu else data
     size = 8192 if on_gpu else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    is_narrow = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if is_narrow else torch.float32)
     stream, multiply = (lambda: copy.copy_(data)) if on_gpu else data.sum, lambda: a @ a
     for run in (stream, multiply) if on_gpu else ():  # the first loads the library
         run()
