@@ -418,19 +418,25 @@ static void score(const Tile& tile, int64_t first, int64_t last, const float* ke
     const __m256 scale = _mm256_set1_ps(1 / std::sqrt(float(tile.D)));
     by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
         constexpr int R = count;
+        const float* queries[R];
+        for (int i = 0; i < R; i++) queries[i] = tile.row(r0 + i);
         for (int64_t t = 0; t < SLOTS; t += 16) {
             __m256 sums[R][2] = {};
-            for (int64_t d = 0; d < tile.D; d++)
-                for (int i = 0; i < R; i++)
-                    for (int j = 0; j < 2; j++) {
-                        const __m256 k = _mm256_load_ps(keys + d * SLOTS + t + 8 * j);
-                        sums[i][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(tile.row(r0 + i) + d), k, sums[i][j]);
-                    }
+            for (int64_t d = 0; d < tile.D; d++) {
+                const __m256 low = _mm256_load_ps(keys + d * SLOTS + t), high = _mm256_load_ps(keys + d * SLOTS + t + 8);
+                for (int i = 0; i < R; i++) {
+                    const __m256 q = _mm256_broadcast_ss(queries[i] + d);
+                    sums[i][0] = _mm256_fmadd_ps(q, low, sums[i][0]);
+                    sums[i][1] = _mm256_fmadd_ps(q, high, sums[i][1]);
+                }
+            }
             for (int i = 0; i < R; i++)
                 for (int j = 0; j < 2; j++) {
                     const int64_t slot = first + t + 8 * j, left = std::min<int64_t>(8, last - slot);
+                    const uint8_t* mask = tile.mask + (r0 + i) / tile.G * tile.slots + slot;
                     uint64_t bytes = 0;
-                    if (left > 0) std::memcpy(&bytes, tile.mask + (r0 + i) / tile.G * tile.slots + slot, left);
+                    if (left == 8) std::memcpy(&bytes, mask, 8);
+                    else if (left > 0) std::memcpy(&bytes, mask, left);
                     const __m256i seen = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
                     const __m256 unseen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(seen, _mm256_setzero_si256()));
                     const __m256 score = _mm256_blendv_ps(_mm256_mul_ps(sums[i][j], scale), _mm256_set1_ps(-INFINITY), unseen);
