@@ -302,7 +302,7 @@ def test_the_hessians_are_of_the_inputs_that_the_linears_see_each_as_long_as_the
 
 
 @pytest.mark.parametrize("family", NEWER)
-@torch.inference_mode()
+@torch.no_grad()
 def test_gptq_of_each_family_is_nearer_than_rounding_and_its_draft_leaves_the_text_alone(
     hub_checkpoint: GetCheckpoint, family: str
 ) -> None:
