@@ -24,6 +24,7 @@ from config import parse_config, read_config
 from engine import generate
 from generate import main
 from gptq import Calibration, gptq, gptq_stack
+from kernels.cpu import CpuInt8, dtypes
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8
 from kernels.optimize import optimize_
 from linears import (
@@ -204,9 +205,9 @@ def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
     child.weight.data *= 1e-6
     ready = on_this_device(quantize_linear(child, scheme), torch.float16)
     x = 1000 * normal(1, 128, seed=7).half()
-    weight = quantize_linear(child, scheme).dequantize().half()  # what float16 can hold of the weight itself
-    expected = x.double() @ weight.double().t()
-    assert (ready(x).double() - expected).abs().max() <= 0.01 * expected.abs().max()
+    expected = x.double() @ quantize_linear(child, scheme).dequantize().double().t()
+    # A kernel holds the scales as they are; without one float16 holds the weight, of which it keeps the first bits.
+    assert (ready(x).double() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
@@ -218,8 +219,12 @@ def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
         block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Scheme("int8"))  # type: ignore[assignment]
         block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Scheme("int8"))  # type: ignore[assignment]
     optimize_(model)
-    assert {type(block.mlp.down_proj.stored) for block in model.layers} == {StoredLinear}
-    assert {type(block.mlp.gate_up_proj) for block in model.layers} == {AtenInt8}
+    kinds = [
+        {type(getattr(layer, "stored", layer)) for layer in layers}
+        for layers in zip(*((block.mlp.down_proj, block.mlp.gate_up_proj) for block in model.layers), strict=True)
+    ]
+    # A kernel that takes float16 holds the scales as they are.
+    assert kinds == ([{CpuInt8}] * 2 if torch.float16 in dtypes() else [{StoredLinear}, {AtenInt8}])
 
 
 def test_the_kernels_run_where_the_shape_allows() -> None:
