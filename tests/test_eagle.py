@@ -134,10 +134,14 @@ def write_head(path, name="llama_default", form="speculators", tensors=(), **cha
     return path
 
 
-def reference_target(**options):
+def target_folder():
     if not REFERENCES.is_dir():
         pytest.skip(f"{REFERENCES} is not on this machine")
-    return load_model(REFERENCES / "target", dtype=torch.float32, **options)
+    return REFERENCES / "target"
+
+
+def reference_target(**options):
+    return load_model(target_folder(), dtype=torch.float32, **options)
 
 
 @torch.inference_mode()
@@ -275,7 +279,7 @@ MISTAKES = {
 def test_what_is_wrong_with_a_head_is_one_line(tmp_path, mistake):
     changes, tensors, *fragments = MISTAKES[mistake]
     path = write_head(tmp_path / "head", tensors=tensors, **changes)
-    options = ("--checkpoint_path", REFERENCES / "target", "--draft_checkpoint_path", path, "--prompt", "a")
+    options = ("--checkpoint_path", target_folder(), "--draft_checkpoint_path", path, "--prompt", "a")
     assert_user_error(run_forked(generate_module.main, *options, cwd=tmp_path), path, *fragments)
 
 
@@ -299,7 +303,7 @@ def test_the_training_refuses_what_cannot_be_before_it_begins(tmp_path):
     (tmp_path / "demo-eagle3" / "kept").touch()
     result = run_forked(train_head.main, "--output_dir", tmp_path, cwd=tmp_path)
     assert_user_error(result, tmp_path / "demo-eagle3", "exists already")
-    options = ("--output_dir", tmp_path / "new", "--checkpoint_path", REFERENCES / "target")
+    options = ("--output_dir", tmp_path / "new", "--checkpoint_path", target_folder())
     assert_user_error(run_forked(train_head.main, *options, cwd=tmp_path), "draft_vocab_size is 2048", "512")
     assert [path.name for path in tmp_path.iterdir()] == ["demo-eagle3"]
 
@@ -380,7 +384,7 @@ def test_a_target_without_the_heads_taps_is_refused(head):
 def test_the_command_prints_the_plain_text_of_a_quantized_model(tmp_path):
     path = write_head(tmp_path / "head")
     options = ("--mode", "int4", "--groupsize", 32, "--output_path", tmp_path / "target")
-    result = run_forked(quantize_module.main, "--checkpoint_path", REFERENCES / "target", *options, cwd=tmp_path)
+    result = run_forked(quantize_module.main, "--checkpoint_path", target_folder(), *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     options = ("--checkpoint_path", tmp_path / "target", "--prompt", "Once", "--temperature", 0, "--max_new_tokens", 40)
     plain, found = (

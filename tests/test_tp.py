@@ -212,9 +212,9 @@ def alone(folder):
 @pytest.mark.parametrize(("count", "name"), CASES)
 def test_logits_of_a_batch_equal_one_ranks(found, alone, name, count):
     expected = alone[name]["logits"]
-    # Logits of the demo reach 17, of odd_vocabulary 22: their last bit is 2e-6, one rank's own error 1e-5. The next
-    # test shows that it is no more.
-    tolerance = 1e-5 if not name.startswith(("demo", "odd")) else 2e-6 * expected.abs().max().item()
+    # Logits reach 17 of the demo, 22 of odd_vocabulary, 12 of phi4_mini: their last bit is 2e-6, one rank's own error
+    # 1e-5. The next test shows that it is no more.
+    tolerance = max(1e-5, 2e-6 * expected.abs().max().item())
     for rank in found[count]:
         torch.testing.assert_close(rank[name]["logits"], expected, atol=tolerance, rtol=0)
 
