@@ -224,7 +224,8 @@ def test_attending_to_fewer_slots_equals_the_whole_cache(reference: HubCheckpoin
     for start, size in ((0, 9), (9, 1), (10, 5)):
         piece, positions = reference.tokens[:, start : start + size], torch.arange(start, start + size)
         slots = torch.arange(start + size + 2)
-        assert_close(few(piece, positions, slots), whole(piece, positions), 1e-5)
+        expected = whole(piece, positions)  # Gemma's reach 33
+        assert_close(few(piece, positions, slots), expected, max(1e-5, 1e-6 * expected.abs().max().item()))
 
 
 def test_nan_in_slots_not_yet_reached_changes_nothing(reference: HubCheckpoint) -> None:
