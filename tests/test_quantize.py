@@ -562,7 +562,7 @@ def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
             (Scheme("int8"), []),
             (Scheme("int4", 64), ["--groupsize", 64]),
             (Scheme("int4", 128), ["--groupsize", 128]),
-            (Scheme("int4-gptq", 128), ["--groupsize", 128, "--calibration_length", 256]),
+            (Scheme("int4-gptq", 128), ["--groupsize", 128, "--calibration_length", 256, "--calibration_samples", 32]),
         )
     }
     assert abs(added["int8"]) < 0.003
