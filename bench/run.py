@@ -36,6 +36,7 @@ from checkpoint import meta_model
 from cli.arguments import ArgumentParser, check_device, number
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, local_device, process_group, together
+from drafters import MODEL_K
 from model import Ranks
 
 PROCESS_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
@@ -142,7 +143,7 @@ def groups_of_rungs(
     if names is None:
         names = [g for g in GROUPS if g not in IF_NAMED and (ranks.count == 1 or g not in ALONE)]
     processes = Processes(subject, device, folder)
-    ladder = Ladder(subject, device, ranks, args.new_tokens, max(args.speculate_k))
+    ladder = Ladder(subject, device, ranks, args.new_tokens, max(args.speculate_k or [MODEL_K]))
     for group in (g for g in GROUPS if g in names):
         yield group, list(getattr(processes if group in PROCESS_GROUPS else ladder, group)())
     if args.compare:
@@ -152,7 +153,7 @@ def groups_of_rungs(
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
     if args.speculate is not None:
         report.content["speculation"] = []
-        options = subject, device, args.new_tokens, args.speculate_k
+        options = subject, device, args.new_tokens, args.speculate_k or [4]
         for duel in chain(*(speculation.make_duels(what, *options) for what in args.speculate)):
             entries = duel.run(args.samples)
             report.content["speculation"] += entries
@@ -226,13 +227,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpt_fast", type=Path, metavar="DIR", help="with --compare, a checkout of gpt-fast to add")
     parser.add_argument("--samples", type=number(int, 1), default=5, help="of each rung (5)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=64, help="in a decode sample (64)")
-    parser.add_argument("--speculate", nargs="+", metavar="WHAT",
+    parser.add_argument("--speculate", nargs="*", metavar="WHAT",
                         help="measure drafters, and nothing else: of demo and demo-eager, of the shapes of --config, "
-                             "or of the folder of a model made for chat")  # fmt: skip
-    parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", default=[4], help="drafts (4)")
+                             "or of the folder of a model made for chat (demo shapes)")  # fmt: skip
+    parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", help="drafts (4; in the ladder 5)")
     parser.add_argument("--name", help="what the result file is called (by what is measured)")
     results.add_output_dir(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.speculate = ["demo", "shapes"] if args.speculate == [] else args.speculate
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
