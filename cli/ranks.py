@@ -140,6 +140,7 @@ def local_device(name: str, ranks: Ranks) -> str:
 @functools.cache
 def patient_group() -> dist.ProcessGroup:
     """Make a group of all ranks, without a timeout: a user may think for hours."""
+    dist.barrier()  # with a timeout: ranks that make a group wait for one that is lost as long as its own allows
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import generate
 from checkpoint import load_model, random_model
+from cli import ranks as processes
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, patient_group, process_group, together
 from config import read_config
@@ -169,6 +170,13 @@ def failure():
 
         for _ in generate.generate(model, PROMPTS, 10, GREEDY, decode=failing):
             pass
+
+
+def silence():
+    """Lose the others, and have a store that does not answer."""
+    processes.LONG, processes.another_has_ended = 1, lambda store: time.sleep(1000)
+    with process_group():
+        raise RuntimeError("gloo: connection closed")
 
 
 def mistake():

@@ -458,6 +458,11 @@ def test_a_rank_that_fails_says_why_and_ends_the_others(tmp_path):
     assert first.stderr == ""
 
 
+def test_a_rank_ends_though_the_store_does_not_answer(tmp_path):
+    [alone] = on_all(tmp_path, 2, on_ranks.silence)[:1]
+    assert (alone.status, alone.stdout, alone.stderr) == (1, "", "")
+
+
 def test_ctrl_c_ends_all_ranks_and_one_too_that_waits_for_another():
     with contextlib.ExitStack() as stack:
         # In as many seconds torchrun kills what is left.
