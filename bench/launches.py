@@ -3,9 +3,10 @@
     python -m bench.launches --config configs/llama-2-7b.json
 
 inductor is told that the CPU is an H100, and the model that it is on CUDA: nothing is run, and of a model two layers
-are made. For every form of the weights, of a decode step, of the forward that verifies drafts and of a whole round with
-an EAGLE-3 head in the shapes of a layer: which kernels a layer launches, and how many there are besides. Few of them
-read weights, and each takes its microseconds. The table goes to results/<date>_<config>-<options>-launches.json.
+are made. For every form of the weights, of a decode step, of the forward that verifies drafts and, with --head, of a
+whole round with an EAGLE-3 head in the shapes of a layer: which kernels a layer launches, and how many there are
+besides. Few of them read weights, and each takes its microseconds. The table goes to
+results/<date>_<config>-<options>-launches.json.
 """
 
 import signal
@@ -36,7 +37,7 @@ from checkpoint import meta_model, random_model
 from cli.arguments import ArgumentParser, need_triton
 from cli.errors import user_errors
 from eagle import Head
-from eagle_checkpoint import FAMILIES, random_head
+from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from model import Transformer
 from speculate import draft_and_verify, verify
@@ -91,10 +92,8 @@ def list_launches(code: str) -> tuple[list[list[str]], list[str]]:
     return layers, names["call"]
 
 
-def make_head(raw: dict[str, Any], model: Transformer) -> Head | None:
-    """Make a head of one layer for the model; None for a family that heads are not of."""
-    if raw["model_type"] not in FAMILIES:
-        return None
+def make_head(raw: dict[str, Any], model: Transformer) -> Head:
+    """Make a head of one layer for the model, which from now on keeps taps for it."""
     own = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "quantization_config": None}
     head = random_head(raw | own | {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}, model, optimize=False)
     optimize_(head, "cuda")
@@ -103,20 +102,22 @@ def make_head(raw: dict[str, Any], model: Transformer) -> Head | None:
 
 @torch.inference_mode()
 def write_steps(model: Transformer, head: Head | None, codes: list[str], settings: dict[str, Any]) -> dict[str, str]:
-    """Return the code that inductor writes for each step; settings: of inductor, to be tried."""
+    """Return the code that inductor writes for each step, of a head its round; settings: of inductor, to be tried."""
     for each in filter(None, (model, head)):
         each.setup_caches(1, NUM_SLOTS)
     one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
     drafted, slots = torch.zeros(1, NUM_DRAFTS, dtype=torch.long), torch.arange(NUM_SLOTS)
-    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "decode": (decode, (one, one, slots, GREEDY, None)),
-        f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
-    }
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
     if head:
         head.follow_(model)
         latest = torch.zeros(1, NUM_DRAFTS + 1, dtype=torch.long)
-        name = f"round of a head, {NUM_DRAFTS} drafts"
-        calls[name] = draft_and_verify, (latest, latest, slots, head, NUM_DRAFTS, GREEDY, None)
+        round_args = latest, latest, slots, head, NUM_DRAFTS, GREEDY, None
+        calls = {f"round of a head, {NUM_DRAFTS} drafts": (draft_and_verify, round_args)}
+    else:
+        calls = {
+            "decode": (decode, (one, one, slots, GREEDY, None)),
+            f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
+        }
     sources = {}
     with fresh_cache():  # in which there is no code yet
         for name, (step, args) in calls.items():
@@ -142,7 +143,10 @@ def run(args: argparse.Namespace) -> None:
     for weights, form in subject.forms.items():
         model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
         optimize_(model, "cuda")
-        for step, code in write_steps(model, make_head(form, model), codes, settings).items():
+        steps = write_steps(model, None, codes, settings)
+        if args.head:  # last, since steps of a model with taps store them too
+            steps |= write_steps(model, make_head(form, model), codes, settings)
+        for step, code in steps.items():
             layers, besides = list_launches(code)
             drafting, layers = layers[:-NUM_LAYERS], layers[-NUM_LAYERS:]  # a head's layers come first
             if layers != layers[:1] * NUM_LAYERS:
@@ -164,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--options", nargs="+", choices=OPTIONS["cuda"], default=[], metavar="OPTION",
                         help=f"settings of inductor: any of «{'», «'.join(OPTIONS['cuda'])}» (none)")  # fmt: skip
+    parser.add_argument("--head", action="store_true", help="count a round with an EAGLE-3 head too")
     results.add_output_dir(parser)
     with user_errors():
         run(parser.parse_args(argv))
