@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -174,7 +175,7 @@ def failure():
 
 def silence():
     """Lose the others, and have a store that does not answer."""
-    processes.LONG, processes.another_has_ended = 1, lambda store: time.sleep(1000)
+    processes.LONG, processes.another_has_ended = 1, lambda store: threading.Event().wait(1000)
     with process_group():
         raise RuntimeError("gloo: connection closed")
 
