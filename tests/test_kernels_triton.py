@@ -161,7 +161,7 @@ def launched(tmp_path_factory):
     command += ["--output_dir", str(folder)]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("wrote "), result.stderr  # torch may have warned before
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
     head = "reduction 256 x 1024"
