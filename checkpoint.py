@@ -28,7 +28,7 @@ from config import eos_token_ids as eos_token_ids  # which programs import from 
 from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find
-from kernels.cpu import empty_weight
+from kernels.cpu import empty_weight, start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, StoredLinear, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
@@ -348,6 +348,8 @@ def load_model(
     dtype = checkpoint_dtype(path, raw) if dtype is None else dtype
     reader = ModelReader(path, dtype, ranks=ranks)
     model = meta_model(reader.raw, ranks, reader.forms)
+    if optimize and torch.device(device).type == "cpu":
+        start_to_compile()
     hidden = True if ranks.rank else None  # None: shown on a terminal
     bar = tqdm(reader.specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
     load_parameters_(model, {name: reader.read(name).to(device) for name in bar}, device)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +34,25 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 BLOCK_ROWS, INT4_BLOCK_ROWS = 4, 16  # rows of the weight that the kernels of int8 and int4 interleave
 
 
-@functools.cache
+lock = threading.Lock()
+
+
 def library() -> Path | None:
-    """Compile and load cpu.cpp, and return the library's path.
+    """Compile and load cpu.cpp, once, and return the library's path.
 
     None on a CPU that it is not for, and, with a line on stderr, where it cannot be compiled or loaded.
     """
+    with lock:
+        return make_library()
+
+
+def start_to_compile() -> None:
+    """Let `library` begin, in a thread: what compiles for the first time does so while the weights load."""
+    threading.Thread(target=library, daemon=True).start()
+
+
+@functools.cache
+def make_library() -> Path | None:
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
     program = shutil.which(compiler[0])
@@ -61,6 +75,8 @@ def library() -> Path | None:
         path = folder / f"{key[:16]}.so"
         if not path.is_file():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if sys.stderr.isatty():
+                print("compiling kernels/cpu.cpp for this CPU, once: about 20 s", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:  # other processes may be compiling it too
                 built = Path(temporary, path.name)
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)

@@ -476,9 +476,33 @@ def test_without_a_compiler_that_works_there_is_no_library(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    assert cpu.library.__wrapped__() is None
+    assert cpu.make_library.__wrapped__() is None
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_kernels_compile_while_the_weights_load(tmp_path: Path) -> None:
+    """The first weight is read when the compiler has begun, or never."""
+    begun, compiler = tmp_path / "begun", tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ntouch {begun}\nexit 1\n")
+    compiler.chmod(0o755)
+    program = f"""
+import time
+from pathlib import Path
+import checkpoint
+read = checkpoint.ModelReader.read
+def read_late(*arguments):
+    while not Path({str(begun)!r}).exists():
+        time.sleep(0.01)
+    return read(*arguments)
+checkpoint.ModelReader.read = read_late
+checkpoint.load_model("checkpoints/demo")
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr  # that the compiler did not work
 
 
 @pytest.mark.parametrize(("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake")])
