@@ -78,16 +78,16 @@ static inline float largest_of(__m256 v) {
 }
 
 // Write y [M, N] for ROWS rows of w at a time, the last ones fewer: sums_of(rows of x, packed x, first row of w, how
-// many, sums [MAX_M, ROWS]).
+// many, sums [MAX_M, ROWS]). experts: as `over_rows` has them.
 template <int BLOCK, int ROWS, auto PACK, class T, class Sums>
-static void product(const T* x, T* y, int64_t M, int64_t N, int64_t K, Sums sums_of) {
-    over_rows<BLOCK, PACK>(x, M, N, K, [=](int rows, int64_t m, auto packed, int64_t first, int64_t last) {
+static void product(const T* x, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts, Sums sums_of) {
+    over_rows<BLOCK, PACK>(x, M, N, K, experts, [=](const Pass& pass, auto packed, int64_t first, int64_t last) {
         alignas(32) float sums[MAX_M * ROWS];
         for (int64_t n = first * BLOCK; n < last * BLOCK; n += ROWS) {
             const int count = int(std::min<int64_t>(ROWS, last * BLOCK - n));
-            sums_of(rows, packed, n, count, sums);
-            for (int i = 0; i < rows; i++)
-                for (int r = 0; r < count; r++) set(y[(m + i) * N + n + r], sums[i * ROWS + r]);
+            sums_of(pass.rows, packed, n, count, sums);
+            for (int i = 0; i < pass.rows; i++)
+                for (int r = 0; r < count; r++) set(y[pass.out(N) + i * N + n + r], sums[i * ROWS + r]);
         }
     });
 }
@@ -158,12 +158,12 @@ __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int6
 }
 
 template <class T>
-static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K) {
-    if (M > MAX_ROWS)
+static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts) {
+    if (M > MAX_ROWS && !experts)
         return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
             for (int64_t i = 0; i < BLOCK_ROWS * K; i += 8) _mm256_store_ps(out + i, load_wide(w + block * BLOCK_ROWS * K + i));
         });
-    product<BLOCK_ROWS, INT4_BLOCK_ROWS, pack_wide<T>>(x, y, M, N, K, [=](int rows, const float* packed, int64_t n, int count, float* sums) {
+    product<BLOCK_ROWS, INT4_BLOCK_ROWS, pack_wide<T>>(x, y, M, N, K, experts, [=](int rows, const float* packed, int64_t n, int count, float* sums) {
         WITH_M(rows, bf16_sums<M>(packed, w + n * K, K, count, sums))
     });
 }
@@ -265,11 +265,11 @@ __attribute__((noinline)) static void int8_sums(const Fixed* x, const int8_t* w,
 
 template <class T>
 static void int8_product(const T* x, const int8_t* w, Scales scales, const int8_t* zeros, T* y, int64_t M, int64_t N,
-                         int64_t K, int64_t group) {
+                         int64_t K, int64_t group, const int64_t* experts) {
     const int64_t G = K / group;
     auto in_steps = [=](auto step) {
         constexpr int STEP = step;
-        product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<STEP, T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+        product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<STEP, T>>(x, y, M, N, K, experts, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
             WITH_M(rows, (zeros ? int8_sums<M, STEP, true> : int8_sums<M, STEP, false>)(
                              packed, w + n * K, scales, n * G, zeros ? zeros + n * G : nullptr, K, group, sums))
         });
@@ -343,9 +343,9 @@ __attribute__((noinline)) static void int4_sums(const Fixed* x, const uint8_t* w
 
 template <class T>
 static void int4_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
-                         int64_t K, int64_t group) {
+                         int64_t K, int64_t group, const int64_t* experts) {
     const int64_t G = K / group;
-    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<32, T>>(x, y, M, N, K, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
+    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<32, T>>(x, y, M, N, K, experts, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
         WITH_M(rows, int4_sums<M>(packed, w + n * K / 2, scales, n * G, zeros + n * G / 2, K, group, sums))
     });
 }

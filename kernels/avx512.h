@@ -115,9 +115,10 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     }
 }
 
-static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    over_rows<BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(rows, bf16_blocks<M>(packed, w, y + m * N, N, K, first, last))
+static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
+                         const int64_t* experts) {
+    over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
     });
 }
 
@@ -208,20 +209,21 @@ static const float* group_totals(const bf16* x, int64_t M, int64_t K, int64_t gr
 
 template <class Scale>
 static void int8_product(const bf16* x, const int8_t* w, const Scale* scales, const int8_t* zeros, bf16* y, int64_t M,
-                         int64_t N, int64_t K, int64_t group) {
-    if (M > MAX_ROWS)
+                         int64_t N, int64_t K, int64_t group, const int64_t* experts) {
+    if (M > MAX_ROWS && !experts)
         return gemm<BLOCK_ROWS, bf16>(
             x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, zeros, K, group, block, out); });
     static thread_local std::vector<float> buffer;
-    buffer.resize(K);
+    buffer.resize(M * K);
     float* wide_x = buffer.data();
-    if (M % MAX_M == 1)  // the last pass has one row
-        for (int64_t k = 0; k < K; k++) wide_x[k] = widen(x[(M - 1) * K + k]);
+    if (experts || M % MAX_M == 1)  // a pass may have one row; without experts, the last one has
+        for (int64_t k = experts ? 0 : (M - 1) * K; k < M * K; k++) wide_x[k] = widen(x[k]);
     const int64_t G = K / group;
     const float* totals = zeros ? group_totals(x, M, K, group) : wide_x;
-    over_rows<BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(rows, (G == 1 ? int8_blocks<M, false, Scale> : int8_blocks<M, true, Scale>)(
-                         packed, wide_x, totals + (zeros ? m * G : 0), w, scales, zeros, y + m * N, N, K, group, first, last))
+    over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(pass.rows, (G == 1 ? int8_blocks<M, false, Scale> : int8_blocks<M, true, Scale>)(
+                              packed, wide_x + pass.row * K, totals + (zeros ? pass.row * G : 0), w, scales, zeros,
+                              y + pass.out(N), N, K, group, first, last))
     });
 }
 
@@ -324,14 +326,15 @@ static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* ze
 
 template <class Scale>
 static void int4_product(const bf16* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, bf16* y, int64_t M,
-                             int64_t N, int64_t K, int64_t group) {
-    if (M > MAX_ROWS)
+                             int64_t N, int64_t K, int64_t group, const int64_t* experts) {
+    if (M > MAX_ROWS && !experts)
         return gemm<INT4_BLOCK_ROWS, bf16>(x, y, M, N, K,
                                            [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
     const int64_t G = K / group;
     const float* totals = group_totals(x, M, K, group);
-    over_rows<INT4_BLOCK_ROWS, pack>(x, M, N, K, [=](int rows, int64_t m, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(rows, int4_blocks<M, Scale>(packed, totals + m * G, w, scales, zeros, y + m * N, N, K, group, first, last))
+    over_rows<INT4_BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
+        WITH_M(pass.rows, int4_blocks<M, Scale>(packed, totals + pass.row * G, w, scales, zeros, y + pass.out(N), N, K, group,
+                                                first, last))
     });
 }
 

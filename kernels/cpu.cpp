@@ -1,7 +1,8 @@
 // Products of a few rows of activations with a weight that is streamed once from memory.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16 or fp16. cpu.py compiles this file, packs the weights, and has the plain
-// twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16.
+// twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16. Of a stack of
+// weights [X, N, K], the experts of a layer, each row of x takes one: those that are chosen are read where they lie.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once.
 //
@@ -37,6 +38,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -158,36 +160,63 @@ struct alignas(64) Share {
     std::atomic<int64_t> next;  // the first block that nobody has taken
 };
 
-// Call run(M, x row, PACKed rows, first block, last block) on all threads, for at most MAX_M rows of x [M, K] at a time.
-// A thread takes its own share of the blocks, a step at a time, and then what is left of the others': it may have
-// started earlier, or have a faster core.
+// Rows of x that are multiplied together, at most MAX_M, and with which weight of a stack.
+struct Pass {
+    int64_t row, expert;
+    int rows;
+    int64_t out(int64_t N) const { return (row - expert) * N; }  // from y to where row 0 of the stack would be written
+};
+
+// Call run(pass, PACKed rows, first block, last block) on all threads, for so many passes over x; blocks are counted
+// through the stack. A thread takes its own share of the blocks, a step at a time, and then what is left of the others':
+// it may have started earlier, or have a faster core.
 template <int BLOCK, auto PACK, class T, class Run>
-static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, Run run) {
-    const int64_t blocks = N / BLOCK, threads = num_threads();
+static void over_passes(const Pass* passes, int64_t count, const T* x, int64_t N, int64_t K, Run run) {
+    const int64_t blocks = N / BLOCK, all = count * blocks, threads = num_threads();
     static_assert(INT4_BLOCK_ROWS % BLOCK == 0);
     const int64_t several = std::max(N / (threads * STEPS_PER_SHARE), MIN_WEIGHTS_PER_STEP / K) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS;
     const int64_t step = std::max<int64_t>(INT4_BLOCK_ROWS, several) / BLOCK;
     static thread_local std::vector<Share> buffer;
     if (int64_t(buffer.size()) < threads) buffer = std::vector<Share>(threads);
     Share* shares = buffer.data();
-    for (int64_t m = 0; m < M; m += MAX_M) {
-        int rows = int(std::min<int64_t>(MAX_M, M - m));
-        for (int64_t t = 0; t < threads; t++) shares[t].next.store(blocks * t / threads, std::memory_order_relaxed);
-        on_threads([&](int thread) {
-            decltype(PACK(x, M, K)) packed = nullptr;
-            int64_t taken = 0;
-            for (int64_t i = 0; i < threads; i++) {
-                const int64_t t = (thread + i) % threads, last = blocks * (t + 1) / threads;
-                int64_t first;
-                while ((first = shares[t].next.fetch_add(step, std::memory_order_relaxed)) < last) {
-                    if (!packed) packed = PACK(x + m * K, rows, K);
-                    run(rows, m, packed, first, std::min(last, first + step));
-                    taken++;
+    for (int64_t t = 0; t < threads; t++) shares[t].next.store(all * t / threads, std::memory_order_relaxed);
+    on_threads([&](int thread) {
+        decltype(PACK(x, 1, K)) packed = nullptr;
+        const Pass* latest = nullptr;
+        int64_t taken = 0;
+        for (int64_t i = 0; i < threads; i++) {
+            const int64_t t = (thread + i) % threads, last = all * (t + 1) / threads;
+            int64_t first;
+            while ((first = shares[t].next.fetch_add(step, std::memory_order_relaxed)) < last) {
+                for (int64_t n = first, end; n < std::min(last, first + step); n = end) {
+                    const Pass& pass = passes[n / blocks];
+                    end = std::min({last, first + step, (n / blocks + 1) * blocks});
+                    if (latest != &pass) packed = PACK(x + pass.row * K, pass.rows, K);
+                    latest = &pass;
+                    const int64_t block = pass.expert * blocks + n % blocks;
+                    run(pass, packed, block, block + end - n);
                 }
+                taken++;
             }
-            return taken;
-        });
+        }
+        return taken;
+    });
+}
+
+// The same for all rows of x [M, K]. experts [M]: which weight of the stack each takes, equal ones beside each other, and
+// all of them are shared out at once; nullptr: there is one weight, which each pass finds in the cache that the one
+// before has filled.
+template <int BLOCK, auto PACK, class T, class Run>
+static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t* experts, Run run) {
+    std::vector<Pass> passes;
+    for (int64_t m = 0; m < M; m += passes.back().rows) {
+        int rows = 1;
+        while (rows < MAX_M && m + rows < M && (!experts || experts[m + rows] == experts[m])) rows++;
+        passes.push_back({m, experts ? experts[m] : 0, rows});
     }
+    const int64_t together = experts ? passes.size() : 1;
+    for (size_t i = 0; i < passes.size(); i += together)
+        over_passes<BLOCK, PACK>(passes.data() + i, together, x, N, K, run);
 }
 
 // y = x w^T for many rows of x by GEMM in type W: w is unpacked piece by piece, each used while it is in the cache.
@@ -372,10 +401,40 @@ static Tensor with_floats(const Tensor& x, std::initializer_list<int64_t> sizes,
 template <class T>
 static const T* like(T*, const Tensor& tensor) { return data<T>(tensor); }
 
-static Tensor bf16_product(const Tensor& x, const Tensor& weight) {
-    const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+// Call run(rows of x [M, K], y [M, N], M, experts [M]) with the rows in the order of their experts; see `over_rows`.
+template <class Run>
+static Tensor by_expert(const Tensor& x, const Tensor& experts, int64_t N, Run run) {
+    const int64_t M = experts.size(0), A = experts.size(1), K = x.size(2);
+    Tensor ids = in_order(experts), rows = x.stride(2) == 1 ? x : in_order(x);
+    const int64_t *chosen = data<int64_t>(ids), outer = rows.stride(0), inner = rows.stride(1);
+    std::vector<int64_t> order(M * A), sorted(M * A);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
+    std::transform(order.begin(), order.end(), sorted.begin(), [=](int64_t i) { return chosen[i]; });
+    return with_floats(x, {M, A, N}, [&](auto* y) {
+        using T = std::remove_pointer_t<decltype(y)>;
+        std::vector<Line> inputs(M * A * K / 32), outputs((M * A * N + 31) / 32);
+        T *in = (T*)inputs.data(), *out = (T*)outputs.data();
+        for (int64_t i = 0; i < M * A; i++)
+            std::memcpy(in + i * K, like(y, rows) + order[i] / A * outer + order[i] % A * inner, K * sizeof(T));
+        run(static_cast<const T*>(in), out, M * A, sorted.data());
+        for (int64_t i = 0; i < M * A; i++) std::memcpy(y + order[i] * N, out + i * N, N * sizeof(T));
+    });
+}
+
+// The same for one weight, without experts.
+template <class Run>
+static Tensor product(const Tensor& x, const std::optional<Tensor>& experts, int64_t N, Run run) {
+    if (experts) return by_expert(x, *experts, N, run);
     Tensor rows = in_order(x);
-    return with_floats(x, {M, N}, [&](auto* y) { ::bf16_product(like(y, rows), like(y, weight), y, M, N, K); });
+    return with_floats(x, {x.size(0), N}, [&](auto* y) { run(like(y, rows), y, x.size(0), nullptr); });
+}
+
+static Tensor bf16_product(const Tensor& x, const Tensor& weight, std::optional<Tensor> experts) {
+    const int64_t stacked = experts.has_value(), N = weight.size(stacked), K = weight.size(stacked + 1);
+    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
+        ::bf16_product(rows, like(y, weight), y, M, N, K, ids);
+    });
 }
 
 // Call run(pointer to the scales, in their type).
@@ -387,21 +446,23 @@ static void with_type(const Tensor& scales, Run run) {
     else run(data<bf16>(scales));
 }
 
-static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros) {
-    const int64_t M = x.size(0), N = scales.size(0) * BLOCK_ROWS, K = x.size(1), group = K / scales.size(1);
-    Tensor rows = in_order(x);
+static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros,
+                           std::optional<Tensor> experts) {
+    const int64_t stacked = experts.has_value(), N = scales.size(stacked) * BLOCK_ROWS, K = x.size(stacked + 1);
+    const int64_t group = K / scales.size(stacked + 1);
     const int8_t* z = zeros ? data<int8_t>(*zeros) : nullptr;
-    return with_floats(x, {M, N}, [&](auto* y) {
-        with_type(scales, [&](auto* s) { ::int8_product(like(y, rows), data<int8_t>(weight), s, z, y, M, N, K, group); });
+    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
+        with_type(scales, [&](auto* s) { ::int8_product(rows, data<int8_t>(weight), s, z, y, M, N, K, group, ids); });
     });
 }
 
-static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros) {
-    const int64_t M = x.size(0), N = scales.size(0) * INT4_BLOCK_ROWS, K = x.size(1), group = K / scales.size(1);
-    Tensor rows = in_order(x);
+static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros,
+                           std::optional<Tensor> experts) {
+    const int64_t stacked = experts.has_value(), N = scales.size(stacked) * INT4_BLOCK_ROWS, K = x.size(stacked + 1);
+    const int64_t group = K / scales.size(stacked + 1);
     const auto *w = data<uint8_t>(weight), *z = data<uint8_t>(zeros);
-    return with_floats(x, {M, N}, [&](auto* y) {
-        with_type(scales, [&](auto* s) { ::int4_product(like(y, rows), w, s, z, y, M, N, K, group); });
+    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
+        with_type(scales, [&](auto* s) { ::int4_product(rows, w, s, z, y, M, N, K, group, ids); });
     });
 }
 

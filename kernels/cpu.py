@@ -168,13 +168,14 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators, `torch.ops.kernels.*`, opaque to torch.compile. x [M, K]; weights as the layers pack them.
+# The operators, `torch.ops.kernels.*`, opaque to torch.compile. x [M, K]; weights as the layers pack them. With experts
+# [M, A], x is [M, A, K] and weights are stacks, of which each row takes one.
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
 OPERATORS = {
-    "bf16_product": "(Tensor x, Tensor weight) -> Tensor",
-    "int8_product": "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None) -> Tensor",
-    "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros) -> Tensor",
+    "bf16_product": "(Tensor x, Tensor weight, *, Tensor? experts=None) -> Tensor",
+    "int8_product": "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None, *, Tensor? experts=None) -> Tensor",
+    "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
 }
 for name, schema in OPERATORS.items():
@@ -182,18 +183,18 @@ for name, schema in OPERATORS.items():
 
 
 @torch.library.register_fake("kernels::bf16_product")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x: Tensor, weight: Tensor, experts: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[-2])
 
 
 @torch.library.register_fake("kernels::int8_product")
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], scales.shape[0] * BLOCK_ROWS)
+def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, experts: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scales.shape[-3] * BLOCK_ROWS)
 
 
 @torch.library.register_fake("kernels::int4_product")
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], scales.shape[0] * INT4_BLOCK_ROWS)
+def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, experts: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scales.shape[-3] * INT4_BLOCK_ROWS)
 
 
 @torch.library.register_fake("kernels::attention")
@@ -218,8 +219,8 @@ class CpuBf16(KernelLinear):
         self.weight = weight
 
     @staticmethod
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.kernels.bf16_product(rows, weight)
+    def product(rows: Tensor, weight: Tensor, *, experts: Tensor | None = None) -> Tensor:
+        return torch.ops.kernels.bf16_product(rows, weight, experts=experts)
 
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor) -> Tensor:
@@ -251,8 +252,10 @@ class CpuInt8(KernelLinear):
             self.zeros, self.names = packed_weight(interleaved(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
 
     @staticmethod
-    def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        return torch.ops.kernels.int8_product(rows, weight, scales, zeros)
+    def product(
+        rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, *, experts: Tensor | None = None
+    ) -> Tensor:
+        return torch.ops.kernels.int8_product(rows, weight, scales, zeros, experts=experts)
 
     gemm = product
 
@@ -275,7 +278,9 @@ class CpuInt4(KernelLinear):
         self.zeros = packed_weight(first | second << 4)
 
     @staticmethod
-    def product(rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        return torch.ops.kernels.int4_product(rows, weight, scales, zeros)
+    def product(
+        rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, *, experts: Tensor | None = None
+    ) -> Tensor:
+        return torch.ops.kernels.int4_product(rows, weight, scales, zeros, experts=experts)
 
     gemm = product

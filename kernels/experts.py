@@ -45,6 +45,9 @@ class KernelExperts(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        if x.shape[0] <= MAX_ROWS and isinstance(self.layer, CpuBf16 | CpuInt8 | CpuInt4):
+            # One call for all that are chosen: with one each, of small ones, threads would start and stop too often.
+            return self.layer.product(x, *self.layer.tensors, experts=experts)
         return torch.ops.kernels.by_expert(x, experts, type(self.layer).__name__, self.layer.tensors)
 
 

@@ -50,6 +50,11 @@ def products(at_end: bool) -> int:
                 y = layer.product(guarded(x, at_end), *tensors)
                 assert torch.equal(y, layer.product(x, *layer.tensors))
                 count += 1
+            stacks = [guarded(tensor[None], at_end) for tensor in layer.tensors]
+            x, experts = drawn(3, 1, K), torch.zeros(3, 1, dtype=torch.long)
+            y = layer.product(guarded(x, at_end), *stacks, experts=guarded(experts, at_end))
+            assert torch.equal(y.squeeze(1), layer.product(x.squeeze(1), *layer.tensors))
+            count += 1
     return count
 
 
