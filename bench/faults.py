@@ -7,13 +7,6 @@ A changed file is read or refused in one line, and nothing else: no other except
 converter or quantizer leaves a whole folder or none, and running it again succeeds and clears up.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
-import argparse
-import collections
 import json
 import multiprocessing
 import os
@@ -24,7 +17,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -34,44 +30,49 @@ from tqdm import tqdm
 
 import quantize
 from bench import results
+from bench.subject import quantize_options
 from checkpoint import load_model, random_model, save_hub_checkpoint
-from cli.arguments import ArgumentParser, number
+from cli.arguments import number
 from cli.errors import user_errors
 from config import eos_token_ids, read_config
+from linears import Scheme
 from scripts import convert_hf_checkpoint
 from tokenizer import load_tokenizer
 
 SOURCE = results.ROOT / "checkpoints/demo-draft"
+PATIENCE_S = 300  # with a changed file
 fork = multiprocessing.get_context("fork")  # a child need not import torch again
 
 
 def make_commands(source: Path, output: Path) -> dict[str, Callable[[], None]]:
     """Return the commands that write a folder, from `source` to `output`."""
-    int4 = ["--checkpoint_path", str(source), "--output_path", str(output), "--mode", "int4"]
+    int4 = quantize_options(Scheme("int4", 32), source, output)
     return {
         "convert": lambda: convert_hf_checkpoint.main(["--checkpoint_dir", str(source), "--output_dir", str(output)]),
         "quantize": lambda: quantize.main(int4),
     }
 
 
-def start_child(function: Callable[[], None], output: str | Path = os.devnull) -> Any:
-    """Run a function in a forked child, whose stdout and stderr go to a file; return the child."""
+def silence(output: str | Path = os.devnull) -> None:
+    """Let a forked child write to a file, and leave Ctrl-C to its parent, which ends this one."""
+    file = os.open(output, os.O_RDWR | os.O_CREAT)
+    for standard in range(3):
+        os.dup2(file, standard)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # a test runner has its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_child(command: Callable[[], None], output: str | Path = os.devnull) -> Any:
+    """Run a command in a forked child, whose stdout and stderr go to a file; return the child."""
 
     def run() -> None:
-        file = os.open(output, os.O_RDWR | os.O_CREAT)
-        for standard in range(3):
-            os.dup2(file, standard)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # a test runner has its own
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this one
-        function()
+        silence(output)
+        command()
 
     child = fork.Process(target=run, daemon=True)
     child.start()
     return child
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mutations
 
 # What a number or a word of JSON may be turned into.
 WORDS = [b"-1", b"0", b"1e999", b"18446744073709551616", b"4294967296", b"true", b"null", b"{}", b"[]", b'"\\ud800"',
@@ -146,6 +147,7 @@ def read_all(path: Path) -> None:
 
 def try_mutation(forms: list[Path], seed: int) -> tuple[str, str, float]:
     """Change one file of one form and read the folder; return which file, what came of it, and seconds of the CPU."""
+    signal.alarm(PATIENCE_S)
     chance, began = random.Random(seed), time.process_time()
     path = chance.choice(forms)
     file = chance.choice([file for file in sorted(path.iterdir()) if file.suffix != ".md"])
@@ -164,51 +166,32 @@ def try_mutation(forms: list[Path], seed: int) -> tuple[str, str, float]:
     return file.name, outcome, time.process_time() - began
 
 
-def try_mutations(count: int, folder: Path, patience_s: int = 300) -> Iterator[tuple[int, str, str, float]]:
-    """Yield seed, file, outcome and seconds of each mutation, made by a child that another replaces if it crashes.
-
-    SIGALRM lets it crash where it does not answer.
-    """
+def try_mutations(count: int, folder: Path) -> Iterator[tuple[int, str, str, float]]:
+    """Yield seed, file, outcome and seconds of each mutation, made by a child that another replaces if it crashes."""
     seed = 0
     while seed < count:
         shutil.rmtree(folder, ignore_errors=True)
         forms = write_forms(folder)
-        receiver, sender = fork.Pipe(duplex=False)
-
-        def work(first: int = seed, forms: list[Path] = forms, sender: Any = sender) -> None:
-            for i in range(first, count):
-                signal.alarm(patience_s)
-                sender.send(try_mutation(forms, i))
-
-        child = start_child(work)
-        sender.close()
-        try:
-            while seed < count:
-                yield seed, *receiver.recv()
+        with ProcessPoolExecutor(1, fork, silence) as child:
+            try:
+                while seed < count:
+                    yield seed, *child.submit(try_mutation, forms, seed).result()
+                    seed += 1
+            except BrokenProcessPool:
+                yield seed, "?", f"the process crashed, or did not answer for {PATIENCE_S} s", 0.0
                 seed += 1
-        except EOFError:
-            child.join()
-            yield seed, "?", f"the process ended with status {child.exitcode}", 0.0
-            seed += 1
-        finally:
-            child.kill()
-            child.join()
 
 
 def report_mutations(count: int, folder: Path) -> dict[str, Any]:
-    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    files: dict[str, Counter[str]] = defaultdict(Counter)
     faults, longest = [], 0.0
     for seed, file, outcome, seconds in tqdm(try_mutations(count, folder / "forms"), total=count, disable=None):
         is_fault = outcome not in ("read", "refused")
         files[file]["fault" if is_fault else outcome] += 1
         faults += [{"seed": seed, "file": file, "outcome": outcome}] * is_fault
         longest = max(longest, seconds)
-    total = sum(files.values(), collections.Counter())
+    total = sum(files.values(), Counter())
     return {**total, "longest_cpu_s": round(longest, 3), "faults": faults, "files": dict(sorted(files.items()))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kills
 
 
 def write_source(folder: Path, num_layers: int) -> None:
@@ -225,12 +208,17 @@ def read_folder(folder: Path) -> dict[str, bytes] | None:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
 
 
-def kill(name: str, folder: Path, whole: dict[str, bytes] | None, after_s: float) -> str:
+def run_whole(command: Callable[[], None], output: Path) -> tuple[float, dict[str, bytes] | None]:
+    """Run a command to its end; return the seconds that it takes and what it leaves."""
+    began, child = time.perf_counter(), start_child(command)
+    child.join()
+    return time.perf_counter() - began, read_folder(output) if child.exitcode == 0 else None
+
+
+def kill(command: Callable[[], None], output: Path, whole: dict[str, bytes] | None, after_s: float) -> str:
     """Kill a command so long after it began to write; return what it left: "nothing", "whole" or a fault."""
-    output = folder / "output"
-    command = make_commands(folder / "source", output)[name]
     child = start_child(command)
-    while child.is_alive() and not output.exists() and not any(folder.glob(".output.*.tmp")):
+    while child.is_alive() and not output.exists() and not any(output.parent.glob(".output.*.tmp")):
         time.sleep(0.0005)
     time.sleep(after_s)
     child.kill()
@@ -239,65 +227,43 @@ def kill(name: str, folder: Path, whole: dict[str, bytes] | None, after_s: float
     if left not in (None, whole):
         return "a folder that is not whole"
     shutil.rmtree(output, ignore_errors=True)
-    second = start_child(command)
-    second.join()
-    if second.exitcode or read_folder(output) != whole:
-        return f"a second run that ends with status {second.exitcode}"
-    if (names := {file.name for file in folder.iterdir()}) != {"source", "output"}:
-        return f"{sorted(names)} after a second run"
+    if run_whole(command, output)[1] != whole:
+        return "a second run that fails"
     shutil.rmtree(output)
-    return "nothing" if left is None else "whole"
+    names = [file.name for file in output.parent.iterdir()]
+    return f"{sorted(names)} after a second run" if names != ["source"] else "nothing" if left is None else "whole"
 
 
-def try_kills(count: int, folder: Path, num_layers: int, seed: int = 0) -> Iterator[tuple[str, float, str]]:
-    """Yield the command, seconds after its first byte and what it left, of so many kills of each command in turn."""
+def report_kills(count: int, folder: Path, num_layers: int = 60) -> dict[str, Any]:
     write_source(folder / "source", num_layers)
-    chance = random.Random(seed)
-    whole, lengths_s = {}, {}
-    for name, command in make_commands(folder / "source", folder / "output").items():
-        child, began = start_child(command), time.perf_counter()
-        child.join()
-        lengths_s[name], whole[name] = time.perf_counter() - began, read_folder(folder / "output")
-        assert child.exitcode == 0, f"{name} fails even if nobody kills it"
-        shutil.rmtree(folder / "output")
-    for _ in range(count):
-        for name, length_s in lengths_s.items():
-            after_s = chance.uniform(0, length_s)
-            yield name, after_s, kill(name, folder, whole[name], after_s)
-
-
-def report_kills(count: int, folder: Path) -> dict[str, Any]:
-    tries = tqdm(try_kills(count, folder, num_layers=60), total=2 * count, disable=None)
-    moments = [{"command": name, "after_s": round(after_s, 4), "left": left} for name, after_s, left in tries]
-    commands = {moment["command"]: collections.Counter[str]() for moment in moments}
-    for moment in moments:
-        commands[moment["command"]][moment["left"]] += 1
-    faults = [moment for moment in moments if moment["left"] not in ("nothing", "whole")]
-    return {**commands, "faults": faults, "kills": moments}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def run(args: argparse.Namespace) -> None:
-    header = results.make_header("faults", "cpu")
-    path = results.new_path(args.output_dir, results.make_slug(header["hardware"]), args.what)
-    torch.set_num_threads(1)  # a forked child has no others
-    report = {"mutations": report_mutations, "kills": report_kills}[args.what]
-    with tempfile.TemporaryDirectory() as folder:
-        results.finish(path, {**header, "count": args.count, **report(args.count, Path(folder))})
+    output, chance = folder / "output", random.Random(0)
+    commands = make_commands(folder / "source", output)
+    lengths_s, wholes = {}, {}
+    for name, command in commands.items():
+        lengths_s[name], wholes[name] = run_whole(command, output)
+        assert wholes[name], f"{name} fails even if nobody kills it"
+        shutil.rmtree(output)
+    kills = []
+    for name in tqdm([*commands] * count, disable=None):
+        after_s = chance.uniform(0, lengths_s[name])
+        left = kill(commands[name], output, wholes[name], after_s)
+        kills.append({"command": name, "after_s": round(after_s, 4), "left": left})
+    outcomes = {name: Counter(each["left"] for each in kills if each["command"] == name) for name in commands}
+    faults = [each for each in kills if each["left"] not in ("nothing", "whole")]
+    return {**outcomes, "faults": faults, "kills": kills}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.make_parser(__doc__)
     parser.add_argument("what", choices=("mutations", "kills"))
-    parser.add_argument(
-        "--count", type=number(int, 1), required=True, metavar="N", help="files changed; kills a command"
-    )
-    results.add_output_dir(parser)
-    with user_errors():
-        run(parser.parse_args(argv))
+    parser.add_argument("--count", type=number(int, 1), required=True, help="files changed; kills a command")
+    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        args = parser.parse_args(argv)
+        report = results.begin("faults", args.output_dir, args.what, device="cpu", count=args.count)
+        torch.set_num_threads(1)  # a forked child has no others
+        find = {"mutations": report_mutations, "kills": report_kills}[args.what]
+        report.content |= find(args.count, Path(folder))
+        report.finish()
 
 
 if __name__ == "__main__":

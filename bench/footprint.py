@@ -8,20 +8,15 @@ of a product how many instructions a weight takes, by the number of columns. Not
 results/<date>_<what compiled it>_ahead.json.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
-import argparse
 import math
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench import results
-from cli.arguments import ArgumentParser, need_triton
+from cli.arguments import need_triton
 from cli.errors import user_errors
 from model import attention_mask
 
@@ -42,30 +37,23 @@ MODELS = {
     "Llama-3.1-70B": (8192, 10240, 57344, 28672, 64, 8, 128),
     "Llama-3.1-70B/8": (8192, 1280, 7168, 3584, 8, 1, 128),  # of 8 ranks each: one kv head is a variant of its own
 }
-# How many rows of a weight a program of each product takes, and how many columns in a turn of its loop.
-TILES: dict[str, Callable[[dict[str, int]], tuple[int, int]]] = {
-    "int4_row": lambda tile: (tile["ROWS"], tile["BLOCK"] * tile["GROUP"]),
-    "int4_rows": lambda tile: (tile["ROWS"], tile["BLOCK"] * 8),
-    "int8_rows": lambda tile: (tile["ROWS"], tile["BLOCK"]),
+# How many columns a program of each product takes in a turn of its loop, as its constants say.
+WIDTHS: dict[str, Callable[[dict[str, int]], int]] = {
+    "int4_row": lambda tile: tile["BLOCK"] * tile["GROUP"],
+    "int4_rows": lambda tile: tile["BLOCK"] * 8,
+    "int8_rows": lambda tile: tile["BLOCK"],
 }
 
 
-class Driver:
-    """Stands in for Triton's driver of a GPU, which would look for one."""
+def make_driver(architecture: int) -> Any:
+    """Stand in for Triton's driver of a GPU, which would look for one; by the device it keeps what it has compiled."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, architecture: int):
-        self.architecture = architecture
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture  # by which Triton keeps what it has compiled
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
+    )
 
 
 def record_launches(architecture: int, function: str, *args: Any, **around: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -82,13 +70,9 @@ def record_launches(architecture: int, function: str, *args: Any, **around: Any)
         kernels.append((run(kernel, *args, grid=grid, warmup=True, **tile), tile))
         return kernels[-1][0]
 
-    with patch.object(driver, "_active", Driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
+    with patch.object(driver, "_active", make_driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
         getattr(cuda, function)(*args, **around)
     return kernels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a kernel takes
 
 
 @dataclass
@@ -101,28 +85,25 @@ class Variant:
     columns: set[int] = field(default_factory=set)  # of the weights, where it is a product
 
     @property
-    def settings(self) -> dict[str, dict[str, Any]]:
+    def constants(self) -> dict[str, Any]:
         names = self.kernel.src.fn.arg_names
-        constants = {names[i]: value for (i,), value in self.kernel.src.constants.items()}
-        options = {name: value for name, value in self.tile.items() if name not in constants}
-        return {"constants": constants, "options": options}
+        return {names[i]: value for (i,), value in self.kernel.src.constants.items()}
 
     def measure(self) -> dict[str, Any]:
-        ptx, threads = self.kernel.asm["ptx"], 32 * self.kernel.metadata.num_warps
+        name, ptx, threads = self.kernel.name, self.kernel.asm["ptx"], 32 * self.kernel.metadata.num_warps
         messages, code = assemble(ptx)
         loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
-        wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|, 0x10", load)]
-        spilled = [int(search(rf"(\d+) bytes spill {what}", messages)) for what in ("stores", "loads")]
+        num_wide = sum(bool(re.search(r"v4\.b32|v2\.b64|, 0x10", load)) for load in loads)
         footprint = {
             "registers": int(search(r"Used (\d+) registers", messages)),
-            "spilled_bytes": sum(spilled),
+            "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", messages))),
             "shared_bytes": self.kernel.metadata.shared,
             "threads": threads,
-            "loads_of_16_bytes": len(wide),
-            "narrower_loads": len(loads) - len(wide),
+            "loads_of_16_bytes": num_wide,
+            "narrower_loads": len(loads) - num_wide,
         }
-        if self.kernel.name in TILES:
-            rows, width = TILES[self.kernel.name](self.settings["constants"])
+        if name in WIDTHS:
+            rows, width = self.constants["ROWS"], WIDTHS[name](self.constants)
             once, in_turn = count_instructions(code)
             totals = {K: once + math.ceil(K / width) * in_turn for K in sorted(self.columns)}
             footprint["instructions_a_weight"] = {K: round(n * threads / (rows * K), 2) for K, n in totals.items()}
@@ -137,11 +118,8 @@ def assemble(ptx: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel")
         source.write_text(ptx)
-        target = search(r"\.target (\w+)", ptx)
-        commands: list[list[str | Path]] = [
-            [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", binary],
-            [programs / "nvdisasm", "-c", binary],
-        ]
+        ptxas = [programs / "ptxas", "-v", "--gpu-name", search(r"\.target (\w+)", ptx), source, "-o", binary]
+        commands: tuple[list[Any], ...] = ptxas, [programs / "nvdisasm", "-c", binary]
         messages, code = (subprocess.run(args, check=True, capture_output=True, text=True) for args in commands)
     return messages.stderr, code.stdout
 
@@ -178,9 +156,6 @@ def search(pattern: str, text: str) -> str:
     return match[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a model calls
-
 Call = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # what it is for, the function, its arguments
 
 
@@ -215,10 +190,8 @@ def make_attention(model: str, queries: int, slots: int = 8192) -> Call:
 
 def compile_variants(models: Iterable[str], architecture: int, rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
     kernels: dict[Any, Variant] = {}
-    for model in models:
-        for name, function, args, around in (
-            call for count in rows for call in [*list_products(model, count), make_attention(model, count)]
-        ):
+    for model, count in product(models, rows):
+        for name, function, args, around in [*list_products(model, count), make_attention(model, count)]:
             for kernel, tile in record_launches(architecture, function, *args, **around):
                 variant = kernels.setdefault(kernel, Variant(kernel, tile))
                 variant.used_by.append(name)
@@ -226,30 +199,29 @@ def compile_variants(models: Iterable[str], architecture: int, rows: Sequence[in
     return list(kernels.values())
 
 
-def run(args: argparse.Namespace) -> None:
+def run(folder: Path) -> None:
     need_triton("bench.footprint")
     import triton
 
-    path = results.new_path(args.output_dir, f"triton-{triton.__version__}", "ahead")
-    entries = []
+    report = results.begin("footprint", folder, f"triton-{triton.__version__}", "ahead", kernels=[])
+    report.content["versions"]["triton"] = triton.__version__
     for architecture in ARCHITECTURES:
-        for variant in compile_variants(args.models, architecture):
+        for variant in compile_variants(MODELS, architecture):
             entry = {"kernel": variant.kernel.name, "sm": architecture, **variant.measure()}
-            counts = [f"{count} at {K}" for K, count in entry.get("instructions_a_weight", {}).items()]
+            counts = ", ".join(f"{n} at {K}" for K, n in entry.get("instructions_a_weight", {}).items())
             print("{kernel:15} sm_{sm} {registers:4} registers {spilled_bytes:5} spilled".format(**entry),
-                  f"{', '.join(counts)}{' instructions a weight' * bool(counts):22}", variant.used_by[0])  # fmt: skip
-            entries.append({**entry, **variant.settings, "used_by": variant.used_by})
-    results.write(path, {**results.make_header("footprint", triton=triton.__version__), "kernels": entries})
-    print(f"wrote {path}", file=sys.stderr)
+                  f"{counts} instructions a weight" if counts else "")  # fmt: skip
+            constants = variant.constants
+            options = {name: value for name, value in variant.tile.items() if name not in constants}
+            entry |= {"constants": constants, "options": options, "used_by": variant.used_by}
+            report.content["kernels"].append(entry)
+    report.finish()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
-                        help=f"of {', '.join(MODELS)} (all)")  # fmt: skip
-    results.add_output_dir(parser)
+    parser = results.make_parser(__doc__)
     with user_errors():
-        run(parser.parse_args(argv))
+        run(parser.parse_args(argv).output_dir)
 
 
 if __name__ == "__main__":

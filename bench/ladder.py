@@ -3,21 +3,29 @@
 bench.run measures them.
 """
 
+import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
-from bench import anatomy, editing, products, speculation
-from bench.rung import Rung
-from bench.runner import PROMPT, Runner, make_steps
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench import products, speculation
+from bench.results import Rung, attempt
+from bench.runner import PROMPT, Runner, decode_mode, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
 from config import quantization_scheme
 from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
+from steps import compiled, decode
 from tp import draft_ranks
 
 PREFILL = (128, 512, 2048)
@@ -26,8 +34,23 @@ LONGEST = max(POSITIONS) + 64
 VERIFIED = 5  # tokens in one forward
 ROWS = 8  # of a batch
 MODES = ("eager", "compile")
-
-
+PROFILED, TIMED = 11, 50  # steps at the first position that are taken apart
+# Settings of inductor, by the kind of device: each is tried alone, beside those of `steps.compiled`.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "cuda": {
+        "no coordinate descent": {"coordinate_descent_tuning": False},
+        "combo kernels": {"combo_kernels": True},
+        "no fusion for a few bytes": {"score_fusion_memory_threshold": 10},
+        "programmatic launch": {"triton.enable_pdl": True},
+        "cooperative reductions": {"triton.cooperative_reductions": True},
+        "persistent or looped reductions": {"triton.multi_kernel": 1},
+    },
+    "cpu": {
+        "fusion for a few bytes": {"score_fusion_memory_threshold": 1},
+        "size assertions": {"size_asserts": True},
+        "chunks of 512": {"cpp.min_chunk_size": 512},
+    },
+}
 BUSY = """import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -35,18 +58,14 @@ while True:
     pass"""
 
 
-def beside_another(measure: Callable[[], float]) -> Callable[[], float]:
-    """Return what measures beside a program that keeps the last of the cores busy."""
-
-    def beside() -> float:
-        with subprocess.Popen([sys.executable, "-c", BUSY]) as other:
-            try:
-                time.sleep(0.5)  # until it runs
-                return measure()
-            finally:
-                other.kill()
-
-    return beside
+def beside_another(measure: Callable[[], float]) -> float:
+    """Measure beside a program that keeps the last of the cores busy."""
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as other:
+        try:
+            time.sleep(0.5)  # until it runs
+            return measure()
+        finally:
+            other.kill()
 
 
 def on_openmp(model: Transformer, measure: Callable[[], float]) -> float:
@@ -57,6 +76,29 @@ def on_openmp(model: Transformer, measure: Callable[[], float]) -> float:
     finally:
         if had_own:
             cpu.served.add(model)
+
+
+def profile_step(step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
+    """Return what a step spends its time in, the longest first: a GPU's kernels, or a CPU's operators.
+
+    Each time is the median of `PROFILED` steps, of which other work may disturb some. What is left of the step's time
+    is between kernels, or on a CPU also what other threads are waited for.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr when it begins and ends
+    on_gpu = device.startswith("cuda")
+    step()
+    seen: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for _ in range(PROFILED):
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            step()
+            if on_gpu:
+                torch.cuda.synchronize()
+        for kernel in profiler.key_averages():
+            if us := kernel.self_device_time_total if on_gpu else kernel.self_cpu_time_total:
+                seen[kernel.key].append((us, kernel.count))
+    middles = {name: sorted(found)[len(found) // 2] for name, found in seen.items()}
+    kernels = [{"name": name, "calls": count, "us": us} for name, (us, count) in middles.items()]
+    return sorted(kernels, key=lambda kernel: -kernel["us"])
 
 
 class Ladder:
@@ -73,31 +115,49 @@ class Ladder:
         forms, dtype = self.subject.forms, self.subject.dtype
         return {name: random_model(form, self.device, dtype, ranks=self.ranks) for name, form in forms.items()}
 
-    def runner(self, mode: str, weights: str, length: int = 0, num_rows: int = 1) -> Runner:
-        return Runner(self.models[weights], make_steps(mode, self.device), length or self.length, num_rows)
+    def runner(self, mode: str, weights: str, length: int = 0) -> Runner:
+        return Runner(self.models[weights], make_steps(mode, self.device), length or self.length)
 
-    def ways(self) -> Iterator[tuple[str, str, str]]:
-        """Yield every way to run every form of the weights: what its rungs are called, its mode and its scheme."""
+    def runners(self, length: int = 0) -> Iterator[tuple[str, str, Runner]]:
+        """Yield every way to run every form of the weights: what its rungs are called, its scheme and its runner."""
         for mode in MODES:
             for weights in self.models:
-                yield f"{mode}, {weights}" if weights else mode, mode, weights
+                yield f"{mode}, {weights}" if weights else mode, weights, self.runner(mode, weights, length)
 
     def products(self) -> Iterator[Rung]:
         return products.make_rungs(self.subject, self.device)
 
+    def long_steps(self) -> Iterator[tuple[Rung, Runner]]:
+        """Yield a compiled step of each form of the weights as the positions have it, whose graph inductor has kept."""
+        for weights in self.models:
+            runner = self.runner("compile", weights, LONGEST)
+            run, read = partial(runner.time_step, POSITIONS[0], TIMED), runner.count_step_bytes(POSITIONS[0])
+            yield Rung(weights or "plain weights", "ms", run, weights, read), runner
+
     def kernels(self) -> Iterator[Rung]:
-        return anatomy.kernel_rungs(self.long_runners())
+        """A step, whose entry names its kernels."""
+
+        def measure(rung: Rung, runner: Runner) -> float:
+            rung.kernels[:] = profile_step(runner.step_at(POSITIONS[0]), self.device)
+            return rung.measure()  # without the profiler, which takes time itself
+
+        for rung, runner in self.long_steps():
+            yield replace(rung, measure=partial(measure, rung, runner))  # which has the list of the first
 
     def options(self) -> Iterator[Rung]:
-        return anatomy.option_rungs(self.long_runners(), self.device)
-
-    def long_runners(self) -> dict[str, Runner]:
-        """Return the compiled runners as the positions have them, whose graphs inductor has kept."""
-        return {weights: self.runner("compile", weights, LONGEST) for weights in self.models}
+        """A step as it is, and with each of `OPTIONS`; what fails is named."""
+        options = OPTIONS[torch.device(self.device).type].items()
+        steps = {name: compiled(decode, decode_mode(self.device), settings) for name, settings in options}
+        for plain, runner in self.long_steps():
+            yield plain
+            for option, step in steps.items():
+                changed = replace(runner, steps=runner.steps | {"decode": step})
+                run, name = partial(changed.time_step, POSITIONS[0], TIMED), f"{plain.name}, {option}"
+                if attempt(name, run):
+                    yield replace(plain, name=name, measure=run, against=plain.name, samples=[])
 
     def decode(self) -> Iterator[Rung]:
-        for name, mode, weights in self.ways():
-            runner = self.runner(mode, weights)
+        for name, weights, runner in self.runners():
             read = runner.count_step_bytes(len(PROMPT) + self.new_tokens // 2 - 1)  # of a text half as long as it gets
             against = "eager" if name != "eager" else ""
             yield Rung(name, "tok/s", partial(runner.decode, self.new_tokens), weights, read, against=against)
@@ -111,43 +171,41 @@ class Ladder:
         raw = raw | {"num_hidden_layers": min(2, raw["num_hidden_layers"])}
         small = meta_model(raw)
         shared_by = draft_ranks(small.config, quantization_scheme(raw), small.step_weight_bytes, self.ranks)
-        num_tokens, levels = max(speculation.SHORTEST, self.new_tokens), levels_below(self.max_k)
         draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
-        runner = self.runner("compile", weights)
-        way = speculation.Way("", runner, draft_model, levels=levels)
+        way = speculation.Way("", self.runner("compile", weights), draft_model, levels=levels_below(self.max_k))
+        num_tokens = max(speculation.SHORTEST, self.new_tokens)
         duel = speculation.Duel("", [way], [PROMPT], num_tokens, speculation.accept_by_chance)
         return lambda: duel.sample(way, 0, 0)["tok_per_s"]
 
     def beside(self) -> Iterator[Rung]:
         """Decode with the cores to itself, and beside a busy program on one of them, on our threads and on OpenMP's."""
-        for name, mode, weights in self.ways():
-            ours = partial(self.runner(mode, weights).decode, self.new_tokens)
-            openmp = partial(on_openmp, self.models[weights], ours)
-            for place, where in (("alone", partial), ("beside another", beside_another)):
-                yield Rung(f"{name}, {place}", "tok/s", where(ours), weights)
-                yield Rung(f"{name}, {place}, OpenMP", "tok/s", where(openmp), weights, against=f"{name}, {place}")
+        for name, weights, runner in self.runners():
+            alone, beside = f"{name}, alone", f"{name}, beside another"
+            ours = partial(runner.decode, self.new_tokens)
+            openmp = partial(on_openmp, runner.model, ours)
+            yield Rung(alone, "tok/s", ours, weights)
+            yield Rung(f"{alone}, OpenMP", "tok/s", openmp, weights, against=alone)
+            yield Rung(beside, "tok/s", partial(beside_another, ours), weights)
+            yield Rung(f"{beside}, OpenMP", "tok/s", partial(beside_another, openmp), weights, against=beside)
 
     def editing(self) -> Iterator[Rung]:
-        for name, mode, weights in self.ways():
-            yield from editing.make_rungs(name, weights, self.runner(mode, weights, editing.LENGTH))
+        for name, weights, runner in self.runners(speculation.EDITING_LENGTH):
+            yield from speculation.editing_rungs(name, weights, runner)
 
     def batch(self) -> Iterator[Rung]:
-        for name, mode, weights in self.ways():
-            for num_rows in (1, ROWS):
-                run = partial(self.runner(mode, weights, num_rows=num_rows).decode, self.new_tokens)
-                against = f"{name}, batch of 1" if num_rows > 1 else ""
-                yield Rung(f"{name}, batch of {num_rows}", "tok/s", run, weights, against=against)
+        for name, weights, runner in self.runners():
+            one, many = (partial(replace(runner, num_rows=rows).decode, self.new_tokens) for rows in (1, ROWS))
+            yield Rung(f"{name}, batch of 1", "tok/s", one, weights)
+            yield Rung(f"{name}, batch of {ROWS}", "tok/s", many, weights, against=f"{name}, batch of 1")
 
     def prefill(self) -> Iterator[Rung]:
         for size in PREFILL:
-            for name, mode, weights in self.ways():
-                runner = self.runner(mode, weights)
+            for name, weights, runner in self.runners():
                 run, flops = partial(runner.prefill, size), runner.count_prefill_flops(size)
                 yield Rung(f"{name}, prefill of {size}", "tok/s", run, weights, flops=flops)
 
     def positions(self) -> Iterator[Rung]:
-        for name, mode, weights in self.ways():
-            runner = self.runner(mode, weights, LONGEST)
+        for name, weights, runner in self.runners(LONGEST):
             for position in POSITIONS:
                 run, read = partial(runner.time_step, position), runner.count_step_bytes(position)
                 first = f"{name}, step at {POSITIONS[0]}" if position != POSITIONS[0] else ""
@@ -157,8 +215,7 @@ class Ladder:
             yield Rung(f"{first}, cache of 256 instead of {LONGEST}", "ms", run, against=first)
 
     def verify(self) -> Iterator[Rung]:
-        for name, mode, weights in self.ways():
-            runner, first = self.runner(mode, weights), f"{name}, 1 token"
+        for name, weights, runner in self.runners():
+            first, run = f"{name}, 1 token", partial(runner.time_verify, 129, VERIFIED - 1)
             yield Rung(first, "ms", partial(runner.time_step, 128), weights)
-            run = partial(runner.time_verify, 129, VERIFIED - 1)
             yield Rung(f"{name}, verify of {VERIFIED} tokens", "ms", run, weights, against=first)

@@ -9,17 +9,11 @@ besides. Few of them read weights, and each takes its microseconds. The table go
 results/<date>_<config>-<options>-launches.json.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
 import argparse
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +23,12 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import fresh_cache
 
 from bench import results
-from bench.anatomy import OPTIONS
-from bench.footprint import Driver
+from bench.footprint import make_driver
+from bench.ladder import OPTIONS
 from bench.runner import GREEDY
 from bench.subject import add_options, read_subject
 from checkpoint import meta_model, random_model
-from cli.arguments import ArgumentParser, need_triton
+from cli.arguments import need_triton
 from cli.errors import user_errors
 from eagle import Head
 from eagle_checkpoint import random_head
@@ -69,7 +63,7 @@ def pretend() -> list[str]:
     codes: list[str] = []
     GraphLowering.save_output_code = staticmethod(codes.append)
     DeviceProperties.create = classmethod(lambda cls, device: H100)  # type: ignore[assignment]
-    triton.runtime.driver.set_active(Driver(90))
+    triton.runtime.driver.set_active(make_driver(90))
     config.cpu_backend = "triton"
     ir.is_cpu = lambda x: False  # which it asks before it computes something twice
     # On CUDA an input that begins at a multiple of 16 bytes is taken to do so always, and is loaded 16 bytes wide.
@@ -101,34 +95,33 @@ def make_head(raw: dict[str, Any], model: Transformer) -> Head:
 
 
 @torch.inference_mode()
-def write_steps(model: Transformer, head: Head | None, codes: list[str], settings: dict[str, Any]) -> dict[str, str]:
-    """Return the code that inductor writes for each step, of a head its round; settings: of inductor, to be tried."""
+def write_steps(model: Transformer, head: Head | None, codes: list[str], settings: dict[str, Any]) -> Iterator[Any]:
+    """Yield each step's name and the code that inductor writes for it, of a head its round.
+
+    settings: of inductor, to be tried.
+    """
     for each in filter(None, (model, head)):
         each.setup_caches(1, NUM_SLOTS)
-    one, two = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
-    drafted, slots = torch.zeros(1, NUM_DRAFTS, dtype=torch.long), torch.arange(NUM_SLOTS)
-    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+    one, two, latest = (torch.zeros(shape, dtype=torch.long) for shape in ((1,), (1, 2), (1, NUM_DRAFTS + 1)))
+    slots, drafted = torch.arange(NUM_SLOTS), latest[:, 1:].clone()
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "decode": (decode, (one, one, slots, GREEDY, None)),
+        f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
+    }
     if head:
         head.follow_(model)
-        latest = torch.zeros(1, NUM_DRAFTS + 1, dtype=torch.long)
         round_args = latest, latest, slots, head, NUM_DRAFTS, GREEDY, None
         calls = {f"round of a head, {NUM_DRAFTS} drafts": (draft_and_verify, round_args)}
-    else:
-        calls = {
-            "decode": (decode, (one, one, slots, GREEDY, None)),
-            f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
-        }
-    sources = {}
-    with fresh_cache():  # in which there is no code yet
-        for name, (step, args) in calls.items():
-            codes.clear()
-            try:
+    for name, (step, args) in calls.items():
+        codes.clear()
+        try:
+            with fresh_cache():  # in which there is no code yet
                 compiled(step, "reduce-overhead", settings)(model, *args)
-            except RuntimeError:  # once the code is written, there is no GPU to load it
-                if not codes:
-                    raise
-            [sources[name]] = codes
-    return sources
+        except RuntimeError:  # once the code is written, there is no GPU to load it
+            if not codes:
+                raise
+        [code] = codes
+        yield name, code
 
 
 def run(args: argparse.Namespace) -> None:
@@ -136,40 +129,36 @@ def run(args: argparse.Namespace) -> None:
     subject = read_subject(args)
     num_layers = max(meta_model(form).config.num_hidden_layers for form in subject.forms.values())
     what = "-".join([subject.name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
-    path = results.new_path(args.output_dir, what)
+    shapes: dict[str, Any] = {"config": subject.name, "dtype": subject.dtype_name, "num_layers": num_layers}
+    report = results.begin("launches", args.output_dir, what, **shapes, options=args.options, steps=[])
     codes = pretend()
     settings = {name: value for option in args.options for name, value in OPTIONS["cuda"][option].items()}
-    entries = []
     for weights, form in subject.forms.items():
         model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
         optimize_(model, "cuda")
-        steps = write_steps(model, None, codes, settings)
+        steps = [*write_steps(model, None, codes, settings)]
         if args.head:  # last, since steps of a model with taps store them too
-            steps |= write_steps(model, make_head(form, model), codes, settings)
-        for step, code in steps.items():
+            steps += write_steps(model, make_head(form, model), codes, settings)
+        for step, code in steps:
             layers, besides = list_launches(code)
             drafting, layers = layers[:-NUM_LAYERS], layers[-NUM_LAYERS:]  # a head's layers come first
             if layers != layers[:1] * NUM_LAYERS:
                 raise RuntimeError(f"the layers of a {step} step launch different kernels")
             besides += [kernel for layer in drafting for kernel in layer]
             total = num_layers * len(layers[0]) + len(besides)
-            title = f"{weights or 'plain weights'}, {step}"
-            print(f"{title}: {len(layers[0])} a layer, {len(besides)} besides, {total} a step")
-            print("".join(f"    {kernel}\n" for kernel in layers[0]), end="", flush=True)
             entry = {"weights": weights or "plain", "step": step, "launches": total}
-            entries.append(entry | {"a_layer": layers[0], "besides": besides})
-    report = {"config": subject.name, "dtype": subject.dtype_name, "num_layers": num_layers, "options": args.options}
-    results.write(path, {**results.make_header("launches"), **report, "steps": entries})
-    print(f"wrote {path}", file=sys.stderr)
+            report.content["steps"].append(entry | {"a_layer": layers[0], "besides": besides})
+            print("{weights} weights, {step}: {launches} a step,".format(**entry), f"{len(besides)} besides layers of")
+            print("".join(f"    {kernel}\n" for kernel in layers[0]), end="", flush=True)
+    report.finish()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.make_parser(__doc__)
     add_options(parser)
     parser.add_argument("--options", nargs="+", choices=OPTIONS["cuda"], default=[], metavar="OPTION",
                         help=f"settings of inductor: any of «{'», «'.join(OPTIONS['cuda'])}» (none)")  # fmt: skip
     parser.add_argument("--head", action="store_true", help="count a round with an EAGLE-3 head too")
-    results.add_output_dir(parser)
     with user_errors():
         run(parser.parse_args(argv))
 

@@ -98,10 +98,6 @@ class LlamaCpp(Peer):
         self.api.llama_model_free(self.model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model as a GGUF file
-
-
 def interleave_heads(weight: Tensor, num_heads: int) -> Tensor:
     """Order the rows of q or k [heads * D, E] as llama.cpp's rope takes them: pairs beside each other.
 

@@ -6,7 +6,6 @@ static one, llama.cpp its `llama_decode`, gpt-fast, of which a checkout has to b
 """
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bench import gpt_fast, llama_cpp
 from bench.ladder import Ladder, beside_another
-from bench.rung import Rung, can_run
+from bench.results import Rung, attempt, leave_out
 from bench.runner import Peer, Runner, decode_mode
 from bench.subject import Subject
 from config import quantization_scheme
@@ -80,61 +79,58 @@ def make_transformers(subject: Subject, device: str) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**subject.raw), dtype=subject.dtype).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rungs
+def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
+    """Yield everyone's name, the form of the weights and who runs it; checkout: of gpt-fast.
 
-
-def make_contenders(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[tuple[str, str, Any]]:
-    """Yield everyone's name, the form of the weights and who runs it; ours of each form comes first."""
+    Those of one form follow each other, before the machine's speed has changed much: ours, to which the ratios are,
+    then llama.cpp, and then those that take longest.
+    """
     subject, device = ladder.subject, ladder.device
     config, dtype = ladder.models[""].config, subject.dtype_name
     length = 64 * (2 + max(ladder.new_tokens, POSITION, PREFILL) // 64)
-    for weights in (w for w in subject.forms if w in ("", *llama_cpp.FILE_TYPES)):
-        yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
-    if importlib.util.find_spec("transformers") is None:
-        print("transformers is not compared: pip install transformers", file=sys.stderr)
+    plain, has_gguf = folder / "plain.gguf", False
+    if reason := llama_cpp.find_obstacle(device, config):
+        leave_out("llama.cpp", reason)
     else:
-        model = make_transformers(subject, device)
-        yield f"transformers, {dtype}", "", Transformers(model, device)
-        yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
+        llama_cpp.write_gguf(ladder.models[""], plain)
+        has_gguf = True
     for weights, form in subject.forms.items():
         scheme = quantization_scheme(form)
-        if gpt_fast_checkout and (reason := gpt_fast.find_obstacle(config, scheme, device)):
-            print(f"gpt-fast, {weights or dtype} is not compared: {reason}", file=sys.stderr)
-        elif gpt_fast_checkout:
-            runner = gpt_fast.GptFast(gpt_fast_checkout, config, scheme, device, subject.dtype, length)
-            yield f"gpt-fast, {weights or dtype}", weights, runner
-    if reason := llama_cpp.find_obstacle(device, config):
-        print(f"llama.cpp is not compared: {reason}", file=sys.stderr)
-        return
-    plain = folder / "plain.gguf"
-    llama_cpp.write_gguf(ladder.models[""], plain)
-    yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
-    for weights, (kind, file_type) in llama_cpp.FILE_TYPES.items():
-        if weights in subject.forms:
+        yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
+        if has_gguf and not weights:
+            yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
+        elif has_gguf and weights in llama_cpp.FILE_TYPES:
+            kind, file_type = llama_cpp.FILE_TYPES[weights]
             llama_cpp.quantize_gguf(plain, folder / f"{kind}.gguf", file_type)
             yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(folder / f"{kind}.gguf", device, length)
+        if not weights and importlib.util.find_spec("transformers"):
+            model = make_transformers(subject, device)
+            yield f"transformers, {dtype}", "", Transformers(model, device)
+            yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
+        elif not weights:
+            leave_out("transformers", "pip install transformers")
+        if checkout and (reason := gpt_fast.find_obstacle(config, scheme, device)):
+            leave_out(f"gpt-fast, {weights or dtype}", reason)
+        elif checkout:
+            runner = gpt_fast.GptFast(checkout, config, scheme, device, subject.dtype, length)
+            yield f"gpt-fast, {weights or dtype}", weights, runner
 
 
-def make_rungs(ladder: Ladder, folder: Path, gpt_fast_checkout: Path | None) -> Iterator[Rung]:
+def make_rungs(ladder: Ladder, folder: Path, checkout: Path | None) -> Iterator[Rung]:
     everyone = [
         (name, weights, contender)
-        for name, weights, contender in make_contenders(ladder, folder, gpt_fast_checkout)
-        if isinstance(contender, Runner) or can_run(name, partial(contender.decode, 2))
+        for name, weights, contender in make_contenders(ladder, folder, checkout)
+        if isinstance(contender, Runner) or attempt(name, partial(contender.decode, 2))
     ]
-    # Those of one form of the weights follow each other, before the machine's speed has changed much: ours, to which
-    # the ratios are, then llama.cpp, and then those that take longest.
-    forms = list(dict.fromkeys(weights for _, weights, _ in everyone))
-    everyone.sort(key=lambda one: (forms.index(one[1]), not one[0].startswith(("ours", "llama.cpp"))))
-    for method, label, size, where in (
-        ("decode", "decode", ladder.new_tokens, partial),
-        ("decode_at", f"decode at {POSITION}", POSITION, partial),
-        ("prefill", f"prefill of {PREFILL}", PREFILL, partial),
-        ("decode", "decode beside a busy program", ladder.new_tokens, beside_another),
+    for method, label, size in (
+        ("decode", "decode", ladder.new_tokens),
+        ("decode_at", f"decode at {POSITION}", POSITION),
+        ("prefill", f"prefill of {PREFILL}", PREFILL),
+        ("decode", "decode beside a busy program", ladder.new_tokens),
     ):
         first: dict[str, str] = {}  # ours, by the form of the weights
         for name, weights, contender in everyone:
-            title = f"{name}, {label}"
+            title, run = f"{name}, {label}", partial(getattr(contender, method), size)
+            run = partial(beside_another, run) if "beside" in label else run
             against = first.setdefault(weights, title)
-            run = where(partial(getattr(contender, method), size))
             yield Rung(title, "tok/s", run, weights, against=against if against != title else "")

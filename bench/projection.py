@@ -5,13 +5,6 @@
 A token takes (bytes that a rank reads) / (bandwidth x share of it reached) + (number of meetings) x (latency of one).
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +12,10 @@ from bench import results
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
 from config import parse_config
+from files import read_json
 from model import ModelConfig
 
+MODELS = ("llama-3.1-70b", "llama-3.1-405b")  # of configs/
 INPUTS = {
     "bandwidth_bytes_per_s": 4.3e12,  # assumed, of a copy on an H200, bytes read and written: 90 % of the rated 4.8
     "share_of_bandwidth": 0.8,  # assumed
@@ -69,37 +64,27 @@ def project(config: ModelConfig, mode: str, num_gpus: int, inputs: dict[str, flo
 
 def format_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the projection in Markdown; «–» where the weights do not fit."""
-    cells = [["", *(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS)]]
-    cells += [[name, *(f"{p['tokens_per_s']:.0f}" if p["fits"] else "–" for p in row)] for name, row in rows.items()]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0].replace("|  |", "| |"), "|---" * len(cells[0]) + "|", *lines[1:]])
-
-
-def run(args: argparse.Namespace) -> None:
-    folder = results.ROOT / "configs"
-    configs = {name: parse_config(json.loads((folder / f"{name}.json").read_text())) for name in args.models}
-    rows = {
-        f"{name} {mode}": [project(config, mode, n, INPUTS) for n in NUM_GPUS]
-        for name, config in configs.items()
-        for mode in MODES
-    }
-    print(format_table(rows))
-    if args.output_path:
-        report: dict[str, Any] = {
-            "what": "computed, not measured",
-            "command": results.name_command("projection"),
-            "formula": FORMULA,
-        }
-        report |= {"inputs": INPUTS, "bytes_per_weight": MODES, "projection": rows}
-        results.write(args.output_path, report)
+    head = ["", *(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS)]
+    lines = [results.format_row(head), "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        lines.append(results.format_row([name, *(f"{p['tokens_per_s']:.0f}" if p["fits"] else "–" for p in row)]))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["llama-3.1-70b", "llama-3.1-405b"], help="files of configs/")
     parser.add_argument("--output_path", type=Path, metavar="FILE", help="write formula, inputs and figures as JSON")
     with user_errors():
-        run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        rows: dict[str, Any] = {}
+        for name in MODELS:
+            config = parse_config(read_json(results.ROOT / "configs" / f"{name}.json"))
+            rows |= {f"{name} {mode}": [project(config, mode, n, INPUTS) for n in NUM_GPUS] for mode in MODES}
+        print(format_table(rows))
+        if args.output_path:
+            content: dict[str, Any] = {"what": "computed, not measured", "command": results.name_command("projection")}
+            content |= {"formula": FORMULA, "inputs": INPUTS, "bytes_per_weight": MODES, "projection": rows}
+            results.Report(args.output_path, content).write()
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ alone make the difference. «noise» is the checkpoint again with noise of the s
 a form that is no farther cannot be told from it. --compare adds llama.cpp's forms of the same weights.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
 import argparse
 import contextlib
 import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,10 @@ from tqdm import tqdm
 
 import quantize
 from bench import llama_cpp, results
+from bench.subject import quantize_options
 from calibration import NUM_WINDOWS, WINDOW, cut_windows, write_windows
 from checkpoint import load_model, meta_model
-from cli.arguments import ArgumentParser, checkpoint_folder, number, read_text
+from cli.arguments import checkpoint_folder, number, read_text
 from cli.errors import user_errors
 from config import read_config
 from likelihood import target_log_probabilities
@@ -46,6 +43,7 @@ SCHEMES = [Scheme("int8"), Scheme("int8", 128), *INT4]
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # as llama.h numbers them
 CHAT_SEED = 1  # the calibration has 0
 ROWS = 2  # windows at a time
+COLUMNS = ("text", "form", "MB a step", "perplexity", "change", "mean KL", "median", "90th percentile", "same top")
 # Standard errors are those of RESAMPLES texts drawn from stretches of so many tokens: neighbours are alike.
 STRETCH, RESAMPLES = 64, 200
 
@@ -88,8 +86,7 @@ def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iter
             peer.close()
     for scheme in SCHEMES:
         output = folder / str(scheme)
-        options = ["--mode", scheme.mode, "--groupsize", str(scheme.group_size or -1), "--output_path", str(output)]
-        options += ["--checkpoint_path", str(path), "--device", "cpu", *["--symmetric"] * scheme.symmetric]
+        options = [*quantize_options(scheme, path, output), "--device", "cpu"]
         with contextlib.redirect_stdout(io.StringIO()):
             quantize.run(quantize.parse_args(options), windows)
         yield str(scheme), step_bytes(output), plain_logits(load_model(output, dtype=torch.float32, optimize=False))
@@ -130,11 +127,10 @@ def summarize(values: dict[str, Tensor]) -> dict[str, list[float]]:
 
 
 def describe(name: str, kind: str, row: dict[str, Any]) -> str:
-    """Write a row of Markdown."""
     kl = [f"{row[f'kl_{part}'][0]:.5f} ± {row[f'kl_{part}'][1]:.5f}" for part in ("mean", "median", "90th_percentile")]
     change, same = (f"{row[key][0]:+.2%} ± {row[key][1]:.2%}" for key in ("change", "same_top"))
-    cells = [kind, name, f"{row['step_bytes'] / 1e6:.2f}", f"{row['perplexity'][0]:.3f}", change, *kl, same.lstrip("+")]
-    return f"| {' | '.join(cells)} |"
+    cost = f"{row['step_bytes'] / 1e6:.2f}", f"{row['perplexity'][0]:.3f}"
+    return results.format_row([kind, name, *cost, change, *kl, same.lstrip("+")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,17 +148,17 @@ def read_texts(args: argparse.Namespace, path: Path, num: int, length: int) -> t
     opening = quantize.chat_opening(path, tokenizer)
     total = args.calibration_samples + (2 * num if opening else 0)
     with tqdm(total=-(-total // 8) * length, desc="texts", dynamic_ncols=True, disable=None) as bar:
+        write = partial(write_windows, model, tokenizer, length=length, chat_opening=opening, tick=bar.update)
         if opening:  # of two windows one is a chat
-            written = write_windows(model, tokenizer, 2 * num, length, opening, bar.update, CHAT_SEED)
-            texts["chat"] = written[::2]
-        return write_windows(model, tokenizer, args.calibration_samples, length, opening, bar.update), texts
+            texts["chat"] = write(2 * num, seed=CHAT_SEED)[::2]
+        return write(args.calibration_samples), texts
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
-    path = results.new_path(args.output_dir, results.make_slug(results.name_hardware("cpu")), f"quality-{args.name}")
-    print(f"each row is written at once to {path}", file=sys.stderr)
-    report = {**results.make_header("quality", "cpu"), "checkpoint": args.checkpoint_path.name, "rows": []}
+    report = results.begin("quality", args.output_dir, f"quality-{args.name}", device="cpu", rows=[])
+    print(f"each row is written at once to {report.path}", file=sys.stderr)
+    report.content["checkpoint"] = args.checkpoint_path.name
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "fp32"
@@ -172,10 +168,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--compare: {obstacle}")
         length = min(WINDOW, config.max_position_embeddings)
         calibration, texts = read_texts(args, source, -(-args.num_tokens // length), length)
-        report |= {"calibration": list(calibration.shape), "texts": {k: list(ids.shape) for k, ids in texts.items()}}
+        shapes = {kind: list(ids.shape) for kind, ids in texts.items()}
+        report.content |= {"calibration": list(calibration.shape), "texts": shapes}
+        print(results.format_row(COLUMNS), "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
         reference: dict[str, list[Tensor]] = {kind: [] for kind in texts}
-        print("| text | form | MB a step | perplexity | change | mean KL | median | 90th percentile | same top |")
-        print("|---|---|---|---|---|---|---|---|---|", flush=True)
         for name, size, logits in make_forms(source, calibration, folder, args.compare):
             for kind, windows in texts.items():
                 parts = []
@@ -186,13 +182,13 @@ def run(args: argparse.Namespace) -> None:
                     parts.append(score(reference[kind][i], log_q, ids[:, 1:].flatten()))
                 values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
                 row = {"name": name, "text": kind, "tokens": len(values["kl"]), "step_bytes": size, **summarize(values)}
-                report["rows"].append(row)
-                results.write(path, report)
+                report.content["rows"].append(row)
+                report.write()
                 print(describe(name, kind, row), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.make_parser(__doc__)
     demo = results.ROOT / "checkpoints/demo"
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=demo, help="(checkpoints/demo)")
     parser.add_argument("--text_files", type=Path, nargs="+", default=[], metavar="FILE",
@@ -201,7 +197,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibration_samples", type=number(int, 1), default=NUM_WINDOWS, help="windows for GPTQ (64)")
     parser.add_argument("--compare", action="store_true", help="add llama.cpp's Q8_0, Q4_0 and Q4_K_M")
     parser.add_argument("--name", required=True, help="what the result file is called: quality-NAME")
-    results.add_output_dir(parser)
     with user_errors():
         run(parser.parse_args(argv))
 

@@ -6,34 +6,26 @@
     python -m bench.run --config configs/tinyllama-1.1b.json --speculate demo shapes
     torchrun --nproc_per_node=2 -m bench.run --config configs/tinyllama-1.1b.json
 
-Each rung has a warm-up, then samples in turns with its group: A B A B. What is finished is written at once to
-results/<date>_<hardware>_<what>.json, so that an interrupted run keeps it. --compare adds what is installed beside us:
-transformers and llama.cpp.
+Each rung has a warm-up, then samples in turns with its group: A B A B. What is finished is written at once, so that an
+interrupted run keeps it. --compare adds what is installed beside us: transformers and llama.cpp.
 """
-
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from bench import peers, results, speculation
 from bench.ladder import Ladder
 from bench.process import Processes
-from bench.rung import Rung, format_line, measure_roof, omissions
+from bench.results import Report, Rung, format_line, omissions
+from bench.runner import measure_roof
 from bench.subject import Subject, add_options, read_subject
 from checkpoint import meta_model
-from cli.arguments import ArgumentParser, check_device, number
+from cli.arguments import check_device, number
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, local_device, process_group, together
 from drafters import MODEL_K
@@ -44,37 +36,6 @@ WARM_GROUPS = ("products", "positions", "kernels", "options", "verify")  # whose
 ALONE = (*PROCESS_GROUPS, "products")  # of one process
 IF_NAMED = ("kernels", "options", "beside", "editing")  # what they say is for who changes a step
 GROUPS = (*ALONE, "decode", "batch", "prefill", "positions", "verify", *IF_NAMED)
-
-
-class Report:
-    """What has been measured, on the disk after every part; only rank 0 writes."""
-
-    def __init__(self, path: Path, content: dict[str, Any], ranks: Ranks):
-        omissions.clear()
-        self.path, self.content, self.writes = path, content, ranks.rank == 0
-        self.parts: list[str] = []  # that are in it
-
-    def add(self, part: str, lines: list[str]) -> None:
-        """Write what the content has now, and print the lines of its latest part."""
-        self.parts.append(part)
-        if omissions:
-            self.content["left_out"] = omissions
-        if self.writes:
-            results.write(self.path, self.content)
-            print("\n".join([part, *lines]), flush=True)
-
-    def add_rungs(self, group: str, rungs: list[Rung], roofs: list[dict[str, float]]) -> None:
-        """Add the rungs that have samples: all, unless the group was interrupted. roofs: of each turn."""
-        sampled = {rung.name: rung for rung in rungs if rung.samples}
-        if not sampled:
-            return
-        entries = [rung.entry(sampled, roofs) for rung in sampled.values()]
-        self.content["rungs"] += [{"group": group, **entry} for entry in entries]
-        if roofs:
-            self.content["roofs"][group] = roofs
-        self.add(group, [*map(format_line, entries)])
-        if self.writes and group == "decode":
-            draw(self.content, self.path.with_suffix(".svg"))
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -92,13 +53,12 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(bars)))
     drawing = axes.barh([b["name"] for b in bars], [b["median"] for b in bars], color="#4878a8", height=0.6)
     axes.bar_label(drawing, [f" {b['median']:.1f}" for b in bars])
-    roofs = {i: bar["median"] / bar["share_of_roof"] for i, bar in enumerate(bars) if "share_of_roof" in bar}
-    for i, roof in roofs.items():
-        axes.plot([roof, roof], [i - 0.4, i + 0.4], color="#b04030", linestyle="--")
-    if roofs:
-        axes.annotate("memory roof", (next(iter(roofs.values())), 1.02), xycoords=("data", "axes fraction"),
-                      color="#b04030", ha="center")  # fmt: skip
-    axes.set_xlim(0, max([*roofs.values(), *(bar["median"] for bar in bars)]) * 1.12)
+    for i, bar in enumerate(bars):
+        if "share_of_roof" in bar:
+            roof = bar["median"] / bar["share_of_roof"]
+            axes.plot([roof, roof], [i - 0.4, i + 0.4], color="#b04030", linestyle="--", label="memory roof")
+            axes.legend(handles=axes.lines[:1], loc="lower right", frameon=False)
+    axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, {content['config']}, {content['dtype']}, batch 1, {content['hardware']}")
     axes.spines[["top", "right"]].set_visible(False)
@@ -106,48 +66,32 @@ def draw(content: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Report, device: str) -> None:
     """Sample the rungs in turns, and report those that have samples, however it ends."""
     in_processes = group in PROCESS_GROUPS
     unsampled = 0 if in_processes or group in WARM_GROUPS else 1  # turns that warm up and compile
     turns = num_samples + unsampled
-    bar = tqdm(total=len(rungs) * turns, desc=group, unit="sample", dynamic_ncols=True, leave=False,
-               disable=None if report.writes else True)  # fmt: skip
     roofs = []
     try:
         for turn in range(turns):
-            if bar.disable and report.writes:  # no terminal, where the bar is not seen
+            if report.writes:
                 print(f"{group}: turn {turn + 1} of {turns}, of {len(rungs)} rungs", file=sys.stderr, flush=True)
             if not in_processes:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
                 roofs += [roof] if turn >= unsampled else []
             # Back and forth, since what has just run may slow down what comes next.
-            for rung in rungs if turn % 2 == 0 else reversed(rungs):
+            for rung in rungs[:: 1 if turn % 2 == 0 else -1]:
                 value = rung.measure()
-                if turn >= unsampled:
-                    rung.samples.append(value)
-                bar.update()
+                rung.samples += [value] if turn >= unsampled else []
     finally:
-        bar.close()
-        report.add_rungs(group, rungs, roofs)
-
-
-def groups_of_rungs(
-    args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, folder: Path
-) -> Iterator[tuple[str, list[Rung]]]:
-    names = args.only
-    if names is None:
-        names = [g for g in GROUPS if g not in IF_NAMED and (ranks.count == 1 or g not in ALONE)]
-    processes = Processes(subject, device, folder)
-    ladder = Ladder(subject, device, ranks, args.new_tokens, max(args.speculate_k or [MODEL_K]))
-    for group in (g for g in GROUPS if g in names):
-        yield group, list(getattr(processes if group in PROCESS_GROUPS else ladder, group)())
-    if args.compare:
-        yield "compare", list(peers.make_rungs(ladder, folder, args.gpt_fast))
+        sampled = {rung.name: rung for rung in rungs if rung.samples}
+        entries = [{"group": group, **rung.entry(sampled, roofs)} for rung in sampled.values()]
+        if entries:
+            report.content["rungs"] += entries
+            report.content["roofs"] |= {group: roofs} if roofs else {}
+            report.add(group, map(format_line, entries))
+            if report.writes and group == "decode":
+                draw(report.content, report.path.with_suffix(".svg"))
 
 
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
@@ -157,32 +101,38 @@ def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Rank
         for duel in chain(*(speculation.make_duels(what, *options) for what in args.speculate)):
             entries = duel.run(args.samples)
             report.content["speculation"] += entries
-            report.add(duel.name, [*map(speculation.describe, entries)])
+            report.add(duel.name, map(speculation.describe, entries))
         return
     report.content |= {"dtype": subject.dtype_name, "rungs": [], "roofs": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        for group, rungs in groups_of_rungs(args, subject, device, ranks, Path(folder)):
-            measure_group(group, rungs, args.samples, report, device)
+    names = args.only
+    if names is None:
+        names = [g for g in GROUPS if g not in IF_NAMED and (ranks.count == 1 or g not in ALONE)]
+    with tempfile.TemporaryDirectory() as name:
+        processes = Processes(subject, device, Path(name))
+        ladder = Ladder(subject, device, ranks, args.new_tokens, max(args.speculate_k or [MODEL_K]))
+        for group in (g for g in GROUPS if g in names):
+            rungs = getattr(processes if group in PROCESS_GROUPS else ladder, group)()
+            measure_group(group, list(rungs), args.samples, report, device)
+        if args.compare:
+            rungs = peers.make_rungs(ladder, Path(name), args.gpt_fast)
+            measure_group("compare", list(rungs), args.samples, report, device)
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     subject, device = together(partial(check, args, ranks), ranks)
-    content = {**results.make_header("run", args.device), "config": subject.name, "tp": ranks.count}
     name = args.name or default_name(args) + (f"-tp{ranks.count}" if ranks.count > 1 else "")
-    path = results.new_path(args.output_dir, results.make_slug(content["hardware"]), name)
-    report = Report(path, content, ranks)
+    omissions.clear()
+    content = {"config": subject.name, "tp": ranks.count, "left_out": omissions}
+    report = results.begin("run", args.output_dir, name, device=args.device, **content)
+    report.writes = ranks.rank == 0
     try:
         measure(args, subject, device, ranks, report)
     except (KeyboardInterrupt, SystemExit) as end:  # SIGTERM, or a user's mistake
-        kept = f"{', '.join(report.parts)} in {path}" if report.parts else "nothing was measured"
+        kept = f"{', '.join(report.parts)} in {report.path}" if report.parts else "nothing was measured"
         print(f"\ninterrupted; {kept}", file=sys.stderr)
         sys.exit(130 if isinstance(end, KeyboardInterrupt) else end.code)
     if report.writes:
-        print(f"wrote {path}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+        print(f"wrote {report.path}", file=sys.stderr)
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -208,18 +158,16 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[Subject, str]:
             raise ValueError(f"--speculate {what}: expected {', '.join(names)} or the folder of a model made for chat")
     if args.speculate is not None and (args.only is not None or args.compare):
         raise ValueError("--speculate measures nothing else; leave out --only and --compare")
-    if ranks.count > 1:
-        alone = [name for name in ("speculate", "compare") if getattr(args, name)]
-        alone += [f"only {group}" for group in ALONE if group in (args.only or [])]
-        if alone:
-            raise ValueError(f"--{alone[0]} measures one process and there are {ranks.count} ranks; leave out torchrun")
+    alone = [name for name in ("speculate", "compare") if getattr(args, name)]
+    alone += [f"only {group}" for group in ALONE if group in (args.only or [])]
+    if alone and ranks.count > 1:
+        raise ValueError(f"--{alone[0]} measures one process and there are {ranks.count} ranks; leave out torchrun")
     return subject, device
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(ranks=True, description=__doc__.splitlines()[0])
+    parser = results.make_parser(__doc__, device=True, ranks=True)
     add_options(parser)
-    results.add_device(parser)
     parser.add_argument("--only", nargs="*", choices=GROUPS, metavar="GROUP",
                         help=f"of {', '.join(GROUPS)} (all but {', '.join(IF_NAMED)})")  # fmt: skip
     parser.add_argument("--compare", action="store_true",
@@ -232,7 +180,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              "or of the folder of a model made for chat (demo shapes)")  # fmt: skip
     parser.add_argument("--speculate_k", type=number(int, 1), nargs="+", help="drafts (4; in the ladder 5)")
     parser.add_argument("--name", help="what the result file is called (by what is measured)")
-    results.add_output_dir(parser)
     args = parser.parse_args(argv)
     args.speculate = ["demo", "shapes"] if args.speculate == [] else args.speculate
     return args

@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine import generate
-from kernels.cpu import own_threads
+from kernels.cpu import empty_weight, own_threads
 from model import Transformer
 from speculate import Speculation, draft, draft_and_verify, verify
 from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
@@ -19,6 +20,7 @@ from steps import SLOTS_STEP, Sampling, compiled, decode, prefill, visible_slots
 GREEDY = Sampling(temperature=0)
 PROMPT = [1, 2, 3, 4, 5, 6]
 NUM_STEPS = 30  # of a sample at a position, when others are compared
+Steps = dict[str, Callable[..., Any]]  # by name
 
 
 def time_call(run: Callable[[], Any], device: str) -> float:
@@ -46,26 +48,38 @@ def time_median(run: Callable[[], Any], device: str, count: int = 10) -> float:
     return statistics.median(time_call(several, device) / calls for _ in range(runs)) * 1e3
 
 
+def measure_roof(device: str) -> dict[str, float]:
+    """Return the best of several: how fast memory is streamed, in GB/s, and bf16 GEMM, in TFLOP/s.
+
+    On a CPU 1 GiB is read, on a GPU copied, which counts as read and written. Matrices are 2048 or 8192 wide, and in
+    fp32 on a CPU without instructions for bf16, where bf16 takes minutes.
+    """
+    on_gpu = device.startswith("cuda")
+    data = empty_weight((2**28,), torch.float32, device).fill_(1)
+    copy = torch.empty_like(data) if on_gpu else data
+    size = 8192 if on_gpu else 2048
+    is_narrow = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if is_narrow else torch.float32)
+    stream, multiply = (lambda: copy.copy_(data)) if on_gpu else data.sum, lambda: a @ a
+    for run in (stream, multiply) if on_gpu else ():  # the first loads the library
+        run()
+    stream_s = min(time_call(stream, device) for _ in range(3))
+    product_s = min(time_call(multiply, device) for _ in range(3))
+    name, num_bytes = ("copy_gb_per_s", 2 * data.nbytes) if on_gpu else ("read_gb_per_s", data.nbytes)
+    return {name: num_bytes / stream_s / 1e9, "gemm_tflop_per_s": 2 * size**3 / product_s / 1e12}
+
+
 def decode_mode(device: str) -> str | None:
     return "reduce-overhead" if device.startswith("cuda") else None
 
 
-@dataclass(frozen=True)
-class Steps:
-    prefill: Callable[..., Any]
-    decode: Callable[..., Any]
-    verify: Callable[..., Any]
-    draft: Callable[..., Any]
-    draft_and_verify: Callable[..., Any]
-
-
 @functools.cache
 def make_steps(mode: str, device: str) -> Steps:
-    """Return the steps, eager or compiled; all models of a process share their graphs."""
+    """Return the steps by name, eager or compiled; all models of a process share their graphs."""
+    steps: Steps = {step.__name__: step for step in (prefill, decode, verify, draft, draft_and_verify)}
     if mode == "eager":
-        return Steps(prefill, decode, verify, draft, draft_and_verify)
-    replay = decode_mode(device)
-    return Steps(compiled(prefill), *(compiled(step, replay) for step in (decode, verify, draft, draft_and_verify)))
+        return steps
+    return {name: compiled(step, None if step is prefill else decode_mode(device)) for name, step in steps.items()}
 
 
 def setup_caches(model: Transformer, num_rows: int, length: int) -> None:
@@ -84,8 +98,9 @@ class Runner:
     length: int
     num_rows: int = 1
 
-    def __post_init__(self) -> None:
-        self.device = str(self.model.device)
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
 
     def prepare(self) -> None:
         """Set up the caches, where another runner of the model has left others, and let the ranks begin together."""
@@ -96,12 +111,12 @@ class Runner:
         self, prompts: list[list[int]], num_tokens: int, sampling: Sampling = GREEDY, **options: Any
     ) -> Iterator[list[list[int]]]:
         self.prepare()
-        steps: dict[str, Any] = {"prefill": self.steps.prefill, "decode": self.steps.decode}
+        steps: dict[str, Any] = {name: self.steps[name] for name in ("prefill", "decode")}
         return generate(self.model, prompts, num_tokens, sampling, **steps | options)
 
     def speculation(self, draft_model: Transformer | None, **options: Any) -> Speculation:
-        steps = self.steps
-        return Speculation(draft_model, draft_and_verify=steps.draft_and_verify, prefill=steps.prefill, **options)
+        steps: dict[str, Any] = {name: self.steps[name] for name in ("prefill", "draft_and_verify")}
+        return Speculation(draft_model, **steps, **options)
 
     def decode(self, num_tokens: int) -> float:
         """Return tokens a second, of all rows together, of plain greedy decoding after a prompt of 6 tokens."""
@@ -127,35 +142,28 @@ class Runner:
 
     def time_verify(self, end: int, k: int) -> float:
         """Return the milliseconds of one forward over the last token of a text and k drafts, accepting included."""
-        return time_median(self.verify_at(end, torch.ones(1, k, dtype=torch.long, device=self.device)), self.device)
+        self.prepare()
+        with torch.inference_mode():
+            drafted, text = torch.ones(1, k, dtype=torch.long, device=self.device), self.last(end, 2, k)
+        return time_median(self.as_engine("verify", 1 + k, *text, drafted, GREEDY, None, None), self.device)
 
     def step_at(self, position: int) -> Callable[[], Any]:
         """Return a decode step at a position to call, whatever the cache holds before it."""
         self.prepare()
         with torch.inference_mode():
-            tokens, at = (torch.tensor([n], device=self.device) for n in (1, position))
-            slots = self.slots(position + 1)
-        return self.as_engine(1, lambda: self.steps.decode(self.model, tokens, at, slots, GREEDY, None))
+            tokens, positions, slots = self.last(position + 1, 1, 0)
+            return self.as_engine("decode", 1, tokens[0], positions[0], slots, GREEDY, None)
 
-    def verify_at(self, end: int, drafted: Tensor) -> Callable[[], Any]:
-        """Return the verifying of drafts [1, k] behind a text that ends at `end` to call."""
-        self.prepare()
-        with torch.inference_mode():
-            text = self.last(end, 2, drafted.shape[1])
-        num_rows = 1 + drafted.shape[1]
-        return self.as_engine(num_rows, lambda: self.steps.verify(self.model, *text, drafted, GREEDY, None, None))
-
-    def as_engine(self, num_rows: int, step: Callable[[], Any]) -> Callable[[], Any]:
-        """Return a step that runs as the engine runs it, on a number of rows of x."""
-        return torch.inference_mode()(own_threads(self.model, num_rows)(step))
+    def as_engine(self, step: str, num_rows: int, *args: Any) -> Callable[[], Any]:
+        """Return a step of so many rows of x to call as the engine does."""
+        call = torch.inference_mode()(own_threads(self.model, num_rows)(self.steps[step]))
+        return partial(call, self.model, *args)
 
     def last(self, end: int, count: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last ids of a text and their positions, [1, count] each, and the slots that k drafts need."""
         positions = torch.arange(end - count, end, device=self.device).unsqueeze(0)
-        return torch.ones_like(positions), positions, self.slots(end + k)
-
-    def slots(self, length: int) -> Tensor:
-        return visible_slots(torch.arange(self.length, device=self.device), length)
+        slots = visible_slots(torch.arange(self.length, device=self.device), end + k)
+        return torch.ones_like(positions), positions, slots
 
     def count_step_bytes(self, position: int) -> int:
         """Return the bytes that a step at a position reads, of this rank: weights, keys and values."""
@@ -193,13 +201,8 @@ class Peer:
 
     def repeat(self, ids: Tensor, count: int) -> float:
         """Decode `count` tokens after ids [1, 1]; return how many a second."""
-
-        def run() -> None:
-            nonlocal ids
-            for _ in range(count):
-                ids = self.step(ids)
-
-        return count / time_call(run, self.device)
+        steps = partial(functools.reduce, lambda ids, _: self.step(ids), range(count), ids)
+        return count / time_call(steps, self.device)
 
     def decode(self, num_tokens: int) -> float:
         self.keep(0)

@@ -6,18 +6,12 @@ A turn continues a prompt of 1 to 700 tokens by 8 to 64, plainly, with the demo'
 The same 100 turns come again and again, so that a turn must give the very text that it gave the first time.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-
-import argparse
 import gc
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +22,33 @@ from tqdm import tqdm
 from bench import results
 from bench.runner import Runner, make_steps
 from checkpoint import load_model
-from cli.arguments import ArgumentParser, check_device, number
+from cli.arguments import check_device, number
 from cli.errors import user_errors
 from scripts.train_demo import CALIBRATION_MODULES, library_text
 from steps import Sampling
 from tokenizer import load_tokenizer
 
-DEMO, DRAFT = results.ROOT / "checkpoints/demo", results.ROOT / "checkpoints/demo-draft"
 NUM_DIFFERENT = 100  # turns; the first round of them warms up
-SAMPLING = Sampling(temperature=0.8, top_k=200)
 # What may change between the first 100 turns after the warm-up and the last: memory, and tokens a second.
 MAX_GROWTH, MAX_SLOWDOWN = 0.02, 0.10
 
 
-def make_turns(device: str, mode: str) -> Callable[[int], Iterator[list[list[int]]]]:
-    """Return the function from a turn's number to its new ids, as they come."""
-    model, draft_model = (load_model(path, device) for path in (DEMO, DRAFT))
+def make_turns(device: str, mode: str) -> Callable[[int], list[int]]:
+    """Return the function from a turn's number to the ids that it writes."""
+    model, draft_model = (load_model(results.ROOT / f"checkpoints/{name}", device) for name in ("demo", "demo-draft"))
     runner = Runner(model, make_steps(mode, device), model.config.max_position_embeddings)
     draft_model.setup_caches(1, runner.length)
     kinds = [None, runner.speculation(draft_model), runner.speculation(None)]
-    ids = load_tokenizer(DEMO).encode(library_text(CALIBRATION_MODULES), bos=False)
+    ids = load_tokenizer(results.ROOT / "checkpoints/demo").encode(library_text(CALIBRATION_MODULES), bos=False)
     generator = torch.Generator(device)
 
-    def turn(i: int) -> Iterator[list[list[int]]]:
-        chance = random.Random(i % NUM_DIFFERENT)
+    def turn(i: int) -> list[int]:
+        seed = i % NUM_DIFFERENT
+        chance = random.Random(seed)
         begin = chance.randrange(len(ids) - 700)
         prompt, count = ids[begin : begin + chance.randint(1, 700)], chance.randint(8, 64)
-        generator.manual_seed(i % NUM_DIFFERENT)
-        speculation = kinds[i % NUM_DIFFERENT % len(kinds)]
-        return runner.generate([prompt], count, SAMPLING, generator=generator, speculation=speculation)
+        options = {"generator": generator.manual_seed(seed), "speculation": kinds[seed % len(kinds)]}
+        return [token for [new] in runner.generate([prompt], count, Sampling(), **options) for token in new]
 
     return turn
 
@@ -68,38 +60,31 @@ def read_memory(device: str) -> int:
     return pages * 4096 + on_gpu
 
 
-def count_graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
+def soak(num_turns: int, device: str, mode: str = "compile") -> dict[str, Any]:
     """Run the turns, after a round of all that are different; return what they took, and what of it is a fault."""
-    turn = make_turns(device, mode)
-    texts, tokens, seconds, memory, changed = [], [], [], [], []
-    graphs_at_first = graphs_before = count_graphs()
-    for i in tqdm(range(NUM_DIFFERENT + num_turns), desc="soak", unit="turn", disable=None):
-        if i == NUM_DIFFERENT:
-            gc.collect()
-            graphs_before = count_graphs()
+    turn, num_graphs = make_turns(device, mode), [counters["stats"]["unique_graphs"]]
+    texts = [turn(i) for i in range(NUM_DIFFERENT)]
+    gc.collect()
+    num_graphs.append(counters["stats"]["unique_graphs"])
+    tokens, seconds, memory, changed = [], [], [], []
+    for i in tqdm(range(NUM_DIFFERENT, NUM_DIFFERENT + num_turns), desc="soak", unit="turn", disable=None):
         began = time.perf_counter()
-        text = [token for [ids] in turn(i) for token in ids]
-        if i < NUM_DIFFERENT:
-            texts.append(text)
-            continue
+        text = turn(i)
         seconds.append(time.perf_counter() - began)
         tokens.append(len(text))
         memory.append(read_memory(device))
-        if text != texts[i % NUM_DIFFERENT]:
-            changed.append(i)
+        changed += [i] if text != texts[i % NUM_DIFFERENT] else []
+    num_graphs.append(counters["stats"]["unique_graphs"])
+    warm_up, after = (b - a for a, b in pairwise(num_graphs))
     window = min(NUM_DIFFERENT, num_turns)
     windows = [slice(i, i + window) for i in range(0, num_turns, window)]
     rates = [sum(tokens[span]) / sum(seconds[span]) for span in windows]
     levels = [statistics.median(memory[span]) for span in windows]
-    growth, slowdown, new_graphs = levels[-1] / levels[0] - 1, 1 - rates[-1] / rates[0], count_graphs() - graphs_before
+    growth, slowdown = levels[-1] / levels[0] - 1, 1 - rates[-1] / rates[0]
     bounds = {
         f"memory grew by {growth:.1%}": growth > MAX_GROWTH,
         f"the last {window} turns were {slowdown:.1%} slower than the first": slowdown > MAX_SLOWDOWN,
-        f"{new_graphs} graphs were compiled after the warm-up": new_graphs > 0,
+        f"{after} graphs were compiled after the warm-up": after > 0,
         f"{len(changed)} turns gave another text than the first time": bool(changed),
     }
     return {
@@ -107,7 +92,7 @@ def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
         "tokens": sum(tokens),
         "memory_growth": growth,
         "slowdown": slowdown,
-        "graphs": {"warm-up": graphs_before - graphs_at_first, "after": new_graphs},
+        "graphs": {"warm-up": warm_up, "after": after},
         "changed_texts": changed,
         "faults": [what for what, is_fault in bounds.items() if is_fault],
         "window": window,
@@ -116,27 +101,15 @@ def soak(num_turns: int, device: str, mode: str) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    check_device(args.device)
-    header = results.make_header("soak", args.device)
-    path = results.new_path(args.output_dir, results.make_slug(header["hardware"]), "soak")
-    report = soak(args.turns, args.device, "eager" if args.eager else "compile")
-    print(
-        f"{report['turns']} turns, {report['tokens']} tokens: memory {report['memory_growth']:+.2%}, tokens/s "
-        f"{-report['slowdown']:+.1%}, {report['graphs']['after']} new graphs",
-        file=sys.stderr,
-    )
-    results.finish(path, header | report)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.make_parser(__doc__, device=True)
     parser.add_argument("--turns", type=number(int, 2), default=2000, metavar="N", help="after a warm-up of 100 (2000)")
-    parser.add_argument("--eager", action="store_true", help="without compiling")
-    results.add_device(parser)
-    results.add_output_dir(parser)
     with user_errors():
-        run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        check_device(args.device)
+        report = results.begin("soak", args.output_dir, "soak", device=args.device)
+        report.content |= soak(args.turns, args.device)
+        report.finish()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Speculation: one target decoding plainly and with each drafter, in turns; bench.run --speculate measures it.
 
 Random weights have no drafts worth accepting. For them each draft is accepted by chance, which times the machinery and
-writes nonsense; that is here, and no command of the project can reach it.
+writes nonsense; that is here, and no command of the project can reach it. Or the text is known before: the target
+computes as ever, and then that text says what it chose. So bench.run --only editing measures what drafts found in the
+text are worth, whatever a model's taste.
 """
 
+import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,20 +23,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import speculate
-from bench.results import ROOT
-from bench.runner import GREEDY, PROMPT, Runner, make_steps, setup_caches, time_call
+from bench.results import ROOT, Rung
+from bench.runner import GREEDY, PROMPT, Runner, Steps, make_steps, setup_caches, time_median
 from bench.subject import Subject
 from checkpoint import load_model, random_model
 from cli.options import encode_prompt
 from cli.template import load_template
-from drafters import Drafter, Proposal, expected_tokens
+from drafters import Drafter, Proposal, expected_tokens, levels_below
 from eagle import Head
 from eagle_checkpoint import load_head, random_head
 from model import Transformer
 from speculate import Speculation, count_leading
 from steps import Text, likeliest, prefill
+from suffix import Suffixes
 from tokenizer import load_tokenizer
 
+NUM_CHANGES = 10
+FILE_IDS, FREE_IDS = 2000, 512  # of the file to repeat, and of a text without a copy
+EDITING_LENGTH = 2 * FILE_IDS + 512  # of the caches
 ACCEPTANCE = 0.75
 SHORTEST = 128  # tokens of a sample: fewer are a matter of luck
 DEMO = ROOT / "checkpoints" / "demo"
@@ -102,6 +110,7 @@ class Way:
     draft_model: Transformer | None = None
     lookup: bool = False
     levels: tuple[int, ...] = ()  # one number is a fixed k; (): it adapts
+    index: type = Suffixes  # of the text
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -113,7 +122,10 @@ class Way:
             return None
         if self.draft_model:
             setup_caches(self.draft_model, 1, self.runner.length)
-        return self.runner.speculation(self.draft_model, lookup=self.lookup, levels=self.levels)
+        speculation = self.runner.speculation(self.draft_model, lookup=self.lookup, levels=self.levels)
+        if self.index is not Suffixes:
+            speculation.drafter.indexes = [self.index()]  # type: ignore[attr-defined]
+        return speculation
 
     def decode(self, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
         """Decode so many tokens after each of the prompts."""
@@ -143,14 +155,10 @@ class Way:
             setup_caches(draft_model, 1, runner.length)
             if isinstance(draft_model, Head):
                 draft_model.follow_(runner.model)
-            num_latest = k + 1 if isinstance(draft_model, Head) else 2
-            latest, vocab_size = runner.last(end, num_latest, k), runner.model.config.vocab_size
-            parts["draft_ms"] = lambda: runner.steps.draft(draft_model, *latest, GREEDY, None, k, vocab_size)
-            parts["draft_ms"]()  # which compiles it
-        return {
-            name: statistics.median(time_call(part, runner.device) * 1e3 for _ in range(count))
-            for name, part in parts.items()
-        }
+            latest = runner.last(end, k + 1 if isinstance(draft_model, Head) else 2, k)
+            vocab_size = runner.model.config.vocab_size
+            parts["draft_ms"] = partial(runner.steps["draft"], draft_model, *latest, GREEDY, None, k, vocab_size)
+        return {name: time_median(part, runner.device, count) for name, part in parts.items()}
 
     def figures(self, sample: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
         """Return what a sample says beside the plain one of its turn, since the machine's own speed moves between them.
@@ -160,15 +168,20 @@ class Way:
         found = {"tok_per_s": sample["tok_per_s"], "speedup": sample["tok_per_s"] / plain["tok_per_s"]}
         if not sample["tried"]:
             return found
-        rounds, accepted = sum(sample["accept_counts"]), sum(sample["right"])  # of the rounds some are plain steps
-        tokens, a, k = 1 + accepted / rounds, accepted / sum(sample["tried"]), self.fixed_k
-        found |= {"tokens_a_round": tokens, "drafts_a_round": sample["num_drafted"] / rounds, "a": a}
+        rounds, a, k = sum(sample["accept_counts"]), sum(sample["right"]) / sum(sample["tried"]), self.fixed_k
+        tokens, drafts = tokens_a_round(sample), sample["num_drafted"] / rounds  # of the rounds some are plain steps
+        found |= {"tokens_a_round": tokens, "drafts_a_round": drafts, "a": a}
         cost = sample.get("draft_ms", 1e3 * sample["propose_s"] / rounds) / sample["decode_ms"]  # of a round, in steps
         if k or not self.draft_model:
             formula = (expected_tokens(a, k) if k else tokens) / (1 + cost)
-            found |= {"c": cost / (k or found["drafts_a_round"]), "formula": formula}
-            found["share_of_formula"] = found["speedup"] / formula
+            share = found["speedup"] / formula
+            found |= {"c": cost / (k or drafts), "formula": formula, "share_of_formula": share}
         return found
+
+
+def tokens_a_round(sample: dict[str, Any]) -> float:
+    counts = sample["accept_counts"]
+    return 1 + sum(n * count for n, count in enumerate(counts)) / sum(counts)
 
 
 @dataclass
@@ -191,8 +204,7 @@ class Duel:
         for turn in range(num_samples + 1):
             for way in self.ways:
                 sample = self.sample(way, turn, self.num_tokens // 8)
-                if turn > 0:  # the first warms up and compiles
-                    way.samples.append(sample)
+                way.samples += [sample] if turn > 0 else []  # the first warms up and compiles
         return [self.summarize(way) for way in self.ways]
 
     def summarize(self, way: Way) -> dict[str, Any]:
@@ -205,13 +217,13 @@ class Duel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# The duels
 
 
-def make_runners(models: Iterable[Transformer], mode: str, num_tokens: int) -> list[Runner]:
-    """Return runners with caches for texts of so many tokens. Prefill is eager, as it is in generate.py."""
-    length = 64 * (2 + num_tokens // 64)
-    return [Runner(model, replace(make_steps(mode, str(model.device)), prefill=prefill), length) for model in models]
+def make_runner(model: Transformer, mode: str, num_tokens: int) -> Runner:
+    """Return a runner with caches for texts of so many tokens. Prefill is eager, as it is in generate.py."""
+    steps = make_steps(mode, str(model.device)) | {"prefill": prefill}
+    return Runner(model, steps, 64 * (2 + num_tokens // 64))
 
 
 def demo_duels(mode: str, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
@@ -219,7 +231,7 @@ def demo_duels(mode: str, device: str, num_tokens: int, ks: list[int]) -> Iterat
     tokenizer = load_tokenizer(DEMO)
     target, tapped, draft_model = (load_model(path, device) for path in (DEMO, DEMO, ROOT / "checkpoints/demo-draft"))
     head = load_head(ROOT / "checkpoints/demo-eagle3", tapped)
-    plain, with_taps = make_runners((target, tapped), mode, num_tokens)
+    plain, with_taps = (make_runner(model, mode, num_tokens) for model in (target, tapped))
     for kind, texts in DEMO_TEXTS.items():
         ways = [Way("none", plain), *(Way("draft model", plain, draft_model, levels=(k,)) for k in ks)]
         ways += [Way("head", with_taps, head, levels=levels) for levels in (*((k,) for k in ks), ())]
@@ -233,7 +245,7 @@ def shapes_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) 
     for weights, form in subject.forms.items():
         target, tapped = (random_model(form, device, subject.dtype) for _ in range(2))
         head = random_head(raw, tapped)
-        plain, with_taps = make_runners((target, tapped), "compile", num_tokens)
+        plain, with_taps = (make_runner(model, "compile", num_tokens) for model in (target, tapped))
         ways = [Way("none", plain), *(Way("head", with_taps, head, levels=(k,)) for k in ks)]
         name = f"{subject.name}, {weights or subject.dtype_name}, each draft accepted with probability {ACCEPTANCE}"
         yield Duel(name, ways, [PROMPT], num_tokens, accept_by_chance)
@@ -245,7 +257,7 @@ def chat_duels(path: Path, device: str, num_tokens: int) -> Iterator[Duel]:
     template = load_template(path, tokenizer)
     for kind, texts in CHAT_TEXTS.items():
         prompts = [encode_prompt(text, None, tokenizer, template) for text in texts]
-        [runner] = make_runners([target], "compile", num_tokens + max(map(len, prompts)))
+        runner = make_runner(target, "compile", num_tokens + max(map(len, prompts)))
         ways = [Way("none", runner), Way("suffix", runner, lookup=True)]
         yield Duel(f"{path.name}, {kind}, compile", ways, prompts, num_tokens)
 
@@ -266,3 +278,105 @@ def describe(entry: dict[str, Any]) -> str:
     if "formula" in entry:
         text += "  c {c:.3f}  formula {formula:.2f}x  {share_of_formula:.0%} of it".format(**entry)
     return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A text that is known before
+
+
+def replay(steps: Steps, text: Tensor) -> Steps:
+    """Return steps that compute as ever and choose what a text says, [N] ids and some more to draft behind its end."""
+
+    def prefill(model: Any, tokens: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+        steps["prefill"](model, tokens, positions, *rest)
+        return text[positions[:, -1] + 1]
+
+    def decode(model: Any, tokens: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        steps["decode"](model, tokens, positions, *rest)
+        return text[positions + 1], positions + 1
+
+    def verify(model: Any, tokens: Tensor, positions: Tensor, slots: Tensor, drafts: Tensor, *rest: Any) -> Tensor:
+        steps["draft_and_verify"](model, tokens, positions, slots, drafts, *rest)
+        following = text[positions[:, -1:] + torch.arange(1, drafts.shape[1] + 2, device=positions.device)]
+        return torch.cat((count_leading(drafts == following[:, :-1]).unsqueeze(1), following), dim=1)
+
+    return steps | {"prefill": prefill, "decode": decode, "draft_and_verify": verify}
+
+
+class Ngrams:
+    """Where each n-gram of a text last ended: prompt lookup as it mostly is, to compare `suffix.Suffixes` with."""
+
+    SIZES = (3, 2)
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ends: dict[tuple[int, ...], int] = {}  # of those before the text's last
+
+    def extend(self, ids: list[int]) -> None:
+        for i in ids:
+            self.ends |= {tuple(self.ids[-size:]): len(self.ids) for size in self.SIZES if len(self.ids) >= size}
+            self.ids.append(i)
+
+    def continuation(self, most: int) -> list[int]:
+        ends = [self.ends[gram] for size in self.SIZES if (gram := tuple(self.ids[-size:])) in self.ends]
+        period = len(self.ids) - ends[0] if ends else 0
+        return [self.ids[ends[0] + i % period] for i in range(most)] if ends else []
+
+
+def change(lines: list[str]) -> list[str]:
+    """Return lines with NUM_CHANGES changes, evenly spread: a word is another, a line is gone, a line is new."""
+    lines = list(lines)
+    for n in reversed(range(NUM_CHANGES)):  # from the end, so that the places before it stay
+        at = (2 * n + 1) * len(lines) // (2 * NUM_CHANGES)
+        longest = max(re.findall(r"\w+", lines[at]), key=len, default="")
+        lines[at : at + 1] = [
+            [lines[at].replace(longest, f"other_{n}") if longest else f"other_{n}\n"],
+            [],
+            [lines[at], f"    # and {n} more\n"],
+        ][n % 3]
+    return lines
+
+
+def make_texts() -> dict[str, tuple[list[int], list[int]]]:
+    """Return prompts and what follows them, in the demo's ids: a file and the file changed, prose, and noise."""
+    tokenizer = load_tokenizer(ROOT / "checkpoints" / "demo")
+
+    def encode(lines: list[str]) -> list[int]:
+        return tokenizer.encode("".join(lines), bos=False)
+
+    lines = (ROOT / "engine.py").read_text().splitlines(keepends=True)
+    while len(file := encode(lines)) > FILE_IDS:
+        lines.pop()
+    prose = encode([(ROOT / "docs" / "design.md").read_text()])[: 2 * FREE_IDS]
+    noise = torch.randint(tokenizer.vocab_size, (FREE_IDS,), generator=torch.Generator().manual_seed(0)).tolist()
+    return {
+        "editing": (file, encode(change(lines))),
+        "prose": (prose[:FREE_IDS], prose[FREE_IDS:]),
+        "no repetition": (prose[:64], noise),
+    }
+
+
+def editing_ways(runner: Runner, prompt: list[int], answer: list[int]) -> list[Way]:
+    """Return the ways to write an answer that is known, the plain one first."""
+    text = torch.tensor(prompt + answer + [0] * 64, device=runner.device)
+    known = replace(runner, steps=replay(runner.steps, text))
+    ngrams = Way("n-grams", known, lookup=True, levels=levels_below(5), index=Ngrams)
+    return [Way("plain", known), ngrams, Way("suffixes", known, lookup=True)]
+
+
+def editing_rungs(name: str, weights: str, runner: Runner) -> Iterator[Rung]:
+    def measure(way: Way, prompt: list[int], num_tokens: int) -> float:
+        way.samples.append(way.decode([prompt], num_tokens))
+        return way.samples[-1]["tok_per_s"]
+
+    def last_tokens(way: Way) -> float:
+        return tokens_a_round(way.samples[-1])
+
+    for task, (prompt, answer) in make_texts().items():
+        plain, *others = editing_ways(runner, prompt, answer)
+        first = f"{name}, {task}, plain"
+        yield Rung(first, "tok/s", partial(measure, plain, prompt, len(answer)), weights)
+        for way in others:
+            title, run = f"{name}, {task}, {way.name}", partial(measure, way, prompt, len(answer))
+            yield Rung(title, "tok/s", run, weights, against=first)
+            yield Rung(f"{title}, a forward", "tok", partial(last_tokens, way), weights)

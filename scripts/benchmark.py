@@ -5,5 +5,5 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0], sys.argv[0] = str(Path(__file__).resolve().parent.parent), "-m"  # as python has them then
     runpy.run_module("bench.run", run_name="__main__", alter_sys=True)
