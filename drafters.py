@@ -28,7 +28,6 @@ class Proposal:
     lengths: list[int]  # how many of the k are meant for each text; those beyond are there for other rows
     num_latest: int = 1  # how many of a text's last ids the step is given
     first: int = 0  # position of the first that may be one of these; where there are fewer, it stands for them
-    is_drawn: bool = False  # from a distribution, which takes noise
 
 
 class Drafter(Protocol):
@@ -99,13 +98,13 @@ class Pace:
         return (0, num_plain) if num_plain else (k, 0)
 
     def update(self, counts: list[int], lengths: list[int]) -> None:
-        """Record a round: how many drafts each row had, and how many of them it accepted."""
-        was_plain = self.k == 0
-        self.accepted = DECAY * self.accepted + sum(counts)
+        """Record a round: how many drafts were meant for each row, perhaps none, and how many ids it accepted."""
+        num_accepted = sum(map(min, counts, lengths))
+        self.accepted = DECAY * self.accepted + num_accepted
         self.rejected = DECAY * self.rejected + sum(n < length for n, length in zip(counts, lengths, strict=True))
-        self.k = self.best()
-        failed = was_plain and not any(counts)
+        failed = self.k == 0 and num_accepted == 0
         self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
+        self.k = self.best()
 
 
 def levels_below(max_k: int) -> tuple[int, ...]:
@@ -138,23 +137,24 @@ class DraftModel:
         if k == 0:
             return num_plain
         self.catch_up(texts)
-        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2, is_drawn=True)
+        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2)
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text, n in zip(texts, counts, strict=True):
             self.filled[text.number] = len(text.ids) - 1 + n
-        update_pace(self.pace, proposal, counts)
+        self.pace.update(counts, proposal.lengths)
 
     def catch_up(self, texts: list[Text]) -> None:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
         if any(self.filled[text.number] < len(text.ids) - 2 for text in texts):
             # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
             starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
-            self.run(starts, [text.ids[start:-1] for text, start in zip(texts, starts, strict=True)])
+            self.run([text.ids[:-1] for text in texts], starts)
 
-    def run(self, starts: list[int], missing: list[list[int]]) -> None:
-        """Prefill the caches of each row, from slot `starts` on, with the ids that it lacks."""
+    def run(self, texts: list[list[int]], starts: list[int]) -> None:
+        """Prefill the caches with the ids of each row, from place `starts` on."""
         last_id = self.model.config.vocab_size - 1
+        missing = [ids[start:] for ids, start in zip(texts, starts, strict=True)]
         for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
             slots = visible_slots(self.slots, length)
             self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
@@ -184,14 +184,13 @@ class HeadModel(DraftModel):
         if self.is_new or num_missing > k + 1:
             self.is_new = False
             starts = [max(1, min(self.filled[text.number], len(text.ids) - 1)) for text in texts]
-            self.run(starts, [text.ids[start:] for text, start in zip(texts, starts, strict=True)])
-        lengths = [k * (text.room > 0) for text in texts]
-        return Proposal(self.model, k, lengths, num_latest=k + 1, first=1, is_drawn=True)
+            self.run([text.ids for text in texts], starts)
+        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=k + 1, first=1)
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text in texts:
             self.filled[text.number] = len(text.ids)
-        update_pace(self.pace, proposal, counts)
+        self.pace.update(counts, proposal.lengths)
 
 
 @dataclass
@@ -224,7 +223,7 @@ class Lookup:
         return Proposal(torch.tensor(ids), k, [min(k, len(ids)) for ids in found])
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
-        update_pace(self.pace, proposal, counts)
+        self.pace.update(counts, proposal.lengths)
 
     def look_up(self, text: Text, most: int) -> list[int]:
         """Return up to `most` guesses for a text, [] for one that has ended or whose end is new."""
@@ -266,9 +265,3 @@ class Both:
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         source: Drafter = self.lookup if isinstance(proposal.drafts, Tensor) else self.other
         source.note(proposal, texts, counts)
-
-
-def update_pace(pace: Pace, proposal: Proposal, counts: list[int]) -> None:
-    """Record a round for the texts that had drafts."""
-    had = [(min(n, length), length) for n, length in zip(counts, proposal.lengths, strict=True) if length]
-    pace.update([n for n, _ in had], [length for _, length in had])

@@ -52,9 +52,6 @@ class FirstBlock(Block):
 class Head(Transformer):
     """Drafts for a target, of which it reads `target_taps`; each of several ranks has the whole of it."""
 
-    places: Tensor  # [V], where the head's logits have each id of the target: at draft_vocab_size those it lacks
-    target_taps: Tensor
-
     def __init__(self, config: HeadConfig):
         super().__init__(config.layers)
         self.head_config = config
@@ -66,8 +63,9 @@ class Head(Transformer):
         self.fc = Linear(num_taps * config.target_hidden_size, size)
         self.layers[0] = FirstBlock(config.layers, config.norm_before_residual)  # type: ignore[index]  # a ModuleList
         self.lm_head = Linear(size, config.draft_vocab_size)
-        self.register_buffer("places", torch.arange(config.layers.vocab_size), persistent=False)
-        self.register_buffer("target_taps", torch.empty(0), persistent=False)
+        # [V], where the head's logits have each id of the target: at draft_vocab_size those it lacks.
+        self.places = nn.Buffer(torch.arange(config.layers.vocab_size), persistent=False)
+        self.target_taps = nn.Buffer(torch.empty(0), persistent=False)
 
     def follow_(self, target: Transformer) -> None:
         """Read the taps that the target has caches for. Raises ValueError where they are not the head's."""

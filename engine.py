@@ -84,10 +84,11 @@ class Batch:
         self.arrange_(list(self.texts))
 
     def arrange_(self, order: list[Text]) -> None:
-        places = [self.order.index(text) for text in order]
-        for model in self.models:
-            model.arrange_rows_(places)
-        self.order = order
+        if order != self.order:
+            places = [self.order.index(text) for text in order]
+            for model in self.models:
+                model.arrange_rows_(places)
+            self.order = order
 
 
 def batch_sizes(num_rows: int) -> list[int]:

@@ -188,9 +188,8 @@ def by_expert(x: Tensor, experts: Tensor, product: Callable[[int, Tensor], Tenso
     product(i, rows): applies expert i to rows [R, K]; called for experts that have any.
     """
     order = experts.flatten().argsort()
-    counts = experts.flatten().bincount().tolist()
-    sorted_rows = x.flatten(0, 1)[order].split(counts)
-    products = torch.cat([product(i, rows) for i, rows in enumerate(sorted_rows) if len(rows)])
+    rows_of_experts = x.flatten(0, 1)[order].split(experts.flatten().bincount().tolist())
+    products = torch.cat([product(i, rows) for i, rows in enumerate(rows_of_experts) if len(rows)])
     return products[order.argsort()].unflatten(0, experts.shape)
 
 
@@ -250,14 +249,10 @@ class KVCache(nn.Module):
     ones not, and torch.compile would compile the two cases separately.
     """
 
-    k: Tensor
-    v: Tensor
-
     def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor):
         super().__init__()
-        shape = (batch_size, num_heads, length + 1, head_dim)
-        self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=like.dtype, device=like.device), persistent=False)
+        shape = batch_size, num_heads, length + 1, head_dim
+        self.k, self.v = (nn.Buffer(like.new_zeros(shape), persistent=False) for _ in range(2))
 
     def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] of each."""
@@ -320,11 +315,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.gelu = ranks, config.hidden_act != "silu"
         local_size = config.intermediate_size // ranks.count
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
-        self.gelu = config.hidden_act != "silu"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x), self.gelu)))
@@ -338,20 +332,19 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.ranks = ranks
+        self.config, self.ranks = config, ranks
         local_size = config.intermediate_size // ranks.count
-        self.num_active, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.gate_up_proj = Experts(config.num_local_experts, config.hidden_size, 2 * local_size)
         self.down_proj = Experts(config.num_local_experts, local_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        scores, experts = (all_scores := self.gate(rows)).topk(self.num_active)  # [B * S, A]
-        shares = (scores if self.norm_topk_prob else all_scores).softmax(dim=-1, dtype=torch.float32)
-        if not self.norm_topk_prob:
-            shares = shares.gather(-1, experts)
-        rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, self.num_active, -1), experts))
+        rows, is_normed = x.flatten(0, 1), self.config.norm_topk_prob
+        scores = self.gate(rows)
+        chosen, experts = scores.topk(self.config.num_experts_per_tok)  # [B * S, A]
+        shares = (chosen if is_normed else scores).softmax(dim=-1, dtype=torch.float32)
+        shares = shares if is_normed else shares.gather(-1, experts)
+        rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts))
         y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
 
@@ -385,10 +378,6 @@ class Transformer(nn.Module):
     Each of several ranks makes its own, with the slices of the parameters that `tp.py` cuts for it.
     """
 
-    inv_freq: Tensor
-    local_inv_freq: Tensor
-    taps: Tensor  # what enters the tap_layers, by position as in the KV caches: [B, length + 1, len(tap_layers) * E]
-
     def __init__(self, config: ModelConfig, ranks: Ranks = ONE_RANK):
         super().__init__()
         self.config, self.ranks = config, ranks
@@ -406,15 +395,8 @@ class Transformer(nn.Module):
 
     def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
         """Compute the frequencies of the rotary embeddings, for texts of at most `length` tokens."""
-        for name, local in (("inv_freq", False), ("local_inv_freq", True)):
-            self.register_buffer(name, rope_frequencies(self.config, length, local).to(device), persistent=False)
-
-    def rotation(self, positions: Tensor, local: bool) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of the angles at positions [B, S], for layers that are local or not."""
-        inv_freq, scaling = (self.local_inv_freq, None) if local else (self.inv_freq, self.config.rope_scaling)
-        angles = positions[:, :, None, None, None] * torch.stack((-inv_freq, inv_freq))  # [B, S, 1, 2, rotary_dim / 2]
-        factor = scaling.attention_factor if scaling else 1.0
-        return scaled(angles.cos(), factor), scaled(angles.sin(), factor)
+        frequencies = (rope_frequencies(self.config, length, local).to(device) for local in (False, True))
+        self.inv_freq, self.local_inv_freq = (nn.Buffer(values, persistent=False) for values in frequencies)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate empty KV caches, and taps, in the embedding's dtype and on its device."""
@@ -422,17 +404,16 @@ class Transformer(nn.Module):
         self.set_rope_(self.inv_freq.device, max_seq_length)
         like = self.embed_tokens.weight
         taps_size = len(self.tap_layers) * self.config.hidden_size
-        self.register_buffer("taps", like.new_zeros(max_batch_size, max_seq_length + 1, taps_size), persistent=False)
+        # What enters the tap_layers, by position as in the KV caches.
+        self.taps = nn.Buffer(like.new_zeros(max_batch_size, max_seq_length + 1, taps_size), persistent=False)
         for attn in (block.self_attn for block in self.layers):
             attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
 
     def arrange_rows_(self, order: list[int]) -> None:
         """Permute the rows of the KV caches and taps: row i gets what row order[i] held."""
-        rows = [i for i, row in enumerate(order) if i != row]
-        caches = [block.self_attn.cache for block in self.layers]
-        for values in (self.taps, *(values for cache in caches if cache for values in (cache.k, cache.v))):
-            if rows:
-                values[rows] = values[[order[i] for i in rows]]
+        caches = [cache for block in self.layers if (cache := block.self_attn.cache)]
+        for values in (self.taps, *(values for cache in caches for values in cache.buffers())):
+            values[: len(order)] = values[order]
 
     @property
     def device(self) -> torch.device:
@@ -455,27 +436,31 @@ class Transformer(nn.Module):
         That is all of them but the experts that are not chosen and, unless it is the head too, the embedding table.
         """
         X, A = self.config.num_local_experts, self.config.num_experts_per_tok
-        mlps = [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
-        stacks = [p for mlp in mlps for stack in (mlp.gate_up_proj, mlp.down_proj) for p in stack.parameters()]
+        stacks = [p for name, p in self.named_parameters() if ".mlp." in name and ".gate." not in name] if X else []
         idle = sum(p.nbytes // X * (X - A) for p in stacks)
         return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
 
+    def block_context(self, positions: Tensor, slots: Tensor, local: bool, window: int | None) -> BlockContext:
+        """Return what the layers of a kind need to know of positions [B, S]."""
+        inv_freq, scaling = (self.local_inv_freq, None) if local else (self.inv_freq, self.config.rope_scaling)
+        angles = positions[:, :, None, None, None] * torch.stack((-inv_freq, inv_freq))  # [B, S, 1, 2, rotary_dim / 2]
+        factor = scaling.attention_factor if scaling else 1.0
+        mask = attention_mask(positions.unsqueeze(-1), slots, window)
+        return BlockContext(scaled(angles.cos(), factor), scaled(angles.sin(), factor), positions, mask)
+
     def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[BlockContext]:
         """Return what each block needs to know of positions [B, S]; slots: as in `forward`."""
-        cached = self.layers[0].self_attn.cache is not None
+        cached, eager = self.layers[0].self_attn.cache is not None, not torch.compiler.is_compiling()
         # This reads the positions on the host, so only where no GPU would wait for it.
-        on_host = positions.device.type == "cpu" and not torch.compiler.is_compiling()
-        if cached and on_host and (last := int(positions.max())) >= self.max_seq_length:
+        if cached and eager and positions.is_cpu and (last := int(positions.max())) >= self.max_seq_length:
             raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; set up more")
+        if not cached and eager and self.config.rope_scaling is not None:
+            self.set_rope_(positions.device, int(positions.max()) + 1)
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
-        if not cached and not torch.compiler.is_compiling() and self.config.rope_scaling is not None:
-            self.set_rope_(positions.device, int(positions.max()) + 1)
         kinds = [(self.config.is_local(layer), self.config.window(layer)) for layer in range(len(self.layers))]
-        local, windows = zip(*kinds, strict=True)
-        rotations = {is_local: self.rotation(positions, is_local) for is_local in dict.fromkeys(local)}
-        masks = {window: attention_mask(positions.unsqueeze(-1), slots, window) for window in dict.fromkeys(windows)}
-        return [BlockContext(*rotations[i], positions, masks[w]) for i, w in zip(local, windows, strict=True)]
+        contexts = {kind: self.block_context(positions, slots, *kind) for kind in dict.fromkeys(kinds)}
+        return [contexts[kind] for kind in kinds]
 
     def scale_embedding(self, x: Tensor) -> Tensor:
         """Multiply by the embedding's multiplier, which is rounded to the dtype of x first."""

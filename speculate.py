@@ -226,13 +226,13 @@ class Speculation:
         places = [[max(proposal.first, end - i) for i in range(proposal.num_latest, 0, -1)] for end in ends]
         latest = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)], places
         tokens, positions = torch.tensor(latest, device=device).unbind()
-        drafts, round_noise = proposal.drafts, None
+        drafts, draft_noise, round_noise = proposal.drafts, None, None
         if isinstance(drafts, Tensor):
             drafts = drafts.to(device)
+        elif sampling.temperature > 0:
+            draft_noise = noise.exponential(k, target.config.vocab_size)
         if sampling.temperature > 0:
-            vocab_size = target.config.vocab_size
-            draft_noise = noise.exponential(k, vocab_size) if proposal.is_drawn else None
-            round_noise = draft_noise, (noise.uniform(k), noise.exponential(vocab_size))
+            round_noise = draft_noise, (noise.uniform(k), noise.exponential(target.config.vocab_size))
         with own_threads(target, len(texts) * (k + 1)):
             result = self.draft_and_verify(target, tokens, positions, slots, drafts, k, sampling, round_noise)
         rows = result.tolist()  # the round's only read

@@ -413,13 +413,16 @@ def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(ta
     speculation = Speculation(None, levels=(2, 0))
     updates = []
     speculation.begin(target, 2, 0)
-    speculation.drafter.pace.update = lambda counts, lengths: updates.append(counts)
+    speculation.drafter.pace.update = lambda counts, lengths: updates.append(lengths)
     texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
     for column in range(5):  # into the caches
         target(torch.tensor([[text[column]] for text in texts]), torch.tensor([column]))
     noise = Noise(2, [0, 1], None, target.device)
     speculation.round(target, [Text(row, ids, 9) for row, ids in enumerate(texts)], GREEDY, noise)
-    assert [len(counts) for counts in updates] == [1]
+    assert updates == [[2, 0]]
+    pace = Pace((2, 0))
+    pace.update([2, 0], [2, 0])
+    assert pace.rejected == 0
 
 
 @pytest.mark.parametrize("name", ["nearly the target", "a head"])
