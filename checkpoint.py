@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find
 from kernels.cpu import empty_weight, start_to_compile
 from kernels.optimize import optimize_
-from linears import Form, StoredLinear, empty_stored, is_router, quantizable_linears
+from linears import Form, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
-from names import FAMILY_NAMES, hub_names, hub_rows, is_stack, part_rows, unstacked
+from names import family_name, hub_names, hub_rows, is_stack, part_rows, unstacked
 from quantization import read_quantization
 from tp import check_group, check_sizes, is_row_parallel, local_part
 
@@ -55,15 +55,6 @@ UNUSED_NAMES = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|qa_outputs|(v|value|reward)_head)\."
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
-
-
-def hub_parts(files: TensorFiles, config: ModelConfig, name: str, spec: Spec) -> Iterator[Tensor]:
-    """Map the Hub tensors that the model's parameter `name` is made of."""
-    dtype, shape = spec
-    columns = shape[2:] if is_stack(name, config) else shape[1:]
-    rows_of_parts = hub_rows(name, config, math.prod(shape[:2]) if is_stack(name, config) else shape[0])
-    for part, rows in zip(hub_names(name, config), rows_of_parts, strict=True):
-        yield checked_tensor(files, part, (dtype, torch.Size([rows, *columns])))
 
 
 def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
@@ -92,9 +83,8 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def is_zero_bias(files: TensorFiles, name: str) -> bool:
-    """Say whether a tensor is a bias of zeros, which auto-gptq wrote for each linear."""
-    return name.endswith(".bias") and not bool(files.get(name).any())
+def first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> list[str]:
@@ -102,15 +92,15 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
 
     Raises ValueError where a tensor is missing, or is not the model's.
     """
-    missing = sorted(set(expected) - set(files.files))
-    others = sorted(set(files.files) - {*expected, *tied})
-    others = [name for name in others if not OTHER_SCALES.search(name)]
-    unused = [name for name in others if UNUSED_NAMES.search(name) or is_zero_bias(files, name)]
-    unexpected = sorted({*others} - {*unused})
-    for what, names in (("lacks", missing), ("has unexpected", unexpected)):
+
+    def is_unused(name: str) -> bool:  # auto-gptq wrote a bias of zeros for each linear
+        return bool(UNUSED_NAMES.search(name)) or (name.endswith(".bias") and not bool(files.get(name).any()))
+
+    others = [name for name in sorted({*files.files} - {*expected, *tied}) if not OTHER_SCALES.search(name)]
+    unused = [name for name in others if is_unused(name)]
+    for what, names in (("lacks", {*expected} - {*files.files}), ("has unexpected", {*others} - {*unused})):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{files.path} {what} tensor {names[0]}{more}; is config.json the model's own?")
+            raise ValueError(f"{files.path} {what} tensor {first_of(sorted(names))}; is config.json the model's own?")
     return unused
 
 
@@ -140,9 +130,10 @@ def meta_model(
 
 def tensor_specs(model: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
     """Return what each parameter of a meta model is stored as: floats in `dtype`, codes and scales in their own."""
-    specs = {name: (dtype if p.dtype == torch.float32 else p.dtype, p.shape) for name, p in model.named_parameters()}
-    stored = {name: child for name, child in model.named_modules() if isinstance(child, StoredLinear)}
-    return specs | {f"{name}.scales": (child.scales.dtype, child.scales.shape) for name, child in stored.items()}
+    return {
+        name: (dtype if p.dtype == torch.float32 and not name.endswith(".scales") else p.dtype, p.shape)
+        for name, p in model.named_parameters()
+    }
 
 
 class ModelReader:
@@ -167,7 +158,9 @@ class ModelReader:
         self.files = TensorFiles(checkpoint_path, allow_pickle)
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
-        self._read_packed = functools.lru_cache(maxsize=1)(self._read_parameters)
+        self._read_packed = functools.lru_cache(maxsize=1)(
+            lambda module: [part.parameters() for part in self.packed[module] if part]
+        )
         if not self.is_fused:
             self._adopt_names(config)
         check_depth(self.files, config)
@@ -180,8 +173,7 @@ class ModelReader:
         if not self.is_fused:
             names = [part for name in self.specs for part in self._stored_names(name)]
         if unused := check_names(self.files, names, tied):
-            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-            self._say(f"ignored {unused[0]}{more}, which no text depends on")
+            self._say(f"ignored {first_of(unused)}, which no text depends on")
         self._say_dequantized(dtype)
 
     def _find_packed(self, keep_codes: bool) -> None:
@@ -252,12 +244,11 @@ class ModelReader:
     def _adopt_names(self, config: ModelConfig) -> None:
         """Take in what other programs write: names without `model.`, and a tied head that is stored."""
         files, embedding, head = self.files, "model.embed_tokens.weight", "lm_head.weight"
-        family = FAMILY_NAMES.get(config.model_type, {})
         for name in list(files.files):  # those of the text in a model that sees too
             if match := re.match(r"(model\.)?language_model\.", name):
                 files.alias((match[1] or "") + name[match.end() :], name)
             elif re.search(r"\.(mlp\.gate|experts\.\d+)\.", name):  # Mixtral's, as transformers 5 has them in memory
-                files.alias(functools.reduce(lambda x, pair: x.replace(*pair), family.items(), name), name)
+                files.alias(family_name(name, config), name)
         if "layers.0.self_attn.o_proj.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)
@@ -288,33 +279,28 @@ class ModelReader:
     def _stored_parts(self, name: str) -> Iterable[Tensor]:
         """Map the tensors that a parameter is stored as, or is cut into for several ranks."""
         module, _, kind = name.rpartition(".")
+        stored: Iterable[Tensor]
         if self.is_fused:
             whole = checked_tensor(self.files, name, self.specs[name])
-            whole = whole if self.ranks.count == 1 else unstacked(name, whole, self.config)
+            stored = [whole if self.ranks.count == 1 else unstacked(name, whole, self.config)]
+        elif module in self.forms and kind != "bias":
+            stored = [part[kind] for part in self._read_packed(module)]
+            stored = stored[:1] if kind == "order" else stored  # all have the same
         else:
-            if module in self.forms and kind != "bias":
-                stored = iter([part[kind] for part in self._read_packed(module)])
-                if kind == "order":
-                    return [next(stored)]  # all have the same
-            elif module in self.packed and kind != "bias":
-                stored = self._dense_parts(name)
-            else:
-                stored = hub_parts(self.files, self.config, name, self.specs[name])
-            if len(hub_names(name, self.config)) > 1:
-                return stored
-            [whole] = stored
+            stored = self._hub_parts(name)
+        if kind == "order" or (not self.is_fused and len(hub_names(name, self.config)) > 1):
+            return stored
+        [whole] = stored
         return [whole] if self.ranks.count == 1 else whole.split(part_rows(name, self.config, whole.shape[0]))
 
-    def _read_parameters(self, module: str) -> list[dict[str, Tensor]]:
-        return [part.parameters() for part in self.packed[module] if part]
-
-    def _dense_parts(self, name: str) -> Iterator[Tensor]:
-        """Read the parts of a weight, of which not all need be quantized."""
+    def _hub_parts(self, name: str) -> Iterator[Tensor]:
+        """Map the Hub's tensors that a parameter is made of; those that are quantized are dequantized."""
         dtype, shape = self.specs[name]
-        plain = hub_names(name, self.config)
-        for i, rows in enumerate(hub_rows(name, self.config, shape[:-1].numel())):
-            part = self.packed[name.removesuffix(".weight")][i]
-            yield part.dense() if part else checked_tensor(self.files, plain[i], (dtype, torch.Size([rows, shape[-1]])))
+        num_rows, columns = (shape[:2].numel(), shape[2:]) if is_stack(name, self.config) else (shape[0], shape[1:])
+        hub = hub_names(name, self.config)
+        packed = self.packed.get(name.removesuffix(".weight"), [None] * len(hub))
+        for part, held, rows in zip(hub, packed, hub_rows(name, self.config, num_rows), strict=True):
+            yield held.dense() if held else checked_tensor(self.files, part, (dtype, torch.Size([rows, *columns])))
 
 
 def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], allow_pickle: bool = False) -> torch.dtype:

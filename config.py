@@ -87,68 +87,39 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 # Families whose layers all have full attention, and those in which some have and some slide.
 FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss", "olmo2")
 MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3", "olmo3", "gemma3_text")
-# Keys beside those of Llama that a family's config.json has a say in; in the others NEUTRAL_VALUES holds.
+# The keys of NEUTRAL_VALUES that a family's config.json has a say in.
 FAMILY_KEYS: dict[str, tuple[str, ...]] = {
+    "llama": ("attention_bias", "mlp_bias"),
     "mixtral": ("num_local_experts",),
-    "qwen3_moe": ("num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
-    "granite": tuple(GRANITE_DEFAULTS),
-    "granitemoehybrid": tuple(GRANITE_DEFAULTS),
+    "qwen3": ("attention_bias",),
+    "qwen3_moe": ("attention_bias", "num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
+    "smollm3": ("attention_bias", "mlp_bias"),
+    "granite": ("attention_bias", "mlp_bias", *GRANITE_DEFAULTS),
+    "granitemoehybrid": ("attention_bias", *GRANITE_DEFAULTS),
     "phi3": ("partial_rotary_factor",),
-    "seed_oss": ("attention_out_bias",),
-    "gemma3_text": ("hidden_act",),  # it goes by hidden_activation
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    "olmo2": ("attention_bias",),
+    "olmo3": ("attention_bias",),
+    "gemma3_text": ("attention_bias", "hidden_act"),  # the other goes by hidden_activation
 }
 COMMON_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "sliding_window": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-}
-# Flags that only these families have; in the others they must be off.
-FLAGS = {
-    "attention_bias": (
-        "llama",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "granite",
-        "granitemoehybrid",
-        "seed_oss",
-        "olmo2",
-        "olmo3",
-        "gemma3_text",
-    ),
-    "mlp_bias": ("llama", "smollm3", "granite", "seed_oss"),
-}
+    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "sliding_window": None, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+}  # fmt: skip
 # Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1, None),
-    "attn_logit_softcapping": (0, None),
-    "final_logit_softcapping": (0, None),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
-    "attention_multiplier": (None,),
-    "logits_scaling": (1, None),
-    "logit_scale": (1, None),
-    "attention_out_bias": (False, None),
-    "clip_qkv": (None,),
-    "use_bidirectional_attention": (False, None),
-    "use_qk_norm": (False, None),
-    "use_mrope": (False, None),
-    "num_local_experts": (0, None),
-    "num_experts": (0, None),
-    "mlp_only_layers": ([], None),
-    "decoder_sparse_step": (1, None),
-    "norm_topk_prob": (True, None),
-    "moe_intermediate_size": (0, None),
-    "shared_expert_intermediate_size": (0, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-}
+    "hidden_act": ("silu", "swish"), "mlp_only_layers": ([], None),
+    **dict.fromkeys(("attention_multiplier", "clip_qkv"), (None,)),
+    **dict.fromkeys((
+        "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
+        "decoder_sparse_step", "norm_topk_prob",
+    ), (1, None)),
+    **dict.fromkeys((
+        "attention_bias", "mlp_bias", "attention_out_bias", "attn_logit_softcapping", "final_logit_softcapping",
+        "use_bidirectional_attention", "use_qk_norm", "use_mrope", "num_local_experts", "num_experts",
+        "moe_intermediate_size", "shared_expert_intermediate_size", "is_encoder_decoder", "add_cross_attention",
+    ), (0, None)),
+}  # fmt: skip
 # Files beside config.json in which older programs said how a model is quantized, and their keys that have other names.
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -202,9 +173,8 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def is_head(raw: dict[str, Any]) -> bool:
     """Say whether config.json is that of an EAGLE-3 head, or of another drafter of the speculators package."""
-    names = raw.get("architectures")
-    is_eagle = isinstance(names, list) and any(isinstance(n, str) and re.search("eagle-?3", n, re.I) for n in names)
-    return is_eagle or raw.get("speculators_model_type") is not None
+    is_eagle = re.search("eagle-?3", str(raw.get("architectures")), re.IGNORECASE)
+    return bool(is_eagle) or raw.get("speculators_model_type") is not None
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
@@ -227,10 +197,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
     no_rope_layers = parse_no_rope_layers(values, num_layers)
     sliding_window, full_attention_layers = parse_sliding_window(values, num_layers, no_rope_layers)
-    fields = {**parse_heads(values), **parse_experts(values), **FAMILY_FIELDS.get(family, {})}
-    fields |= parse_multipliers(values, fields["head_dim"])
-    if family == "seed_oss":  # its attention_bias is on q, k and v alone
-        fields |= {"qkv_bias": values["attention_bias"], "attention_bias": parse_output_bias(values)}
+    fields = {**parse_heads(values), **parse_experts(values), **parse_attention_bias(values)}
+    fields |= FAMILY_FIELDS.get(family, {}) | parse_multipliers(values, fields["head_dim"])
     fields |= parse_rope(values, fields["head_dim"])
     return ModelConfig(
         num_hidden_layers=num_layers,
@@ -239,7 +207,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         sliding_window=sliding_window,
         full_attention_layers=full_attention_layers,
         no_rope_layers=no_rope_layers,
-        **{"attention_bias": read_flag(values, "attention_bias"), **fields},
+        **fields,
         mlp_bias=read_flag(values, "mlp_bias"),
         tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
         model_type=family,
@@ -283,12 +251,15 @@ def parse_multipliers(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     return fields
 
 
-def parse_output_bias(values: dict[str, Any]) -> bool:
-    """Return Seed-OSS's attention_out_bias."""
-    flag = read_flag(values, "attention_out_bias")
-    if flag and not read_flag(values, "attention_bias"):
+def parse_attention_bias(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the biases of attention, which Seed-OSS has one by one: fields of ModelConfig."""
+    bias = read_flag(values, "attention_bias")
+    if values["model_type"] != "seed_oss":
+        return {"attention_bias": bias}
+    output_bias = read_flag(values, "attention_out_bias")
+    if output_bias and not bias:
         raise ValueError("config.json: attention_out_bias True with attention_bias False is not supported")
-    return flag
+    return {"qkv_bias": bias, "attention_bias": output_bias}
 
 
 def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -313,15 +284,11 @@ def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
     """Raise ValueError where a key asks for other arithmetic; let one that says nothing in this family say it alike."""
     if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
         values["num_experts"] = None  # its other name there
-    own_keys = FAMILY_KEYS.get(family, ())
     for key, neutral in NEUTRAL_VALUES.items():
-        if key in values and key not in own_keys and values[key] not in neutral:
-            raise ValueError(f"config.json: {key} {values[key]!r} is not supported")
-    for key, families in FLAGS.items():
-        if family not in families:
-            if values[key] not in (False, None):
+        if key in values and key not in FAMILY_KEYS.get(family, ()):
+            if values[key] not in neutral:
                 raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
-            values[key] = False
+            values[key] = COMMON_DEFAULTS.get(key)
 
 
 def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
@@ -359,8 +326,9 @@ def parse_sliding_window(
     mixed = window is not None and family in MIXED_ATTENTION
     kind = "full_attention" if window is None else "sliding_attention"
     allowed = ("full_attention", "sliding_attention") if mixed else (kind,)
-    if family == "granitemoehybrid" and kinds is None:
-        kinds = values.get("layers_block_type")
+    if family == "granitemoehybrid":  # it calls full attention so, and has Mamba's layers in its larger models
+        kinds = values.get("layers_block_type") if kinds is None else kinds
+        kinds = ["full_attention" if k == "attention" else k for k in kinds] if isinstance(kinds, list) else kinds
     elif kinds is None:
         full: tuple[int, ...] | range = ()
         if mixed and family == "smollm3":
@@ -371,8 +339,6 @@ def parse_sliding_window(
         elif mixed:
             full = range(read_number(values, "max_window_layers", low=0))
         kinds = ["full_attention" if i in full else kind for i in range(num_layers)]
-    if family == "granitemoehybrid":  # which calls full attention so, and has Mamba's layers in its larger models
-        kinds = ["full_attention" if k == "attention" else k for k in kinds] if isinstance(kinds, list) else kinds
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(k not in allowed for k in kinds):
         raise ValueError(
             f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} each of the "

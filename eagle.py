@@ -64,8 +64,8 @@ class Head(Transformer):
         self.layers[0] = FirstBlock(config.layers, config.norm_before_residual)  # type: ignore[index]  # a ModuleList
         self.lm_head = Linear(size, config.draft_vocab_size)
         # [V], where the head's logits have each id of the target: at draft_vocab_size those it lacks.
-        self.places = nn.Buffer(torch.arange(config.layers.vocab_size), persistent=False)
-        self.target_taps = nn.Buffer(torch.empty(0), persistent=False)
+        self.places: Tensor = nn.Buffer(torch.arange(config.layers.vocab_size), persistent=False)
+        self.target_taps: Tensor = nn.Buffer(torch.empty(0), persistent=False)
 
     def follow_(self, target: Transformer) -> None:
         """Read the taps that the target has caches for. Raises ValueError where they are not the head's."""

@@ -18,16 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SAFETENSORS_DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8",
+    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 # Those too that are read and never written. A name that is missing is of no form that is looked for.
 READ_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()} | {
@@ -143,7 +136,7 @@ class TensorFiles:
     def get(self, name: str) -> Tensor:
         file, stored = self.files[name], self.aliases.get(name, name)
         with self._open(file) as tensors:
-            return tensors[stored] if file.endswith(".bin") else tensors.get_tensor(stored)
+            return tensors.get_tensor(stored)
 
     def spec(self, name: str) -> Spec | None:
         """Return a tensor's dtype and shape without reading it; None where there is no such tensor."""
@@ -152,10 +145,7 @@ class TensorFiles:
             return None
         if file not in self._specs:
             with self._open(file) as tensors:
-                held = (
-                    tensors if file.endswith(".bin") else {key: tensors.get_slice(key) for key in list(tensors.keys())}
-                )
-                self._specs[file] = {key: spec_of(value) for key, value in held.items()}
+                self._specs[file] = {key: spec_of(tensors.get_slice(key)) for key in list(tensors.keys())}
         return self._specs[file].get(self.aliases.get(name, name))
 
     def alias(self, name: str, stored: str) -> None:
@@ -173,6 +163,12 @@ class TensorFiles:
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
 
 
+class StateDict(dict[str, Tensor]):
+    """The tensors of a .bin file, read as those of an open safetensors file are."""
+
+    get_tensor = get_slice = dict.__getitem__
+
+
 def spec_of(tensor: Any) -> Spec:
     """Return the dtype and shape of a tensor, or of a safetensors' slice."""
     if isinstance(tensor, Tensor):
@@ -185,7 +181,7 @@ def is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> StateDict:
     """Read a .bin state dict without running code from it; mapped, unless it is in the format before torch 1.6."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
@@ -195,7 +191,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
     if not all(isinstance(name, str) and isinstance(t, Tensor) and not t.is_meta for name, t in entries):
         raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
-    return tensors
+    return StateDict(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return tensor.flatten(0, 1) if is_stack(name, config) else tensor
 
 
+def family_name(name: str, config: ModelConfig) -> str:
+    """Return what a family calls a tensor, given Llama's name for it."""
+    for ours, theirs in FAMILY_NAMES.get(config.model_type, {}).items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 def hub_names(name: str, config: ModelConfig) -> list[str]:
     """Name the Hub's tensors that make up the model's parameter `name`, in order."""
     if name.startswith("lm_head."):
@@ -45,9 +52,7 @@ def hub_names(name: str, config: ModelConfig) -> list[str]:
         names = [f"{prefix}.{i}.{part}.{kind}" for i in numbers for part in EXPERTS_STACKED[module]]
     elif module in STACKED and module not in STACKED_ON_DISK.get(config.model_type, ()):
         names = [".".join([*path, part, kind]) for part in STACKED[module]]
-    for ours, theirs in FAMILY_NAMES.get(config.model_type, {}).items():
-        names = [part.replace(ours, theirs) for part in names]
-    return ["model." + part for part in names]
+    return ["model." + family_name(part, config) for part in names]
 
 
 def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
