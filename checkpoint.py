@@ -143,11 +143,11 @@ class ModelReader:
         self,
         checkpoint_path: Path,
         dtype: torch.dtype,
-        allow_pickle: bool = False,
         ranks: Ranks = ONE_RANK,
         keep_codes: bool = True,
+        kind: type[TensorFiles] = TensorFiles,
     ):
-        """keep_codes: False dequantizes what is quantized.
+        """keep_codes: False dequantizes what is quantized. kind: of files that are read.
 
         Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for.
         """
@@ -155,7 +155,7 @@ class ModelReader:
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
         self.is_fused = self.raw.get("layout") == "fused"
         config = parse_config(self.raw)  # first: a model that is not read may have weights under other names too
-        self.files = TensorFiles(checkpoint_path, allow_pickle)
+        self.files = kind(checkpoint_path)
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
         self._read_packed = functools.lru_cache(maxsize=1)(
@@ -184,13 +184,12 @@ class ModelReader:
         for name, child in model.named_modules():
             if not isinstance(child, Linear | Experts | Embedding):
                 continue
-            hub = hub_names(f"{name}.weight", model.config)
-            num_rows = child.weight.shape[:-1].numel()
-            rows = hub_rows(f"{name}.weight", model.config, num_rows)
-            shapes = [torch.Size([count, child.weight.shape[-1]]) for count in rows]
+            *outputs, num_columns = child.weight.shape
+            names = hub_names(f"{name}.weight", model.config)
+            rows = hub_rows(f"{name}.weight", model.config, math.prod(outputs))
             parts = [
-                find(self.files, part.removesuffix(".weight"), shape, quantization)
-                for part, shape in zip(hub, shapes, strict=True)
+                find(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
+                for part, count in zip(names, rows, strict=True)
             ]
             if any(parts):
                 self.packed[name] = parts
@@ -303,12 +302,12 @@ class ModelReader:
             yield held.dense() if held else checked_tensor(self.files, part, (dtype, torch.Size([rows, *columns])))
 
 
-def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], allow_pickle: bool = False) -> torch.dtype:
+def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], kind: type[TensorFiles] = TensorFiles) -> torch.dtype:
     """Return the dtype of a checkpoint: config.json's, else its weights', else, without weights, bfloat16."""
     dtype = parse_dtype(raw)
     if dtype is None:
         with contextlib.suppress(FileNotFoundError):
-            dtype = TensorFiles(checkpoint_path, allow_pickle).dtype()
+            dtype = kind(checkpoint_path).dtype()
     return dtype or torch.bfloat16
 
 

@@ -114,11 +114,9 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
         return [[token] for token in ids.tolist()]
 
     for ids in steps:
-        if ids.device.type == "cpu":
-            in_flight.append((ids, None))
-        else:
-            on_host = ids.to("cpu", non_blocking=True)
-            in_flight.append((on_host, torch.accelerator.current_stream(ids.device).record_event()))
+        on_host = ids.to("cpu", non_blocking=True)
+        copied = None if ids.is_cpu else torch.accelerator.current_stream(ids.device).record_event()
+        in_flight.append((on_host, copied))
         if len(in_flight) > lag:
             yield read()
     while in_flight:

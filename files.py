@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import glob
 import json
 import os
@@ -73,18 +72,16 @@ class TensorFiles:
     Each read opens its file anew, so that nothing but the tensors handed out stays mapped.
     """
 
-    def __init__(self, checkpoint_path: Path, allow_pickle: bool = False):
+    singles: tuple[str, ...] = ("model.safetensors",)  # what a file that holds all of a model may be called
+
+    def __init__(self, checkpoint_path: Path):
         self.path = checkpoint_path
-        self.allow_pickle = allow_pickle
-        # A file in the format before torch 1.6 cannot be mapped but is read whole, so the last one is kept.
-        self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         self.files: dict[str, str] = self._index()
         self.aliases: dict[str, str] = {}  # names that are used -> those that are stored, where they differ
         self._specs: dict[str, dict[str, Spec]] = {}  # by file
 
     def _index(self) -> dict[str, str]:
-        patterns = ["model.safetensors"] + ["pytorch_model.bin"] * self.allow_pickle
-        for single in patterns:
+        for single in self.singles:
             index = own_file(self.path, f"{single}.index.json")
             if own_file(self.path, single).is_file():
                 return dict.fromkeys(self._names_in(single), single)
@@ -121,9 +118,6 @@ class TensorFiles:
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         path = own_file(self.path, file)
-        if file.endswith(".bin"):
-            yield read_pickle(path) if is_zip(path) else self._read_legacy(path)
-            return
         try:
             with safe_open(path, framework="pt") as tensors:
                 yield tensors
@@ -163,35 +157,11 @@ class TensorFiles:
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
 
 
-class StateDict(dict[str, Tensor]):
-    """The tensors of a .bin file, read as those of an open safetensors file are."""
-
-    get_tensor = get_slice = dict.__getitem__
-
-
 def spec_of(tensor: Any) -> Spec:
     """Return the dtype and shape of a tensor, or of a safetensors' slice."""
     if isinstance(tensor, Tensor):
         return tensor.dtype, tensor.shape
     return READ_DTYPES.get(tensor.get_dtype(), torch.uint8), torch.Size(tensor.get_shape())
-
-
-def is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def read_pickle(path: Path) -> StateDict:
-    """Read a .bin state dict without running code from it; mapped, unless it is in the format before torch 1.6."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = "it asks to run code" if "GLOBAL" in str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
-    entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
-    if not all(isinstance(name, str) and isinstance(t, Tensor) and not t.is_meta for name, t in entries):
-        raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
-    return StateDict(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -98,12 +98,6 @@ def gptq_stack(
     return codes, scales, zeros
 
 
-def zero_sums(weight: Tensor) -> Tensor:
-    """Return a matrix of 0 to add up x x^T of a layer's inputs in: [K, K], for a stack [X, K, K]."""
-    K = weight.shape[-1]
-    return torch.zeros(*weight.shape[:-2], K, K, device=weight.device)
-
-
 class Calibration:
     """The hidden states of a calibration text, on their way through a model block by block."""
 
@@ -133,7 +127,9 @@ class Calibration:
     def encoders(self, block: Block) -> dict[str, Encode]:
         """Run the text through `block` as it is; return, by name of its linears, the functions that choose codes."""
         children = quantizable_linears(block)
-        sums = {name: zero_sums(child.weight) for name, child in children.items()}
+        weights = [(name, child.weight) for name, child in children.items()]
+        # Of x x^T of a layer's inputs: [K, K], for a stack [X, K, K].
+        sums = {name: w.new_zeros(*w.shape[:-2], w.shape[-1], w.shape[-1], dtype=torch.float32) for name, w in weights}
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
         def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:

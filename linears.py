@@ -164,10 +164,8 @@ class StoredLinear(nn.Module):
         super().__init__()
         *outputs, self.in_features = shape
         self.form, self.group_size = form, form.group_size or self.in_features
-        num_groups = -(-self.in_features // self.group_size)
-        dtype, num_bytes = (
-            (torch.int8, self.in_features) if form.bits == 8 else (torch.uint8, -(-self.in_features // 2))
-        )
+        num_groups, num_bytes = -(-self.in_features // self.group_size), -(-self.in_features * form.bits // 8)
+        dtype = torch.int8 if form.bits == 8 else torch.uint8
         self.weight = constant(torch.empty(*outputs, num_bytes, dtype=dtype))
         self.scales = constant(torch.empty(*outputs, num_groups, dtype=form.scales))
         self.zeros = constant(torch.empty(*outputs, num_groups, dtype=dtype)) if form.zeros else None
@@ -194,10 +192,8 @@ class StoredLinear(nn.Module):
 
 def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
     """Return the linears that a scheme applies to, by name."""
-    children = module.named_modules()
-    return {
-        name: child for name, child in children if isinstance(child, Linear | Experts) and not name.endswith("mlp.gate")
-    }
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, Linear | Experts)}
+    return {name: child for name, child in linears.items() if not is_router(name)}
 
 
 def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:

@@ -63,17 +63,17 @@ class Row:
         return self.arrivals[0] - self.began if self.arrivals else None
 
     @property
+    def decode_s(self) -> float | None:
+        return self.arrivals[-1] - self.arrivals[0] if len(self.arrivals) > 1 else None
+
+    @property
     def decode_tokens_per_s(self) -> float | None:
-        if len(self.arrivals) < 2:
-            return None
-        return (len(self.tokens) - 1) / (self.arrivals[-1] - self.arrivals[0])
+        return self.decode_s and (len(self.tokens) - 1) / self.decode_s
 
     @property
     def steps_per_s(self) -> float | None:
         """Forwards of the model a second: as many as tokens, or fewer where drafts were accepted."""
-        if len(self.arrivals) < 2:
-            return None
-        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+        return self.decode_s and (len(self.arrivals) - 1) / self.decode_s
 
     @property
     def tokens_per_round(self) -> float | None:

@@ -6,6 +6,8 @@ Reads safetensors and .bin weights (pickles with `weights_only=True`), one tenso
 its name only when it is whole.
 """
 
+import contextlib
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -17,13 +19,65 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import ModelReader, checkpoint_dtype, write_config
 from cli.arguments import ArgumentParser, checkpoint_folder
 from cli.errors import user_errors
 from config import DTYPES, is_head, read_config
-from files import FLOAT_DTYPES, SAFETENSORS_DTYPES, Spec, TensorFiles, new_folder, sibling, spec_of, write_safetensors
+from files import (
+    FLOAT_DTYPES,
+    SAFETENSORS_DTYPES,
+    Spec,
+    TensorFiles,
+    new_folder,
+    own_file,
+    sibling,
+    spec_of,
+    write_safetensors,
+)
+
+
+class AnyFiles(TensorFiles):
+    """The tensors of a folder of safetensors or .bin files."""
+
+    singles = ("model.safetensors", "pytorch_model.bin")
+
+    def __init__(self, checkpoint_path: Path):
+        # A file in the format before torch 1.6 cannot be mapped but is read whole, so the last one is kept.
+        self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
+        super().__init__(checkpoint_path)
+
+    def _open(self, file: str) -> contextlib.AbstractContextManager[Any]:
+        if not file.endswith(".bin"):
+            return super()._open(file)
+        path = own_file(self.path, file)
+        return contextlib.nullcontext(read_pickle(path) if is_zip(path) else self._read_legacy(path))
+
+
+class StateDict(dict[str, Tensor]):
+    """The tensors of a .bin file, read as those of an open safetensors file are."""
+
+    get_tensor = get_slice = dict.__getitem__
+
+
+def is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def read_pickle(path: Path) -> StateDict:
+    """Read a .bin state dict without running code from it; mapped, unless it is in the format before torch 1.6."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        reason = "it asks to run code" if "GLOBAL" in str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights ({reason}); download it again") from None
+    entries = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
+    if not all(isinstance(name, str) and isinstance(t, Tensor) and not t.is_meta for name, t in entries):
+        raise ValueError(f"{path} holds more than tensors by name, which is all that weights are")
+    return StateDict(tensors)
 
 
 def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = None) -> None:
@@ -34,11 +88,11 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     raw = read_config(checkpoint_dir)
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
-    dtype = DTYPES[dtype_name] if dtype_name else checkpoint_dtype(checkpoint_dir, raw, allow_pickle=True)
+    dtype = DTYPES[dtype_name] if dtype_name else checkpoint_dtype(checkpoint_dir, raw, AnyFiles)
     if is_head(raw):
         copy_head(checkpoint_dir, output_dir, raw, dtype)
         return
-    reader = ModelReader(checkpoint_dir, dtype, allow_pickle=True, keep_codes=False)
+    reader = ModelReader(checkpoint_dir, dtype, keep_codes=False, kind=AnyFiles)
     with new_folder(output_dir) as folder:
         with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
             write_safetensors(
@@ -57,7 +111,7 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
 
 def copy_head(checkpoint_dir: Path, output_dir: Path, raw: dict[str, Any], dtype: torch.dtype) -> None:
     """Write an EAGLE-3 head's tensors as they are called; only with a model it is known what they have to be."""
-    files = TensorFiles(checkpoint_dir, allow_pickle=True)
+    files = AnyFiles(checkpoint_dir)
     specs: dict[str, Spec] = {}
     for name in files.files:
         held_as, shape = spec_of(files.get(name))
