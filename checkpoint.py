@@ -62,14 +62,10 @@ def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
     tensor = files.get(name)
     dtype, shape = spec
     if (tensor.dtype != dtype and not {tensor.dtype, dtype} <= FLOAT_DTYPES) or tensor.layout != torch.strided:
-        expected = "floats" if dtype in FLOAT_DTYPES else str(dtype)
-        raise ValueError(
-            f"{files.path}: tensor {name} is {tensor.dtype}, expected {expected}; is config.json the model's own?"
-        )
+        expected = f"{'floats' if dtype in FLOAT_DTYPES else dtype}; is config.json the model's own?"
+        raise ValueError(f"{files.path}: tensor {name} is {tensor.dtype}, expected {expected}")
     if tensor.shape != shape:
-        raise ValueError(
-            f"{files.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
-        )
+        raise ValueError(f"{files.path}: tensor {name} has shape {[*tensor.shape]}, config.json asks for {[*shape]}")
     return tensor
 
 
@@ -216,9 +212,8 @@ class ModelReader:
     def _say_dequantized(self, dtype: torch.dtype) -> None:
         """Say how much larger the weights become of which no codes are kept."""
         names = [name for name in self.packed if name not in self.forms]
-        held = [
-            self.files.spec(tensor) for name in names for part in self.packed[name] if part for tensor in part.names
-        ]
+        parts = [part for name in names for part in self.packed[name] if part]
+        held = [self.files.spec(tensor) for part in parts for tensor in part.names]
         before = sum(shape.numel() * held_as.itemsize for held_as, shape in filter(None, held))
         after = sum(self.specs[f"{name}.weight"][1].numel() * dtype.itemsize for name in names)
         if names:
@@ -368,9 +363,8 @@ def random_model(
     """
     model = meta_model(raw_config, ranks)
     generator = torch.Generator(device).manual_seed(seed + ranks.rank)
-    parameters = {
-        name: random_parameter(name, spec, generator, device) for name, spec in tensor_specs(model, dtype).items()
-    }
+    specs = tensor_specs(model, dtype)
+    parameters = {name: random_parameter(name, spec, generator, device) for name, spec in specs.items()}
     load_parameters_(model, parameters, device)
     del parameters  # so that a weight is freed as soon as it is repacked
     if optimize:

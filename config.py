@@ -136,12 +136,8 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
-        convert = (
-            f"; run `python scripts/convert_gguf.py {checkpoint_path}`" if checkpoint_path.suffix == ".gguf" else ""
-        )
-        raise FileNotFoundError(
-            f"{checkpoint_path} is not a folder; expected a checkpoint folder with a config.json{convert}"
-        )
+        convert = f"; run `python scripts/convert_gguf.py {checkpoint_path}`" * (checkpoint_path.suffix == ".gguf")
+        raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected one with a config.json{convert}")
     if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
         for pattern, cure in OTHER_FORMS.items():
             if found := next(checkpoint_path.glob(pattern), None):
@@ -188,9 +184,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     raw = text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-        raise ValueError(
-            f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILY_DEFAULTS)}"
-        )
+        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILY_DEFAULTS)}")
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
     quantization_scheme(raw)
     silence_neutral_values_(values, family)
@@ -227,9 +221,7 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
     head_dim = read_number(values, "head_dim", low=2, high=MAX_COUNT)
     if heads % kv_heads:
-        raise ValueError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
+        raise ValueError(f"config.json: num_attention_heads {heads}, not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
     return {

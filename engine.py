@@ -54,9 +54,7 @@ class Batch:
         for text, step_ids in zip(self.running, step, strict=True):
             ids = step_ids[: text.room]
             if NOT_A_NUMBER in ids:
-                raise ValueError(
-                    "the model's logits are not finite; its weights are damaged, or its dtype is too narrow"
-                )
+                raise ValueError("the model's logits are not finite; its weights are damaged or its dtype too narrow")
             eos = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
             if eos is not None:
                 del ids[eos + 1 :]
@@ -137,11 +135,9 @@ def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, spe
     check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
     if (longest := max(map(len, prompts))) > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
-    draft_model = speculation.draft_model if speculation else None
-    if draft_model and draft_model.max_seq_length < model.max_seq_length:
-        raise ValueError(
-            f"the draft's caches have {draft_model.max_seq_length} slots, the model's {model.max_seq_length}: too few"
-        )
+    draft = speculation.draft_model if speculation else None
+    if draft and draft.max_seq_length < model.max_seq_length:
+        raise ValueError(f"the draft's caches have {draft.max_seq_length} slots, the model's {model.max_seq_length}")
     return capacity
 
 

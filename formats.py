@@ -72,10 +72,7 @@ def find(files: TensorFiles, base: str, shape: torch.Size, quantization: Quantiz
     if weight and weight[0] in FLOAT8_DTYPES:
         return float8(reading)
     if weight and weight[0] in FLOAT_DTYPES and reading.has("weight_scale"):
-        raise ValueError(
-            f"{files.path}: {base} has scales and a weight of {weight[0]}, not rounded yet; save it with "
-            "save_compressed=True"
-        )
+        raise reading.fail("weight", f"is {weight[0]}, not rounded yet; save it with save_compressed=True")
     return int_quantized(reading) if weight and weight[0] == torch.int8 and reading.has("weight_scale") else None
 
 
@@ -94,6 +91,9 @@ class Reading:
     def get(self, kind: str) -> Tensor:
         return self.files.get(f"{self.base}.{kind}")
 
+    def fail(self, kind: str, what: str) -> ValueError:
+        return ValueError(f"{self.files.path}: tensor {self.base}.{kind} {what}")
+
     def check(self, kind: str, *shapes: tuple[int, ...], floats: bool = False) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return a tensor's dtype and shape, which must be one of these."""
         name = f"{self.base}.{kind}"
@@ -103,13 +103,9 @@ class Reading:
         dtype, shape = spec[0], tuple(spec[1])
         if shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-            raise ValueError(
-                f"{self.files.path}: tensor {name} has shape {list(shape)}, config.json asks for {expected}"
-            )
+            raise self.fail(kind, f"has shape {list(shape)}, config.json asks for {expected}")
         if floats != dtype.is_floating_point:
-            raise ValueError(
-                f"{self.files.path}: tensor {name} is {dtype}, expected {'floats' if floats else 'integers'}"
-            )
+            raise self.fail(kind, f"is {dtype}, expected {'floats' if floats else 'integers'}")
         self.names.append(name)
         return dtype, shape
 
@@ -117,7 +113,7 @@ class Reading:
         """Return the shape of a tensor of words, which must be one of these."""
         dtype, shape = self.check(kind, *shapes)
         if dtype != torch.int32:
-            raise ValueError(f"{self.files.path}: tensor {self.base}.{kind} is {dtype}, expected torch.int32")
+            raise self.fail(kind, f"is {dtype}, expected torch.int32")
         return shape
 
     def check_scales(self, kind: str, N: int, transposed: bool = False) -> tuple[torch.dtype, int, int | None]:
@@ -128,7 +124,7 @@ class Reading:
         one = [] if transposed or 1 not in sizes else [(1,)]
         dtype, shape = self.check(kind, *shapes, *one, floats=True)
         if dtype not in FLOAT_DTYPES - {torch.float64}:
-            raise ValueError(f"{self.files.path}: tensor {self.base}.{kind} is {dtype}, not of 16 or 32 bits")
+            raise self.fail(kind, f"is {dtype}, not of 16 or 32 bits")
         G = shape[0] if transposed else shape[-1]
         return dtype, G, sizes[G]
 
@@ -155,10 +151,8 @@ class Reading:
             return None
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], own):
-            raise ValueError(
-                f"{self.files.path}: tensor {self.base}.{kind} does not put {group_size} columns into each of "
-                f"{-(-K // group_size)} groups; the checkpoint is damaged"
-            )
+            num_groups = -(-K // group_size)
+            raise self.fail(kind, f"does not put {group_size} columns into each of {num_groups} groups; it is damaged")
         return order.int()
 
     @staticmethod
@@ -204,7 +198,7 @@ def pack_quantized(reading: Reading) -> Packed:
     if reading.has("weight_shape"):
         reading.check("weight_shape", (2,))
         if reading.get("weight_shape").tolist() != [N, K]:
-            raise ValueError(f"{reading.files.path}: tensor {reading.base}.weight_shape is not {[N, K]}")
+            raise reading.fail("weight_shape", f"is not {[N, K]}")
     order = reading.read_order("weight_g_idx", size or K)
 
     def parameters() -> dict[str, Tensor]:
@@ -275,9 +269,7 @@ def float8(reading: Reading) -> Packed:
     N, K = reading.shape
     block = next((kind.block for kind in reading.kinds if kind.block), [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise ValueError(
-            f"config.json: blocks of {str(block)[:60]} weights are not supported, expected such as [128, 128]"
-        )
+        raise ValueError(f"config.json: blocks of {str(block)[:60]} weights are not supported, say [128, 128] is")
     reading.check("weight", (N, K), floats=True)
     kind = "weight_scale_inv" if reading.has("weight_scale_inv") else "weight_scale"
     sizes = [size for size in reading.group_sizes if size]

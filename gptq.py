@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from linears import Encode, encode_int4, group_parameters, quantizable_linears
 from model import Block, Transformer
@@ -132,21 +132,19 @@ class Calibration:
         sums = {name: w.new_zeros(*w.shape[:-2], w.shape[-1], w.shape[-1], dtype=torch.float32) for name, w in weights}
         counts = {name: [0] * len(total) for name, total in sums.items() if total.ndim == 3}
 
-        def add(name: str, x: Tensor, experts: Tensor | None = None) -> None:
+        def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Each token counts alike: a few with huge activations, as the first of a text, would outweigh all others.
+            x, *experts = inputs
             x = F.normalize(x.flatten(0, 1).float(), dim=-1)
-            if experts is None:
+            if not experts:
                 sums[name].addmm_(x.t(), x)
                 return
             for i, total in enumerate(sums[name]):
-                rows = x[experts.flatten() == i]
+                rows = x[experts[0].flatten() == i]
                 total.addmm_(rows.t(), rows)
                 counts[name][i] += len(rows)
 
-        hooks = [
-            child.register_forward_pre_hook(lambda _, args, name=name: add(name, *args))
-            for name, child in children.items()
-        ]
+        hooks = [child.register_forward_pre_hook(partial(add, name)) for name, child in children.items()]
         for x in self.hidden:
             block(x, *self.contexts[self.layer])
             self.tick()

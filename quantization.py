@@ -37,10 +37,8 @@ class Quantization(NamedTuple):
     kinds: Sequence[Kind] = ()
 
     def fail(self, key: str, expected: str, options: Mapping[str, Any] | None = None) -> ValueError:
-        value = (self.options if options is None else options).get(key)
-        return ValueError(
-            f"config.json: {key} {repr(value)[:60]} of {self.method} is not supported, expected {expected}"
-        )
+        value = repr((self.options if options is None else options).get(key))[:60]
+        return ValueError(f"config.json: {key} {value} of {self.method} is not supported, expected {expected}")
 
     def read_size(self, options: Mapping[str, Any]) -> int | None:
         size = options.get("group_size")
@@ -128,10 +126,8 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
         if isinstance(block, str) and (sizes := re.fullmatch(r"(\d{1,6})x(\d{1,6})", block)):
             block = [int(size) for size in sizes.groups()]
         bits = weights["num_bits"] if is_int else None
-        is_head = "lm_head" in str(group.get("targets"))
-        kinds.append(
-            Kind(bits, quantization.read_size(weights), block, weights.get("symmetric", True) is True, is_head)
-        )
+        is_symmetric, is_head = weights.get("symmetric", True) is True, "lm_head" in str(group.get("targets"))
+        kinds.append(Kind(bits, quantization.read_size(weights), block, is_symmetric, is_head))
     return kinds
 
 

@@ -80,9 +80,7 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
     tokenizer = load_tokenizer(args.checkpoint_path)
     length = args.calibration_length or min(WINDOW, config.max_position_embeddings)
     if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--calibration_length {length} is above the model's context of {config.max_position_embeddings}"
-        )
+        raise ValueError(f"--calibration_length {length} is above the context of {config.max_position_embeddings}")
     num = args.calibration_samples or NUM_WINDOWS
     if args.calibration_file:
         text = read_text("--calibration_file", args.calibration_file)
@@ -117,9 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="weights that share a scale, -1: an output channel (int8: -1, int4: 32)")  # fmt: skip
     parser.add_argument("--symmetric", action="store_true", help="int4 without zero points, which every program reads")
     parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-SCHEME")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     gptq = parser.add_argument_group("int4-gptq")
     gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (what the model itself writes)")
     gptq.add_argument("--calibration_samples", type=number(int, 1), metavar="N", help="windows of that text (64)")
@@ -167,9 +163,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     ):
         calibration = None
         if windows is not None:
-            calibration = Calibration(
-                source, read("embed_tokens.weight"), windows, args.act_order, bar.update, args.symmetric
-            )
+            table = read("embed_tokens.weight")
+            calibration = Calibration(source, table, windows, args.act_order, bar.update, args.symmetric)
         parts = quantized_parts(source, read, scheme, calibration, bar.update)
         pending: dict[str, Tensor] = {}
 
@@ -189,10 +184,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
 
 def written_specs(target: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
     """Return the tensors of a folder that holds a model of the meta device, in the order in which they are written."""
-    parameters = {
-        name: torch.empty(shape, dtype=held_as, device="meta")
-        for name, (held_as, shape) in tensor_specs(target, dtype).items()
-    }
+    specs = tensor_specs(target, dtype)
+    parameters = {name: torch.empty(shape, dtype=held_as, device="meta") for name, (held_as, shape) in specs.items()}
     return {name: (tensor.dtype, tensor.shape) for name, tensor in hub_tensors(target, parameters).items()}
 
 

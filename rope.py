@@ -15,13 +15,10 @@ ROPE_KEYS = {
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
 ROPE_TYPES: dict[str, set[str]] = {
-    "default": set(),
-    "linear": set(),
-    "llama3": set(),
-    "dynamic": set(),
+    "default": set(), "linear": set(), "llama3": set(), "dynamic": set(),
     "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"attention_factor", "short_factor", "long_factor"},
-}
+}  # fmt: skip
 # The types of a family that has not all of them, the other names of one, and the keys that it alone heeds.
 FAMILY_TYPES = {"phi3": ("default", "longrope"), "ministral3": ("yarn",)}
 FAMILY_ALIASES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
@@ -54,9 +51,8 @@ def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     if values["model_type"] in LOCAL_ROPE:
         return parse_ropes_by_kind(values, head_dim)
     objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
-    parsed = [
-        parse_rope_object(values, key, rope, head_dim) for key, rope in (objects or {"rope_parameters": {}}).items()
-    ]
+    objects = objects or {"rope_parameters": {}}
+    parsed = [parse_rope_object(values, key, rope, head_dim) for key, rope in objects.items()]
     if parsed[0] != parsed[-1]:
         scaling, parameters = objects.values()
         raise ValueError(f"config.json: rope_scaling {scaling!r} and rope_parameters {parameters!r} differ")

@@ -110,9 +110,8 @@ class Noise:
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw from Exp(1): [len(rows), *shape]."""
-        return self._select(
-            torch.empty(self.num_rows, *shape, device=self.device).exponential_(generator=self.generator)
-        )
+        noise = torch.empty(self.num_rows, *shape, device=self.device)
+        return self._select(noise.exponential_(generator=self.generator))
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw from [0, 1): [len(rows), *shape]."""
@@ -267,11 +266,5 @@ def prompt_chunks(
     bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
     for begin, end in pairwise(bounds):
         # Copies, since a compiled prefill would make another graph for a slice's strides.
-        piece = slice(begin, end)
-        filled = max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
-        contiguous = torch.contiguous_format
-        yield (
-            tokens[:, piece].clone(memory_format=contiguous),
-            positions[:, piece].clone(memory_format=contiguous),
-            filled,
-        )
+        chunk = [values[:, begin:end].clone(memory_format=torch.contiguous_format) for values in (tokens, positions)]
+        yield chunk[0], chunk[1], max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))

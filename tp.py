@@ -71,9 +71,7 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
         if size % count and (name == "intermediate_size" or count > kv_heads):
             raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
     if count > kv_heads and count % kv_heads:
-        raise ValueError(
-            f"num_key_value_heads {kv_heads} is below the {count} ranks and no divisor of them; start another number"
-        )
+        raise ValueError(f"num_key_value_heads {kv_heads} does not divide the {count} ranks; start another number")
     unlike = count < kv_heads and kv_heads % count  # some ranks have one kv head more than others
     if unlike and config.qk_norm_over_heads:
         raise ValueError(
