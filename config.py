@@ -70,10 +70,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
     },
 }  # fmt: skip
-# Models that see too -> the family of their text, where `text_config` names none.
+# Keys of a model that sees too which its `text_config` may leave out.
 OUTER_KEYS = (
     "dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config", "tie_word_embeddings",
 )  # fmt: skip
+# Such models -> the family of their text, where `text_config` names none.
 TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 # The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
@@ -212,9 +213,8 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     """Read the sizes of attention: fields of ModelConfig."""
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
-    default_dim = hidden_size // heads
-    if values["model_type"] == "qwen3":  # the others that have a default of their own divide where it is null
-        default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"]
+    # The others that have a default of their own divide where it is null.
+    default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
     for key, default in (("num_key_value_heads", heads), ("head_dim", default_dim)):
         if values.get(key) is None:
             values[key] = default

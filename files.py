@@ -105,10 +105,9 @@ class TensorFiles:
                 raise ValueError(f"{index} names {file!r}, expected a {suffix} file of its own folder")
             if not own_file(self.path, file).is_file():
                 raise FileNotFoundError(f"{self.path / file} is missing, but {index.name} names it; download it again")
-            present = set(self._names_in(file))
-            for name in (name for name, where in files.items() if where == file):
-                if name not in present:
-                    raise ValueError(f"{self.path / file} lacks tensor {name}, which {index.name} promises")
+            missing = {name for name, where in files.items() if where == file} - {*self._names_in(file)}
+            if missing:
+                raise ValueError(f"{self.path / file} lacks tensor {min(missing)}, which {index.name} promises")
         return files
 
     def _names_in(self, file: str) -> list[str]:

@@ -192,8 +192,8 @@ class StoredLinear(nn.Module):
 
 def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
     """Return the linears that a scheme applies to, by name."""
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, Linear | Experts)}
-    return {name: child for name, child in linears.items() if not is_router(name)}
+    children = ((name, child) for name, child in module.named_modules() if not is_router(name))
+    return {name: child for name, child in children if isinstance(child, Linear | Experts)}
 
 
 def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inductor import is_reduction, streamed_linear
-from kernels.layers import MAX_ROWS, AtenInt8, FusedLinear, KernelLinear, Norm
+from kernels.layers import MAX_ROWS, AtenInt8, FusedLinear, KernelLinear
 from linears import constant
+from model import RMSNorm
 
 # The most queries per row of a batch that the attention kernel takes: a decode step, and what speculation verifies.
 MAX_QUERIES = 16
@@ -82,7 +83,7 @@ class CudaLinear(FusedLinear, KernelLinear):
     def multiply(self, x: Tensor) -> Tensor:
         return KernelLinear.forward(self, x)
 
-    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+    def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         rows = x.flatten(0, -2)
         if rows.shape[0] > MAX_ROWS:
             return None
@@ -342,7 +343,7 @@ def int8_product(
 class CudaInt8(CudaLinear, AtenInt8):
     """With the tensors of the CPU's layer; only the product of up to 16 rows differs."""
 
-    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+    def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         # For one or two rows inductor's loop reads the codes once; for more it would write the weight to memory first.
         if is_reduction(x):
             return streamed_linear(x, self.weight, self.bias, self.scales, norm, gated, residual)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model
-from kernels.layers import FusedLinear, Norm
+from kernels.layers import FusedLinear
 from linears import StoredLinear
-from model import Linear
+from model import Linear, RMSNorm
 
 # Compiled, a product with at most this many rows is written as a multiply and a sum; with more rows GEMM wins.
 MAX_REDUCTION_ROWS = 2
@@ -51,7 +51,7 @@ def streamed_product(x: Tensor, weight: Tensor, parts: int, factors: Tensor | No
 
 
 def streamed_sums(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm: Norm | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm: RMSNorm | None
 ) -> Tensor:  # fmt: skip
     """As `streamed_linear`, in fp32."""
     y = streamed_product(x, weight, 1, None if norm is None else norm.weight)
@@ -64,7 +64,7 @@ def streamed_sums(
 
 
 def streamed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, norm: Norm | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, norm: RMSNorm | None = None,
     gated: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute `FusedLinear.forward` in one loop; scales [N]: of an int8 weight.
@@ -135,7 +135,7 @@ class FusedCompiledLinear(FusedLinear, CompiledLinear):
     def multiply(self, x: Tensor) -> Tensor:
         return CompiledLinear.multiply(self, x)
 
-    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+    def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         if not (is_reduction(x) and isinstance(self.stored, Linear)):
             return None
         return streamed_linear(x, self.weight, self.stored.bias, None, norm, gated, residual)

@@ -5,14 +5,13 @@ surrounds its product.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linears import constant
-from model import swiglu
+from model import RMSNorm, swiglu
 
 # Up to this many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
@@ -59,20 +58,11 @@ class Reordered(nn.Module):
         return self.layer(x.index_select(-1, self.order))
 
 
-class Norm(Protocol):
-    """An RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 class FusedLinear(nn.Module):
     """A linear layer of a GPU, where each kernel launch costs time: it also does what surrounds its product."""
 
     def forward(
-        self, x: Tensor, norm: Norm | None = None, gated: bool = False, residual: Tensor | None = None
+        self, x: Tensor, norm: RMSNorm | None = None, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor:
         """Return the outputs [..., N] for x [..., K].
 
@@ -90,7 +80,7 @@ class FusedLinear(nn.Module):
         """Return the product, plus the bias."""
         raise NotImplementedError
 
-    def fused(self, x: Tensor, norm: Norm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
+    def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         """Compute all of `forward` in one kernel, or return None where there is none for this x."""
         return None
 

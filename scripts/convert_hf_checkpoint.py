@@ -10,6 +10,7 @@ import contextlib
 import functools
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,11 +50,14 @@ class AnyFiles(TensorFiles):
         self._read_legacy = functools.lru_cache(maxsize=1)(read_pickle)
         super().__init__(checkpoint_path)
 
-    def _open(self, file: str) -> contextlib.AbstractContextManager[Any]:
-        if not file.endswith(".bin"):
-            return super()._open(file)
-        path = own_file(self.path, file)
-        return contextlib.nullcontext(read_pickle(path) if is_zip(path) else self._read_legacy(path))
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        if file.endswith(".bin"):
+            path = own_file(self.path, file)
+            yield read_pickle(path) if is_zip(path) else self._read_legacy(path)
+        else:
+            with super()._open(file) as tensors:
+                yield tensors
 
 
 class StateDict(dict[str, Tensor]):
