@@ -112,7 +112,7 @@ def test_what_the_engine_and_quantize_reach_is_small():
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module):
     if module not in ("kernels.cpu", "kernels.cuda"):
-        assert len(MODULES[module].read_text().splitlines()) <= (510 if module == "model" else 450)
+        assert len(MODULES[module].read_text().splitlines()) <= (500 if module == "model" else 450)
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.FunctionDef) and not is_triton_kernel(node):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has more than 60 lines"
