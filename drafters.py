@@ -77,9 +77,13 @@ class Pace:
         self.k = self.best()
         self.due = 0  # how many to draft when a wait is over
 
+    def gain(self, k: int) -> float:
+        """Return how many tokens a round of k drafts is expected to yield in the time of a step."""
+        acceptance = self.accepted / (self.accepted + self.rejected)
+        return expected_tokens(acceptance, k) / (1 + self.cost * k)
+
     def best(self) -> int:
-        a = self.accepted / (self.accepted + self.rejected)
-        return max(self.levels, key=lambda k: expected_tokens(a, k) / (1 + self.cost * k))
+        return max(self.levels, key=self.gain)
 
     def plan(self, room: int) -> tuple[int, int]:
         """Return how many tokens to decode plainly and then how many to draft, for a text with room for `room`."""
@@ -237,7 +241,7 @@ class Lookup:
 
 @dataclass
 class Both:
-    """A lookup and a draft model, of which the one with more drafts proposes."""
+    """A lookup and a draft model, of which the one whose drafts promise more tokens in the same time proposes."""
 
     lookup: Lookup
     other: DraftModel
@@ -249,9 +253,9 @@ class Both:
         self.other.begin(target, num_rows, cached)
 
     def propose(self, texts: list[Text]) -> Proposal | int:
-        most = self.other.pace.k if self.wait == 0 else 0
         found = self.lookup.propose(texts)
-        if isinstance(found, Proposal) and max(found.lengths) > most:
+        k = self.other.pace.k if self.wait == 0 else 0
+        if isinstance(found, Proposal) and self.lookup.pace.gain(max(found.lengths)) >= self.other.pace.gain(k):
             return found
         if self.wait == 0:
             drafts = self.other.propose(texts)

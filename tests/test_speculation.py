@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import generate as generate_module
 import speculate as speculate_module
-from drafters import FIRST_WAIT, LONGEST_WAIT, Pace, expected_tokens, levels_below
+from drafters import FIRST_WAIT, LONGEST_WAIT, Both, DraftModel, Lookup, Pace, expected_tokens, levels_below
 from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
@@ -644,6 +644,19 @@ def test_the_index_finds_the_longest_end_that_stood_before(ids):
         )
         assert index.lengths[index.links[index.last]] == max(ends, default=0)
         assert len(index.lengths) <= max(2, 2 * end)
+
+
+def test_of_what_is_found_and_a_draft_model_the_one_proposes_that_promises_more():
+    model = tiny_model()
+    model.setup_caches(1, 64)
+    drafter = Both(Lookup((3, 1, 0)), DraftModel(model, (5, 3, 1, 0)))
+    drafter.begin(model, 1, 0)
+    text = Text(0, [*range(20, 60), *range(20, 24)], 10)
+    found = drafter.propose([text])
+    assert found.k == 3 < drafter.other.pace.k, "what costs nothing, though it is less"
+    for _ in range(3):
+        drafter.note(found, [text], [0])
+    assert drafter.propose([text]).drafts is model
 
 
 def test_the_index_grows_in_constant_time_a_token():
