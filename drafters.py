@@ -138,22 +138,20 @@ class DraftModel:
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         k, num_plain = self.pace.next(max(text.room for text in texts))
-        if k == 0:
-            return num_plain
-        self.catch_up(texts)
-        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2)
+        return self.prepare(texts, k) if k else num_plain
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text, n in zip(texts, counts, strict=True):
             self.filled[text.number] = len(text.ids) - 1 + n
         self.pace.update(counts, proposal.lengths)
 
-    def catch_up(self, texts: list[Text]) -> None:
+    def prepare(self, texts: list[Text], k: int) -> Proposal:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
         if any(self.filled[text.number] < len(text.ids) - 2 for text in texts):
             # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
             starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
             self.run([text.ids[:-1] for text in texts], starts)
+        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2)
 
     def run(self, texts: list[list[int]], starts: list[int]) -> None:
         """Prefill the caches with the ids of each row, from place `starts` on."""
@@ -174,11 +172,8 @@ class HeadModel(DraftModel):
         self.model.follow_(target)
         self.pace, self.is_new = Pace(self.levels, HEAD_COST), True
 
-    def propose(self, texts: list[Text]) -> Proposal | int:
+    def prepare(self, texts: list[Text], k: int) -> Proposal:
         room = max(text.room for text in texts)
-        k, num_plain = self.pace.next(room)
-        if k == 0:
-            return num_plain
         # A round first runs the last k + 1 tokens. Where the latest one left more, draft as many again, if they fit.
         num_missing = max(len(text.ids) - self.filled[text.number] for text in texts)
         most = min([level for level in self.levels if level >= room - 1], default=self.levels[0])
