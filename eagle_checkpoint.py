@@ -168,7 +168,7 @@ class HeadReader:
             return torch.arange(vocab_size)
         offsets = self.files.get("d2t")
         if offsets.dtype not in (torch.int64, torch.int32) or list(offsets.shape) != [count]:
-            raise ValueError(f"{self.path}: d2t is {offsets.dtype} of {[*offsets.shape]}, expected {count} integers")
+            raise ValueError(f"{self.path}: d2t is {offsets.dtype}, shape {[*offsets.shape]}, not {count} integers")
         ids = torch.arange(count) + offsets
         if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < count:
             raise ValueError(
