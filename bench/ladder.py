@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -68,14 +69,10 @@ def beside_another(measure: Callable[[], float]) -> float:
             other.kill()
 
 
-def on_openmp(model: Transformer, measure: Callable[[], float]) -> float:
-    had_own = model in cpu.served
-    cpu.served.discard(model)
-    try:
+def on_openmp(measure: Callable[[], float]) -> float:
+    """Measure while no model has threads of our own."""
+    with patch.object(cpu, "served", set()):
         return measure()
-    finally:
-        if had_own:
-            cpu.served.add(model)
 
 
 def profile_step(step: Callable[[], Any], device: str) -> list[dict[str, Any]]:
@@ -182,7 +179,7 @@ class Ladder:
         for name, weights, runner in self.runners():
             alone, beside = f"{name}, alone", f"{name}, beside another"
             ours = partial(runner.decode, self.new_tokens)
-            openmp = partial(on_openmp, runner.model, ours)
+            openmp = partial(on_openmp, ours)
             yield Rung(alone, "tok/s", ours, weights)
             yield Rung(f"{alone}, OpenMP", "tok/s", openmp, weights, against=alone)
             yield Rung(beside, "tok/s", partial(beside_another, ours), weights)

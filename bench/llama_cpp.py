@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,11 +62,13 @@ class LlamaCpp(Peer):
         self.context = self.api.llama_init_from_model(self.model, context)
         self.vocab_size = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
 
+    def run(self, batch: Any) -> None:
+        if status := self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode gave {status}")
+
     def forward(self, ids: Tensor) -> Tensor:
         tokens = (ctypes.c_int32 * ids.shape[1])(*ids[0].tolist())
-        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(tokens)))
-        if status:
-            raise RuntimeError(f"llama_decode gave {status}")
+        self.run(self.api.llama_batch_get_one(tokens, len(tokens)))
         self.num_filled += len(tokens)
         logits = self.api.llama_get_logits_ith(self.context, -1)
         return torch.tensor([[np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()]])
@@ -82,10 +83,8 @@ class LlamaCpp(Peer):
         batch.n_tokens = len(ids)
         for i, id in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = id, i, 1, 0, 1
-        status = self.api.llama_decode(self.context, batch)
+        self.run(batch)
         self.api.llama_batch_free(batch)
-        if status:
-            raise RuntimeError(f"llama_decode gave {status}")
         logits = self.api.llama_get_logits(self.context)
         return torch.from_numpy(np.ctypeslib.as_array(logits, (len(ids), self.vocab_size)).copy())
 
@@ -129,11 +128,6 @@ def write_gguf(model: Transformer, path: Path) -> None:
     import gguf
 
     config = model.config
-    need, free = model.weight_bytes * 2, shutil.disk_usage(path.parent).free  # it and its two quantized forms
-    if free < need:
-        raise ValueError(
-            f"llama.cpp's files need {need / 1e9:.1f} GB in {path.parent} and {free / 1e9:.1f} are free; set TMPDIR"
-        )
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {
         "block_count": config.num_hidden_layers,

@@ -1,8 +1,7 @@
 """What stands beside us in a comparison: transformers, llama.cpp and gpt-fast, on the same shapes, threads and device.
 
 bench.run --compare measures it. None of them is required. Each is called a forward a token, so that no sampler or text
-is timed; the argmax over the logits is, everywhere. transformers runs eager with its default cache, and compiled with a
-static one, llama.cpp its `llama_decode`, gpt-fast, of which a checkout has to be given, its compiled model.
+is timed; the argmax over the logits is, everywhere.
 """
 
 import importlib.util

@@ -6,10 +6,8 @@ command, this file is the process, and prints JSON:
     python -m bench.process '{"config": {...}, "device": "cpu", "dtype": "bfloat16", "mode": "compile"}'
     python -m bench.process '{"folder": "..."}'
 
-decode_s and prefill_s are the first calls, decode before prefill, with all that compiling them takes, the compiler's
-own import included. peak_bytes is the most memory that this process held at once after the weights were there (on a
-GPU: the GPU's), the weights included; compilers that torch.compile starts are processes of their own. Of a folder,
-which is loaded onto the CPU, it is what that takes beside torch and our kernels.
+decode_s and prefill_s are the first calls, decode before prefill, with all that compiling them takes. peak_bytes is the
+most memory, a GPU's on a GPU, that this process held after the weights were there, or that loading a folder adds.
 """
 
 import json

@@ -1,13 +1,11 @@
 """Measure a model of random weights against the roof of the same machine, in rungs, and draw the ladder.
 
-    python -m bench.run --config configs/tinyllama-1.1b.json --device cpu
     python -m bench.run --config configs/tinyllama-1.1b.json --only decode prefill --samples 3
     python -m bench.run --config configs/tinyllama-1.1b.json --compare --only
     python -m bench.run --config configs/tinyllama-1.1b.json --speculate demo shapes
     torchrun --nproc_per_node=2 -m bench.run --config configs/tinyllama-1.1b.json
 
-Each rung has a warm-up, then samples in turns with its group: A B A B. What is finished is written at once, so that an
-interrupted run keeps it. --compare adds what is installed beside us: transformers and llama.cpp.
+Each rung has a warm-up, then samples in turns with its group: A B A B. An interrupted run keeps what it has finished.
 """
 
 import argparse

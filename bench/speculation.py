@@ -80,7 +80,7 @@ def accept_by_chance(
 class Watched:
     """A drafter, how long it takes on the host, and what becomes of its drafts, by their place."""
 
-    drafter: Drafter
+    drafter: Drafter = field(init=False)
     seconds: float = 0.0
     tried: Counter[int] = field(default_factory=Counter)  # those before which all were right
     right: Counter[int] = field(default_factory=Counter)
@@ -129,11 +129,10 @@ class Way:
 
     def decode(self, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
         """Decode so many tokens after each of the prompts."""
-        elapsed, num_timed, num_drafted, seconds, counts = 0.0, 0, 0, 0.0, [0]
-        tried, right = Counter[int](), Counter[int]()
+        watched, elapsed, num_timed, num_drafted, counts = Watched(), 0.0, 0, 0, [0]
         for prompt in prompts:
             if speculation := self.speculation():
-                speculation.drafter = watched = Watched(speculation.drafter)
+                watched.drafter, speculation.drafter = speculation.drafter, watched
             steps = self.runner.generate([prompt], num_tokens, speculation=speculation)
             arrivals, lengths = zip(*((time.perf_counter(), len(ids)) for [ids] in steps), strict=True)
             # From the first round's end, since it prefills the draft, to the last but one's, since that may be cut.
@@ -141,10 +140,10 @@ class Way:
             num_timed += sum(lengths[2:-1])
             if speculation:
                 counts = [*map(sum, zip_longest(counts, *speculation.accept_counts, fillvalue=0))]
-                num_drafted, seconds = num_drafted + speculation.num_drafted, seconds + watched.seconds
-                tried, right = tried + watched.tried, right + watched.right
+                num_drafted += speculation.num_drafted
         figures = {"tok_per_s": num_timed / elapsed, "accept_counts": counts, "num_drafted": num_drafted}
-        return figures | {"propose_s": seconds, "tried": list(tried.values()), "right": list(right.values())}
+        tried, right = list(watched.tried.values()), list(watched.right.values())
+        return figures | {"propose_s": watched.seconds, "tried": tried, "right": right}
 
     @torch.inference_mode()
     def time_parts(self, end: int, count: int) -> dict[str, float]:
@@ -180,8 +179,7 @@ class Way:
 
 
 def tokens_a_round(sample: dict[str, Any]) -> float:
-    counts = sample["accept_counts"]
-    return 1 + sum(n * count for n, count in enumerate(counts)) / sum(counts)
+    return 1 + sum(n * count for n, count in enumerate(sample["accept_counts"])) / sum(sample["accept_counts"])
 
 
 @dataclass
@@ -365,12 +363,11 @@ def editing_ways(runner: Runner, prompt: list[int], answer: list[int]) -> list[W
 
 
 def editing_rungs(name: str, weights: str, runner: Runner) -> Iterator[Rung]:
+    """Yield how fast each way is, and how many tokens a forward of the target gave it just then."""
+
     def measure(way: Way, prompt: list[int], num_tokens: int) -> float:
         way.samples.append(way.decode([prompt], num_tokens))
         return way.samples[-1]["tok_per_s"]
-
-    def last_tokens(way: Way) -> float:
-        return tokens_a_round(way.samples[-1])
 
     for task, (prompt, answer) in make_texts().items():
         plain, *others = editing_ways(runner, prompt, answer)
@@ -379,4 +376,4 @@ def editing_rungs(name: str, weights: str, runner: Runner) -> Iterator[Rung]:
         for way in others:
             title, run = f"{name}, {task}, {way.name}", partial(measure, way, prompt, len(answer))
             yield Rung(title, "tok/s", run, weights, against=first)
-            yield Rung(f"{title}, a forward", "tok", partial(last_tokens, way), weights)
+            yield Rung(f"{title}, a forward", "tok", partial(lambda way: tokens_a_round(way.samples[-1]), way), weights)
