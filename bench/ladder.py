@@ -156,8 +156,7 @@ class Ladder:
     def decode(self) -> Iterator[Rung]:
         for name, weights, runner in self.runners():
             read = runner.count_step_bytes(len(PROMPT) + self.new_tokens // 2 - 1)  # of a text half as long as it gets
-            against = "eager" if name != "eager" else ""
-            yield Rung(name, "tok/s", partial(runner.decode, self.new_tokens), weights, read, against=against)
+            yield Rung(name, "tok/s", partial(runner.decode, self.new_tokens), weights, read, against="eager")
         for weights in self.models:
             name = f"compile, {weights}" if weights else "compile"
             yield Rung(f"{name} + speculation", "tok/s", self.speculating(weights), weights, against=name)
@@ -191,9 +190,9 @@ class Ladder:
 
     def batch(self) -> Iterator[Rung]:
         for name, weights, runner in self.runners():
-            one, many = (partial(replace(runner, num_rows=rows).decode, self.new_tokens) for rows in (1, ROWS))
-            yield Rung(f"{name}, batch of 1", "tok/s", one, weights)
-            yield Rung(f"{name}, batch of {ROWS}", "tok/s", many, weights, against=f"{name}, batch of 1")
+            for rows in (1, ROWS):
+                run = partial(replace(runner, num_rows=rows).decode, self.new_tokens)
+                yield Rung(f"{name}, batch of {rows}", "tok/s", run, weights, against=f"{name}, batch of 1")
 
     def prefill(self) -> Iterator[Rung]:
         for size in PREFILL:
@@ -205,7 +204,7 @@ class Ladder:
         for name, weights, runner in self.runners(LONGEST):
             for position in POSITIONS:
                 run, read = partial(runner.time_step, position), runner.count_step_bytes(position)
-                first = f"{name}, step at {POSITIONS[0]}" if position != POSITIONS[0] else ""
+                first = f"{name}, step at {POSITIONS[0]}"
                 yield Rung(f"{name}, step at {position}", "ms", run, weights, read, against=first)
         for mode in MODES:
             first, run = f"{mode}, step at {POSITIONS[0]}", partial(self.runner(mode, "", 256).time_step, POSITIONS[0])

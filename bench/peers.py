@@ -131,5 +131,4 @@ def make_rungs(ladder: Ladder, folder: Path, checkout: Path | None) -> Iterator[
         for name, weights, contender in everyone:
             title, run = f"{name}, {label}", partial(getattr(contender, method), size)
             run = partial(beside_another, run) if "beside" in label else run
-            against = first.setdefault(weights, title)
-            yield Rung(title, "tok/s", run, weights, against=against if against != title else "")
+            yield Rung(title, "tok/s", run, weights, against=first.setdefault(weights, title))

@@ -127,7 +127,7 @@ class Processes:
             for cache in ("cold", "warm"):
                 for step in ("decode", "prefill"):
                     measure = partial(self.time_first_step, step, weights, depth, cache)
-                    against = "" if weights or depth <= DEPTH else f"{cache}, {step}, {DEPTH} layers"
+                    against = "" if weights else f"{cache}, {step}, {DEPTH} layers"
                     yield Rung(f"{cache}, {step}, {label}", "s", measure, weights, against=against)
 
     def time_first_step(self, step: str, weights: str, depth: int, cache: str) -> float:

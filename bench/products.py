@@ -165,8 +165,7 @@ def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
             made = attempt(title, partial(compile_form, form, stored, inputs, device))
             for rows, chain in zip(ROWS, made[0] if made else (), strict=False):
                 label, measure = f"{rows} row{'s' * (rows > 1)}", partial(block_ms, chain, device, made[1])
-                against = f"{first}, {label}" if title != first else ""
-                yield Rung(f"{title}, {label}", "ms", measure, name, read_bytes=made[2], against=against)
+                yield Rung(f"{title}, {label}", "ms", measure, name, made[2], against=f"{first}, {label}")
 
 
 def make_layers(form: Form, stored: list[Any]) -> list[nn.Module]:

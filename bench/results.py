@@ -112,7 +112,7 @@ class Rung:
     weights: str = ""  # the scheme they are quantized by
     read_bytes: float = 0  # that a token, or a step of so many ms, reads
     flops: float = 0  # that a token takes
-    against: str = ""  # the rung of the group that it is compared with, turn by turn
+    against: str = ""  # the rung of the group that it is compared with, turn by turn, unless it is that one
     samples: list[float] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)  # what the last turn's step spent its time in
 
@@ -130,7 +130,7 @@ class Rung:
                 best = [value for roof in roofs for name, value in roof.items() if name.endswith(key)]
                 shares = [rate / roof for rate, roof in zip(rates, best, strict=False)]
                 entry |= {key: statistics.median(rates), "share_of_roof": statistics.median(shares)}
-        if self.against in group:
+        if self.against != self.name and self.against in group:
             ratios = [a / b for a, b in zip(self.samples, group[self.against].samples, strict=False)]
             entry |= {"against": self.against, "ratios": ratios, "ratio": statistics.median(ratios)}
         return entry | ({"kernels": self.kernels} if self.kernels else {})

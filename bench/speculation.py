@@ -369,11 +369,12 @@ def editing_rungs(name: str, weights: str, runner: Runner) -> Iterator[Rung]:
         way.samples.append(way.decode([prompt], num_tokens))
         return way.samples[-1]["tok_per_s"]
 
+    def last_tokens(way: Way) -> float:
+        return tokens_a_round(way.samples[-1])
+
     for task, (prompt, answer) in make_texts().items():
-        plain, *others = editing_ways(runner, prompt, answer)
-        first = f"{name}, {task}, plain"
-        yield Rung(first, "tok/s", partial(measure, plain, prompt, len(answer)), weights)
-        for way in others:
+        for way in editing_ways(runner, prompt, answer):
             title, run = f"{name}, {task}, {way.name}", partial(measure, way, prompt, len(answer))
-            yield Rung(title, "tok/s", run, weights, against=first)
-            yield Rung(f"{title}, a forward", "tok", partial(lambda way: tokens_a_round(way.samples[-1]), way), weights)
+            yield Rung(title, "tok/s", run, weights, against=f"{name}, {task}, plain")
+            if way.lookup:
+                yield Rung(f"{title}, a forward", "tok", partial(last_tokens, way), weights)

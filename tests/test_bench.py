@@ -160,7 +160,7 @@ def test_a_signal_keeps_what_was_measured_and_says_where_and_turns_are_named_wit
 
 def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
     rungs = {
-        "slow": Rung("slow", "ms", lambda: 0.0, read_bytes=2e6, samples=[1.0, 10.0, 4.0]),
+        "slow": Rung("slow", "ms", lambda: 0.0, read_bytes=2e6, against="slow", samples=[1.0, 10.0, 4.0]),
         "fast": Rung("fast", "ms", lambda: 0.0, against="slow", samples=[2.0, 5.0, 4.0]),
         "alone": Rung("alone", "tok/s", lambda: 0.0, flops=1e9, against="absent", samples=[100.0]),
     }
@@ -168,7 +168,8 @@ def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
     entries = {name: rung.entry(rungs, roofs) for name, rung in rungs.items()}
     assert entries["fast"]["ratios"] == [2, 0.5, 1] and entries["fast"]["ratio"] == 1
     assert entries["slow"]["gb_per_s"] == 0.5 and entries["slow"]["share_of_roof"] == 0.5
-    assert entries["alone"]["share_of_roof"] == 0.2 and "ratio" not in entries["alone"]
+    assert entries["alone"]["share_of_roof"] == 0.2
+    assert "ratio" not in entries["alone"] and "ratio" not in entries["slow"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
