@@ -14,8 +14,8 @@ from bench.runner import Peer
 from model import ModelConfig, Transformer
 from names import hub_names, hub_rows
 
-# Our scheme -> the file type that llama.cpp's own quantizer makes of it, as llama.h numbers them.
-FILE_TYPES = {"int8": ("Q8_0", 7), "int4-g32": ("Q4_0", 2)}
+FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # that its own quantizer makes, as llama.h numbers them
+COUNTERPARTS = {"int8": "Q8_0", "int4-g32": "Q4_0"}  # of our schemes
 GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
@@ -164,10 +164,11 @@ def step_bytes(path: Path) -> int:
     return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
 
-def quantize_gguf(source: Path, path: Path, file_type: int) -> None:
+def quantize_gguf(source: Path, kind: str) -> Path:
     """Have llama.cpp quantize a file by its own recipe, which keeps the output head of 4-bit ones at 6 bits."""
-    api = load_api()
+    api, path = load_api(), source.with_name(f"{kind}.gguf")
     options = api.llama_model_quantize_default_params()
-    options.ftype, options.nthread = file_type, torch.get_num_threads()
+    options.ftype, options.nthread = FILE_TYPES[kind], torch.get_num_threads()
     if api.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)):
         raise RuntimeError(f"llama.cpp cannot quantize {source}")
+    return path

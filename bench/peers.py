@@ -98,10 +98,9 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
         if has_gguf and not weights:
             yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
-        elif has_gguf and weights in llama_cpp.FILE_TYPES:
-            kind, file_type = llama_cpp.FILE_TYPES[weights]
-            llama_cpp.quantize_gguf(plain, folder / f"{kind}.gguf", file_type)
-            yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(folder / f"{kind}.gguf", device, length)
+        elif has_gguf and (kind := llama_cpp.COUNTERPARTS.get(weights)):
+            quantized = llama_cpp.quantize_gguf(plain, kind)
+            yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(quantized, device, length)
         if not weights and importlib.util.find_spec("transformers"):
             model = make_transformers(subject, device)
             yield f"transformers, {dtype}", "", Transformers(model, device)

@@ -40,7 +40,6 @@ from tokenizer import load_tokenizer
 
 INT4 = [Scheme(mode, size, sym) for sym in (False, True) for size in (32, 128) for mode in ("int4", "int4-gptq")]
 SCHEMES = [Scheme("int8"), Scheme("int8", 128), *INT4]
-LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # as llama.h numbers them
 CHAT_SEED = 1  # the calibration has 0
 ROWS = 2  # windows at a time
 COLUMNS = ("text", "form", "MB a step", "perplexity", "change", "mean KL", "median", "90th percentile", "same top")
@@ -79,8 +78,8 @@ def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iter
         hook.remove()
     if compare:
         llama_cpp.write_gguf(plain, folder / "plain.gguf")
-        for name, number in LLAMA_CPP.items():
-            llama_cpp.quantize_gguf(folder / "plain.gguf", file := folder / f"{name}.gguf", number)
+        for name in llama_cpp.FILE_TYPES:
+            file = llama_cpp.quantize_gguf(folder / "plain.gguf", name)
             peer = llama_cpp.LlamaCpp(file, "cpu", WINDOW)
             yield f"llama.cpp {name}", llama_cpp.step_bytes(file), peer.all_logits
             peer.close()
