@@ -5,6 +5,7 @@ A `Rung` is a figure in it, and `omissions` what is not, and why.
 
 import datetime
 import json
+import os
 import platform
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from cli.arguments import ArgumentParser
-from files import write_whole
+from files import is_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,15 +84,21 @@ class Report:
 
 
 def begin(module: str, folder: Path, *names: str, device: str | None = None, **content: Any) -> Report:
-    """Begin today's report of a command, in a folder that is made. Raises ValueError where the file exists.
+    """Begin today's report of a command, in a folder that is made.
 
+    Raises ValueError where the file exists or could not be written: before the run, which may take hours.
     device: what is measured on, whose name the file has too; None: nothing runs on one.
     """
     hardware = [name_hardware(device)] if device else []
     path = folder / ("_".join([str(datetime.date.today()), *map(make_slug, hardware), *names]) + ".json")
-    if path.exists():
+    if os.path.lexists(path):  # a link to nowhere too
         raise ValueError(f"{path} exists already; remove it, or choose another --name or --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file is in its place, or above it
+        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}; name another") from None
+    if not is_writable(path.parent):
+        raise ValueError(f"{path} cannot be written: {path.parent} is no folder that can be written to")
     where = {"hardware": hardware[0]} if device else {"ran_on_a_gpu": False}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
     return Report(path, {"command": name_command(module), **where, "versions": versions, **content})

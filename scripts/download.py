@@ -17,10 +17,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import contextlib
 import glob
 import json
+import os
 from collections.abc import Iterator
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
+from files import is_writable
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 # How weights are named, best first: a repository with several of these holds the same weights several times. Beside an
@@ -58,7 +60,8 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
 def download(repo_id: str, output_dir: Path, revision: str | None = None, token: str | None = None) -> None:
     """Fetch the repository's files into `output_dir`: safetensors, or .bin where there are none.
 
-    Raises ValueError that says what to do where the Hub refuses, cannot be reached or has no weights there.
+    Raises ValueError that says what to do where the folder cannot be written, or the Hub refuses, cannot be reached or
+    has no weights there.
     """
     from huggingface_hub import HfApi
 
@@ -69,6 +72,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     weights = next((name for name in WEIGHTS if {name, f"{name}.index.json"} & set(names)), None)
     if weights is None:
         raise ValueError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in shards")
+    check_folder(output_dir)
     remove_leftovers(output_dir)
 
     def fetch(*patterns: str) -> None:
@@ -100,6 +104,13 @@ def shards_of(index: Path, names: list[str]) -> list[str]:
         if shard not in names or "/" in shard:
             raise ValueError(f"{index} names {shard!r}, which is no file of the repository; tell the model's authors")
     return shards
+
+
+def check_folder(output_dir: Path) -> None:
+    """Raise ValueError where files could not be written into a folder, or it could not be made."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
+    if not is_writable(there):
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {there} is no folder that can be written to")
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -516,6 +516,24 @@ def test_results_that_are_there_are_kept(tmp_path):
     assert report.path.read_text() == before
 
 
+@pytest.mark.parametrize("output", ["/dev/null", "file", "file/below", "nowhere", "protected"])
+def test_a_folder_that_takes_no_results_is_one_line_before_the_run(config, capsys, monkeypatch, output):
+    monkeypatch.chdir(config.parent)
+    Path("file").write_text("keep")
+    Path("nowhere").symlink_to("gone/away")
+    Path("protected").mkdir(mode=0o555)
+    monkeypatch.setattr(run, "measure", None)
+    found = mistake(capsys, "--config", config, "--output_dir", output, "--device", "cpu")
+    assert_user_error(found, output)
+    assert Path("file").read_text() == "keep" and not Path("gone").exists()
+
+
+def test_a_link_to_nowhere_is_a_result_that_exists(tmp_path):
+    results.begin("run", tmp_path, "decode").path.symlink_to("gone")
+    with pytest.raises(ValueError, match="exists already"):
+        results.begin("run", tmp_path, "decode")
+
+
 def test_a_processor_without_a_name_is_called_by_its_kind():
     assert results.name_processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
     assert results.name_processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")

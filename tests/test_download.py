@@ -342,6 +342,30 @@ def test_a_revision_that_is_not_there_is_one_line(tmp_path: Path, hub: LocalHub)
     assert_user_error(result, "org/tiny has no revision 'v9'")
 
 
+@pytest.mark.parametrize("output", ["file", "file/below", "nowhere", "protected/below"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(
+    tmp_path: Path, hub: LocalHub, output: str
+) -> None:
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "nowhere").symlink_to("gone/away")
+    (tmp_path / "protected").mkdir(mode=0o555)
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", output)
+    assert_user_error(result, f"--output_dir {output}", "no folder that can be written to")
+    assert not hub.fetched and (tmp_path / "file").read_text() == "keep" and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("output", [".", "there/", "link", "new/below/"])
+def test_a_folder_that_holds_other_files_keeps_them(tmp_path: Path, hub: LocalHub, output: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for folder in (tmp_path, tmp_path / "there"):
+        (folder / "notes.txt").write_text("keep")
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", output)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / output / WEIGHTS).is_file() and (tmp_path / output).is_dir()
+    assert all((folder / "notes.txt").read_text() == "keep" for folder in (tmp_path, tmp_path / "there"))
+
+
 def test_a_private_repository_opens_to_its_token(tmp_path: Path, hub: LocalHub) -> None:
     hub.token = "hf_secret"
     assert_user_error(
