@@ -13,10 +13,8 @@ from linears import StoredLinear
 from model import Experts, by_expert
 
 # By the name of a form, what multiplies rows with the tensors of one layer.
-FORMS: dict[str, Callable[..., Tensor]] = {
-    "dense": F.linear,
-    **{kind.__name__: kind.matmul for kind in (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)},
-}
+KINDS = (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
+FORMS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{kind.__name__: kind.matmul for kind in KINDS}}
 
 # It reads on the host how many rows each expert has, which a CUDA graph cannot.
 torch.library.define(
@@ -33,8 +31,7 @@ def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
 
 @torch.library.register_fake("kernels::by_expert")
 def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
-    row = FORMS[form](x[:1, 0], *(stack[0] for stack in stacks))
-    return x.new_empty(*experts.shape, row.shape[1])
+    return x.new_empty(*experts.shape, FORMS[form](x[:1, 0], *(stack[0] for stack in stacks)).shape[1])
 
 
 class KernelExperts(nn.Module):
@@ -58,16 +55,15 @@ class CompiledExperts(nn.Module):
         super().__init__()
         self.stored, self.on_gpu = stored, on_gpu
 
-    def dense_weight(self, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the weights of the experts at an index; None: of all."""
-        if isinstance(self.stored, Experts):
-            return self.stored.weight if index is None else self.stored.weight[index]
-        return self.stored.dequantize(... if index is None else index).to(dtype)
+    def dense_weight(self, dtype: torch.dtype, index: Tensor | slice) -> Tensor:
+        """Return the weights of the experts at an index."""
+        stored = self.stored
+        return stored.weight[index] if isinstance(stored, Experts) else stored.dequantize(index).to(dtype)
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return self.stored(x, experts)
         if x.shape[0] <= MAX_ROWS:  # the product's loop reads the chosen expert in place: nothing is copied
             parts = 1 if self.on_gpu else num_partial_sums(x.shape[-1])
-            return streamed_product(x, self.dense_weight(experts, x.dtype), parts).type_as(x)
-        return torch.ops.kernels.by_expert(x, experts, "dense", [self.dense_weight(None, x.dtype)])
+            return streamed_product(x, self.dense_weight(x.dtype, experts), parts).type_as(x)
+        return torch.ops.kernels.by_expert(x, experts, "dense", [self.dense_weight(x.dtype, slice(None))])
