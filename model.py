@@ -411,9 +411,8 @@ class Transformer(nn.Module):
 
     def arrange_rows_(self, order: list[int]) -> None:
         """Permute the rows of the KV caches and taps: row i gets what row order[i] held."""
-        caches = [cache for block in self.layers if (cache := block.self_attn.cache)]
         moved = [i for i, row in enumerate(order) if i != row]
-        for values in (self.taps, *(values for cache in caches for values in cache.buffers())):
+        for values in (self.taps, *(v for part in self.modules() if isinstance(part, KVCache) for v in part.buffers())):
             values[moved] = values[[order[i] for i in moved]]
 
     @property
