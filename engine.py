@@ -137,7 +137,7 @@ def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, spe
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
     draft = speculation.draft_model if speculation else None
     if draft and draft.max_seq_length < model.max_seq_length:
-        raise ValueError(f"the draft's caches have {draft.max_seq_length} slots, the model's {model.max_seq_length}")
+        raise ValueError(f"the draft's caches have {draft.max_seq_length} slots, of {model.max_seq_length} it needs")
     return capacity
 
 
