@@ -204,7 +204,7 @@ def test_every_config_of_the_repository_has_the_size_in_its_name(name: str) -> N
         model = Transformer(parse_config(json.loads((REPO / "configs" / f"{name}.json").read_text())))
     billions = {"8x7b": 46.7, "qwen3-8b": 8.2, "llama-3.1-70b": 70.6, "405b": 405.9, "tinyllama-1.1b": 1.1}
     billions |= {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.24, "llama-2-70b": 68.98}
-    billions |= {"smollm2-135m": 0.135}
+    billions |= {"smollm2-135m": 0.135, "a3b-4-layers": 3.12}
     [expected] = [size for part, size in billions.items() if name.endswith(part)]
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=0.05)
 
