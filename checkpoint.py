@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class ModelReader:
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
         self.is_fused = self.raw.get("layout") == "fused"
-        config = parse_config(self.raw)  # first: a model that is not read may have weights under other names too
+        self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
         self.files = kind(checkpoint_path)
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
@@ -158,12 +159,11 @@ class ModelReader:
             lambda module: [part.parameters() for part in self.packed[module] if part]
         )
         if not self.is_fused:
-            self._adopt_names(config)
-        check_depth(self.files, config)
+            self._adopt_names()
+        check_depth(self.files, self.config)
         if not self.is_fused:
             self._find_packed(keep_codes)
         model = meta_model(self.raw, forms=self.forms)
-        self.config = model.config
         self.specs = tensor_specs(model, dtype)
         names, tied = list(self.specs), ["lm_head.weight"] if model.tied and not self.is_fused else []
         if not self.is_fused:
@@ -176,13 +176,12 @@ class ModelReader:
         """Find out which modules are quantized, and in which form they can be kept."""
         quantization = read_quantization(self.raw)
         model = meta_model(self.raw, forms={})
-        self.config = model.config
         for name, child in model.named_modules():
             if not isinstance(child, Linear | Experts | Embedding):
                 continue
             *outputs, num_columns = child.weight.shape
-            names = hub_names(f"{name}.weight", model.config)
-            rows = hub_rows(f"{name}.weight", model.config, math.prod(outputs))
+            names = hub_names(f"{name}.weight", self.config)
+            rows = hub_rows(f"{name}.weight", self.config, math.prod(outputs))
             parts = [
                 find(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
                 for part, count in zip(names, rows, strict=True)
@@ -235,18 +234,20 @@ class ModelReader:
         if self.ranks.rank == 0:
             print(f"{self.path}: {words}", file=sys.stderr)
 
-    def _adopt_names(self, config: ModelConfig) -> None:
+    def _adopt_names(self) -> None:
         """Take in what other programs write: names without `model.`, and a tied head that is stored."""
         files, embedding, head = self.files, "model.embed_tokens.weight", "lm_head.weight"
         for name in list(files.files):  # those of the text in a model that sees too
             if match := re.match(r"(model\.)?language_model\.", name):
                 files.alias((match[1] or "") + name[match.end() :], name)
             elif re.search(r"\.(mlp\.gate|experts\.\d+)\.", name):  # Mixtral's, as transformers 5 has them in memory
-                files.alias(family_name(name, config), name)
+                files.alias(family_name(name, self.config), name)
         if "layers.0.self_attn.o_proj.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)
-        if not config.tie_word_embeddings or head not in files.files:
+        if self.config.model_type == "phi3" and any(".mlp.up_proj." in name for name in files.files):
+            self.config = replace(self.config, model_type="phi3 apart")
+        if not self.config.tie_word_embeddings or head not in files.files:
             return
         if embedding not in files.files:  # safetensors.torch.save_model keeps one of two names
             files.alias(embedding, head)

@@ -88,12 +88,13 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 # Families whose layers all have full attention, and those in which some have and some slide.
 FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss", "olmo2")
 MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3", "olmo3", "gemma3_text")
+QWEN3_KEYS = ("attention_bias", "use_qk_norm")  # the second without effect: q and k are always normed
 # The keys of NEUTRAL_VALUES that a family's config.json has a say in.
 FAMILY_KEYS: dict[str, tuple[str, ...]] = {
     "llama": ("attention_bias", "mlp_bias"),
     "mixtral": ("num_local_experts",),
-    "qwen3": ("attention_bias",),
-    "qwen3_moe": ("attention_bias", "num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
+    "qwen3": QWEN3_KEYS,
+    "qwen3_moe": (*QWEN3_KEYS, "num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
     "smollm3": ("attention_bias", "mlp_bias"),
     "granite": ("attention_bias", "mlp_bias", *GRANITE_DEFAULTS),
     "granitemoehybrid": ("attention_bias", *GRANITE_DEFAULTS),

@@ -215,18 +215,18 @@ def pack_quantized(reading: Reading) -> Packed:
 def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
     """GPTQ: codes along K of [K, N], zero points along N; a group for each column in g_idx."""
     N, K = reading.shape
-    words = reading.check_words("qweight", *((K * bits // 32, N) for bits in reading.widths))[0]
-    bits = 4 if words == K // 8 else 8
+    words = reading.check_words("qweight", *((-(-K * bits // 32), N) for bits in reading.widths))[0]
+    bits = 4 if words == -(-K // 8) else 8
     dtype, G, size = reading.check_scales("scales", N, transposed=True)
-    reading.check_words("qzeros", (G, N * bits // 32))
+    reading.check_words("qzeros", (G, -(-N * bits // 32)))
     order = reading.read_order("g_idx", size or K)
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
     is_first = str(options.get("checkpoint_format", options.get("format"))).lower() != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
 
     def parameters() -> dict[str, Tensor]:
-        as_bytes = retyped(reading.get("qweight").t(), torch.uint8)
-        zeros = unpack_words(reading.get("qzeros") + added, bits).t()
+        as_bytes = retyped(reading.get("qweight").t(), torch.uint8)[:, : -(-K * bits // 8)]
+        zeros = unpack_words(reading.get("qzeros") + added, bits).t()[:N]
         return reading.stored(bits, as_bytes, reading.get("scales").t(), zeros, order)
 
     return reading.packed(Form(bits, size, True, dtype, order is not None), parameters, order)
@@ -235,12 +235,12 @@ def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
 def awq(reading: Reading) -> Packed:
     """AWQ's gemm: codes along N of [K, N], zero points too, eight of a word in an order of their own."""
     N, K = reading.shape
-    reading.check_words("qweight", (K, N // 8))
+    reading.check_words("qweight", (K, -(-N // 8)))
     dtype, G, size = reading.check_scales("scales", N, transposed=True)
-    reading.check_words("qzeros", (G, N // 8))
+    reading.check_words("qzeros", (G, -(-N // 8)))
 
     def in_order(kind: str) -> Tensor:
-        return unpack_words(reading.get(kind), 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()
+        return unpack_words(reading.get(kind), 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()[:N]
 
     def parameters() -> dict[str, Tensor]:
         return reading.stored(4, pack_nibbles(in_order("qweight")), reading.get("scales").t(), in_order("qzeros"))

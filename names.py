@@ -20,8 +20,8 @@ FAMILY_NAMES = {
     "olmo3": NORMS_AFTER,
     "gemma3_text": {".post_attention_layernorm.": ".pre_feedforward_layernorm.", **NORMS_AFTER},
 }
-# The parameters that a family stores as they are stacked in the model.
-STACKED_ON_DISK = {"phi3": ("qkv_proj", "gate_up_proj"), "granitemoehybrid": ("gate_up_proj",)}
+# The parameters that a family stores as they are stacked in the model; gptqmodel takes gate and up of Phi-3 apart.
+STACKED_ON_DISK = {"phi3": (*STACKED,), "phi3 apart": ("qkv_proj",), "granitemoehybrid": ("gate_up_proj",)}
 
 
 def is_stack(name: str, config: ModelConfig) -> bool:

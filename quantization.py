@@ -13,7 +13,7 @@ READ = "compressed-tensors, gptq, awq, auto-round and fp8"
 # Of auto-round: two store zero points as they are, as gptq_v2 does.
 PACKINGS = {
     "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq",
-    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
+    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq", "fp8": "fp8",
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
     name = {"None": "an unknown method"}.get(method, method)
     if method == "auto-round":
-        packing = options.get("packing_format")
+        packing = "fp8" if options.get("data_type") == "fp" else options.get("packing_format")
         if packing not in [*PACKINGS]:
             raise Quantization(method, options).fail("packing_format", " or ".join(PACKINGS))
         method = PACKINGS[packing].removesuffix("_v2")
@@ -89,9 +89,8 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))
     if other := re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower()):
         method = name = other[0].upper()
-    if method not in (*KINDS, "fp8", "fbgemm_fp8") and not (
-        method == "modelopt" and options.get("quant_algo") == "FP8"
-    ):
+    is_fp8 = method in ("fp8", "fbgemm_fp8") or (method, options.get("quant_algo")) == ("modelopt", "FP8")
+    if method not in KINDS and not is_fp8:
         raise ValueError(
             f"config.json: quantization_config of {name} is not read, only {READ}; download the model that it was made "
             "from, and run quantize.py on it"

@@ -62,7 +62,8 @@ def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
 def parse_ropes_by_kind(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Read one for each kind of layer; rope_scaling is for those with full attention."""
     kinds, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    if not isinstance(kinds, dict) or not kinds.keys() <= set(KINDS):
+    # With both kinds there, what stands beside them has no say, and gptqmodel writes something there.
+    if not isinstance(kinds, dict) or not (kinds.keys() <= set(KINDS) or kinds.keys() >= set(KINDS)):
         raise ValueError(f"config.json: rope_parameters is {kinds!r}, expected an object with {' and '.join(KINDS)}")
     ropes = [kinds.get(kind) or {} for kind in KINDS]
     if any(not isinstance(rope, dict) for rope in (*ropes, scaling)):

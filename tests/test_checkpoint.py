@@ -55,6 +55,8 @@ NEW_FAMILIES: list[dict[str, Any]] = [
     {**LLAMA, "model_type": "ministral3", **SMALL_IDS},
     {**LLAMA, "model_type": "gemma3_text"},
 ]
+FAMILY = {raw["model_type"]: raw for raw in NEW_FAMILIES}
+BY_KIND = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e3}}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
 
@@ -343,6 +345,12 @@ def test_forms_that_mean_the_same_are_the_same(key: str, value: Any) -> None:
         (QWEN2, {"attention_bias": None, "mlp_bias": None}, {}),
         (QWEN3, {"head_dim": None}, {"head_dim": 128}),
         (QWEN3, {"mlp_bias": None}, {}),
+        (FAMILY["qwen3_moe"], {"use_qk_norm": True, "qkv_bias": False}, {}),  # as Qwen3-Coder-30B-A3B has them
+        (
+            FAMILY["gemma3_text"],
+            {"rope_parameters": {**BY_KIND, "rope_type": "default", "rope_theta": {"local": 1}}},
+            {"rope_parameters": BY_KIND},
+        ),
         (MISTRAL, {"attention_bias": None, "num_local_experts": 0, "num_experts": 0}, {}),
         (MIXTRAL, {"num_experts": 4}, {}),
         (MIXTRAL, {"sliding_window": None, "num_experts": 0}, {}),
@@ -577,9 +585,6 @@ def test_a_mixtral_or_qwen_of_another_arithmetic_is_refused(
     with pytest.raises(ValueError, match=r"^config\.json: ") as error:
         parse_config({**raw, **changes})
     assert all(word in str(error.value) for word in words), error.value
-
-
-FAMILY = {raw["model_type"]: raw for raw in NEW_FAMILIES}
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def gptq(
 
 def awq(group: int = 32, **options: Any) -> tuple[dict[str, Any], Pack]:
     def shuffled(codes: Tensor) -> Tensor:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
         return as_words(codes.unflatten(-1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(-2), 4)
 
     def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -119,6 +120,10 @@ def awq(group: int = 32, **options: Any) -> tuple[dict[str, Any], Pack]:
 def auto_round(packing: str, made: tuple[dict[str, Any], Pack]) -> tuple[dict[str, Any], Pack]:
     options = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": made[0]["group_size"]}
     return options, made[1]
+
+
+def auto_round_float8(rows: int, **options: Any) -> tuple[dict[str, Any], Pack]:
+    return {"quant_method": "auto-round", "data_type": "fp", "bits": 8, **options}, float8(rows, 0)[1]
 
 
 def of_tensor(bits: int) -> tuple[dict[str, Any], Pack]:
@@ -186,6 +191,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "auto-round as gptq": auto_round("auto_round:auto_gptq", gptq(g_idx=False)),
     "auto-round as awq": auto_round("auto_round:auto_awq", awq()),
     "auto-round of gptqmodel": auto_round("auto_round:gptqmodel", gptq(v2=True, g_idx=False)),
+    "auto-round fp8 by tensor": auto_round_float8(0, group_size=0),
+    "auto-round fp8 by channel": auto_round_float8(1, group_size=-1, packing_format="auto_round:fp8_static"),
     "fp8": float8(128, 128, inverse=True, dtype=torch.float32),
     "fp8 in blocks that do not divide": float8(48, 40, inverse=True),
     "fp8 with scales of powers of 2": float8(48, 40, inverse=True, dtype=torch.float8_e8m0fnu),
@@ -272,6 +279,31 @@ def test_every_family_is_read_in_every_kind_of_format(
     form = {"gptq": gptq(group=16), "ct 4 bit, zero points": compressed(4, 16, zeros=True), "fp8": FORMATS["fp8"]}[name]
     reference = hub_checkpoint(family)
     packed, plain = make_folders(tmp_path, form, reference.path)
+    tokens = reference.tokens[:, :12]
+    torch.testing.assert_close(logits(packed, tokens=tokens), logits(plain, tokens=tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq 8 bit, ordered", "awq"])
+def test_sizes_that_do_not_fill_a_word_are_read(tmp_path: Path, name: str) -> None:
+    """As gptqmodel writes them, which rounds up."""
+    raw = {**RAW, "intermediate_size": 110}
+    (tmp_path / "odd").mkdir()
+    save_hub_checkpoint(random_model(raw, dtype=torch.float32, optimize=False), raw, tmp_path / "odd", torch.float32)
+    packed, plain = make_folders(tmp_path, FORMATS[name], tmp_path / "odd")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+
+
+def test_phi3_is_read_with_gate_and_up_apart_as_gptqmodel_writes_them(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path
+) -> None:
+    reference = hub_checkpoint("phi3")
+    tensors = load_file(reference.path / "model.safetensors")
+    for name in [name for name in tensors if "gate_up_proj" in name]:
+        for part, weight in zip(("gate_proj", "up_proj"), tensors.pop(name).chunk(2), strict=True):
+            tensors[name.replace("gate_up_proj", part)] = weight
+    apart = write_folder(tmp_path / "apart", read_config(reference.path), tensors)
+    torch.testing.assert_close(logits(apart, tokens=reference.tokens), reference.logits, atol=1e-4, rtol=0)
+    packed, plain = make_folders(tmp_path, FORMATS["gptq in groups of 16"], apart)
     tokens = reference.tokens[:, :12]
     torch.testing.assert_close(logits(packed, tokens=tokens), logits(plain, tokens=tokens), atol=1e-4, rtol=0)
 
