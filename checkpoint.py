@@ -251,7 +251,7 @@ class ModelReader:
             return
         if embedding not in files.files:  # safetensors.torch.save_model keeps one of two names
             files.alias(embedding, head)
-        elif not torch.equal(files.get(embedding), files.get(head)):
+        elif files.spec(embedding) != files.spec(head) or not torch.equal(files.get(embedding), files.get(head)):
             self.raw = {**self.raw, "tie_word_embeddings": False}
             self._say(f"{head} is used, which is not the embedding, though tie_word_embeddings is true")
 

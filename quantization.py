@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from linears import GROUP_SIZES, MODES, Scheme
 
 READ = "compressed-tensors, gptq, awq, auto-round and fp8"
+# Keys of one method alone, where none is named; the last of them others have too.
+OWN_KEYS = {"config_groups": "compressed-tensors", "desc_act": "gptq", "zero_point": "awq", "bits": "MLX"}
 # Of auto-round: two store zero points as they are, as gptq_v2 does.
 PACKINGS = {
     "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq",
@@ -75,9 +77,8 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     options = {key: value for key, value in options.items() if value is not None}
     if not options:
         return None
-    default = "MLX" if "bits" in options else "compressed-tensors" if "config_groups" in options else None
+    default = next((method for key, method in OWN_KEYS.items() if key in options), "an unknown method")
     method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
-    name = {"None": "an unknown method"}.get(method, method)
     if method == "auto-round":
         packing = "fp8" if options.get("data_type") == "fp" else options.get("packing_format")
         if packing not in [*PACKINGS]:
@@ -88,12 +89,12 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     kinds = [options, *(groups.values() if isinstance(groups, dict) else ())]
     words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))
     if other := re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower()):
-        method = name = other[0].upper()
+        method = other[0].upper()
     is_fp8 = method in ("fp8", "fbgemm_fp8") or (method, options.get("quant_algo")) == ("modelopt", "FP8")
     if method not in KINDS and not is_fp8:
         raise ValueError(
-            f"config.json: quantization_config of {name} is not read, only {READ}; download the model that it was made "
-            "from, and run quantize.py on it"
+            f"config.json: quantization_config of {method} is not read, only {READ}; download the model that it was "
+            "made from, and run quantize.py on it"
         )
     quantization = Quantization(method, options)
     block = options.get("weight_block_size")

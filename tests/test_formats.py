@@ -327,6 +327,14 @@ def test_the_programs_own_folders_are_read_or_refused_by_name() -> None:
         assert error < 1e-4, folder
 
 
+@pytest.mark.parametrize("name", ["fp8", "ct int8"])
+def test_a_head_of_another_type_is_no_embedding(tmp_path: Path, name: str) -> None:
+    packed, plain = make_folders(tmp_path, FORMATS[name], leave=())
+    expected, raw = logits(plain), read_config(packed)
+    (packed / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    torch.testing.assert_close(logits(packed), expected, atol=1e-4, rtol=0)
+
+
 def test_a_quantized_head_is_read_as_it_is_even_where_the_embedding_is_said_to_be_it(tmp_path: Path) -> None:
     options, pack = gptq(dynamic={"lm_head": {"bits": 8, "group_size": 64}})
 
@@ -386,6 +394,8 @@ ROTATED = {"R1": {"apply": [{"location": "weight_output"}, {"location": "weight_
     ("name", "change"),
     [
         ("gptq v2", {"checkpoint_format": None, "format": "GPTQ_V2"}),
+        ("gptq", {"quant_method": None}),
+        ("awq", {"quant_method": None, "zero_point": True}),
         ("gptq", {"checkpoint_format": None, "version": "2", "dynamic": {"x": {"bits": None, "group_size": None}}}),
         ("auto-round", {"quant_method": "intel/auto-round"}),
         ("ct 4 bit", {"quant_method": None, "transform_config": {"config_groups": ROTATED}}),
