@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Two processes of pytest share the cores, and threads that wait for each other lose much beside other work. It stands
+# before torch, which reads it where it is imported: here and in each process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -327,11 +331,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def shared_data(name: str) -> Path:
     path = SHARED / "data" / name
     if not path.is_dir():
@@ -344,7 +343,7 @@ def run_command(script: str, *args: object, cwd: Path, **env: str) -> subprocess
     return subprocess.run(
         [sys.executable, str(REPO / script), *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=HANG,

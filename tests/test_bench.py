@@ -66,9 +66,6 @@ def subject(forms=None, **changes):
     return Subject("tiny", raw, torch.bfloat16, {"": raw, **quantized})
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def mistake(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments)])
@@ -96,7 +93,7 @@ def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
     script.write_text(QUICK)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     command_line = command(config, *options, script=script, launcher=launcher)
-    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     [path] = config.parent.glob("*_decode-tp2.json")
     report = json.loads(path.read_text())
@@ -114,9 +111,7 @@ def test_ranks_share_the_ladder_and_rank_0_writes_it_with_its_drawing(config):
 
 def test_an_interrupted_run_keeps_the_groups_it_finished_and_says_where(config):
     options = ["--samples", 1, "--only", "decode", "start", "--quantize"]
-    process = subprocess.Popen(
-        command(config, *options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(config, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)

@@ -22,7 +22,7 @@ def start(tmp_path, limit, device="cpu"):
     python.write_text(PYTHON)
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "DEVICE": device, "LIMIT": str(limit),
-                   "OMP_NUM_THREADS": "1", "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
+                   "CONFIGS": str(tmp_path / "no-such.json")}  # fmt: skip
     command = ["bash", str(REPO / "scripts" / "gpu.sh"), "out"]
     return subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

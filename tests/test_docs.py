@@ -103,7 +103,7 @@ def test_console_blocks_show_what_is_printed():
     for command, expected in shown:
         result = subprocess.run(
             command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=HANG_S, check=True,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PATH": path},
         )  # fmt: skip
         assert result.stdout == expected
 

@@ -18,11 +18,11 @@ GetCheckpoint = Callable[[str], HubCheckpoint]
 FORMS = {"plain": None, "int8": Scheme("int8"), "int4-g32": Scheme("int4", 32), "int4-g64": Scheme("int4", 64)}
 # A compilation takes seconds: each family whose layers are compiled in another form, and each form, in one of them.
 COMPILED = [
-    ("gqa", "plain", torch.float32),
     ("biased", "int8", torch.float32),
     ("qwen3", "int4-g32", torch.bfloat16),
-    ("mistral_window", "plain", torch.bfloat16),
-    ("mixtral", "int4-g32", torch.float32),
+    ("gemma3", "plain", torch.bfloat16),
+    ("phi4_mini", "plain", torch.float32),
+    ("qwen3_moe", "int4-g32", torch.float32),
 ]
 NUM_SLOTS = 64
 # In bfloat16 of a token's norm. Where two experts are nearly level, rounding may choose the other for a few tokens,

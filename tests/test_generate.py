@@ -354,6 +354,9 @@ def test_only_what_a_run_can_reach_is_compiled():
     assert cases_named(four, max_new_tokens=9, ends_early=False, prefill=compiled(prefill)) == ["batch of 4"]
     assert cases_named(four, max_new_tokens=9, ends_early=True) == ["batch of 1", "batch of 2", "batch of 4"]
     assert cases_named(job_of((3, 3, 9), 11), max_new_tokens=9, ends_early=False) == ["batch of 2", "batch of 3"]
+    assert cases_named(job_of((3, 3), 200), max_new_tokens=3, ends_early=True, max_k=5) == [
+        "batch of 1", "batch of 1, 1 draft found", "batch of 2", "batch of 2, 1 draft found",
+    ]  # fmt: skip
     one = job_of((3,), 200)
     assert cases_named(one, max_new_tokens=2, ends_early=True, max_k=5) == ["batch of 1"]
     assert cases_named(one, max_new_tokens=3, ends_early=True, max_k=5) == ["batch of 1", "batch of 1, 1 draft found"]
@@ -396,18 +399,6 @@ def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
             assert reached <= expected
             if not max_k and not eos_ids:
                 assert reached == expected
-
-
-def test_what_is_compiled_is_named_as_it_goes():
-    quick = ("--max_new_tokens", 3, "--compile", "--temperature", 0)
-    result = run_command("--batch_size", 2, *quick, "--prompt_lookup")
-    assert result.returncode == 0, result.stderr
-    assert re.findall("^compiling .*", result.stderr, re.M) == [
-        "compiling 1 of 4: batch of 1",
-        "compiling 2 of 4: batch of 1, 1 draft found",
-        "compiling 3 of 4: batch of 2",
-        "compiling 4 of 4: batch of 2, 1 draft found",
-    ]
 
 
 def test_rows_end_at_the_cache_each_at_its_own_length(model):
@@ -549,7 +540,7 @@ def test_texts_are_numbered_over_all_batches():
     assert found == ["--- 1 of 3", "--- 2 of 3", *["ended by"] * 2, "--- 3 of 3", "ended by"]
 
 
-def test_batches_of_every_size_are_compiled_before_the_clock_starts(tmp_path):
+def test_batches_of_every_size_are_compiled_and_named_before_the_clock_starts(tmp_path):
     (tmp_path / "prompts.txt").write_text("def\nimport\nclass")
     options = ("--prompt_file", tmp_path / "prompts.txt", "--batch_size", 2, "--max_new_tokens", 8, "--compile")
     options += ("--checkpoint_path", SMALL)
@@ -557,6 +548,8 @@ def test_batches_of_every_size_are_compiled_before_the_clock_starts(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Recompiling" in result.stderr  # the second size is another graph
     assert result.stderr.rindex("Recompiling") < result.stderr.index("tokens, ended by")
+    named = re.findall("^compiling .*", result.stderr, re.M)
+    assert named == ["compiling 1 of 2: batch of 1", "compiling 2 of 2: batch of 2"]
 
 
 def test_a_prompt_file_is_a_prompt_a_line(tmp_path):
