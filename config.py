@@ -216,9 +216,8 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
     # The others that have a default of their own divide where it is null.
     default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
-    for key, default in (("num_key_value_heads", heads), ("head_dim", default_dim)):
-        if values.get(key) is None:
-            values[key] = default
+    defaults = {"num_key_value_heads": heads, "head_dim": default_dim}
+    values |= {key: default for key, default in defaults.items() if values.get(key) is None}
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
     head_dim = read_number(values, "head_dim", low=2, high=MAX_COUNT)
     if heads % kv_heads:
@@ -345,9 +344,9 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:
 
     None where it names none.
     """
-    names = (raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None)
-    name = next(names, None)
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None  # «half» is a name of float16
+    name = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), None)
+    # «half» is a name of float16, and str(torch.float16) has «torch.» before it.
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if name is not None and dtype not in DTYPES.values():
         raise ValueError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return dtype
@@ -360,9 +359,7 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
         path, ids = folder / "config.json", raw.get("eos_token_id")
-    if ids is None:
-        return ()
-    ids = ids if isinstance(ids, list) else [ids]
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     num_ids = raw.get("vocab_size")
     num_ids = num_ids if isinstance(num_ids, int) else 2**31
     if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type

@@ -93,8 +93,8 @@ class TensorFiles:
                 f"--checkpoint_dir {self.path}"
             )
         others = [file.name for file in self.path.glob("*.safetensors")]
-        rename = f"; rename {others[0]}, if that is it" if len(others) == 1 else ""
-        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json{rename}")
+        cure = f"rename {others[0]}, if that is it" if len(others) == 1 else "download them (scripts/download.py)"
+        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json; {cure}")
 
     def _sharded(self, index: Path, suffix: str) -> dict[str, str]:
         files = read_json(index).get("weight_map")
@@ -182,6 +182,13 @@ def is_writable(folder: Path) -> bool:
     return folder.is_dir() and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError where files could not be written into a folder, or it could not be made."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not is_writable(there):
+        raise ValueError(f"{path} cannot be written: {there} is no folder that can be written to")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all; a link's target, and into what is a device or a pipe.
 
@@ -235,13 +242,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that is renamed to it if all goes well, and is removed if not.
 
     A run that is killed leaves its temporary folder, which the next one to the same path removes. Raises ValueError
-    where `path` holds something already.
+    where `path` holds something already, or is a folder that has to stay.
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists already; remove it or name another output")
+    if path.exists() and (path.is_mount() or path.samefile(".")):
+        raise ValueError(f"{path} cannot be replaced by another folder; name a folder in it")
+    check_folder(path)
     absent = [folder for folder in path.parents if not folder.exists()]
-    if not is_writable(parent := path.parents[len(absent)]):
-        raise ValueError(f"{path} cannot be written: {parent} is no folder that can be written to")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -152,28 +152,27 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     def read(name: str) -> Tensor:
         return reader.read(name).to(args.device)
 
-    if args.mode != "int4-gptq":
-        windows = None
-    elif windows is None:
-        windows = calibration_windows(args, source.config)
-    num_steps = len(quantizable_linears(source)) - 1 + (0 if windows is None else 2 * len(source.layers) * len(windows))
-    with (
-        new_folder(output_path) as folder,
-        tqdm(total=num_steps, desc=args.mode, dynamic_ncols=True, disable=None) as bar,
-    ):
-        calibration = None
-        if windows is not None:
-            table = read("embed_tokens.weight")
-            calibration = Calibration(source, table, windows, args.act_order, bar.update, args.symmetric)
-        parts = quantized_parts(source, read, scheme, calibration, bar.update)
-        pending: dict[str, Tensor] = {}
+    with new_folder(output_path) as folder:  # first, since the calibration takes long
+        if args.mode != "int4-gptq":
+            windows = None
+        elif windows is None:
+            windows = calibration_windows(args, source.config)
+        num_steps = len(quantizable_linears(source)) - 1
+        num_steps += 0 if windows is None else 2 * len(source.layers) * len(windows)
+        with tqdm(total=num_steps, desc=args.mode, dynamic_ncols=True, disable=None) as bar:
+            calibration = None
+            if windows is not None:
+                table = read("embed_tokens.weight")
+                calibration = Calibration(source, table, windows, args.act_order, bar.update, args.symmetric)
+            parts = quantized_parts(source, read, scheme, calibration, bar.update)
+            pending: dict[str, Tensor] = {}
 
-        def take(name: str) -> Tensor:
-            while name not in pending:
-                pending.update(hub_tensors(target, next(parts)))
-            return pending.pop(name)
+            def take(name: str) -> Tensor:
+                while name not in pending:
+                    pending.update(hub_tensors(target, next(parts)))
+                return pending.pop(name)
 
-        write_safetensors(folder / "model.safetensors", new_specs, take)
+            write_safetensors(folder / "model.safetensors", new_specs, take)
         write_config(args.checkpoint_path, raw, dtype, folder)
     if windows is not None:
         print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")

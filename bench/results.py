@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cli.arguments import ArgumentParser
-from files import is_writable, write_whole
+from files import check_folder, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,12 +93,8 @@ def begin(module: str, folder: Path, *names: str, device: str | None = None, **c
     path = folder / ("_".join([str(datetime.date.today()), *map(make_slug, hardware), *names]) + ".json")
     if os.path.lexists(path):  # a link to nowhere too
         raise ValueError(f"{path} exists already; remove it, or choose another --name or --output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file is in its place, or above it
-        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}; name another") from None
-    if not is_writable(path.parent):
-        raise ValueError(f"{path} cannot be written: {path.parent} is no folder that can be written to")
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     where = {"hardware": hardware[0]} if device else {"ran_on_a_gpu": False}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
     return Report(path, {"command": name_command(module), **where, "versions": versions, **content})

@@ -124,7 +124,8 @@ def cached_snapshot(repository: Path, revision: str | None = None) -> Path | Non
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
         raise ValueError(
-            f"{repository} has several snapshots, none of them main; name one's folder or --revision: {names}"
+            f"{repository} has several snapshots {f'of {revision}' if revision else 'and none of main'}; name one's "
+            f"folder or --revision: {names}"
         )
     return found[0] if found else None
 

@@ -17,12 +17,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import contextlib
 import glob
 import json
-import os
 from collections.abc import Iterator
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
-from files import is_writable
+from files import check_folder
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 # How weights are named, best first: a repository with several of these holds the same weights several times. Beside an
@@ -104,13 +103,6 @@ def shards_of(index: Path, names: list[str]) -> list[str]:
         if shard not in names or "/" in shard:
             raise ValueError(f"{index} names {shard!r}, which is no file of the repository; tell the model's authors")
     return shards
-
-
-def check_folder(output_dir: Path) -> None:
-    """Raise ValueError where files could not be written into a folder, or it could not be made."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
-    if not is_writable(there):
-        raise ValueError(f"--output_dir {output_dir} cannot be written: {there} is no folder that can be written to")
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -521,7 +521,7 @@ def test_results_that_are_there_are_kept(tmp_path):
     assert report.path.read_text() == before
 
 
-@pytest.mark.parametrize("output", ["/dev/null", "file", "file/below", "nowhere", "protected"])
+@pytest.mark.parametrize("output", ["/dev/null", "file", "file/below", "nowhere", "protected", "protected/below"])
 def test_a_folder_that_takes_no_results_is_one_line_before_the_run(config, capsys, monkeypatch, output):
     monkeypatch.chdir(config.parent)
     Path("file").write_text("keep")
@@ -530,7 +530,7 @@ def test_a_folder_that_takes_no_results_is_one_line_before_the_run(config, capsy
     monkeypatch.setattr(run, "measure", None)
     found = mistake(capsys, "--config", config, "--output_dir", output, "--device", "cpu")
     assert_user_error(found, output)
-    assert Path("file").read_text() == "keep" and not Path("gone").exists()
+    assert Path("file").read_text() == "keep" and not Path("gone").exists() and not list(Path("protected").iterdir())
 
 
 def test_a_link_to_nowhere_is_a_result_that_exists(tmp_path):

@@ -24,7 +24,7 @@ from config import DTYPES, MAX_COUNT, MAX_SIZE, NEUTRAL_VALUES, eos_token_ids, p
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
-from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_
+from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_, small_disk
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 
@@ -256,6 +256,7 @@ def test_rope_theta_of_a_million_token_context_is_read() -> None:
         ({}, None),
         ({"dtype": None, "torch_dtype": "float32"}, torch.float32),
         ({"dtype": "float16", "torch_dtype": "float32"}, torch.float16),
+        ({"torch_dtype": "torch.float16"}, torch.float16),
     ],
 )
 def test_dtype_goes_before_torch_dtype_and_null_is_silence(raw: dict[str, Any], dtype: torch.dtype | None) -> None:
@@ -1086,6 +1087,18 @@ def test_a_new_folder_replaces_an_empty_one_and_nothing_else(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="exists already"), new_folder(tmp_path / taken):
             raise AssertionError("not reached")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_new_folder_takes_no_place_that_has_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "protected").mkdir(mode=0o555)
+    monkeypatch.chdir(tmp_path / "here")
+    for path, words in ((Path(), "name a folder in it"), (tmp_path / "protected", "can be written to")):
+        with pytest.raises(ValueError, match=words), new_folder(path):
+            raise AssertionError("not reached")
+    with small_disk(tmp_path / "disk", 2**16) as disk:
+        with pytest.raises(ValueError, match="name a folder in it"), new_folder(disk):
+            raise AssertionError("not reached")
 
 
 def test_a_file_is_mapped_only_while_its_tensors_live(

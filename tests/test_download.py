@@ -350,7 +350,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(
     (tmp_path / "nowhere").symlink_to("gone/away")
     (tmp_path / "protected").mkdir(mode=0o555)
     result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", output)
-    assert_user_error(result, f"--output_dir {output}", "no folder that can be written to")
+    assert_user_error(result, f"{output} cannot be written", "no folder that can be written to")
     assert not hub.fetched and (tmp_path / "file").read_text() == "keep" and not (tmp_path / "gone").exists()
 
 
@@ -489,6 +489,9 @@ def test_of_several_snapshots_main_is_found_and_the_others_by_revision(own_cache
     for name in ("o/m", str(own_cache / "models--o--m")):
         with pytest.raises(ArgumentTypeError, match=rf"several snapshots.*--revision: {MAIN}, {OTHER}"):
             checkpoint_folder(name)
+    put_in_cache(own_cache, main.name[:-1] + "x", "tag")
+    with pytest.raises(ArgumentTypeError, match=f"several snapshots of {main.name[:7]}; name one"):
+        checkpoint_folder("o/m", main.name[:7])
 
 
 @pytest.mark.parametrize("revision", ["v9", "1", "3" * 40, "../main", "/etc/passwd", "*"])

@@ -617,6 +617,7 @@ def test_the_table_keeps_its_columns_where_a_group_is_shorter(stories: Path, tmp
         (["--mode", "int8", "--device", "cuda:77"], ["--device cuda:77"]),
         (["--mode", "int8", "--checkpoint_path", "nowhere"], ["nowhere"]),
         (["--mode", "int8", "--output_path", "full"], ["full", "exists"]),
+        (["--mode", "int4-gptq", "--output_path", "full", "--calibration_file", "none.txt"], ["full", "exists"]),
     ],
     ids=str,
 )
