@@ -76,7 +76,7 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
     if len(layers) < config.num_hidden_layers:
         raise ValueError(
             f"{files.path}: config.json has num_hidden_layers {config.num_hidden_layers} and the weights have tensors "
-            f"of {len(layers)} layers; is config.json the model's own?"
+            f"of {len(layers)} layers, the first {min(files.files, default='none')}; is config.json the model's own?"
         )
 
 

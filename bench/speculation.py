@@ -251,7 +251,7 @@ def shapes_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) 
 
 def chat_duels(path: Path, device: str, num_tokens: int) -> Iterator[Duel]:
     """Yield the duels of a model made for chat, with drafts that are found in its text."""
-    tokenizer, target = load_tokenizer(path), load_model(path, device)
+    target, tokenizer = load_model(path, device), load_tokenizer(path)
     template = load_template(path, tokenizer)
     for kind, texts in CHAT_TEXTS.items():
         prompts = [encode_prompt(text, None, tokenizer, template) for text in texts]

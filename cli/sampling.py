@@ -32,7 +32,7 @@ UNSUPPORTED: dict[str, int | None] = {
     "max_time": None, "stop_strings": None, "bad_words_ids": None, "force_words_ids": None, "constraints": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None, "begin_suppress_tokens": None,
     "sequence_bias": None, "exponential_decay_length_penalty": None, "watermarking_config": None,
-    "token_healing": None,
+    "token_healing": None, "presence_penalty": 0, "frequency_penalty": 0,
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def choose_sampling(checkpoint_path: Path, given: Mapping[str, Any]) -> Sampling
     for name, limit in LIMITS.items():
         if given[name] is not None:
             values[name] = given[name]
-        elif name in raw:
+        elif name in raw and values["temperature"]:  # which is the first; argmax needs no other
             values[name] = read_value(raw, name, limit)
     return Sampling(**values)
 

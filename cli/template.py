@@ -106,7 +106,9 @@ def find_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None, Pat
         path = folder / "chat_template.json"
         source = read_settings(folder, path.name).get("chat_template")
     if isinstance(source, list):  # several, each with its name
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        by_name = source
         if "default" not in by_name:
             raise ValueError(f"{path}: chat_template has {sorted(map(str, by_name))} and none is named 'default'")
         source = by_name["default"]

@@ -295,8 +295,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def make(args: argparse.Namespace, folder: Path) -> None:
     """Write the texts, train on them, and put the head into the folder."""
     torch.manual_seed(args.seed)
+    raw = head_config(args.checkpoint_path)  # first: it says what a folder is that is no model's
     tokenizer, target = load_tokenizer(args.checkpoint_path), load_model(args.checkpoint_path)
-    raw = head_config(args.checkpoint_path)
     head = Head(parse_head_config(raw, target.config))
     train_sources, held_out_sources = (
         [*texts.values(), *(d for text in texts.values() for d in definitions(text))] for texts in library_texts()

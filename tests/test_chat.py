@@ -203,6 +203,7 @@ SETTINGS = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template
     [
         ({"tokenizer_config__json": SETTINGS}, "C<s></s>"),
         ({"tokenizer_config__json": SETTINGS | {"chat_template": NAMED}}, "D<s>"),
+        ({"tokenizer_config__json": SETTINGS | {"chat_template": {"default": "D{{ bos_token }}"}}}, "D<s>"),
         ({"tokenizer_config__json": SETTINGS, "chat_template__jinja": "J{{ bos_token }}\n"}, "J<s>"),
         ({"chat_template__json": {"chat_template": "P{{ bos_token }}{{ eos_token }}"}}, "P<s></s>"),
         ({"chat_template__jinja": "J{{ unk_token }}", "special_tokens_map__json": {"unk_token": "<u>"}}, "J<u>"),

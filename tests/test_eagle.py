@@ -305,7 +305,10 @@ def test_the_training_refuses_what_cannot_be_before_it_begins(tmp_path):
     assert_user_error(result, tmp_path / "demo-eagle3", "exists already")
     options = ("--output_dir", tmp_path / "new", "--checkpoint_path", target_folder())
     assert_user_error(run_forked(train_head.main, *options, cwd=tmp_path), "draft_vocab_size is 2048", "512")
-    assert [path.name for path in tmp_path.iterdir()] == ["demo-eagle3"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    options = ("--output_dir", tmp_path / "new", "--checkpoint_path", tmp_path)
+    assert_user_error(run_forked(train_head.main, *options, cwd=tmp_path), "an adapter is not read")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "demo-eagle3"]
 
 
 def test_a_head_is_not_taken_for_a_model(tmp_path):

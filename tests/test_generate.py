@@ -599,7 +599,9 @@ def demo_with(tmp_path):
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, [], Sampling(0.6, 200, 0.9)),
         ({"do_sample": True, "temperature": 1, "top_k": 7, "min_p": 0.1}, [], Sampling(1.0, 7, 1.0, 0.1)),
         ({"do_sample": False, "temperature": -1}, [], Sampling(0.0)),
-        ({"temperature": 0.6, "top_p": 0.9}, [], Sampling(0.0, 200, 0.9)),  # as in transformers
+        ({"temperature": 0.6, "top_p": 0.9}, [], Sampling(0.0)),  # as in transformers
+        ({"do_sample": False, "top_k": -1, "top_p": 0}, [], Sampling(0.0)),
+        ({"do_sample": False, "top_p": 0.9}, ["--temperature", 0.5], Sampling(0.5, 200, 0.9)),
         ({"top_k": 5}, ["--temperature", 0.5], Sampling(0.5, 5)),
         ({"do_sample": False}, ["--temperature", 0.5], Sampling(0.5)),
         ({"do_sample": True, "top_k": 0}, ["--temperature", 0, "--top_k", 3], Sampling(0.0, 3)),
@@ -619,14 +621,14 @@ def test_sampling_is_what_is_given_else_the_checkpoints(demo_with, tmp_path, val
 
 
 def test_what_a_checkpoint_asks_for_and_is_not_supported_is_named_in_a_line(demo_with):
-    asked = {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [5]}
+    asked = {"repetition_penalty": 1.1, "num_beams": 4, "suppress_tokens": [5], "presence_penalty": 1.5}
     neutral = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": [], "token_healing": False}
     result = run_here("--checkpoint_path", demo_with(asked | neutral | {"pad_token_id": 0}), "--max_new_tokens", 2)
     assert result.returncode == 0, result.stderr
     [line] = [line for line in result.stderr.splitlines() if "generation_config" in line]
     assert line == (
-        "generation_config.json asks for num_beams 4, repetition_penalty 1.1, suppress_tokens [5]: not supported, "
-        "left out"
+        "generation_config.json asks for num_beams 4, repetition_penalty 1.1, suppress_tokens [5], presence_penalty "
+        "1.5: not supported, left out"
     )
 
 

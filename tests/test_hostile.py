@@ -195,7 +195,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "a header that is no UTF-8": (header_bytes(b'{"\xff": 1}'), NOT_WHOLE),
     "a header that is a list": (header_bytes(b"[1, 2]"), NOT_WHOLE),
     "a header nested 100,000 deep": (header_bytes(DEEP), NOT_WHOLE),
-    "a header without tensors": (header_bytes(b"{}"), "the weights have tensors of 0 layers"),
+    "a header without tensors": (header_bytes(b"{}"), "the weights have tensors of 0 layers, the first none"),
     "all but the last byte": (truncated("model.safetensors", -1), NOT_WHOLE),
     "half of the file": (truncated("model.safetensors", 600_000), NOT_WHOLE),
     "a byte too many": (lambda path: (path / "model.safetensors").open("ab").write(b"\0"), NOT_WHOLE),
