@@ -1093,12 +1093,11 @@ def test_a_new_folder_takes_no_place_that_has_to_stay(tmp_path: Path, monkeypatc
     (tmp_path / "here").mkdir()
     (tmp_path / "protected").mkdir(mode=0o555)
     monkeypatch.chdir(tmp_path / "here")
-    for path, words in ((Path(), "name a folder in it"), (tmp_path / "protected", "can be written to")):
-        with pytest.raises(ValueError, match=words), new_folder(path):
-            raise AssertionError("not reached")
     with small_disk(tmp_path / "disk", 2**16) as disk:
-        with pytest.raises(ValueError, match="name a folder in it"), new_folder(disk):
-            raise AssertionError("not reached")
+        places = {Path(): "name a folder in it", disk: "name a folder in it", tmp_path / "protected": "be written to"}
+        for path, words in places.items():
+            with pytest.raises(ValueError, match=words), new_folder(path):
+                raise AssertionError("not reached")
 
 
 def test_a_file_is_mapped_only_while_its_tensors_live(
