@@ -360,8 +360,7 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     if ids is None:
         path, ids = folder / "config.json", raw.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    num_ids = raw.get("vocab_size")
-    num_ids = num_ids if isinstance(num_ids, int) else 2**31
+    num_ids = raw["vocab_size"] if isinstance(raw.get("vocab_size"), int) else 2**31
     if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type
         raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")
     return tuple(ids)
