@@ -15,7 +15,7 @@ from names import hub_names, hub_rows, unstacked
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
     """Return what config.json says of the linears of blocks and of the head, both in compressed-tensors."""
-    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|\.w[123])$"]), (scheme.head, ["re:.*lm_head$"])])
+    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|_linear|\.w[123])$"]), (scheme.head, ["re:.*lm_head$"])])
 
 
 def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -424,10 +425,11 @@ def plain_twin(path: Path) -> Transformer:
     stored = load_file(path / "model.safetensors")
     raw = read_config(path)
     groups = raw.pop("quantization_config")["config_groups"].values()
-    sizes = [group["weights"]["group_size"] for group in groups]
     for base in [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]:
         words, scales = stored.pop(f"{base}_packed"), stored.pop(f"{base}_scale").double()
         N, K = stored.pop(f"{base}_shape").tolist()
+        # As other programs find a module's group, which they need for more than its size.
+        [group] = [g for g in groups if re.match(g["targets"][0].removeprefix("re:"), base.removesuffix(".weight"))]
         bits = 4 if words.shape[1] == -(-K // 8) else 8
 
         def codes(words: Tensor, bits: int = bits) -> Tensor:
@@ -437,7 +439,7 @@ def plain_twin(path: Path) -> Transformer:
         zeros = torch.full_like(scales, 2 ** (bits - 1))
         if f"{base}_zero_point" in stored:
             zeros = codes(stored.pop(f"{base}_zero_point").t())[:, :N].t().double()
-        group_size = sizes[0] if scales.shape[1] > 1 else K
+        group_size = group["weights"]["group_size"] or K
         group_of = torch.tensor([column // group_size for column in range(K)])
         stored[base] = (codes(words)[:, :K] - zeros[:, group_of]) * scales[:, group_of]
     model = Transformer(meta_model({**raw, "tie_word_embeddings": False}).config)
