@@ -114,8 +114,7 @@ class TextStream:
 
     def _checked(self, token: int) -> int:
         if token < 0:
-            last = self.tokenizer.vocab_size - 1
-            raise ValueError(f"token id {token} is negative; this tokenizer has the ids 0 to {last}")
+            raise ValueError(f"token id {token} is negative; the ids are 0 to {self.tokenizer.vocab_size - 1}")
         return token
 
     def _new_text(self, text: str) -> str:
@@ -158,6 +157,7 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
     if (path := own_file(folder, "tokenizer.model")).is_file():
         return load_tiktoken(path, settings) if is_tiktoken(path) else load_sentencepiece(path, settings)
     if (path := own_file(folder, "vocab.json")).is_file() and own_file(folder, "merges.txt").is_file():
+        settings = {"model_type": read_settings(folder, "config.json").get("model_type")} | settings
         settings = bpe_defaults(settings) | settings
         return load_backend(path, read_bpe_files(path, settings), settings)
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
@@ -283,11 +283,12 @@ def bpe_defaults(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def is_qwen2(settings: dict[str, Any]) -> bool:
-    return str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer")
+    kind, family = str(settings.get("tokenizer_class")), str(settings["model_type"])
+    return kind.startswith("Qwen2Tokenizer") or (family.startswith("qwen") and not kind.startswith("GPT2Tokenizer"))
 
 
 def read_bpe_files(path: Path, settings: dict[str, Any]) -> "tokenizers.Tokenizer":
-    """Build the byte-level BPE of Qwen2 where the settings name it, otherwise GPT-2's. path: vocab.json."""
+    """Build the byte-level BPE of Qwen2 where the settings or the family name it, else GPT-2's. path: vocab.json."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -344,8 +345,7 @@ def load_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     added = read_added_tokens(path.parent, settings, names)
     for flag, token in product(("lstrip", "rstrip", "single_word"), added):
         if token.flags.get(flag):
-            what = f"{flag} of added token {token.content!r}"
-            raise ValueError(f"{path.parent}: {what} is supported in a tokenizer.json only")
+            raise ValueError(f"{path.parent}: {flag} of token {token.content!r} is supported in a tokenizer.json only")
     tokens += added
     parsed_ids = {token.content: token.id for token in tokens}
     longest_first = sorted(parsed_ids, key=len, reverse=True)

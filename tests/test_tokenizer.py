@@ -240,6 +240,11 @@ BPE_FOLDERS = {
         }
     },
     "qwen 2": {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer"}},
+    "qwen 3 by its family": {"config": {"model_type": "qwen3", "vocab_size": 340}},
+    "qwen 2 of no own class": {
+        "config": {"model_type": "qwen2"},
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+    },
 }
 
 
