@@ -139,7 +139,8 @@ class HarnessRequests:
                     f"the continuation {text[:40]!r} has {len(continuation)} tokens of its own, expected 1 to "
                     f"{self.window}, the longest window"
                 )
-        windows = [Window((context + ids)[-self.window - 1 :], len(ids)) for _, context, ids in requests]
+        empty = [self.prefix_token_id]  # of a context of spaces, which are counted to the continuation
+        windows = [Window(((context or empty) + ids)[-self.window - 1 :], len(ids)) for _, context, ids in requests]
         return loglikelihoods(self.model, windows, self.num_rows)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

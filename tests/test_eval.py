@@ -461,6 +461,9 @@ def test_the_prefix_is_bos_else_eos_and_a_model_without_either_is_refused(gqa_mo
     assert harness_model(gqa_model, without_bos, (3,), 64).prefix_token_id == 3
     with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
         harness_model(gqa_model, without_bos, (), 64)
+    lm = harness_model(gqa_model, unnamed, (3,), 64)
+    of_spaces, of_nothing = (lm._loglikelihood_tokens([((" ", "x"), ids, [5, 6])]) for ids in ([], [2]))
+    assert of_spaces == of_nothing
 
 
 def test_generation_kwargs_are_read_with_their_aliases():
