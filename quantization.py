@@ -15,7 +15,7 @@ OWN_KEYS = {"config_groups": "compressed-tensors", "desc_act": "gptq", "zero_poi
 # Of auto-round: two store zero points as they are, as gptq_v2 does.
 PACKINGS = {
     "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq",
-    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq", "fp8": "fp8",
+    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
 }  # fmt: skip
 
 
@@ -80,11 +80,10 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     default = next((method for key, method in OWN_KEYS.items() if key in options), "an unknown method")
     method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
     if method == "auto-round":
-        packing = "fp8" if options.get("data_type") == "fp" else options.get("packing_format")
-        if packing not in [*PACKINGS]:
-            raise Quantization(method, options).fail("packing_format", " or ".join(PACKINGS))
-        method = PACKINGS[packing].removesuffix("_v2")
-        options = {**options, "checkpoint_format": PACKINGS[packing]} if method == "gptq" else options
+        packing, kind = str(options.get("packing_format"))[:40], str(options.get("data_type"))[:40]
+        layout = "fp8" if kind == "fp" else PACKINGS.get(packing, f"auto-round with packing_format {packing} of {kind}")
+        method = layout.removesuffix("_v2")
+        options = {**options, "checkpoint_format": layout} if method == "gptq" else options
     groups = options.get("config_groups")
     kinds = [options, *(groups.values() if isinstance(groups, dict) else ())]
     words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))

@@ -538,6 +538,10 @@ def test_convert_dequantizes_and_quantize_takes_what_is_no_code(tmp_path: Path, 
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "marlin"}, "MARLIN"),
         ({"quant_method": {"a": [1] * 1000}}, "{'a': [1"),
         ({"quant_method": None}, "an unknown method"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", "data_type": "mx_fp"},
+            "auto-round with packing_format auto_round:llm_compressor of mx_fp",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -545,7 +549,7 @@ def test_a_method_that_is_not_read_is_refused_by_its_name_in_a_short_line(option
     for key in ("quantization_config", "quantization") if name == "MLX" else ("quantization_config",):
         with pytest.raises(ValueError, match=r"run quantize\.py on it") as error:
             parse_config({**RAW, key: {**options, "modules_to_not_convert": ["lm_head"] * 100}})
-        assert f"quantization_config of {name}" in str(error.value) and len(str(error.value)) < 220
+        assert f"quantization_config of {name}" in str(error.value) and len(str(error.value)) < 250
 
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
@@ -637,7 +641,7 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "awq too short": (AWQ, tensor(f"{DOWN}.qweight", lambda t: t[:, 1:]), "qweight has shape [128, 7]"),
     "awq scales NaN": (AWQ, tensor(f"{Q}.scales", with_nan), "not finite"),
     "auto-round of another packing": ("auto-round", option("packing_format", "auto_round:x"), "packing_format"),
-    "auto-round of a packing that is a list": ("auto-round", option("packing_format", []), "packing_format []"),
+    "auto-round of a packing that is a list": ("auto-round", option("packing_format", [1]), "packing_format [1]"),
     "fp8 without scales": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: None), "lacks tensor"),
     "fp8 scales of another block": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: t.repeat(3, 1)), "shape [3, 1]"),
     "fp8 NaN": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: t * torch.nan), "not finite"),
