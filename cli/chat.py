@@ -88,18 +88,20 @@ def end_of_turn(template: ChatTemplate, tokenizer: Tokenizer, system: str | None
     template cannot render a conversation.
     """
     question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
-    text = ""
-    # Some templates accept only what ends with the user, and some a single question.
+    names = SpecialNames(tokenizer).all
+    # Some templates accept only what ends with the user, or end an answer only where the user goes on, and some accept
+    # a single question.
     for turns in ([question, answer], [question, answer, question], [question]):
         try:
             text = template.render([*system_messages(system), *turns], add_generation_prompt=turns[-1] is question)
-            break
         except ValueError:
             if len(turns) == 1:
                 raise
-    _, mark, after = text.rpartition(MARK)  # no mark where the template leaves answers out
-    match = SpecialNames(tokenizer).all.match(after.lstrip()) if mark else None
-    return (tokenizer.added_ids[match[0]],) if match else ()
+            continue
+        _, mark, after = text.rpartition(MARK)  # no mark where the template leaves answers out
+        if mark and (match := names.match(after.lstrip())):
+            return (tokenizer.added_ids[match[0]],)
+    return ()
 
 
 class Turn(NamedTuple):

@@ -530,6 +530,8 @@ def test_bos_is_there_once(chat_folder):
         (ONLY_QUESTIONS + CHATML, "s", (IM_END,)),
         (ONLY_QUESTIONS + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None, ()),
         (ONE_QUESTION + CHATML, None, ()),
+        # It ends an answer only where the user goes on.
+        ("{% for m in messages %}{{ m.content }}{{ '' if loop.last else '<|im_end|>' }}{% endfor %}", "s", (IM_END,)),
     ],
 )
 def test_what_the_template_puts_after_an_answer_ends_one(chat_folder, source, system, expected):
