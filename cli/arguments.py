@@ -75,8 +75,8 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
     # What begins with a folder that is there is meant as a path.
     is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir()
     downloaded = Path("checkpoints") / path
-    if path.name.startswith("models--") and (path / "snapshots").is_dir():
-        repository = path
+    if path.resolve().name.startswith("models--") and (path / "snapshots").is_dir():
+        path = repository = path.resolve()
     elif is_path:
         if revision is not None:
             raise argparse.ArgumentTypeError(

@@ -476,7 +476,9 @@ def test_the_only_snapshot_is_found_by_branch_by_commit_and_by_neither(own_cache
     snapshot = put_in_cache(own_cache, ref=ref)
     for revision in (None, MAIN, MAIN[:7], *([ref] if ref else [])):
         assert checkpoint_folder("o/m", revision) == snapshot
-    assert checkpoint_folder(str(own_cache / "models--o--m")) == snapshot
+    (own_cache / "link").symlink_to("models--o--m")
+    for folder in ("models--o--m", "link"):
+        assert checkpoint_folder(str(own_cache / folder)) == snapshot
     load_model(snapshot)
 
 
