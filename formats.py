@@ -186,15 +186,16 @@ def centred(codes: Tensor) -> Tensor:
 
 
 def pack_quantized(reading: Reading) -> Packed:
-    """compressed-tensors: codes along K, zero points along N."""
+    """compressed-tensors: codes along K, zero points along N, which its releases before 0.9 did not pack."""
     N, K = reading.shape
     bits = reading.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in reading.widths))[1] * 32 // K
     bits = 4 if bits < 8 else 8
     dtype, G, size = reading.check_scales("weight_scale", N)
     has_zeros = reading.has_zeros()
-    zeros_in_words = has_zeros and reading.check("weight_zero_point", (-(-N // (32 // bits)), G), (1,))[1] != (1,)
+    words = (-(-N // (32 // bits)), G)
+    zeros_in_words = has_zeros and reading.check("weight_zero_point", words, (N, G), (1,))[1] == words
     if zeros_in_words:
-        reading.check_words("weight_zero_point", (-(-N // (32 // bits)), G))
+        reading.check_words("weight_zero_point", words)
     if reading.has("weight_shape"):
         reading.check("weight_shape", (2,))
         if reading.get("weight_shape").tolist() != [N, K]:
@@ -204,7 +205,7 @@ def pack_quantized(reading: Reading) -> Packed:
     def parameters() -> dict[str, Tensor]:
         as_bytes = retyped(reading.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
         zeros = reading.get("weight_zero_point") if has_zeros else None
-        if zeros is not None:  # that of a whole tensor is a code of its own, less its middle
+        if zeros is not None:  # that of a whole tensor, and all in 2024, are codes one by one, less their middle
             middle = (zeros.int() + 2 ** (bits - 1)).to(torch.uint8)
             zeros = unpack_words(zeros.t(), bits)[:, :N].t() if zeros_in_words else middle.expand(N, G)
         return reading.stored(bits, as_bytes, reading.get("weight_scale").expand(N, G), zeros, order)

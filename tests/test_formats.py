@@ -126,6 +126,17 @@ def auto_round_float8(rows: int, **options: Any) -> tuple[dict[str, Any], Pack]:
     return {"quant_method": "auto-round", "data_type": "fp", "bits": 8, **options}, float8(rows, 0)[1]
 
 
+def zeros_not_packed(bits: int) -> tuple[dict[str, Any], Pack]:
+    """As compressed-tensors 0.8 and those before it wrote them."""
+
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        zeros = Drawn(name, N, K, bits, 32, True, torch.bfloat16, False).zeros - 2 ** (bits - 1)
+        tensors, weight = compressed(bits, 32, zeros=True)[1](name, N, K)
+        return {**tensors, "weight_zero_point": zeros.to(torch.int8)}, weight
+
+    return compressed(bits, 32, zeros=True)[0], pack
+
+
 def of_tensor(bits: int) -> tuple[dict[str, Any], Pack]:
     """One scale and one zero point, which is not packed as those of groups are."""
 
@@ -172,6 +183,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "ct 8 bit, by channel": compressed(8),
     "ct int8": compressed(8, plain=True),
     "ct int8 in groups, fp32 scales": compressed(8, 64, plain=True, dtype=torch.float32),
+    "ct 4 bit, zero points not packed": zeros_not_packed(4),
+    "ct 8 bit, zero points not packed": zeros_not_packed(8),
     "ct 8 bit, of a whole tensor": of_tensor(8),
     "ct 4 bit, of a whole tensor": of_tensor(4),
     "ct fp8 by channel": float8(1, 0),
