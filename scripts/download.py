@@ -15,12 +15,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import contextlib
+import fnmatch
 import glob
 import json
 from collections.abc import Iterator
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
+from config import OTHER_FORMS
 from files import check_folder
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
@@ -70,7 +72,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     names = [sibling.rfilename for sibling in info.siblings or []]
     weights = next((name for name in WEIGHTS if {name, f"{name}.index.json"} & set(names)), None)
     if weights is None:
-        raise ValueError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in shards")
+        raise ValueError(f"{repo_id} has {describe_others(names)}")
     check_folder(output_dir)
     remove_leftovers(output_dir)
 
@@ -88,6 +90,14 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
         shards = shards_of(output_dir / f"{weights}.index.json", names)
     fetch(*COMPANIONS, *map(glob.escape, shards))
     print(f"wrote {output_dir}", file=sys.stderr)
+
+
+def describe_others(names: list[str]) -> str:
+    """Say what a repository without weights that are read has, and what to do."""
+    for pattern, cure in OTHER_FORMS.items():
+        if found := fnmatch.filter(names, pattern):
+            return f"{found[0]} and no model.safetensors: {cure}"
+    return "no model.safetensors and no pytorch_model.bin, whole or in shards"
 
 
 def shards_of(index: Path, names: list[str]) -> list[str]:

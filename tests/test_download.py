@@ -248,7 +248,7 @@ def test_bin_weights_are_fetched_where_there_are_no_others(
 def test_a_repository_without_weights_is_refused_before_anything_is_written(tmp_path: Path, hub: LocalHub) -> None:
     hub.files["tiny.Q4_0.gguf"] = hub.files.pop(WEIGHTS)
     result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny")
-    assert_user_error(result, "org/tiny has no model.safetensors")
+    assert_user_error(result, "org/tiny has tiny.Q4_0.gguf and no model.safetensors", "scripts/convert_gguf.py")
     assert not (tmp_path / "checkpoints").exists()
 
 
