@@ -170,7 +170,7 @@ class ModelReader:
             names = [part for name in self.specs for part in self._stored_names(name)]
         if unused := check_names(self.files, names, tied):
             self._say(f"ignored {first_of(unused)}, which no text depends on")
-        self._say_dequantized(dtype)
+        self._say_dequantized(dtype, ": there is no kernel for their form" * keep_codes)
 
     def _find_packed(self, keep_codes: bool) -> None:
         """Find out which modules are quantized, and in which form they can be kept."""
@@ -208,7 +208,7 @@ class ModelReader:
             check_group(name, child.weight.shape[-1], form.group_size or 8 // form.bits, self.config, self.ranks.count)
         return form
 
-    def _say_dequantized(self, dtype: torch.dtype) -> None:
+    def _say_dequantized(self, dtype: torch.dtype, why: str) -> None:
         """Say how much larger the weights become of which no codes are kept."""
         names = [name for name in self.packed if name not in self.forms]
         parts = [part for name in names for part in self.packed[name] if part]
@@ -218,7 +218,7 @@ class ModelReader:
         if names:
             self._say(
                 f"{len(names)} weights are dequantized, {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of "
-                f"{str(dtype).removeprefix('torch.')}: there is no kernel for their form"
+                f"{str(dtype).removeprefix('torch.')}{why}"
             )
 
     def _stored_names(self, name: str) -> list[str]:
