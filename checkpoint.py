@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compressed import hub_tensors
-from config import eos_token_ids as eos_token_ids  # which programs import from here
 from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find

@@ -76,14 +76,21 @@ OUTER_KEYS = (
 )  # fmt: skip
 # Such models -> the family of their text, where `text_config` names none.
 TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
+OLMO_FIELDS = {
+    "qk_norm": True,
+    "qk_norm_over_heads": True,
+    "norm_inputs": False,
+    "norm_outputs": True,
+    "norm_offset": 0.0,
+}
 # The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "qwen3_moe": {"qk_norm": True},
-    "olmo2": {"qk_norm": True, "qk_norm_over_heads": True, "norms": (False, True), "norm_offset": 0.0},
-    "olmo3": {"qk_norm": True, "qk_norm_over_heads": True, "norms": (False, True), "norm_offset": 0.0},
-    "gemma3_text": {"qk_norm": True, "norms": (True, True), "norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"},
+    "olmo2": OLMO_FIELDS,
+    "olmo3": OLMO_FIELDS,
+    "gemma3_text": {"qk_norm": True, "norm_outputs": True, "norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"},
 }
 # Families whose layers all have full attention, and those in which some have and some slide.
 FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss", "olmo2")

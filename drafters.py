@@ -6,7 +6,7 @@ first. `speculate.py` runs the round, whichever it is.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ DECAY = 0.92
 PRIOR = 1.0
 # Where drafts do not pay, this many tokens are decoded plainly before the next try, twice as many after each failure.
 FIRST_WAIT, LONGEST_WAIT = 32, 256
+# Where nothing is found, looking has its price too: after each so many vain looks the next comes a token later.
+VAIN_PER_TOKEN, MOST_BETWEEN_LOOKS = 8, 4
+
+
+class Plan(NamedTuple):
+    """What comes next: plain steps, and then a round, of no drafts where it is not planned yet."""
+
+    num_plain: int
+    k: int
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
@@ -85,21 +94,20 @@ class Pace:
     def best(self) -> int:
         return max(self.levels, key=self.gain)
 
-    def plan(self, room: int) -> tuple[int, int]:
-        """Return how many tokens to decode plainly and then how many to draft, for a text with room for `room`."""
+    def plan(self, room: int) -> Plan:
+        """Plan for a text with room for `room` ids."""
         if room == 1:
-            return 1, 0
+            return Plan(1, 0)
         if self.k == 0:
             smallest = min(level for level in self.levels if level)
-            return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
-        # A round adds one id besides the drafts: draft no more than the least level that fills the room with it.
-        return 0, min([level for level in self.levels if level >= room - 1] + [self.k])
+            return Plan(self.wait, smallest) if self.wait < room - 1 else Plan(room, 0)
+        return Plan(0, min(self.k, level_that_fills(self.levels, room)))
 
-    def next(self, room: int) -> tuple[int, int]:
-        """Return how many to draft now; or 0, and how many tokens to decode plainly before asking again."""
-        num_plain, k = (0, self.due) if self.due else self.plan(room)
-        self.due = k if num_plain else 0
-        return (0, num_plain) if num_plain else (k, 0)
+    def next_plan(self, room: int) -> Plan:
+        """Return what to do before asking again: plain steps, or a round."""
+        plan = Plan(0, self.due) if self.due else self.plan(room)
+        self.due = plan.k if plan.num_plain else 0
+        return Plan(plan.num_plain, 0) if plan.num_plain else plan
 
     def update(self, counts: list[int], lengths: list[int]) -> None:
         """Record a round: how many drafts were meant for each row, perhaps none, and how many ids it accepted."""
@@ -109,6 +117,11 @@ class Pace:
         failed = self.k == 0 and num_accepted == 0
         self.wait = min(2 * self.wait, LONGEST_WAIT) if failed else FIRST_WAIT
         self.k = self.best()
+
+
+def level_that_fills(levels: tuple[int, ...], room: int) -> int:
+    """Return the least number of drafts that fills the room with the id that a round adds to them, else the most."""
+    return min([level for level in levels if level >= room - 1], default=levels[0])
 
 
 def levels_below(max_k: int) -> tuple[int, ...]:
@@ -137,8 +150,8 @@ class DraftModel:
         self.filled = [min(filled, cached) for filled in before]
 
     def propose(self, texts: list[Text]) -> Proposal | int:
-        k, num_plain = self.pace.next(max(text.room for text in texts))
-        return self.prepare(texts, k) if k else num_plain
+        num_plain, k = self.pace.next_plan(max(text.room for text in texts))
+        return num_plain or self.prepare(texts, k)
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text, n in zip(texts, counts, strict=True):
@@ -151,7 +164,7 @@ class DraftModel:
             # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
             starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
             self.run([text.ids[:-1] for text in texts], starts)
-        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=2)
+        return Proposal(self.model, k, [k if text.room else 0 for text in texts], num_latest=2)
 
     def run(self, texts: list[list[int]], starts: list[int]) -> None:
         """Prefill the caches with the ids of each row, from place `starts` on."""
@@ -176,15 +189,15 @@ class HeadModel(DraftModel):
         room = max(text.room for text in texts)
         # A round first runs the last k + 1 tokens. Where the latest one left more, draft as many again, if they fit.
         num_missing = max(len(text.ids) - self.filled[text.number] for text in texts)
-        most = min([level for level in self.levels if level >= room - 1], default=self.levels[0])
+        most = level_that_fills(self.levels, room)
         k = min([level for level in self.levels if max(k, num_missing - 1) <= level <= most], default=k)
-        # The prompt, even one that a round has room for, so that a first round compiles all; what was decoded plainly;
-        # and what another drafter proposed.
+        # Prefill the prompt, even one that a round has room for, so that a first round compiles all; what was decoded
+        # plainly; and what another drafter proposed.
         if self.is_new or num_missing > k + 1:
             self.is_new = False
             starts = [max(1, min(self.filled[text.number], len(text.ids) - 1)) for text in texts]
             self.run([text.ids for text in texts], starts)
-        return Proposal(self.model, k, [k * (text.room > 0) for text in texts], num_latest=k + 1, first=1)
+        return Proposal(self.model, k, [k if text.room else 0 for text in texts], num_latest=k + 1, first=1)
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text in texts:
@@ -206,15 +219,15 @@ class Lookup:
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         room = max(text.room for text in texts)
-        most, num_plain = self.pace.next(room)
-        if most == 0:
+        num_plain, most = self.pace.next_plan(room)
+        if num_plain:
             return num_plain
         found = [self.look_up(text, most) for text in texts]
         longest = max(map(len, found))
         if longest == 0 and 0 in self.levels:
             self.pace.due = most if self.pace.k == 0 else 0
             self.num_vain += 1
-            return min(1 + self.num_vain // 8, 4, room)
+            return min(1 + self.num_vain // VAIN_PER_TOKEN, MOST_BETWEEN_LOOKS, room)
         self.num_vain = 0
         positive = [level for level in self.levels if level]
         k = min(most, max([level for level in positive if level <= longest], default=positive[-1]))

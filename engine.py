@@ -10,15 +10,39 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.cpu import own_threads
 from model import Transformer
-from speculate import Speculation
 from steps import NOT_A_NUMBER, Noise, Sampling, Text, decode, prefill, prompt_chunks, visible_slots
+
+
+class Rounds(Protocol):
+    """Steps that may add several ids at once. `speculate.Speculation` has them; the engine needs no more of it."""
+
+    # Of the latest texts: accept_counts[row][n], how many steps accepted n drafts; and how many were drafted per row.
+    accept_counts: list[list[int]]
+    num_drafted: int
+
+    @property
+    def draft_model(self) -> Transformer | None:
+        """A second model, whose caches have the same rows."""
+
+    @property
+    def most_drafts(self) -> int:
+        """How many slots of the caches are kept beyond the end of a text."""
+
+    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+        """Begin texts that share no more than their first `cached` ids with the latest."""
+
+    def round(self, target: Transformer, texts: list[Text], sampling: Sampling, noise: Noise) -> list[list[int]] | int:
+        """Return each text's new ids, or how many tokens to decode plainly before the next round."""
+
+    def count(self, texts: list[Text], step: list[list[int]]) -> None:
+        """Take in what a step gave each text, before it is cut to its room."""
 
 
 class Batch:
@@ -121,7 +145,7 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
         yield read()
 
 
-def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Speculation | None) -> int:
+def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Rounds | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
     capacity = model.max_seq_length - (speculation.most_drafts if speculation else 0)
     if not prompts or not all(prompts):
@@ -151,7 +175,7 @@ class Engine:
     generator: torch.Generator | None = None
     prefill: Callable[..., Any] = prefill
     decode: Callable[..., Any] = decode
-    speculation: Speculation | None = None
+    speculation: Rounds | None = None
 
     @torch.inference_mode()
     def run(

@@ -148,6 +148,7 @@ def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool,
 def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
     """Return what is to be compiled for a run, in rising order."""
     speculation = engine.speculation
+    assert speculation is None or isinstance(speculation, Speculation)
     kinds = ((speculation.model_levels, False), (speculation.lookup_levels, True)) if speculation else (((0,), False),)
     cases: set[Case] = set()
     for prompts in job.batches or [[[0]]]:
@@ -193,7 +194,7 @@ def compile_case(engine: Engine, job: Job, case: Case) -> None:
     by_length = sorted(chain(*batches), key=len)
     shortest, longest = by_length[: case.num_rows], len(by_length[-1])
     speculation = None
-    if engine.speculation and case.num_drafts:
+    if isinstance(engine.speculation, Speculation) and case.num_drafts:
         source = {"draft_model": None} if case.are_found else {"lookup": False}
         speculation = replace(engine.speculation, levels=(case.num_drafts,), **source)
     is_whole = case.num_rows in map(len, batches)  # else rows have left, and only a draft model is prefilled

@@ -68,7 +68,8 @@ class ModelConfig:
     num_local_experts: int = 0  # 0: a dense feed-forward
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True  # the shares of the chosen experts sum to 1
-    norms: tuple[bool, bool] = (True, False)  # of what attention and feed-forward read, and of what they give
+    norm_inputs: bool = True  # of attention and feed-forward
+    norm_outputs: bool = False
     norm_offset: float | None = None  # see RMSNorm
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and feed-forward add
@@ -81,7 +82,7 @@ class ModelConfig:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def is_local(self, layer: int) -> bool:
-        """Say whether a layer does not rotate, or as local_rope_theta says."""
+        """Say whether a layer takes local_inv_freq: it does not rotate, or has a window and a theta of its own."""
         return layer in self.no_rope_layers or None not in (self.local_rope_theta, self.window(layer))
 
 
@@ -113,16 +114,18 @@ def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) 
 
     length: of the longest text, on which dynamic and longrope depend. local: of the layers that `is_local` names.
     """
-    theta, rope, size = config.rope_theta, config.rope_scaling, int(config.head_dim * config.partial_rotary_factor)
-    if local:
-        theta, rope = config.local_rope_theta or math.inf, None
+    size = int(config.head_dim * config.partial_rotary_factor)
+    theta, rope = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
+    if theta is None:
+        return torch.zeros(size // 2, device="cpu")  # these layers do not rotate
     if rope and rope.frequencies:
-        return torch.tensor(rope.frequencies[length > rope.original_max_position_embeddings], device="cpu")
+        index = 1 if length > rope.original_max_position_embeddings else 0
+        return torch.tensor(rope.frequencies[index], device="cpu")
     if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text is longer
         theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
     frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
     if rope is None or rope.rope_type == "dynamic":
-        return frequencies if theta < math.inf else torch.zeros_like(frequencies)
+        return frequencies
     if rope.rope_type == "linear":
         return frequencies / rope.factor
     # llama3: long wavelengths are stretched, short ones kept, those in between interpolated.
@@ -284,9 +287,14 @@ class Attention(nn.Module):
         q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
-        sizes, parts = ((q_size, kv_size), ranks) if config.qk_norm_over_heads else ((self.head_dim,) * 2, ONE_RANK)
-        norm_options = config.rms_norm_eps, config.norm_offset, parts
-        self.q_norm, self.k_norm = (RMSNorm(size, *norm_options) if config.qk_norm else None for size in sizes)
+
+        def norm(size: int, parts: Ranks = ONE_RANK) -> RMSNorm | None:
+            return RMSNorm(size, config.rms_norm_eps, config.norm_offset, parts) if config.qk_norm else None
+
+        if config.qk_norm_over_heads:
+            self.q_norm, self.k_norm = norm(q_size, ranks), norm(kv_size, ranks)
+        else:
+            self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
@@ -299,8 +307,8 @@ class Attention(nn.Module):
             k = self.k_norm(k.reshape(*k.shape[:2], -1, self.k_norm.weight.shape[0])).view_as(k)
         q, k = scaled(rotate(q, cos, sin), self.config.query_multiplier), rotate(k, cos, sin)
         if self.config.query_scaling_beta and self.config.rope_scaling:
-            times = torch.log1p(positions // self.config.rope_scaling.original_max_position_embeddings)
-            q = q * (1 + self.config.query_scaling_beta * times)[:, :, None, None].type_as(q)
+            growth = torch.log1p(positions // self.config.rope_scaling.original_max_position_embeddings)
+            q = q * (1 + self.config.query_scaling_beta * growth)[:, :, None, None].type_as(q)
         return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -339,11 +347,13 @@ class MoE(nn.Module):
         self.down_proj = Experts(config.num_local_experts, local_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, is_normed = x.flatten(0, 1), self.config.norm_topk_prob
+        rows = x.flatten(0, 1)
         scores = self.gate(rows)
         chosen, experts = scores.topk(self.config.num_experts_per_tok)  # [B * S, A]
-        shares = (chosen if is_normed else scores).softmax(dim=-1, dtype=torch.float32)
-        shares = shares if is_normed else shares.gather(-1, experts)
+        if self.config.norm_topk_prob:
+            shares = chosen.softmax(dim=-1, dtype=torch.float32)
+        else:
+            shares = scores.softmax(dim=-1, dtype=torch.float32).gather(-1, experts)
         rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts))
         y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
@@ -352,14 +362,16 @@ class MoE(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        before, after = (RMSNorm if is_there else nn.Identity for is_there in config.norms)
-        norm_options = config.hidden_size, config.rms_norm_eps, config.norm_offset
-        self.input_layernorm = before(*norm_options)
+
+        def norm(is_there: bool) -> nn.Module:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset) if is_there else nn.Identity()
+
+        self.input_layernorm = norm(config.norm_inputs)
         self.self_attn = Attention(config, ranks)
-        self.attn_output_norm = after(*norm_options)
-        self.post_attention_layernorm = before(*norm_options)
+        self.attn_output_norm = norm(config.norm_outputs)
+        self.post_attention_layernorm = norm(config.norm_inputs)
         self.mlp = MoE(config, ranks) if config.num_local_experts else MLP(config, ranks)
-        self.mlp_output_norm = after(*norm_options)
+        self.mlp_output_norm = norm(config.norm_outputs)
         self.multiplier = config.residual_multiplier
 
     # Compiled once for all layers: compile time does not grow with the depth.
@@ -412,7 +424,7 @@ class Transformer(nn.Module):
     def arrange_rows_(self, order: list[int]) -> None:
         """Permute the rows of the KV caches and taps: row i gets what row order[i] held."""
         moved = [i for i, row in enumerate(order) if i != row]
-        for values in (self.taps, *(v for part in self.modules() if isinstance(part, KVCache) for v in part.buffers())):
+        for values in (self.taps, *(values for name, values in self.named_buffers() if ".cache." in name)):
             values[moved] = values[[order[i] for i in moved]]
 
     @property
@@ -428,17 +440,6 @@ class Transformer(nn.Module):
     def weight_bytes(self) -> int:
         """The bytes of all weights of this rank; a tied head counts once."""
         return sum(p.nbytes for p in self.parameters())
-
-    @property
-    def step_weight_bytes(self) -> int:
-        """The bytes of weights that decoding a token reads.
-
-        That is all of them but the experts that are not chosen and, unless it is the head too, the embedding table.
-        """
-        X, A = self.config.num_local_experts, self.config.num_experts_per_tok
-        stacks = [p for name, p in self.named_parameters() if ".mlp." in name and ".gate." not in name] if X else []
-        idle = sum(p.nbytes // X * (X - A) for p in stacks)
-        return self.weight_bytes - idle - (0 if self.tied else self.embed_tokens.weight.nbytes)
 
     def block_context(self, positions: Tensor, slots: Tensor, local: bool, window: int | None) -> BlockContext:
         """Return what the layers of a kind need to know of positions [B, S]."""
@@ -462,16 +463,13 @@ class Transformer(nn.Module):
         contexts = {kind: self.block_context(positions, slots, *kind) for kind in dict.fromkeys(kinds)}
         return [contexts[kind] for kind in kinds]
 
-    def scale_embedding(self, x: Tensor) -> Tensor:
-        """Multiply by the embedding's multiplier, which is rounded to the dtype of x first."""
-        multiplier = self.config.embedding_multiplier
-        return x if multiplier == 1 else x * torch.full((), multiplier, dtype=x.dtype, device=x.device)
-
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
         positions = positions.expand(tokens.shape)
         contexts, inputs = self.block_contexts(positions, slots), {}
-        x = self.scale_embedding(self.embed_tokens(tokens))
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_multiplier != 1:  # it is rounded to the dtype of x first
+            x = x * torch.full((), self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         for layer, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if layer in self.tap_layers:
                 inputs[layer] = x

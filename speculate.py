@@ -37,10 +37,10 @@ def draft(
 ) -> tuple[Tensor, Tensor | None]:
     """Propose k ids per row, [B, k]; return them and the q [B, k, V] they were drawn from, None at temperature 0.
 
-    tokens, positions [B, n]: the last of the text, two for a model. The first of them is missing in the caches if the
-    round before accepted every draft, and is otherwise written again. A head gets all k + 1 that such a round may have
-    added, since it wrote its drafts without the target's taps. noise [B, k, V]: as in `sample`. vocab_size: the
-    target's V. Only ids that both models have are proposed.
+    tokens, positions [B, n]: the last n ids of the text. A model gets two: the caches lack the first of them if the
+    last round accepted every draft; else it is written again. A head gets k + 1, all that a round may have added, which
+    it has to run again with the target's taps. noise [B, k, V]: as in `sample`. vocab_size: the target's V. Only ids
+    that both models have are proposed.
     """
     tokens = tokens.clamp(max=model.config.vocab_size - 1)  # the last id stands for those that only the target has
     ids: list[Tensor] = []
@@ -58,7 +58,8 @@ def draft(
         else:
             q.append(probabilities(logits, sampling))
             chosen = draw(q[-1], noise[:, i]).unsqueeze(-1).clamp(min=0)
-        ids.append(model.embed_tokens.ranks.broadcast(chosen))  # of a head, its target's where they have one embedding
+        # The ranks that share the embedding take the same id into the next step: a head has its target's, or its own.
+        ids.append(model.embed_tokens.ranks.broadcast(chosen))
         tokens, positions = ids[-1], positions[:, -1:] + 1
     return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
 
@@ -85,9 +86,9 @@ def accept(
     accepted = uniform * q.gather(-1, chosen).squeeze(-1) < p.gather(-1, chosen).squeeze(-1)
     num_accepted = count_leading(accepted)
     # The id after them is drawn from max(p - q, 0); after the last draft q is 0.
-    after = num_accepted.view(-1, 1, 1).expand(-1, 1, p.shape[-1])
-    p_after = p.gather(1, after).squeeze(1)
-    rest = (p_after - F.pad(q, (0, 0, 0, 1)).gather(1, after).squeeze(1)).clamp(min=0)
+    index = num_accepted.view(-1, 1, 1).expand(-1, 1, p.shape[-1])
+    p_after = p.gather(1, index).squeeze(1)
+    rest = (p_after - F.pad(q, (0, 0, 0, 1)).gather(1, index).squeeze(1)).clamp(min=0)
     # Where p and q differ by no more than rounding, nothing may be left.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_after)
     following = draw(rest, clocks).unsqueeze(1)
@@ -115,8 +116,8 @@ def verify(
     does, in one tensor for one read: [B, k + 2].
     """
     k = drafted.shape[1]
-    at = positions[:, -1:] + torch.arange(k + 1, device=positions.device)
-    logits = model(torch.cat((tokens[:, -1:], drafted), dim=1), at, slots)
+    verified = positions[:, -1:] + torch.arange(k + 1, device=positions.device)
+    logits = model(torch.cat((tokens[:, -1:], drafted), dim=1), verified, slots)
     num_accepted, ids = accept(logits, drafted, q, sampling, noise)
     return model.ranks.broadcast(torch.cat((num_accepted.unsqueeze(1), ids), dim=1))
 
@@ -152,7 +153,7 @@ class Speculation:
     """Where drafts come from, how many there may be, and what became of them.
 
     draft_model: a model or a head, with caches as long as the target's, and as many rows; beyond the context that it
-    was trained for it merely guesses worse. lookup: drafts are found in the text; without a draft model they are.
+    was trained for it merely guesses worse. lookup: search the text for drafts too; without a draft model it always is.
     max_k: the most drafts a round, 0 for MODEL_K and LOOKUP_K. levels: the numbers of drafts to choose from, by default
     `levels_below` the most. The steps are the plain ones until `compile_`; prefill may be a compiled one.
     """
@@ -165,10 +166,9 @@ class Speculation:
     lookup: bool = False
 
     drafter: Drafter = field(init=False)
-    # Of the latest text: for each row, how many forwards of the target accepted 0, 1, ... drafts, where those of plain
-    # decoding count as 0; and how many tokens were drafted per row.
+    # accept_counts[row][n]: how many forwards of the target accepted n drafts in the latest text; plain steps accept 0.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
-    num_drafted: int = field(default=0, init=False)
+    num_drafted: int = field(default=0, init=False)  # per row, in the latest text
 
     def __post_init__(self) -> None:
         self.drafter = lookup = Lookup(self.lookup_levels)
@@ -224,8 +224,8 @@ class Speculation:
         slots = visible_slots(self.slots, max(ends) + k)
         # The last ids and their positions: all that the step needs of the text, in one copy to the device.
         places = [[max(proposal.first, end - i) for i in range(proposal.num_latest, 0, -1)] for end in ends]
-        latest = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)], places
-        tokens, positions = torch.tensor(latest, device=device).unbind()
+        ids = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)]
+        tokens, positions = torch.tensor([ids, places], device=device)
         drafts, draft_noise, round_noise = proposal.drafts, None, None
         if isinstance(drafts, Tensor):
             drafts = drafts.to(device)

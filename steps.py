@@ -159,14 +159,13 @@ def check_layers(model: Transformer) -> None:
 
     The first of an EAGLE-3 head is of a class of its own, which has no other layer.
     """
-    forms = []
-    for block in model.layers:
+    firsts: dict[type, Any] = {}
+    for i, block in enumerate(model.layers):
+        modules = [(name, type(child)) for name, child in block.named_modules()]
         tensors = [*block.named_parameters(), *block.named_buffers()]
-        kinds = [(name, type(child)) for name, child in block.named_modules()]
-        forms.append((kinds, [(name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors]))
-    firsts = {type(block): form for block, form in reversed(list(zip(model.layers, forms, strict=True)))}
-    if odd := [i for i, form in enumerate(forms) if form != firsts[type(model.layers[i])]]:
-        raise ValueError(f"layer {odd[0]} has other tensors than layer 0; run it without compiling, or make them alike")
+        form = modules, [(name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors]
+        if firsts.setdefault(type(block), form) != form:
+            raise ValueError(f"layer {i} has other tensors than layer 0; run it without compiling, or make them alike")
 
 
 def allow_many_graphs() -> None:
@@ -251,20 +250,19 @@ def prompt_chunks(
     """Yield tokens [B, S], positions [B, S] and the length to which they fill the longest row's cache.
 
     Each row continues its first `starts` slots. Rows end together: a shorter one is padded on the left with its first
-    token at its first position, which only writes that slot again. So are very short prompts, which would need a graph
-    of their own.
+    token at its first position, which only writes that slot again. Very short prompts are padded too: up to MAX_ROWS
+    columns take the kernels of decode, which would be another graph.
     """
     shortest = MAX_ROWS + 1
     length = max(shortest, *map(len, prompts))
     tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
-    columns = torch.arange(length, device=device)
-    shifts = [start + len(p) - length for start, p in zip(starts, prompts, strict=True)]
-    positions = columns + torch.tensor(shifts, device=device).unsqueeze(-1)
-    positions = positions.maximum(torch.tensor(starts, device=device).unsqueeze(-1))
+    ends = [start + len(p) for start, p in zip(starts, prompts, strict=True)]
+    places = [[max(start, end - length + i) for i in range(length)] for start, end in zip(starts, ends, strict=True)]
+    positions = torch.tensor(places, device=device)
     first = length % PREFILL_CHUNK  # the odd chunk comes first: as the last it could be too short
     first = first if first >= shortest else first + PREFILL_CHUNK
     bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
     for begin, end in pairwise(bounds):
         # Copies, since a compiled prefill would make another graph for a slice's strides.
         chunk = [values[:, begin:end].clone(memory_format=torch.contiguous_format) for values in (tokens, positions)]
-        yield chunk[0], chunk[1], max(max(shift + end, start + 1) for shift, start in zip(shifts, starts, strict=True))
+        yield chunk[0], chunk[1], max(row[end - 1] for row in places) + 1

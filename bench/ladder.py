@@ -22,6 +22,7 @@ from bench.results import Rung, attempt
 from bench.runner import PROMPT, Runner, decode_mode, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
+from cli.report import step_weight_bytes
 from config import quantization_scheme
 from drafters import levels_below
 from kernels import cpu
@@ -166,7 +167,7 @@ class Ladder:
         raw = self.subject.forms[weights]
         raw = raw | {"num_hidden_layers": min(2, raw["num_hidden_layers"])}
         small = meta_model(raw)
-        shared_by = draft_ranks(small.config, quantization_scheme(raw), small.step_weight_bytes, self.ranks)
+        shared_by = draft_ranks(small.config, quantization_scheme(raw), step_weight_bytes(small), self.ranks)
         draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
         way = speculation.Way("", self.runner("compile", weights), draft_model, levels=levels_below(self.max_k))
         num_tokens = max(speculation.SHORTEST, self.new_tokens)

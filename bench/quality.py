@@ -30,6 +30,7 @@ from calibration import NUM_WINDOWS, WINDOW, cut_windows, write_windows
 from checkpoint import load_model, meta_model
 from cli.arguments import checkpoint_folder, number, read_text
 from cli.errors import user_errors
+from cli.report import step_weight_bytes
 from config import read_config
 from likelihood import target_log_probabilities
 from linears import Scheme
@@ -58,7 +59,7 @@ def plain_logits(model: Transformer) -> Logits:
 
 def step_bytes(path: Path) -> int:
     """Return the bytes of weights that a step reads, in bf16 what is not quantized."""
-    return load_model(path, dtype=torch.bfloat16, optimize=False).step_weight_bytes
+    return step_weight_bytes(load_model(path, dtype=torch.bfloat16, optimize=False))
 
 
 def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cli.report import step_weight_bytes
 from engine import generate
 from kernels.cpu import empty_weight, own_threads
 from model import Transformer
@@ -171,7 +172,7 @@ class Runner:
         slots = len(visible_slots(torch.arange(length + SLOTS_STEP), length))
         per_slot = 2 * model.layers[0].self_attn.num_local_kv_heads * model.config.head_dim
         kv_bytes = slots * model.config.num_hidden_layers * per_slot * model.embed_tokens.weight.itemsize
-        return model.step_weight_bytes + kv_bytes
+        return step_weight_bytes(model) + kv_bytes
 
     def count_prefill_flops(self, length: int) -> float:
         """Return the operations a token of a prompt, of this rank: of the blocks and of causal attention."""

@@ -9,7 +9,7 @@ import torch
 
 from eagle import Head
 from engine import Engine
-from model import Transformer
+from model import MoE, Transformer
 from rows import Row
 from speculate import Speculation
 from tokenizer import TextStream, Tokenizer
@@ -24,13 +24,25 @@ def bytes_per_step(model: Transformer, rows: list[Row], draft_model: Transformer
     return int(forward_bytes(model, rows) + (drafts * forward_bytes(draft_model, rows) if draft_model else 0))
 
 
+def step_weight_bytes(model: Transformer) -> int:
+    """Return the bytes of weights that decoding a token reads, on this rank.
+
+    That is all of them but the experts that are not chosen and, unless it is the head too, the embedding table.
+    """
+    config, idle = model.config, 0
+    for mlp in (block.mlp for block in model.layers if isinstance(block.mlp, MoE)):
+        for stack in (*mlp.gate_up_proj.parameters(), *mlp.down_proj.parameters()):
+            idle += stack.nbytes // config.num_local_experts * (config.num_local_experts - config.num_experts_per_tok)
+    return model.weight_bytes - idle - (0 if model.tied else model.embed_tokens.weight.nbytes)
+
+
 def forward_bytes(model: Transformer, rows: list[Row]) -> float:
     config = model.config
     slot = 2 * config.num_hidden_layers * model.layers[0].self_attn.num_local_kv_heads * config.head_dim
     slot *= model.embed_tokens.weight.itemsize
     longest = max(1, *(len(row.arrivals) for row in rows))  # a row that has ended is read no more
     slots = sum((len(row.prompt_ids) + len(row.tokens) / 2) * len(row.arrivals) / longest for row in rows)
-    return model.step_weight_bytes + slot * slots
+    return step_weight_bytes(model) + slot * slots
 
 
 @dataclass

@@ -173,7 +173,7 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
 
 def is_llama_block(config: ModelConfig) -> bool:
     """Say whether a block norms, gates and adds as Llama's, which is what a FusedBlock does."""
-    norms = config.norms == (True, False) and config.norm_offset is None
+    norms = config.norm_inputs and not config.norm_outputs and config.norm_offset is None
     return norms and config.hidden_act == "silu" and config.residual_multiplier == 1
 
 

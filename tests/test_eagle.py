@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import generate as generate_module
 import quantize as quantize_module
 from checkpoint import load_model
-from drafters import Pace
+from drafters import Pace, Plan
 from eagle import Head, HeadConfig
 from eagle_checkpoint import load_head, save_head
 from engine import generate
@@ -343,9 +343,9 @@ def test_what_is_drafted_does_not_depend_on_how_the_text_was_divided(target, pla
         drafted.setdefault(int(positions[0, -1]), set()).add(int(result[0, 0]))
         return result
 
-    for turns in ([(3, 0)], [(0, 5), (3, 0)], [(3, 0), (0, 1)], [(1, 0), (3, 0)]):
+    for turns in ([(0, 3)], [(5, 0), (0, 3)], [(0, 3), (1, 0)], [(0, 1), (0, 3)]):
         asked = itertools.cycle(turns)
-        monkeypatch.setattr(Pace, "next", lambda pace, room, asked=asked: next(asked))
+        monkeypatch.setattr(Pace, "next_plan", lambda pace, room, asked=asked: Plan(*next(asked)))
         speculation = Speculation(head, 3, (3, 1), watched)
         assert tokens_of(generate(target, [PROMPTS[2]], 80, GREEDY, speculation=speculation)) == plain[2][:80]
     assert len(drafted) > 40

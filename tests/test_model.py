@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model
+from cli.report import step_weight_bytes
 from config import parse_config, read_config
 from kernels.inductor import CompiledLinear
 from model import Linear, MoE, Transformer
@@ -258,7 +259,7 @@ def test_a_step_is_said_to_read_the_chosen_experts_and_no_others(hub_checkpoint:
     of_one_expert = 4 * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     idle = of_one_expert * (config.num_local_experts - config.num_experts_per_tok)
     table = 0 if model.tied else model.embed_tokens.weight.nbytes
-    assert model.step_weight_bytes == sum(p.nbytes for p in model.parameters()) - table - idle
+    assert step_weight_bytes(model) == sum(p.nbytes for p in model.parameters()) - table - idle
 
 
 # ---------------------------------------------------------------------------------------------------------------------

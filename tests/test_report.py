@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoint import load_model
-from cli.report import TextPrinter, bytes_per_step, run_batch
+from cli.report import TextPrinter, bytes_per_step, run_batch, step_weight_bytes
 from engine import Engine
 from rows import Row, num_pending
 from steps import Sampling, decode
@@ -56,7 +56,7 @@ def test_a_row_that_a_stop_text_ended_is_decoded_no_further():
     assert (first.finish_reason, second.finish_reason) == ("stop", "length")
     assert sizes == [2] * (len(first.tokens) - 1) + [1] * (20 - len(first.tokens))
     # Nor do its keys and values count in the steps after its end.
-    alone = bytes_per_step(model, [first]) - model.step_weight_bytes
+    alone = bytes_per_step(model, [first]) - step_weight_bytes(model)
     beside = bytes_per_step(model, [first, second]) - bytes_per_step(model, [second])
     assert abs(beside - alone * len(first.tokens) / 20) <= 1
 
