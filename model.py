@@ -119,8 +119,7 @@ def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) 
     if theta is None:
         return torch.zeros(size // 2, device="cpu")  # these layers do not rotate
     if rope and rope.frequencies:
-        index = 1 if length > rope.original_max_position_embeddings else 0
-        return torch.tensor(rope.frequencies[index], device="cpu")
+        return torch.tensor(rope.frequencies[int(length > rope.original_max_position_embeddings)], device="cpu")
     if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text is longer
         theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
     frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
@@ -283,8 +282,7 @@ class Attention(nn.Module):
         num_pieces = max(ranks.count, config.num_key_value_heads)
         self.num_local_heads = config.num_attention_heads // num_pieces * len(ranks.share(num_pieces))
         self.num_local_kv_heads = len(ranks.share(config.num_key_value_heads))
-        self.head_dim = config.head_dim
-        q_size, kv_size = self.num_local_heads * self.head_dim, self.num_local_kv_heads * self.head_dim
+        q_size, kv_size = self.num_local_heads * config.head_dim, self.num_local_kv_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
 
@@ -294,13 +292,13 @@ class Attention(nn.Module):
         if config.qk_norm_over_heads:
             self.q_norm, self.k_norm = norm(q_size, ranks), norm(kv_size, ranks)
         else:
-            self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
+            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
     def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split qkv_proj's output into q [B, S, H, D], k and v [B, S, K, D]; norm, rotate and scale q and k."""
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        heads = qkv.unflatten(-1, (-1, self.config.head_dim))
         q, k, v = heads.split([self.num_local_heads, self.num_local_kv_heads, self.num_local_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(*q.shape[:2], -1, self.q_norm.weight.shape[0])).view_as(q)
@@ -419,7 +417,7 @@ class Transformer(nn.Module):
         # What enters the tap_layers, by position as in the KV caches.
         self.taps = nn.Buffer(like.new_zeros(max_batch_size, max_seq_length + 1, taps_size), persistent=False)
         for attn in (block.self_attn for block in self.layers):
-            attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, attn.head_dim, like)
+            attn.cache = KVCache(max_batch_size, attn.num_local_kv_heads, max_seq_length, self.config.head_dim, like)
 
     def arrange_rows_(self, order: list[int]) -> None:
         """Permute the rows of the KV caches and taps: row i gets what row order[i] held."""
@@ -463,13 +461,16 @@ class Transformer(nn.Module):
         contexts = {kind: self.block_context(positions, slots, *kind) for kind in dict.fromkeys(kinds)}
         return [contexts[kind] for kind in kinds]
 
+    def scale_embedding(self, x: Tensor) -> Tensor:
+        """Multiply by the embedding's multiplier, which is rounded to the dtype of x first."""
+        multiplier = self.config.embedding_multiplier
+        return x if multiplier == 1 else x * torch.full((), multiplier, dtype=x.dtype, device=x.device)
+
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
         positions = positions.expand(tokens.shape)
         contexts, inputs = self.block_contexts(positions, slots), {}
-        x = self.embed_tokens(tokens)
-        if self.config.embedding_multiplier != 1:  # it is rounded to the dtype of x first
-            x = x * torch.full((), self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
+        x = self.scale_embedding(self.embed_tokens(tokens))
         for layer, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if layer in self.tap_layers:
                 inputs[layer] = x
