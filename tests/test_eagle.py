@@ -359,8 +359,8 @@ def test_a_round_is_one_call_whatever_the_number_of_drafts_before(target, plain,
     def watched(name, step):
         return lambda *args: (calls.append(name), step(*args))[1]
 
-    asked = itertools.cycle([(5, 0), (1, 0), (3, 0), (1, 0)])
-    monkeypatch.setattr(Pace, "next", lambda pace, room: next(asked))
+    asked = itertools.cycle([Plan(0, 5), Plan(0, 1), Plan(0, 3), Plan(0, 1)])
+    monkeypatch.setattr(Pace, "next_plan", lambda pace, room: next(asked))
     speculation = Speculation(head, 5, (5, 3, 1, 0), watched("round", draft_and_verify), watched("prefill", prefill))
     found = rows_of(generate(target, PROMPTS, 60, GREEDY, speculation=speculation))
     assert found == [ids[:60] for ids in plain]
