@@ -198,7 +198,7 @@ class ModelReader:
         form = forms.pop()
         if forms or form is None or isinstance(child, Embedding) or is_router(name):
             return None
-        if form.ordered:
+        if form.is_ordered:
             orders = [part.order for part in parts if part and part.order is not None]
             cut = self.ranks.count > 1 and is_row_parallel(name)  # a rank's inputs are columns all over the order
             if isinstance(child, Experts) or cut or not all(torch.equal(orders[0], order) for order in orders):

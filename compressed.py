@@ -23,7 +23,7 @@ def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]
 
     def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         form = scheme.form
-        weights = {"num_bits": form.bits, "type": "int", "symmetric": not form.zeros,
+        weights = {"num_bits": form.bits, "type": "int", "symmetric": not form.has_zeros,
                    "strategy": "group" if form.group_size else "channel", "group_size": form.group_size,
                    "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax"}  # fmt: skip
         return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None,

@@ -1,9 +1,9 @@
 """int8 and int4 weights: the linears as they are stored, and their arithmetic, plain and the same for every device.
 
 A code c stands for (c - zero) * scale, with a scale for each group of input columns, which may be a whole row. A group
-may have a zero point of its own; else it is 0 in int8 and 8 in int4. Activations are never quantized; kernels for AVX2
-have them in 16-bit fixed point. `quantize.py` makes these linears, `formats.py` reads and writes them, and `kernels/`
-repacks them into what a device's kernels read.
+may have a zero point of its own; else it is 0 in int8 and 8 in int4. Activations stay floats, but for the kernels for
+AVX2, which turn them into 16-bit fixed point. `quantize.py` makes these linears, `formats.py` reads them and
+`compressed.py` writes them, and `kernels/` repacks them into what a device's kernels read.
 
 Shapes: N outputs, K inputs; a stack of experts has one more dimension in front, [X, N, K].
 """
@@ -43,7 +43,7 @@ class Scheme:
     @property
     def form(self) -> "Form":
         is_int8 = self.mode == "int8"
-        return Form(8 if is_int8 else 4, self.group_size, zeros=not (is_int8 or self.symmetric))
+        return Form(8 if is_int8 else 4, self.group_size, has_zeros=not (is_int8 or self.symmetric))
 
     @property
     def head(self) -> "Scheme":
@@ -57,12 +57,12 @@ class Form:
 
     bits: int  # of a code: 8 or 4
     group_size: int | None = None  # input columns that share a scale; None: a whole row
-    zeros: bool = False  # whether each group has a zero point
-    scales: torch.dtype = torch.bfloat16
-    ordered: bool = False  # whether the columns lie in an order of their own, so that those of a group are adjacent
+    has_zeros: bool = False  # whether each group has a zero point
+    scale_dtype: torch.dtype = torch.bfloat16
+    is_ordered: bool = False  # whether the columns lie in an order of their own, so that those of a group are adjacent
 
 
-def constant(tensor: Tensor) -> nn.Parameter:
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -76,7 +76,7 @@ def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor
     weight = weight.float()
     largest = [group.abs().amax(dim=-1) for group in weight.split(group_size, dim=-1)]
     scales = (torch.stack(largest, dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
-    codes = (weight / of_columns(scales, weight.shape[-1], group_size).float()).round().clamp(-127, 127)
+    codes = (weight / spread_groups(scales, weight.shape[-1], group_size).float()).round().clamp(-127, 127)
     return codes.to(torch.int8), scales
 
 
@@ -87,11 +87,11 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool = False) -> t
     group_size does not divide K.
     """
     scales, zeros = group_parameters(weight, group_size, symmetric)
-    of_weights = (of_columns(values, weight.shape[-1], group_size) for values in (scales, zeros))
+    of_weights = (spread_groups(values, weight.shape[-1], group_size) for values in (scales, zeros))
     return encode_int4(weight, *of_weights), scales, zeros
 
 
-def of_columns(values: Tensor, num_columns: int, group_size: int) -> Tensor:
+def spread_groups(values: Tensor, num_columns: int, group_size: int) -> Tensor:
     """Repeat the values of groups [..., groups] for each of their columns [..., K]."""
     if group_size >= num_columns:
         return values
@@ -105,8 +105,9 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int = 0, group_siz
     group_size = group_size or K
     if group_size >= K or K % group_size:
         if isinstance(zeros, Tensor):
-            zeros = of_columns(zeros, K, group_size)
-        return (codes.float() - zeros) * of_columns(scales, K, group_size).float()
+            zeros = spread_groups(zeros, K, group_size)
+        return (codes.float() - zeros) * spread_groups(scales, K, group_size).float()
+    # Whole groups, as nearly all are, get a dimension of their own: scales and zeros need not be repeated to [N, K].
     groups = codes.unflatten(-1, (-1, group_size)).float()
     zeros = zeros.unsqueeze(-1) if isinstance(zeros, Tensor) else zeros
     return ((groups - zeros) * scales.float().unsqueeze(-1)).flatten(-2)
@@ -166,11 +167,11 @@ class StoredLinear(nn.Module):
         self.form, self.group_size = form, form.group_size or self.in_features
         num_groups, num_bytes = -(-self.in_features // self.group_size), -(-self.in_features * form.bits // 8)
         dtype = torch.int8 if form.bits == 8 else torch.uint8
-        self.weight = constant(torch.empty(*outputs, num_bytes, dtype=dtype))
-        self.scales = constant(torch.empty(*outputs, num_groups, dtype=form.scales))
-        self.zeros = constant(torch.empty(*outputs, num_groups, dtype=dtype)) if form.zeros else None
-        self.order = constant(torch.empty(self.in_features, dtype=torch.int32)) if form.ordered else None
-        self.bias = constant(torch.empty(outputs)) if bias else None
+        self.weight = frozen_parameter(torch.empty(*outputs, num_bytes, dtype=dtype))
+        self.scales = frozen_parameter(torch.empty(*outputs, num_groups, dtype=form.scale_dtype))
+        self.zeros = frozen_parameter(torch.empty(*outputs, num_groups, dtype=dtype)) if form.has_zeros else None
+        self.order = frozen_parameter(torch.empty(self.in_features, dtype=torch.int32)) if form.is_ordered else None
+        self.bias = frozen_parameter(torch.empty(outputs)) if bias else None
 
     def codes(self, index: Any = ...) -> Tensor:
         """Return the codes one to a byte, [N, K]; of a stack those of the layers at an index."""
@@ -203,15 +204,18 @@ def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:
 
 
 def quantize_linear(child: Linear | Experts, scheme: Scheme, encode: Encode | None = None) -> StoredLinear:
-    """encode: chooses the codes of int4; None rounds to nearest."""
+    """Return a linear, or a stack of them, quantized by a scheme. Its bias is kept.
+
+    encode: chooses the codes of int4; None rounds to nearest.
+    """
     stored = empty_stored(child, scheme.form)
     if stored.form.bits == 8:
-        stored.weight, stored.scales = map(constant, quantize_int8(child.weight, scheme.group_size))
+        stored.weight, stored.scales = map(frozen_parameter, quantize_int8(child.weight, scheme.group_size))
     else:
         encode = encode or partial(quantize_int4, symmetric=scheme.symmetric)
         codes, scales, zeros = encode(child.weight, stored.group_size)
-        stored.weight, stored.scales = constant(pack_nibbles(codes)), constant(scales)
-        stored.zeros = constant(zeros) if stored.form.zeros else None
+        stored.weight, stored.scales = frozen_parameter(pack_nibbles(codes)), frozen_parameter(scales)
+        stored.zeros = frozen_parameter(zeros) if stored.form.has_zeros else None
     if isinstance(child, Linear):
         stored.bias = child.bias
     return stored

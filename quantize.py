@@ -31,7 +31,7 @@ from compressed import hub_tensors, quantization_config
 from config import eos_token_ids, read_config
 from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
-from linears import GROUP_SIZES, MODES, Scheme, StoredLinear, constant, quantizable_linears, quantize_linear
+from linears import GROUP_SIZES, MODES, Scheme, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -60,13 +60,13 @@ def quantized_parts(
             stored = quantize_linear(child, scheme, encoders.get(name))
             parameters |= stored.named_parameters(prefix + name)
             if calibration:  # the next block is calibrated on what the quantized blocks before it return
-                child.weight = constant(stored.dequantize().to(child.weight.dtype))
+                child.weight = frozen_parameter(stored.dequantize().to(child.weight.dtype))
             tick()
         if calibration:
             calibration.advance(block)
         yield parameters
         block.to("meta")
-    model.lm_head.weight = constant(read(head))
+    model.lm_head.weight = frozen_parameter(read(head))
     stored = quantize_linear(model.lm_head, scheme.head)
     yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
 

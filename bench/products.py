@@ -23,7 +23,7 @@ from kernels.cpu import empty_weight
 from kernels.inductor import CompiledLinear, FusedCompiledLinear, is_reduction, streamed_linear
 from kernels.layers import AtenInt4, AtenInt8
 from kernels.optimize import cpu_layer, cuda_kernels, gpu_layer, zeros_of
-from linears import Scheme, StoredLinear, constant, quantizable_linears, quantize_linear
+from linears import Scheme, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
 from model import Linear, RMSNorm
 from steps import allow_many_graphs
 
@@ -47,7 +47,7 @@ class Product(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], *tensors: Tensor):
         super().__init__()
-        self.function, self.tensors = function, nn.ParameterList(map(constant, tensors))
+        self.function, self.tensors = function, nn.ParameterList(map(frozen_parameter, tensors))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, *self.parameters())  # torch 2.11 does not compile `*self.tensors`
@@ -67,7 +67,7 @@ class Normed(nn.Module):
     def __init__(self, layer: nn.Module, folded: bool, size: int, dtype: torch.dtype):
         super().__init__()
         self.layer, self.folded, self.norm = layer, folded, RMSNorm(size, EPS)
-        self.norm.weight = constant(torch.ones(size, dtype=dtype, device=next(layer.parameters()).device))
+        self.norm.weight = frozen_parameter(torch.ones(size, dtype=dtype, device=next(layer.parameters()).device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x, norm=self.norm) if self.folded else self.layer(self.norm(x))
@@ -76,7 +76,7 @@ class Normed(nn.Module):
 class Chain(nn.Module):
     def __init__(self, layers: list[nn.Module], inputs: list[Tensor]):
         super().__init__()
-        self.layers, self.inputs = nn.ModuleList(layers), nn.ParameterList([constant(x) for x in inputs])
+        self.layers, self.inputs = nn.ModuleList(layers), nn.ParameterList([frozen_parameter(x) for x in inputs])
 
     def forward(self) -> list[Tensor]:
         return [layer(x) for layer, x in zip(self.layers, self.inputs, strict=True)]
@@ -154,7 +154,7 @@ def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
 
     linears = [layer for layer in block.values() if isinstance(layer, Linear)]
     for linear in linears:
-        linear.weight, linear.bias = constant(random(*linear.weight.shape)), None
+        linear.weight, linear.bias = frozen_parameter(random(*linear.weight.shape)), None
     inputs = [[F.rms_norm(random(rows, K), [K]) for K in map(num_columns, linears)] for rows in ROWS]
     for name, raw in subject.forms.items():
         scheme = quantization_scheme(raw)
@@ -174,7 +174,7 @@ def make_layers(form: Form, stored: list[Any]) -> list[nn.Module]:
     for linear in stored:
         own = copy.deepcopy(linear)
         for name, part in linear.named_parameters():
-            setattr(own, name, constant(empty_weight(part.shape, part.dtype, part.device).copy_(part)))
+            setattr(own, name, frozen_parameter(empty_weight(part.shape, part.dtype, part.device).copy_(part)))
         layer = form(own)
         if layer is None:
             raise ValueError(f"no kernel takes {len(linear.weight)} x {num_columns(linear)} here")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.layers import MAX_ROWS, KernelLinear
-from linears import constant
+from linears import frozen_parameter
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
@@ -140,7 +140,7 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
 
 
 def packed_weight(values: Tensor) -> nn.Parameter:
-    return constant(empty_weight(values.shape, values.dtype, values.device).copy_(values))
+    return frozen_parameter(empty_weight(values.shape, values.dtype, values.device).copy_(values))
 
 
 # Of the models that are served, by instruction set.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.inductor import is_reduction, streamed_linear
 from kernels.layers import MAX_ROWS, AtenInt8, FusedLinear, KernelLinear
-from linears import constant
+from linears import frozen_parameter
 from model import RMSNorm
 
 # The most queries per row of a batch that the attention kernel takes: a decode step, and what speculation verifies.
@@ -283,9 +283,9 @@ class CudaInt4(CudaLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        self.weight = constant(pack_int4(codes, codes.shape[-1] // scales.shape[-1]))
+        self.weight = frozen_parameter(pack_int4(codes, codes.shape[-1] // scales.shape[-1]))
         pairs = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=-1)
-        self.parameters_of_groups = constant(pairs.view(torch.int32).squeeze(-1))
+        self.parameters_of_groups = frozen_parameter(pairs.view(torch.int32).squeeze(-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, parameters: Tensor, **around: Any) -> Tensor:

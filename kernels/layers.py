@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linears import constant
+from linears import frozen_parameter
 from model import RMSNorm, swiglu
 
 # Up to this many rows of x the kernels are faster than GEMM.
@@ -52,7 +52,7 @@ class Reordered(nn.Module):
 
     def __init__(self, layer: nn.Module, order: Tensor):
         super().__init__()
-        self.layer, self.order = layer, constant(order)
+        self.layer, self.order = layer, frozen_parameter(order)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.index_select(-1, self.order))
@@ -110,7 +110,7 @@ class AtenInt8(KernelLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        self.weight, self.scales = constant(codes), constant(scales.squeeze(-1))
+        self.weight, self.scales = frozen_parameter(codes), frozen_parameter(scales.squeeze(-1))
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ class AtenInt4(KernelLinear):
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        self.weight = constant(
+        self.weight = frozen_parameter(
             pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(expert.int(), 1) for expert in codes])
         )
-        # ATen's zero is a weight, the one that code 8 stands for. [K / group, N, 2]
-        self.scales_and_zeros = constant(torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1))
+        zeros = (8 - zeros.to(scales.dtype)) * scales  # ATen's zero is a weight, the one that code 8 stands for
+        self.scales_and_zeros = frozen_parameter(torch.stack((scales.mT, zeros.mT), dim=-1))  # [K / group, N, 2]
 
     @staticmethod
     def product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:

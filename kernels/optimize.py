@@ -155,7 +155,7 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
     """Return the layer of a GPU whose kernel takes a weight in a model of this dtype; None where there is none."""
     if cuda is None or not isinstance(stored, StoredLinear) or stored.weight.ndim == 3 or not exact:
         return None
-    if stored.order is not None or stored.form.scales != torch.bfloat16:  # as which the kernels hold them
+    if stored.order is not None or stored.form.scale_dtype != torch.bfloat16:  # as which the kernels hold them
         return None
     if stored.form.bits == 4:
         if not whole_groups(stored):

@@ -332,7 +332,7 @@ def kept_schemes(file: GgufFile, sources: dict[str, Source]) -> dict[str, Scheme
 def stored_linear(scheme: Scheme, shape: torch.Size) -> StoredLinear:
     """Make a linear on the meta device for the codes of a tensor."""
     with torch.device("meta"):
-        return StoredLinear(shape, Form(scheme.form.bits, BLOCK, scales=torch.float16))
+        return StoredLinear(shape, Form(scheme.form.bits, BLOCK, scale_dtype=torch.float16))
 
 
 def packed_specs(specs: dict[str, Spec], kept: dict[str, Scheme]) -> dict[str, Spec]:

@@ -257,7 +257,7 @@ def forms_of(path: Path) -> dict[str, str]:
     """Return the form of each quantized linear, in a word."""
     model = load_model(path, dtype=torch.float32, optimize=False)
     return {
-        name: f"int{child.form.bits}{' ordered' * child.form.ordered}"
+        name: f"int{child.form.bits}{' ordered' * child.form.is_ordered}"
         for name, child in model.named_modules()
         if isinstance(child, StoredLinear)
     }

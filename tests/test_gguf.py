@@ -232,7 +232,7 @@ def test_codes_that_are_kept_say_what_their_dequantized_weights_do(tmp_path, hub
     elif len(forms) == 2:
         forms = {**forms, "gate_up_proj": 8}
     assert found == forms
-    assert {form.scales for form in reader.forms.values()} == {torch.float16}
+    assert {form.scale_dtype for form in reader.forms.values()} == {torch.float16}
 
 
 def test_codes_are_kept_only_where_there_are_some(tmp_path, gqa_path):

@@ -15,7 +15,7 @@ from compressed import quantization_config
 from eagle import Head
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
-from linears import Scheme, constant
+from linears import Scheme, frozen_parameter
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import Sampling, compiled, decode, keep_first_layer_guards
@@ -207,7 +207,7 @@ def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
     odd = random_model(RAW, "cpu", torch.float32)
     odd.setup_caches(1, 64)
     for name, (N, columns) in {"gate_up_proj": (320, 64), "down_proj": (64, 160)}.items():
-        getattr(odd.layers[1].mlp, name).stored.weight = constant(torch.ones(N, columns))
+        getattr(odd.layers[1].mlp, name).stored.weight = frozen_parameter(torch.ones(N, columns))
     message = "layer 1 has other tensors than layer 0"
     with torch.inference_mode():
         with pytest.raises(ValueError, match=message):

@@ -28,8 +28,8 @@ from linears import (
     GROUP_SIZES,
     Scheme,
     StoredLinear,
-    constant,
     dequantize,
+    frozen_parameter,
     quantize_int4,
     quantize_int8,
     quantize_linear,
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the CPU has no AV
 def layer_for(weight: Tensor) -> torch.nn.Module | None:
     """Return the layer whose kernel takes a weight in a model of the weight's dtype."""
     stored = Linear(1, 1).requires_grad_(False)
-    stored.weight = constant(weight)
+    stored.weight = frozen_parameter(weight)
     return cpu_layer(stored, weight.dtype)
 
 
@@ -359,7 +359,7 @@ def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
 @pytest.mark.parametrize("group_size", [16, 48, 96, 192])
 def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(group_size: int) -> None:
     x, weight, scheme = normal(3, 192), Linear(192, 64), Scheme("int4", group_size)
-    weight.weight = constant(normal(64, 192, seed=1))
+    weight.weight = frozen_parameter(normal(64, 192, seed=1))
     stored = quantize_linear(weight, scheme)
     assert isinstance(stored, StoredLinear)
     twin = stored.dequantize()
