@@ -27,7 +27,7 @@ from tqdm import tqdm
 from compressed import hub_tensors
 from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
-from formats import OTHER_SCALES, Packed, find
+from formats import OTHER_SCALES, Packed, find_packed
 from kernels.cpu import empty_weight, start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, empty_stored, is_router, quantizable_linears
@@ -182,7 +182,7 @@ class ModelReader:
             names = hub_names(f"{name}.weight", self.config)
             rows = hub_rows(f"{name}.weight", self.config, math.prod(outputs))
             parts = [
-                find(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
+                find_packed(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
                 for part, count in zip(names, rows, strict=True)
             ]
             if any(parts):

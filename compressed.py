@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats import retyped
+from formats import view_rows_as
 from linears import Scheme, StoredLinear, pack_nibbles
 from model import Transformer
 from names import hub_names, hub_rows, unstacked
@@ -36,18 +36,18 @@ def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]
 
 
 def pack_tensors(stored: StoredLinear, base: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, by name, of a linear of a form, with these parameters: the inverse of `pack_quantized`.
+    """Yield the tensors, by name, of a linear of a form, with these parameters: the inverse of `read_pack_quantized`.
 
     They may be on the meta device, which says their dtypes and shapes.
     """
     weight, zeros = parameters["weight"], parameters.get("zeros")
     as_bytes = weight if stored.form.bits == 4 else weight.view(torch.uint8) ^ 128
-    words = retyped(F.pad(as_bytes, (0, -as_bytes.shape[-1] % 4)), torch.int32)
+    words = view_rows_as(F.pad(as_bytes, (0, -as_bytes.shape[-1] % 4)), torch.int32)
     yield f"{base}.weight_packed", words
     yield f"{base}.weight_scale", parameters["scales"]
     if zeros is not None:
         columns = F.pad(zeros.t(), (0, -zeros.shape[0] % 8))
-        yield f"{base}.weight_zero_point", retyped(pack_nibbles(columns), torch.int32).t().contiguous()
+        yield f"{base}.weight_zero_point", view_rows_as(pack_nibbles(columns), torch.int32).t().contiguous()
     yield f"{base}.weight_shape", torch.tensor([len(weight), stored.in_features], device=weight.device)
 
 

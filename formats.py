@@ -22,6 +22,8 @@ from quantization import Kind, Quantization
 FLOAT8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2}
 # What becomes of activations or keys in another program: here they are not quantized.
 OTHER_SCALES = re.compile(r"\.(act|activation|input|output|prob_output|q|k|v|kv)_(scale|zero_point|global_scale)$")
+Shape = tuple[int, ...]
+ReadParameters = Callable[[], dict[str, Tensor]]
 # Column 8 w + i of a word of AWQ is its code AWQ_ORDER[i].
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -36,7 +38,7 @@ class Packed:
 
     form: Form | None  # None: none that is stored here
     names: tuple[str, ...]  # of its tensors
-    parameters: Callable[[], dict[str, Tensor]]  # of a StoredLinear of this form; without one, the weight in fp32
+    parameters: ReadParameters  # of a StoredLinear of this form; without one, the weight in fp32
     shape: torch.Size
     order: Tensor | None = None  # of a StoredLinear too
 
@@ -51,32 +53,30 @@ class Packed:
         return stored.dequantize()
 
 
-def find(files: TensorFiles, base: str, shape: torch.Size, quantization: Quantization | None) -> Packed | None:
+def find_packed(files: TensorFiles, base: str, shape: torch.Size, quantization: Quantization | None) -> Packed | None:
     """Find out how the weight of a module is held; None: as a plain tensor. Reads no weight.
 
     Raises ValueError where its tensors do not have the shapes that it needs.
     """
     method, options, kinds = quantization or Quantization("nothing", {})
-    reading = Reading(files, base, shape, kinds or [Kind(8, None, symmetric=True)])
+    tensors = ModuleTensors(files, base, shape, kinds or [Kind(8, None, symmetric=True)])
     weight = files.spec(f"{base}.weight")
-    for kind, methods in (("weight_packed", ("compressed-tensors",)), ("qweight", ("gptq", "awq"))):
-        if reading.has(kind) and method not in methods:
-            raise ValueError(
-                f"{files.path}: tensor {base}.{kind} is of {' or '.join(methods)}, and config.json speaks of {method}; "
-                "download it again"
-            )
-    if reading.has("qweight"):
-        return gptq(reading, options) if method == "gptq" else awq(reading)
-    if reading.has("weight_packed"):
-        return pack_quantized(reading)
+    for suffix, methods in (("weight_packed", ("compressed-tensors",)), ("qweight", ("gptq", "awq"))):
+        if tensors.has(suffix) and method not in methods:
+            told = f"is of {' or '.join(methods)}, and config.json speaks of {method}; download it again"
+            raise tensors.error(suffix, told)
+    if tensors.has("qweight"):
+        return read_gptq(tensors, options) if method == "gptq" else read_awq(tensors)
+    if tensors.has("weight_packed"):
+        return read_pack_quantized(tensors)
     if weight and weight[0] in FLOAT8_DTYPES:
-        return float8(reading)
-    if weight and weight[0] in FLOAT_DTYPES and reading.has("weight_scale"):
-        raise reading.fail("weight", f"is {weight[0]}, not rounded yet; save it with save_compressed=True")
-    return int_quantized(reading) if weight and weight[0] == torch.int8 and reading.has("weight_scale") else None
+        return read_float8(tensors)
+    if weight and weight[0] in FLOAT_DTYPES and tensors.has("weight_scale"):
+        raise tensors.error("weight", f"is {weight[0]}, not rounded yet; save it with save_compressed=True")
+    return read_int_quantized(tensors) if weight and weight[0] == torch.int8 and tensors.has("weight_scale") else None
 
 
-class Reading:
+class ModuleTensors:
     """The tensors of one module: looked up with the shape that each must have."""
 
     def __init__(self, files: TensorFiles, base: str, shape: torch.Size, kinds: Sequence[Kind]):
@@ -85,46 +85,48 @@ class Reading:
         self.group_sizes = list(dict.fromkeys(kind.group_size for kind in kinds))
         self.names: list[str] = []
 
-    def has(self, kind: str) -> bool:
-        return self.files.spec(f"{self.base}.{kind}") is not None
+    def has(self, suffix: str) -> bool:
+        return self.files.spec(f"{self.base}.{suffix}") is not None
 
-    def get(self, kind: str) -> Tensor:
-        return self.files.get(f"{self.base}.{kind}")
+    def get(self, suffix: str) -> Tensor:
+        return self.files.get(f"{self.base}.{suffix}")
 
-    def fail(self, kind: str, what: str) -> ValueError:
-        return ValueError(f"{self.files.path}: tensor {self.base}.{kind} {what}")
+    def error(self, suffix: str, what: str) -> ValueError:
+        return ValueError(f"{self.files.path}: tensor {self.base}.{suffix} {what}")
 
-    def check(self, kind: str, *shapes: tuple[int, ...], floats: bool = False) -> tuple[torch.dtype, tuple[int, ...]]:
+    def check(self, suffix: str, *shapes: Shape, floats: bool = False) -> tuple[torch.dtype, Shape]:
         """Return a tensor's dtype and shape, which must be one of these."""
-        name = f"{self.base}.{kind}"
+        name = f"{self.base}.{suffix}"
         spec = self.files.spec(name)
         if spec is None:
             raise ValueError(f"{self.files.path} lacks tensor {name}; download them again")
         dtype, shape = spec[0], tuple(spec[1])
         if shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-            raise self.fail(kind, f"has shape {list(shape)}, config.json asks for {expected}")
+            raise self.error(suffix, f"has shape {list(shape)}, config.json asks for {expected}")
         if floats != dtype.is_floating_point:
-            raise self.fail(kind, f"is {dtype}, expected {'floats' if floats else 'integers'}")
+            raise self.error(suffix, f"is {dtype}, expected {'floats' if floats else 'integers'}")
         self.names.append(name)
         return dtype, shape
 
-    def check_words(self, kind: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a tensor of words, which must be one of these."""
-        dtype, shape = self.check(kind, *shapes)
-        if dtype != torch.int32:
-            raise self.fail(kind, f"is {dtype}, expected torch.int32")
+    def check_words(self, suffix: str, *shapes: Shape, unpacked: Sequence[Shape] = ()) -> Shape:
+        """Return the shape of a tensor of words, which must be one of these; unpacked: shapes that need no words."""
+        dtype, shape = self.check(suffix, *shapes, *unpacked)
+        if dtype != torch.int32 and shape in shapes:
+            raise self.error(suffix, f"is {dtype}, expected torch.int32")
         return shape
 
-    def check_scales(self, kind: str, N: int, transposed: bool = False) -> tuple[torch.dtype, int, int | None]:
+    def check_scales(self, suffix: str, N: int, transposed: bool = False) -> tuple[torch.dtype, int, int | None]:
         """Return the dtype of a tensor of scales [N, G], transposed [G, N], G, and the group size, None of a row."""
         K = self.shape[-1]
-        sizes = {-(-K // (size or K)): size if size and size < K else None for size in reversed(self.group_sizes)}
+        sizes: dict[int, int | None] = {}
+        for size in self.group_sizes:  # of two with as many groups the first counts
+            sizes.setdefault(-(-K // (size or K)), size if size and size < K else None)
         shapes = [(G, N) if transposed else (N, G) for G in sizes]
         one = [] if transposed or 1 not in sizes else [(1,)]
-        dtype, shape = self.check(kind, *shapes, *one, floats=True)
+        dtype, shape = self.check(suffix, *shapes, *one, floats=True)
         if dtype not in FLOAT_DTYPES - {torch.float64}:
-            raise self.fail(kind, f"is {dtype}, not of 16 or 32 bits")
+            raise self.error(suffix, f"is {dtype}, not of 16 or 32 bits")
         G = shape[0] if transposed else shape[-1]
         return dtype, G, sizes[G]
 
@@ -132,27 +134,27 @@ class Reading:
         """Say whether there are zero points, or have to be."""
         return self.has("weight_zero_point") or not any(kind.symmetric for kind in self.kinds)
 
-    def packed(
-        self, form: Form | None, parameters: Callable[[], dict[str, Tensor]], order: Tensor | None = None
-    ) -> Packed:
+    def packed(self, form: Form | None, parameters: ReadParameters, order: Tensor | None = None) -> Packed:
         return Packed(form, tuple(self.names), parameters, self.shape, order)
 
-    def read_order(self, kind: str, group_size: int) -> Tensor | None:
+    def read_order(self, suffix: str, group_size: int) -> Tensor | None:
         """Return the order that puts a group's columns beside each other; None where they are so, or have no g_idx.
 
         Raises ValueError where the groups that a g_idx gives are not of this size.
         """
-        if not self.has(kind):
+        if not self.has(suffix):
             return None
         K = self.shape[-1]
-        self.check(kind, (K,))
-        groups, own = self.get(kind).long(), torch.arange(K) // group_size
+        self.check(suffix, (K,))
+        groups, own = self.get(suffix).long(), torch.arange(K) // group_size
         if torch.equal(groups, own) or bool((groups == -1).all()):
             return None
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], own):
             num_groups = -(-K // group_size)
-            raise self.fail(kind, f"does not put {group_size} columns into each of {num_groups} groups; it is damaged")
+            raise self.error(
+                suffix, f"does not put {group_size} columns into each of {num_groups} groups; it is damaged"
+            )
         return order.int()
 
     @staticmethod
@@ -164,128 +166,130 @@ class Reading:
             codes = as_bytes if bits == 8 else unpack_nibbles(as_bytes, len(order))
             as_bytes = codes[:, order] if bits == 8 else pack_nibbles(codes[:, order])
         if bits == 8:
-            as_bytes, zeros = centred(as_bytes), None if zeros is None else centred(zeros)
+            as_bytes, zeros = center_codes(as_bytes), None if zeros is None else center_codes(zeros)
         parameters = {"weight": as_bytes, "scales": scales, "zeros": zeros, "order": order}
         return {name: tensor for name, tensor in parameters.items() if tensor is not None}
 
 
-def retyped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def view_rows_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """View the bytes of each row as another type; a row alone may have strides that torch does not view."""
     return tensor.contiguous().flatten().view(dtype).view(*tensor.shape[:-1], -1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Return the codes of int32 [..., W] as uint8 [..., W * 32 / bits]."""
-    as_bytes = retyped(words, torch.uint8)
+    as_bytes = view_rows_as(words, torch.uint8)
     return as_bytes if bits == 8 else unpack_nibbles(as_bytes, 2 * as_bytes.shape[-1])
 
 
-def centred(codes: Tensor) -> Tensor:
+def center_codes(codes: Tensor) -> Tensor:
     """Take 128 off codes of 8 bits: uint8 -> int8."""
     return (codes ^ 128).view(torch.int8)
 
 
-def pack_quantized(reading: Reading) -> Packed:
+def read_pack_quantized(tensors: ModuleTensors) -> Packed:
     """compressed-tensors: codes along K, zero points along N, which its releases before 0.9 did not pack."""
-    N, K = reading.shape
-    bits = reading.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in reading.widths))[1] * 32 // K
+    N, K = tensors.shape
+    bits = tensors.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in tensors.widths))[1] * 32 // K
     bits = 4 if bits < 8 else 8
-    dtype, G, size = reading.check_scales("weight_scale", N)
-    has_zeros = reading.has_zeros()
+    dtype, G, size = tensors.check_scales("weight_scale", N)
+    has_zeros = tensors.has_zeros()
     words = (-(-N // (32 // bits)), G)
-    zeros_in_words = has_zeros and reading.check("weight_zero_point", words, (N, G), (1,))[1] == words
-    if zeros_in_words:
-        reading.check_words("weight_zero_point", words)
-    if reading.has("weight_shape"):
-        reading.check("weight_shape", (2,))
-        if reading.get("weight_shape").tolist() != [N, K]:
-            raise reading.fail("weight_shape", f"is not {[N, K]}")
-    order = reading.read_order("weight_g_idx", size or K)
+    unpacked = ((N, G), (1,))
+    zeros_in_words = has_zeros and tensors.check_words("weight_zero_point", words, unpacked=unpacked) == words
+    if tensors.has("weight_shape"):
+        tensors.check("weight_shape", (2,))
+        if tensors.get("weight_shape").tolist() != [N, K]:
+            raise tensors.error("weight_shape", f"is not {[N, K]}")
+    order = tensors.read_order("weight_g_idx", size or K)
 
     def parameters() -> dict[str, Tensor]:
-        as_bytes = retyped(reading.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
-        zeros = reading.get("weight_zero_point") if has_zeros else None
+        as_bytes = view_rows_as(tensors.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
+        zeros = tensors.get("weight_zero_point") if has_zeros else None
         if zeros is not None:  # that of a whole tensor, and all in 2024, are codes one by one, less their middle
             middle = (zeros.int() + 2 ** (bits - 1)).to(torch.uint8)
             zeros = unpack_words(zeros.t(), bits)[:, :N].t() if zeros_in_words else middle.expand(N, G)
-        return reading.stored(bits, as_bytes, reading.get("weight_scale").expand(N, G), zeros, order)
+        return tensors.stored(bits, as_bytes, tensors.get("weight_scale").expand(N, G), zeros, order)
 
-    return reading.packed(Form(bits, size, has_zeros, dtype, order is not None), parameters, order)
+    return tensors.packed(Form(bits, size, has_zeros, dtype, order is not None), parameters, order)
 
 
-def gptq(reading: Reading, options: Mapping[str, Any]) -> Packed:
+def read_gptq(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
     """GPTQ: codes along K of [K, N], zero points along N; a group for each column in g_idx."""
-    N, K = reading.shape
-    words = reading.check_words("qweight", *((-(-K * bits // 32), N) for bits in reading.widths))[0]
+    N, K = tensors.shape
+    words = tensors.check_words("qweight", *((-(-K * bits // 32), N) for bits in tensors.widths))[0]
     bits = 4 if words == -(-K // 8) else 8
-    dtype, G, size = reading.check_scales("scales", N, transposed=True)
-    reading.check_words("qzeros", (G, -(-N * bits // 32)))
-    order = reading.read_order("g_idx", size or K)
+    dtype, G, size = tensors.check_scales("scales", N, transposed=True)
+    tensors.check_words("qzeros", (G, -(-N * bits // 32)))
+    order = tensors.read_order("g_idx", size or K)
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
     is_first = str(options.get("checkpoint_format", options.get("format"))).lower() != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
 
     def parameters() -> dict[str, Tensor]:
-        as_bytes = retyped(reading.get("qweight").t(), torch.uint8)[:, : -(-K * bits // 8)]
-        zeros = unpack_words(reading.get("qzeros") + added, bits).t()[:N]
-        return reading.stored(bits, as_bytes, reading.get("scales").t(), zeros, order)
+        as_bytes = view_rows_as(tensors.get("qweight").t(), torch.uint8)[:, : -(-K * bits // 8)]
+        zeros = unpack_words(tensors.get("qzeros") + added, bits).t()[:N]
+        return tensors.stored(bits, as_bytes, tensors.get("scales").t(), zeros, order)
 
-    return reading.packed(Form(bits, size, True, dtype, order is not None), parameters, order)
+    return tensors.packed(Form(bits, size, True, dtype, order is not None), parameters, order)
 
 
-def awq(reading: Reading) -> Packed:
+def read_awq(tensors: ModuleTensors) -> Packed:
     """AWQ's gemm: codes along N of [K, N], zero points too, eight of a word in an order of their own."""
-    N, K = reading.shape
-    reading.check_words("qweight", (K, -(-N // 8)))
-    dtype, G, size = reading.check_scales("scales", N, transposed=True)
-    reading.check_words("qzeros", (G, -(-N // 8)))
+    N, K = tensors.shape
+    tensors.check_words("qweight", (K, -(-N // 8)))
+    dtype, G, size = tensors.check_scales("scales", N, transposed=True)
+    tensors.check_words("qzeros", (G, -(-N // 8)))
 
-    def in_order(kind: str) -> Tensor:
-        return unpack_words(reading.get(kind), 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()[:N]
+    def in_order(suffix: str) -> Tensor:
+        return unpack_words(tensors.get(suffix), 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()[:N]
 
     def parameters() -> dict[str, Tensor]:
-        return reading.stored(4, pack_nibbles(in_order("qweight")), reading.get("scales").t(), in_order("qzeros"))
+        return tensors.stored(4, pack_nibbles(in_order("qweight")), tensors.get("scales").t(), in_order("qzeros"))
 
-    return reading.packed(Form(4, size, True, dtype), parameters)
+    return tensors.packed(Form(4, size, True, dtype), parameters)
 
 
-def int_quantized(reading: Reading) -> Packed:
+def read_int_quantized(tensors: ModuleTensors) -> Packed:
     """compressed-tensors: a code a byte, zero points too."""
-    N, _ = reading.shape
-    reading.check("weight", tuple(reading.shape))
-    dtype, G, size = reading.check_scales("weight_scale", N)
-    has_zeros = reading.has_zeros()
+    N, _ = tensors.shape
+    tensors.check("weight", tuple(tensors.shape))
+    dtype, G, size = tensors.check_scales("weight_scale", N)
+    has_zeros = tensors.has_zeros()
     if has_zeros:
-        reading.check("weight_zero_point", (N, G), (1,))
+        tensors.check("weight_zero_point", (N, G), (1,))
 
     def parameters() -> dict[str, Tensor]:
-        zeros = {"zeros": reading.get("weight_zero_point").to(torch.int8).expand(N, G)} if has_zeros else {}
-        return {"weight": reading.get("weight"), "scales": reading.get("weight_scale").expand(N, G), **zeros}
+        zeros = {"zeros": tensors.get("weight_zero_point").to(torch.int8).expand(N, G)} if has_zeros else {}
+        return {"weight": tensors.get("weight"), "scales": tensors.get("weight_scale").expand(N, G), **zeros}
 
-    return reading.packed(Form(8, size, has_zeros, dtype), parameters)
+    return tensors.packed(Form(8, size, has_zeros, dtype), parameters)
 
 
-def float8(reading: Reading) -> Packed:
+def read_float8(tensors: ModuleTensors) -> Packed:
     """FP8: scales of a tensor, of channels, of groups, or of blocks. There is no kernel for it."""
-    N, K = reading.shape
-    block = next((kind.block for kind in reading.kinds if kind.block), [128, 128])
+    N, K = tensors.shape
+    block = next((kind.block for kind in tensors.kinds if kind.block), [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise ValueError(f"config.json: blocks of {str(block)[:60]} weights are not supported, say [128, 128] is")
-    reading.check("weight", (N, K), floats=True)
-    kind = "weight_scale_inv" if reading.has("weight_scale_inv") else "weight_scale"
-    sizes = [size for size in reading.group_sizes if size]
+    tensors.check("weight", (N, K), floats=True)
+    suffix = "weight_scale_inv" if tensors.has("weight_scale_inv") else "weight_scale"
+    sizes = [size for size in tensors.group_sizes if size]
     by_group = [(N, -(-K // size)) for size in sizes]
     by_block = (-(-N // block[0]), -(-K // block[1]))
-    shape = reading.check(kind, by_block, (N, 1), (N,), (1, 1), (1,), (), *by_group, floats=True)[1]
-    rows = block[0] if shape == by_block else 1
-    columns = block[1] if shape == by_block else sizes[by_group.index(shape)] if shape in by_group else K
+    shape = tensors.check(suffix, by_block, (N, 1), (N,), (1, 1), (1,), (), *by_group, floats=True)[1]
+    rows, columns = 1, K
+    if shape == by_block:
+        rows, columns = block
+    elif shape in by_group:
+        columns = sizes[by_group.index(shape)]
 
     def parameters() -> dict[str, Tensor]:
-        scale = reading.get(kind).float()
+        scale = tensors.get(suffix).float()
         scale = scale.reshape(-1, 1) if scale.ndim < 2 else scale
         for dim, (size, length) in enumerate(((rows, N), (columns, K))):
             if scale.shape[dim] > 1:
                 scale = scale.repeat_interleave(size, dim=dim).narrow(dim, 0, length)
-        return {"weight": reading.get("weight").float() * scale}
+        return {"weight": tensors.get("weight").float() * scale}
 
-    return reading.packed(None, parameters)
+    return tensors.packed(None, parameters)

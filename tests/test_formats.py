@@ -13,7 +13,7 @@ from torch import Tensor
 
 import generate
 import quantize
-from checkpoint import load_model, random_model, save_hub_checkpoint
+from checkpoint import ModelReader, load_model, random_model, save_hub_checkpoint
 from config import parse_config, read_config
 from linears import StoredLinear
 from model import Ranks
@@ -276,6 +276,9 @@ def test_a_format_computes_with_the_weights_that_it_stands_for(tmp_path: Path, c
     error = (logits(packed, torch.bfloat16) - logits(packed, torch.bfloat16, optimize=False)).norm()
     assert error <= 0.05 * expected.norm()
     said = capsys.readouterr().err
+    parts = [part for parts in ModelReader(packed, torch.float32).packed.values() for part in parts if part]
+    names = [tensor for part in parts for tensor in part.names]
+    assert len(names) == len(set(names))  # so that their bytes are counted once
     if "fp8" in name:
         assert "8 weights are dequantized" in said and "MB of float32" in said
     else:
