@@ -9,14 +9,12 @@ Two layouts are read, told apart by `layout` in config.json:
 """
 
 import contextlib
-import functools
 import json
 import math
 import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +77,7 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def first_of(names: Sequence[str]) -> str:
+def name_first(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
@@ -96,20 +94,18 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
     unused = [name for name in others if is_unused(name)]
     for what, names in (("lacks", {*expected} - {*files.files}), ("has unexpected", {*others} - {*unused})):
         if names:
-            raise ValueError(f"{files.path} {what} tensor {first_of(sorted(names))}; is config.json the model's own?")
+            raise ValueError(f"{files.path} {what} tensor {name_first(sorted(names))}; is config.json the model's own?")
     return unused
 
 
-def meta_model(
-    raw_config: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str, Form] | None = None
-) -> Transformer:
+def meta_model(raw: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str, Form] | None = None) -> Transformer:
     """Make the model that config.json describes, or this rank's share, on the meta device: shapes without memory.
 
     forms: of its quantized linears, by name; None: those of which config.json speaks. Raises ValueError where its sizes
     cannot be divided among the ranks.
     """
-    quantization = read_quantization(raw_config)
-    config = parse_config(raw_config)
+    quantization = read_quantization(raw)
+    config = parse_config(raw)
     check_sizes(config, quantization and quantization.scheme, ranks.count)
     with torch.device("meta"):
         model = Transformer(config, ranks)
@@ -141,9 +137,9 @@ class ModelReader:
         dtype: torch.dtype,
         ranks: Ranks = ONE_RANK,
         keep_codes: bool = True,
-        kind: type[TensorFiles] = TensorFiles,
+        files_class: type[TensorFiles] = TensorFiles,
     ):
-        """keep_codes: False dequantizes what is quantized. kind: of files that are read.
+        """keep_codes: False dequantizes what is quantized. files_class: of the files that are read.
 
         Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for.
         """
@@ -151,12 +147,11 @@ class ModelReader:
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
         self.is_fused = self.raw.get("layout") == "fused"
         self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
-        self.files = kind(checkpoint_path)
+        self.files = files_class(checkpoint_path)
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
-        self._read_packed = functools.lru_cache(maxsize=1)(
-            lambda module: [part.parameters() for part in self.packed[module] if part]
-        )
+        self._last_packed: tuple[str, list[dict[str, Tensor]]] = ("", [])  # a module, and what its parts hold
+        self.stacked: tuple[str, ...] = ()  # the modules that are stored stacked, where not those of the family
         if not self.is_fused:
             self._adopt_names()
         check_depth(self.files, self.config)
@@ -168,7 +163,7 @@ class ModelReader:
         if not self.is_fused:
             names = [part for name in self.specs for part in self._stored_names(name)]
         if unused := check_names(self.files, names, tied):
-            self._say(f"ignored {first_of(unused)}, which no text depends on")
+            self._say(f"ignored {name_first(unused)}, which no text depends on")
         self._say_dequantized(dtype, ": there is no kernel for their form" * keep_codes)
 
     def _find_packed(self, keep_codes: bool) -> None:
@@ -179,8 +174,8 @@ class ModelReader:
             if not isinstance(child, Linear | Experts | Embedding):
                 continue
             *outputs, num_columns = child.weight.shape
-            names = hub_names(f"{name}.weight", self.config)
-            rows = hub_rows(f"{name}.weight", self.config, math.prod(outputs))
+            names = hub_names(f"{name}.weight", self.config, self.stacked)
+            rows = hub_rows(f"{name}.weight", self.config, math.prod(outputs), self.stacked)
             parts = [
                 find_packed(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
                 for part, count in zip(names, rows, strict=True)
@@ -215,18 +210,16 @@ class ModelReader:
         before = sum(shape.numel() * held_as.itemsize for held_as, shape in filter(None, held))
         after = sum(self.specs[f"{name}.weight"][1].numel() * dtype.itemsize for name in names)
         if names:
-            self._say(
-                f"{len(names)} weights are dequantized, {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of "
-                f"{str(dtype).removeprefix('torch.')}{why}"
-            )
+            sizes = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of {str(dtype).removeprefix('torch.')}"
+            self._say(f"{len(names)} weights are dequantized, {sizes}{why}")
 
     def _stored_names(self, name: str) -> list[str]:
         """Name the folder's tensors that parameter `name` is made of."""
-        module, _, kind = name.rpartition(".")
+        module, _, suffix = name.rpartition(".")
         parts = self.packed.get(module)
-        if parts is None or kind == "bias":
-            return hub_names(name, self.config)
-        hub = hub_names(f"{module}.weight", self.config)
+        if parts is None or suffix == "bias":
+            return hub_names(name, self.config, self.stacked)
+        hub = hub_names(f"{module}.weight", self.config, self.stacked)
         return [tensor for part, own in zip(parts, hub, strict=True) for tensor in (part.names if part else [own])]
 
     def _say(self, words: str) -> None:
@@ -245,7 +238,7 @@ class ModelReader:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)
         if self.config.model_type == "phi3" and any(".mlp.up_proj." in name for name in files.files):
-            self.config = replace(self.config, model_type="phi3 apart")
+            self.stacked = ("qkv_proj",)  # gptqmodel takes gate and up apart
         if not self.config.tie_word_embeddings or head not in files.files:
             return
         if embedding not in files.files:  # safetensors.torch.save_model keeps one of two names
@@ -260,49 +253,55 @@ class ModelReader:
         stored = self._stored_parts(name)
         parts = [local_part(name, i, part, self.config, self.ranks).to(dtype) for i, part in enumerate(stored)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not self.is_fused or self.ranks.count > 1:
+        if not self.is_fused or self.ranks.count > 1:  # else it stays unread on the disk: the converter has checked it
             if not is_finite(value):
                 large = " or too large for it; give --dtype bfloat16" if dtype == torch.float16 else ""
-                raise ValueError(
-                    f"{self.path}: {name} has values that are not finite in {dtype}; the checkpoint is damaged{large}"
-                )
+                what = f"{name} has values that are not finite in {dtype}"
+                raise ValueError(f"{self.path}: {what}; the checkpoint is damaged{large}")
             if is_stack(name, self.config) and not name.endswith(".order"):
                 value = value.unflatten(0, (self.config.num_local_experts, -1))
         return value
 
     def _stored_parts(self, name: str) -> Iterable[Tensor]:
         """Map the tensors that a parameter is stored as, or is cut into for several ranks."""
-        module, _, kind = name.rpartition(".")
+        module, _, suffix = name.rpartition(".")
         stored: Iterable[Tensor]
         if self.is_fused:
             whole = checked_tensor(self.files, name, self.specs[name])
             stored = [whole if self.ranks.count == 1 else unstacked(name, whole, self.config)]
-        elif module in self.forms and kind != "bias":
-            stored = [part[kind] for part in self._read_packed(module)]
-            stored = stored[:1] if kind == "order" else stored  # all have the same
+        elif module in self.forms and suffix != "bias":
+            stored = [part[suffix] for part in self._read_packed(module)]
+            stored = stored[:1] if suffix == "order" else stored  # all have the same
         else:
             stored = self._hub_parts(name)
-        if kind == "order" or (not self.is_fused and len(hub_names(name, self.config)) > 1):
+        if suffix == "order" or (not self.is_fused and len(hub_names(name, self.config, self.stacked)) > 1):
             return stored
         [whole] = stored
         return [whole] if self.ranks.count == 1 else whole.split(part_rows(name, self.config, whole.shape[0]))
+
+    def _read_packed(self, module: str) -> list[dict[str, Tensor]]:
+        """Read what the parts of a module hold. The last module's is kept: its parameters are read one by one."""
+        if self._last_packed[0] != module:
+            self._last_packed = module, [part.parameters() for part in self.packed[module] if part]
+        return self._last_packed[1]
 
     def _hub_parts(self, name: str) -> Iterator[Tensor]:
         """Map the Hub's tensors that a parameter is made of; those that are quantized are dequantized."""
         dtype, shape = self.specs[name]
         num_rows, columns = (shape[:2].numel(), shape[2:]) if is_stack(name, self.config) else (shape[0], shape[1:])
-        hub = hub_names(name, self.config)
+        hub = hub_names(name, self.config, self.stacked)
         packed = self.packed.get(name.removesuffix(".weight"), [None] * len(hub))
-        for part, held, rows in zip(hub, packed, hub_rows(name, self.config, num_rows), strict=True):
+        counts = hub_rows(name, self.config, num_rows, self.stacked)
+        for part, held, rows in zip(hub, packed, counts, strict=True):
             yield held.dense() if held else checked_tensor(self.files, part, (dtype, torch.Size([rows, *columns])))
 
 
-def checkpoint_dtype(checkpoint_path: Path, raw: dict[str, Any], kind: type[TensorFiles] = TensorFiles) -> torch.dtype:
+def checkpoint_dtype(path: Path, raw: dict[str, Any], files_class: type[TensorFiles] = TensorFiles) -> torch.dtype:
     """Return the dtype of a checkpoint: config.json's, else its weights', else, without weights, bfloat16."""
     dtype = parse_dtype(raw)
     if dtype is None:
         with contextlib.suppress(FileNotFoundError):
-            dtype = kind(checkpoint_path).dtype()
+            dtype = files_class(path).dtype()
     return dtype or torch.bfloat16
 
 
@@ -394,11 +393,15 @@ def read_files(checkpoint_path: Path) -> list[Path]:
     return [file for pattern in READ_FILES for file in checkpoint_path.glob(pattern) if file.is_file()]
 
 
-def write_config(source: Path, raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
-    """Write config.json of a folder made of `source` into the folder `path`, and copy the files beside the weights."""
+def write_config(raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
+    """Write config.json of weights in a dtype into the folder `path`."""
     raw_config = {key: value for key, value in raw_config.items() if key != "torch_dtype"}
     raw_config |= {"dtype": str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+
+
+def copy_texts(source: Path, path: Path) -> None:
+    """Copy the files beside the weights of a folder into the folder `path`, which is made of it."""
     for pattern in COMPANIONS:
         for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(own_file(source, file.name), path / file.name)
@@ -411,5 +414,4 @@ def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Pa
     tensors = hub_tensors(model, {name: value.detach() for name, value in model.named_parameters()})
     specs = {name: (dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, lambda name: tensors[name].to(dtype))
-    raw_config = {**raw_config, "dtype": str(dtype).removeprefix("torch.")}
-    (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+    write_config(raw_config, dtype, path)

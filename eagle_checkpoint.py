@@ -7,14 +7,13 @@ EAGLE's own, which is also SpecForge's, and NVIDIA's with an `eagle_config`.
     head = load_head("checkpoints/demo-eagle3", model)
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import check_depth, check_names, checked_tensor, is_finite, random_parameter
+from checkpoint import check_depth, check_names, checked_tensor, is_finite, random_parameter, write_config
 from config import MAX_SIZE, parse_config, read_config
 from eagle import Head, HeadConfig
 from files import TensorFiles, write_safetensors
@@ -230,5 +229,4 @@ def save_head(head: Head, raw_config: dict[str, Any], ids: Tensor, path: Path, d
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, value=True)
     specs = {name: (value.dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, tensors.__getitem__)
-    raw_config = {**raw_config, "dtype": str(dtype).removeprefix("torch.")}
-    (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+    write_config(raw_config, dtype, path)

@@ -88,10 +88,8 @@ class TensorFiles:
             if index.is_file():
                 return self._sharded(index, Path(single).suffix)
         if any(self.path.glob("*.bin")):
-            raise FileNotFoundError(
-                f"{self.path} has .bin weights only; convert them: python scripts/convert_hf_checkpoint.py "
-                f"--checkpoint_dir {self.path}"
-            )
+            cure = f"convert them: python scripts/convert_hf_checkpoint.py --checkpoint_dir {self.path}"
+            raise FileNotFoundError(f"{self.path} has .bin weights only; {cure}")
         others = [file.name for file in self.path.glob("*.safetensors")]
         cure = f"rename {others[0]}, if that is it" if len(others) == 1 else "download them (scripts/download.py)"
         raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json; {cure}")
@@ -121,10 +119,8 @@ class TensorFiles:
             with safe_open(path, framework="pt") as tensors:
                 yield tensors
         except SafetensorError as error:
-            size = path.stat().st_size
-            raise ValueError(
-                f"{path} ({size} bytes) is not a whole safetensors file ({error}); download it again"
-            ) from None
+            what = f"{path} ({path.stat().st_size} bytes)"
+            raise ValueError(f"{what} is not a whole safetensors file ({error}); download it again") from None
 
     def get(self, name: str) -> Tensor:
         file, stored = self.files[name], self.aliases.get(name, name)

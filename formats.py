@@ -195,8 +195,7 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
     dtype, G, size = tensors.check_scales("weight_scale", N)
     has_zeros = tensors.has_zeros()
     words = (-(-N // (32 // bits)), G)
-    unpacked = ((N, G), (1,))
-    zeros_in_words = has_zeros and tensors.check_words("weight_zero_point", words, unpacked=unpacked) == words
+    zeros_in_words = has_zeros and tensors.check_words("weight_zero_point", words, unpacked=((N, G), (1,))) == words
     if tensors.has("weight_shape"):
         tensors.check("weight_shape", (2,))
         if tensors.get("weight_shape").tolist() != [N, K]:

@@ -20,8 +20,8 @@ FAMILY_NAMES = {
     "olmo3": NORMS_AFTER,
     "gemma3_text": {".post_attention_layernorm.": ".pre_feedforward_layernorm.", **NORMS_AFTER},
 }
-# The parameters that a family stores as they are stacked in the model; gptqmodel takes gate and up of Phi-3 apart.
-STACKED_ON_DISK = {"phi3": (*STACKED,), "phi3 apart": ("qkv_proj",), "granitemoehybrid": ("gate_up_proj",)}
+# The parameters that a family stores as they are stacked in the model.
+STACKED_ON_DISK = {"phi3": (*STACKED,), "granitemoehybrid": ("gate_up_proj",)}
 
 
 def is_stack(name: str, config: ModelConfig) -> bool:
@@ -40,18 +40,21 @@ def family_name(name: str, config: ModelConfig) -> str:
     return name
 
 
-def hub_names(name: str, config: ModelConfig) -> list[str]:
-    """Name the Hub's tensors that make up the model's parameter `name`, in order."""
+def hub_names(name: str, config: ModelConfig, stacked: tuple[str, ...] = ()) -> list[str]:
+    """Name the Hub's tensors that make up the model's parameter `name`, in order.
+
+    stacked: the modules that a folder stores as they are stacked in the model, where its family stores others so.
+    """
     if name.startswith("lm_head."):
         return [name]
-    *path, module, kind = name.split(".")
+    *path, module, suffix = name.split(".")
     names = [name]
     if is_stack(name, config):
         prefix = ".".join([*path, "experts"])
         numbers = range(config.num_local_experts)
-        names = [f"{prefix}.{i}.{part}.{kind}" for i in numbers for part in EXPERTS_STACKED[module]]
-    elif module in STACKED and module not in STACKED_ON_DISK.get(config.model_type, ()):
-        names = [".".join([*path, part, kind]) for part in STACKED[module]]
+        names = [f"{prefix}.{i}.{part}.{suffix}" for i in numbers for part in EXPERTS_STACKED[module]]
+    elif module in STACKED and module not in (stacked or STACKED_ON_DISK.get(config.model_type, ())):
+        names = [".".join([*path, part, suffix]) for part in STACKED[module]]
     return ["model." + family_name(part, config) for part in names]
 
 
@@ -65,6 +68,6 @@ def part_rows(name: str, config: ModelConfig, total: int) -> list[int]:
     return [config.hidden_size] * config.num_local_experts if is_stack(name, config) else [total]
 
 
-def hub_rows(name: str, config: ModelConfig, total: int) -> list[int]:
+def hub_rows(name: str, config: ModelConfig, total: int, stacked: tuple[str, ...] = ()) -> list[int]:
     """Return how many rows of parameter `name`, of so many, each of the tensors has that `hub_names` names."""
-    return [total] if len(hub_names(name, config)) == 1 else part_rows(name, config, total)
+    return [total] if len(hub_names(name, config, stacked)) == 1 else part_rows(name, config, total)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import NUM_WINDOWS, ROWS, WINDOW, cut_windows, write_windows
-from checkpoint import ModelReader, checkpoint_dtype, load_model, meta_model, tensor_specs, write_config
+from checkpoint import ModelReader, checkpoint_dtype, copy_texts, load_model, meta_model, tensor_specs, write_config
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from cli.template import load_template
@@ -173,7 +173,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
                 return pending.pop(name)
 
             write_safetensors(folder / "model.safetensors", new_specs, take)
-        write_config(args.checkpoint_path, raw, dtype, folder)
+        write_config(raw, dtype, folder)
+        copy_texts(args.checkpoint_path, folder)
     if windows is not None:
         print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):

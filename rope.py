@@ -34,9 +34,8 @@ def read_number(
 ) -> Any:
     value: Any = values.get(key)
     if type(value) not in {int, kind} or not low <= value <= high:  # a bool is an int, but not of that type
-        raise ValueError(
-            f"config.json: {key}{where} is {value!r}, expected {kind.__name__} of at least {low} and at most {high}"
-        )
+        expected = f"{kind.__name__} of at least {low} and at most {high}"
+        raise ValueError(f"config.json: {key}{where} is {value!r}, expected {expected}")
     return kind(value)
 
 

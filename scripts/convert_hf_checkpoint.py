@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import ModelReader, checkpoint_dtype, write_config
+from checkpoint import ModelReader, checkpoint_dtype, copy_texts, write_config
 from cli.arguments import ArgumentParser, checkpoint_folder
 from cli.errors import user_errors
 from config import DTYPES, is_head, read_config
@@ -96,14 +96,15 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     if is_head(raw):
         copy_head(checkpoint_dir, output_dir, raw, dtype)
         return
-    reader = ModelReader(checkpoint_dir, dtype, keep_codes=False, kind=AnyFiles)
+    reader = ModelReader(checkpoint_dir, dtype, keep_codes=False, files_class=AnyFiles)
     with new_folder(output_dir) as folder:
         with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
             write_safetensors(
                 folder / "model.safetensors", reader.specs, lambda name: (bar.update(), reader.read(name))[1]
             )
         raw = {key: value for key, value in reader.raw.items() if key not in ("quantization_config", "quantization")}
-        write_config(checkpoint_dir, raw | {"layout": "fused"}, dtype, folder)
+        write_config(raw | {"layout": "fused"}, dtype, folder)
+        copy_texts(checkpoint_dir, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
     if not any(
         (output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "tekken.json")
@@ -124,7 +125,8 @@ def copy_head(checkpoint_dir: Path, output_dir: Path, raw: dict[str, Any], dtype
         specs[name] = (dtype if held_as in FLOAT_DTYPES else held_as), shape
     with new_folder(output_dir) as folder:
         write_safetensors(folder / "model.safetensors", specs, lambda name: files.get(name).to(specs[name][0]))
-        write_config(checkpoint_dir, raw, dtype, folder)
+        write_config(raw, dtype, folder)
+        copy_texts(checkpoint_dir, folder)
     print(f"wrote {output_dir}", file=sys.stderr)
 
 
