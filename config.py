@@ -47,9 +47,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "granite": GRANITE_DEFAULTS,
     "granitemoehybrid": {**GRANITE_DEFAULTS, "shared_intermediate_size": 1024, "num_local_experts": 8},
-    "phi3": {
-        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    },
+    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     "seed_oss": {
         "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True,
         "attention_out_bias": False,
@@ -195,7 +193,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
         raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILY_DEFAULTS)}")
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
-    quantization_scheme(raw)
+    quantization_scheme(raw)  # for what it refuses
     silence_neutral_values_(values, family)
     num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
     no_rope_layers = parse_no_rope_layers(values, num_layers)
@@ -224,7 +222,7 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     # The others that have a default of their own divide where it is null.
     default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
     defaults = {"num_key_value_heads": heads, "head_dim": default_dim}
-    values |= {key: default for key, default in defaults.items() if values.get(key) is None}
+    values = values | {key: default for key, default in defaults.items() if values.get(key) is None}
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
     head_dim = read_number(values, "head_dim", low=2, high=MAX_COUNT)
     if heads % kv_heads:
@@ -264,10 +262,10 @@ def parse_attention_bias(values: dict[str, Any]) -> dict[str, Any]:
 def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return the layers without rotary embeddings: SmolLM3's, or all of a Granite 4 whose positions say «nope»."""
     if values["model_type"] == "granitemoehybrid":
-        kind = values.get("position_embedding_type")
-        if kind not in ("rope", "nope", None):
-            raise ValueError(f"config.json: position_embedding_type {kind!r} is not supported; supported: rope, nope")
-        return () if kind == "rope" else tuple(range(num_layers))
+        name = values.get("position_embedding_type")
+        if name not in ("rope", "nope", None):
+            raise ValueError(f"config.json: position_embedding_type {name!r} is not supported; supported: rope, nope")
+        return () if name == "rope" else tuple(range(num_layers))
     if values["model_type"] != "smollm3":
         return ()
     flags = values.get("no_rope_layers")  # 1 where a layer rotates
@@ -280,7 +278,10 @@ def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, 
 
 
 def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
-    """Raise ValueError where a key asks for other arithmetic; let one that says nothing in this family say it alike."""
+    """Give each key that says nothing in this family the value by which it says nothing.
+
+    Raises ValueError where it has another value, which would ask for other arithmetic.
+    """
     if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
         values["num_experts"] = None  # its other name there
     for key, neutral in NEUTRAL_VALUES.items():
@@ -302,7 +303,7 @@ def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
         numbers = [values[key] for key in ("num_local_experts", "num_experts") if values.get(key) is not None] or [128]
         if numbers[0] != numbers[-1]:
             raise ValueError(f"config.json: num_local_experts {numbers[0]!r} and num_experts {numbers[-1]!r} differ")
-        values["num_local_experts"] = numbers[0]
+        values = {**values, "num_local_experts": numbers[0]}
     num_experts = read_number(values, "num_local_experts", high=MAX_COUNT)
     num_active = read_number(values, "num_experts_per_tok", high=num_experts)
     return {**fields, "num_local_experts": num_experts, "num_experts_per_tok": num_active}
@@ -317,33 +318,37 @@ def parse_sliding_window(
     and the others in those that `layer_types` names, or else by a pattern of their own; only those that have
     `use_sliding_window` heed it.
     """
-    family, kinds = values["model_type"], values.get("layer_types")
+    family, types = values["model_type"], values.get("layer_types")
     is_switch = "use_sliding_window" in FAMILY_DEFAULTS[family] and values.get("use_sliding_window") is not None
     switched_off = is_switch and not read_flag(values, "use_sliding_window")
     no_window = family in FULL_ATTENTION or switched_off or values["sliding_window"] is None
     window = None if no_window else read_number(values, "sliding_window")
     mixed = window is not None and family in MIXED_ATTENTION
-    kind = "full_attention" if window is None else "sliding_attention"
-    allowed = ("full_attention", "sliding_attention") if mixed else (kind,)
+    default = "full_attention" if window is None else "sliding_attention"
+    allowed = ("full_attention", "sliding_attention") if mixed else (default,)
     if family == "granitemoehybrid":  # it calls full attention so, and has Mamba's layers in its larger models
-        kinds = values.get("layers_block_type") if kinds is None else kinds
-        kinds = ["full_attention" if k == "attention" else k for k in kinds] if isinstance(kinds, list) else kinds
-    elif kinds is None:
-        full: tuple[int, ...] | range = ()
-        if mixed and family == "smollm3":
-            full = tuple(i for i in range(num_layers) if i not in no_rope_layers)
-        elif mixed and family in ("olmo3", "gemma3_text"):
-            every = 4 if family == "olmo3" else read_number(values, "sliding_window_pattern")
-            full = range(every - 1, num_layers, every)
-        elif mixed:
-            full = range(read_number(values, "max_window_layers", low=0))
-        kinds = ["full_attention" if i in full else kind for i in range(num_layers)]
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(k not in allowed for k in kinds):
-        raise ValueError(
-            f"config.json: layer_types {kinds!r} is not supported; with sliding_window {window} each of the "
-            f"{num_layers} layers is {' or '.join(allowed)}"
-        )
-    return window, () if window is None else tuple(i for i, k in enumerate(kinds) if k == "full_attention")
+        types = values.get("layers_block_type") if types is None else types
+        if isinstance(types, list):
+            types = ["full_attention" if name == "attention" else name for name in types]
+    elif types is None:
+        full = full_attention_layers(values, num_layers, no_rope_layers) if mixed else ()
+        types = ["full_attention" if i in full else default for i in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers or any(name not in allowed for name in types):
+        expected = f"with sliding_window {window} each of the {num_layers} layers is {' or '.join(allowed)}"
+        raise ValueError(f"config.json: layer_types {types!r} is not supported; {expected}")
+    return window, () if window is None else tuple(i for i, name in enumerate(types) if name == "full_attention")
+
+
+def full_attention_layers(
+    values: dict[str, Any], num_layers: int, no_rope_layers: tuple[int, ...]
+) -> list[int] | range:
+    """Return the layers with full attention of a family that mixes them, by its own pattern."""
+    if values["model_type"] == "smollm3":
+        return [i for i in range(num_layers) if i not in no_rope_layers]
+    if values["model_type"] in ("olmo3", "gemma3_text"):
+        every = 4 if values["model_type"] == "olmo3" else read_number(values, "sliding_window_pattern")
+        return range(every - 1, num_layers, every)
+    return range(read_number(values, "max_window_layers", low=0))
 
 
 def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:
@@ -366,7 +371,8 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
         path, ids = folder / "config.json", raw.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not isinstance(ids, list):
+        ids = [] if ids is None else [ids]
     num_ids = raw["vocab_size"] if isinstance(raw.get("vocab_size"), int) else 2**31
     if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type
         raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")

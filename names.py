@@ -50,9 +50,8 @@ def hub_names(name: str, config: ModelConfig, stacked: tuple[str, ...] = ()) -> 
     *path, module, suffix = name.split(".")
     names = [name]
     if is_stack(name, config):
-        prefix = ".".join([*path, "experts"])
-        numbers = range(config.num_local_experts)
-        names = [f"{prefix}.{i}.{part}.{suffix}" for i in numbers for part in EXPERTS_STACKED[module]]
+        experts = [".".join([*path, "experts", str(i)]) for i in range(config.num_local_experts)]
+        names = [f"{expert}.{part}.{suffix}" for expert in experts for part in EXPERTS_STACKED[module]]
     elif module in STACKED and module not in (stacked or STACKED_ON_DISK.get(config.model_type, ())):
         names = [".".join([*path, part, suffix]) for part in STACKED[module]]
     return ["model." + family_name(part, config) for part in names]

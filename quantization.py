@@ -38,14 +38,14 @@ class Quantization(NamedTuple):
     options: Mapping[str, Any]
     kinds: Sequence[Kind] = ()
 
-    def fail(self, key: str, expected: str, options: Mapping[str, Any] | None = None) -> ValueError:
+    def error(self, key: str, expected: str, options: Mapping[str, Any] | None = None) -> ValueError:
         value = repr((self.options if options is None else options).get(key))[:60]
         return ValueError(f"config.json: {key} {value} of {self.method} is not supported, expected {expected}")
 
     def read_size(self, options: Mapping[str, Any]) -> int | None:
         size = options.get("group_size")
         if size not in (None, -1) and (type(size) is not int or size <= 0):
-            raise self.fail("group_size", "a number of columns, or -1", options)
+            raise self.error("group_size", "a number of columns, or -1", options)
         return None if size == -1 else size
 
     @property
@@ -64,32 +64,20 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
 
     Raises ValueError, in a line that names the method and says what to do, where it is one that is not read.
     """
-    if isinstance(own := raw.get("quantization"), dict) and own.get("mode") in MODES:
-        size = f" --groupsize {own['groupsize']}" if own.get("groupsize") in GROUP_SIZES else ""
-        raise ValueError(
-            "config.json: this folder is of an earlier version, whose form is read no more; make it anew: python "
-            f"quantize.py --checkpoint_path MODEL --mode {own['mode']}{size}"
-        )
-    keys = ("quantization_config", "compression_config", "quantization")  # the second by compressed-tensors of 2024
-    options: Any = next((raw[key] for key in keys if raw.get(key) is not None), {})
-    if not isinstance(options, dict):
-        raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
-    options = {key: value for key, value in options.items() if value is not None}
+    refuse_old_folder(raw)
+    options = quantization_options(raw)
     if not options:
         return None
     default = next((method for key, method in OWN_KEYS.items() if key in options), "an unknown method")
     method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
     if method == "auto-round":
-        packing, kind = str(options.get("packing_format"))[:40], str(options.get("data_type"))[:40]
-        layout = "fp8" if kind == "fp" else PACKINGS.get(packing, f"auto-round with packing_format {packing} of {kind}")
+        packing, data_type = str(options.get("packing_format"))[:40], str(options.get("data_type"))[:40]
+        unknown = f"auto-round with packing_format {packing} of {data_type}"
+        layout = "fp8" if data_type == "fp" else PACKINGS.get(packing, unknown)
         method = layout.removesuffix("_v2")
         options = {**options, "checkpoint_format": layout} if method == "gptq" else options
-    groups = options.get("config_groups")
-    kinds = [options, *(groups.values() if isinstance(groups, dict) else ())]
-    words = " ".join(f"{kind.get('format')} {kind.get('quant_algo')}" for kind in kinds if isinstance(kind, dict))
-    if other := re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower()):
-        method = other[0].upper()
-    is_fp8 = method in ("fp8", "fbgemm_fp8") or (method, options.get("quant_algo")) == ("modelopt", "FP8")
+    method = other_format(options) or method
+    is_fp8 = method in ("fp8", "fbgemm_fp8") or (method == "modelopt" and options.get("quant_algo") == "FP8")
     if method not in KINDS and not is_fp8:
         raise ValueError(
             f"config.json: quantization_config of {method} is not read, only {READ}; download the model that it was "
@@ -100,18 +88,46 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     return quantization._replace(kinds=KINDS[method](quantization) if method in KINDS else [Kind(None, None, block)])
 
 
+def refuse_old_folder(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError for a folder as quantize.py wrote them before compressed-tensors."""
+    if isinstance(own := raw.get("quantization"), dict) and own.get("mode") in MODES:
+        size = f" --groupsize {own['groupsize']}" if own.get("groupsize") in GROUP_SIZES else ""
+        raise ValueError(
+            "config.json: this folder is of an earlier version, whose form is read no more; make it anew: python "
+            f"quantize.py --checkpoint_path MODEL --mode {own['mode']}{size}"
+        )
+
+
+def quantization_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object that config.json has for quantized weights, without what is null; {} where it has none."""
+    keys = ("quantization_config", "compression_config", "quantization")  # the second by compressed-tensors of 2024
+    options: Any = next((raw[key] for key in keys if raw.get(key) is not None), {})
+    if not isinstance(options, dict):
+        raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def other_format(options: Mapping[str, Any]) -> str | None:
+    """Return the format that the options, or one of their groups, name, if it is one that no method is read in."""
+    groups = options.get("config_groups")
+    parts = [options, *(groups.values() if isinstance(groups, dict) else ())]
+    words = " ".join(f"{part.get('format')} {part.get('quant_algo')}" for part in parts if isinstance(part, dict))
+    found = re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower())
+    return found and found[0].upper()
+
+
 def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
     sparsity, transform = (quantization.options.get(key) for key in ("sparsity_config", "transform_config"))
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
-        raise quantization.fail("sparsity_config", "none")
+        raise quantization.error("sparsity_config", "none")
     # A rotation of inputs or outputs, and not of weights alone, which are stored as they are after it.
     places = re.findall(r"'location': '(\w+)'", str(transform))
     if transform and (not places or not all(place.startswith("weight_") for place in places)):
-        raise quantization.fail("transform_config", "rotations of weights alone")
+        raise quantization.error("transform_config", "rotations of weights alone")
     groups = quantization.options.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else [None]
     if not all(isinstance(group, dict) and isinstance(group.get("weights"), dict | None) for group in groups):
-        raise quantization.fail("config_groups", "groups with targets and weights")
+        raise quantization.error("config_groups", "groups with targets and weights")
     kinds = []
     for group in (group for group in groups if group.get("weights")):
         weights = {"type": "int", **{key: value for key, value in group["weights"].items() if value is not None}}
@@ -120,12 +136,13 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
                     "strategy": ("group", "channel", "tensor", *["block"] * (not is_int))}  # fmt: skip
         for key, values in expected.items():
             if weights.get(key) not in values:
-                raise quantization.fail(key, " or ".join(map(str, values)), weights)
+                raise quantization.error(key, " or ".join(map(str, values)), weights)
         block = weights.get("block_structure")
         if isinstance(block, str) and (sizes := re.fullmatch(r"(\d{1,6})x(\d{1,6})", block)):
             block = [int(size) for size in sizes.groups()]
         bits = weights["num_bits"] if is_int else None
-        is_symmetric, is_head = weights.get("symmetric", True) is True, "lm_head" in str(group.get("targets"))
+        targets = group["targets"] if isinstance(group.get("targets"), list) else []
+        is_symmetric, is_head = weights.get("symmetric", True) is True, any("lm_head" in str(name) for name in targets)
         kinds.append(Kind(bits, quantization.read_size(weights), block, is_symmetric, is_head))
     return kinds
 
@@ -134,19 +151,19 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
     """Read the kinds of GPTQ and AWQ: that of all modules, and those of some."""
     options, is_gptq = quantization.options, quantization.method == "gptq"
     if options.get("bits") not in ((4, 8) if is_gptq else (4,)):
-        raise quantization.fail("bits", "4 or 8" if is_gptq else "4")
+        raise quantization.error("bits", "4 or 8" if is_gptq else "4")
     layouts = ("gptq", "gptq_v2") if is_gptq else ("gemm",)
     for key in ("checkpoint_format", "format") if is_gptq else ("version", "checkpoint_format", "format"):
         if key in options and str(options[key]).lower() not in layouts:
-            raise quantization.fail(key, " or ".join(layouts))
+            raise quantization.error(key, " or ".join(layouts))
     if options.get("is_marlin_format"):
-        raise quantization.fail("is_marlin_format", "false")
+        raise quantization.error("is_marlin_format", "false")
     others = [options.get(key) for key in ("dynamic", "extra_config")]
     modules = [module for other in others if isinstance(other, dict) for module in other.values()]
     modules = [{k: v for k, v in module.items() if v is not None} for module in modules if isinstance(module, dict)]
     for module in modules:
         if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:
-            raise quantization.fail("bits", "4 or 8", module)
+            raise quantization.error("bits", "4 or 8", module)
     kinds = [{**options, **module} for module in ({}, *modules)]
     return [Kind(kind["bits"], quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
 

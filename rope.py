@@ -104,10 +104,8 @@ def parse_rope_object(values: dict[str, Any], key: str, rope: Any, head_dim: int
     share = read_number(given, "partial_rotary_factor", float, low=0, high=1, where=f" in {key}")
     rotary_dim = int(head_dim * share)
     if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(
-            f"config.json: partial_rotary_factor {share:g} of head_dim {head_dim} lets {rotary_dim} channels rotate, "
-            "expected an even number"
-        )
+        what = f"partial_rotary_factor {share:g} of head_dim {head_dim} lets {rotary_dim} channels rotate"
+        raise ValueError(f"config.json: {what}, expected an even number")
     context = read_number(values, "max_position_embeddings")
     scaling = parse_rope_scaling(values, given, rope_type, rotary_dim, number)
     if scaling is not None and rope_type in ("dynamic", "yarn"):  # the configs of many models have the context before
