@@ -22,7 +22,7 @@ from config import quantization_scheme
 from kernels.cpu import empty_weight
 from kernels.inductor import CompiledLinear, FusedCompiledLinear, is_reduction, streamed_linear
 from kernels.layers import AtenInt4, AtenInt8
-from kernels.optimize import cpu_layer, cuda_kernels, gpu_layer, zeros_of
+from kernels.optimize import cpu_layer, cuda_kernels, gpu_layer, zero_points
 from linears import Scheme, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
 from model import Linear, RMSNorm
 from steps import allow_many_graphs
@@ -35,7 +35,9 @@ MOST_COPIES = 16
 EPS = 1e-5
 TOLERANCE = 0.02  # of a form's outputs, as a share of the largest
 
-Form = Callable[[Any], nn.Module | None]  # from a linear as it is stored to a layer; None where it does not take it
+MakeLayer = Callable[
+    [Any], nn.Module | None
+]  # from a linear as it is stored to a layer; None where it does not take it
 
 
 def num_columns(stored: Any) -> int:
@@ -102,26 +104,26 @@ def aten_layer(stored: StoredLinear, dtype: torch.dtype, on_gpu: bool) -> nn.Mod
     scales = stored.scales.to(dtype)
     if stored.form.bits == 8:
         return AtenInt8(stored.weight, scales, bias=None)
-    tensors = stored.codes(), scales, zeros_of(stored)
+    tensors = stored.codes(), scales, zero_points(stored)
     return tinygemm(*tensors) if on_gpu else AtenInt4(*tensors, bias=None)
 
 
-def make_forms(scheme: Scheme | None, dtype: torch.dtype, on_gpu: bool) -> dict[str, Form]:
+def make_forms(scheme: Scheme | None, dtype: torch.dtype, on_gpu: bool) -> dict[str, MakeLayer]:
     """Return the forms that a linear can take under a scheme.
 
     The first is a multiply and a sum, which torch.compile fuses into one loop for few rows; «ours» is the kernel that
     a model gets on this device, if there is one.
     """
     cuda = cuda_kernels() if on_gpu else None  # which also defines the operators of Triton's kernels
-    forms: dict[str, Form] = {"multiply and sum": partial(CompiledLinear, on_gpu=on_gpu)}
+    forms: dict[str, MakeLayer] = {"multiply and sum": partial(CompiledLinear, on_gpu=on_gpu)}
 
     def ours(stored: Any) -> nn.Module | None:
         return gpu_layer(stored, dtype, cuda) if on_gpu else cpu_layer(stored, dtype)
 
-    def behind_norm(form: Form, folded: bool, stored: Any) -> nn.Module | None:
+    def behind_norm(form: MakeLayer, folded: bool, stored: Any) -> nn.Module | None:
         return Normed(layer, folded, num_columns(stored), dtype) if (layer := form(stored)) else None
 
-    norms: dict[str, tuple[Form, bool]] = {
+    norms: dict[str, tuple[MakeLayer, bool]] = {
         "norm, multiply and sum": (OneLoop, False),
         "norm folded into the sum": (OneLoop, True),
     }
@@ -168,7 +170,7 @@ def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
                 yield Rung(f"{title}, {label}", "ms", measure, name, made[2], against=f"{first}, {label}")
 
 
-def make_layers(form: Form, stored: list[Any]) -> list[nn.Module]:
+def make_layers(form: MakeLayer, stored: list[Any]) -> list[nn.Module]:
     """Make the layers of a block in a form, in memory of their own. Raises ValueError where one has no such form."""
     layers = []
     for linear in stored:
@@ -184,7 +186,7 @@ def make_layers(form: Form, stored: list[Any]) -> list[nn.Module]:
 
 @torch.inference_mode()
 def compile_form(
-    form: Form, stored: list[Any], inputs: list[list[Tensor]], device: str
+    form: MakeLayer, stored: list[Any], inputs: list[list[Tensor]], device: str
 ) -> tuple[list[Callable[[], Any]], int, int]:
     """Compile blocks in a form, for each of the inputs; return them, how many blocks they are and the bytes of one.
 

@@ -233,7 +233,7 @@ class Avx2Bf16(CpuBf16):
     gemm = CpuBf16.product
 
 
-def interleaved(values: Tensor, rows: int) -> Tensor:
+def interleave(values: Tensor, rows: int) -> Tensor:
     """Put what so many rows of a weight have for a group beside each other: [N, groups] -> [N / rows, groups, rows]."""
     return values.unflatten(-2, (-1, rows)).mT
 
@@ -247,9 +247,9 @@ class CpuInt8(KernelLinear):
         super().__init__(bias)
         packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, BLOCK_ROWS)).transpose(-3, -2)
         self.weight = packed_weight(packed)  # [N / 4, K / 64, 4, 64]
-        self.scales = packed_weight(interleaved(scales, BLOCK_ROWS))
+        self.scales = packed_weight(interleave(scales, BLOCK_ROWS))
         if zeros is not None:
-            self.zeros, self.names = packed_weight(interleaved(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
+            self.zeros, self.names = packed_weight(interleave(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
 
     @staticmethod
     def product(
@@ -273,8 +273,8 @@ class CpuInt4(KernelLinear):
         )  # [.., 4, 16, 2, 4]
         first, second = columns.unflatten(-1, (2, 2)).unbind(-1)
         self.weight = packed_weight(first | second << 4)  # [N / 16, K / 32, 4, 16, 2, 2]
-        self.scales = packed_weight(interleaved(scales, INT4_BLOCK_ROWS))
-        first, second = interleaved(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
+        self.scales = packed_weight(interleave(scales, INT4_BLOCK_ROWS))
+        first, second = interleave(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)
 
     @staticmethod

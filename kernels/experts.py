@@ -12,26 +12,26 @@ from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import StoredLinear
 from model import Experts, by_expert
 
-# By the name of a form, what multiplies rows with the tensors of one layer.
-KINDS = (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
-FORMS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{kind.__name__: kind.matmul for kind in KINDS}}
+LAYER_CLASSES = (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
+# By the name of a layer's class, what multiplies rows with the tensors of one layer.
+MATMULS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{cls.__name__: cls.matmul for cls in LAYER_CLASSES}}
 
 # It reads on the host how many rows each expert has, which a CUDA graph cannot.
 torch.library.define(
     "kernels::by_expert",
-    "(Tensor x, Tensor experts, str form, Tensor[] stacks) -> Tensor",
+    "(Tensor x, Tensor experts, str layer_class, Tensor[] stacks) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
 @torch.library.impl("kernels::by_expert", "CompositeExplicitAutograd")
-def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
-    return by_expert(x, experts, lambda i, rows: FORMS[form](rows, *(stack[i] for stack in stacks)))
+def _(x: Tensor, experts: Tensor, layer_class: str, stacks: list[Tensor]) -> Tensor:
+    return by_expert(x, experts, lambda i, rows: MATMULS[layer_class](rows, *(stack[i] for stack in stacks)))
 
 
 @torch.library.register_fake("kernels::by_expert")
-def _(x: Tensor, experts: Tensor, form: str, stacks: list[Tensor]) -> Tensor:
-    return x.new_empty(*experts.shape, FORMS[form](x[:1, 0], *(stack[0] for stack in stacks)).shape[1])
+def _(x: Tensor, experts: Tensor, layer_class: str, stacks: list[Tensor]) -> Tensor:
+    return x.new_empty(*experts.shape, MATMULS[layer_class](x[:1, 0], *(stack[0] for stack in stacks)).shape[1])
 
 
 class KernelExperts(nn.Module):

@@ -132,9 +132,6 @@ class FusedCompiledLinear(FusedLinear, CompiledLinear):
     def __init__(self, stored: Linear | StoredLinear):
         CompiledLinear.__init__(self, stored, on_gpu=True)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return CompiledLinear.multiply(self, x)
-
     def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         if not (is_reduction(x) and isinstance(self.stored, Linear)):
             return None

@@ -76,13 +76,9 @@ class FusedLinear(nn.Module):
         y = swiglu(y) if gated else y
         return y if residual is None else residual + y
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return the product, plus the bias."""
-        raise NotImplementedError
-
-    def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
-        """Compute all of `forward` in one kernel, or return None where there is none for this x."""
-        return None
+    multiply: Callable[[Tensor], Tensor]  # the product, plus the bias
+    # All of `forward` in one kernel; returns None where there is none for this x.
+    fused: Callable[[Tensor, RMSNorm | None, bool, Tensor | None], Tensor | None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

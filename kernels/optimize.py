@@ -32,17 +32,19 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     dtype = model.embed_tokens.weight.dtype
     cuda = cuda_kernels() if on_gpu else None
     names = [name for name, child in model.named_modules() if isinstance(child, AnyLinear)]
-    # What is inexact in one layer is taken so in all: a compiled step needs layers that are alike.
-    with_zeros = {name.split(".")[-1] for name in names if has_zeros(model.get_submodule(name))}
-    inexact = {name.split(".")[-1] for name in names if not is_exact(model.get_submodule(name), dtype)}
-    for name in names:  # and not the modules, so that a weight is freed as soon as it is repacked
+    # A compiled step needs layers that are alike: what holds for a linear of one layer is taken to hold for those that
+    # have the same role in the others.
+    roles = {name: name.rpartition(".")[2] for name in names}
+    with_zeros = {role for name, role in roles.items() if has_zeros(model.get_submodule(name))}
+    inexact = {role for name, role in roles.items() if not is_exact(model.get_submodule(name), dtype)}
+    for name, role in roles.items():  # and not the modules, so that a weight is freed as soon as it is repacked
         linear = model.get_submodule(name)
         assert isinstance(linear, AnyLinear)
-        if isinstance(linear, StoredLinear) and name.split(".")[-1] not in with_zeros:
+        if isinstance(linear, StoredLinear) and role not in with_zeros:
             linear.zeros = None
         layer = None
         if not is_router(name):
-            exact = name.split(".")[-1] not in inexact
+            exact = role not in inexact
             layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     layers = [model.get_submodule(name) for name in names if not is_router(name)]
@@ -97,8 +99,8 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
         if layer is not None and stored.order is not None:
             return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
-        form = cpu.CpuBf16 if cpu.instruction_set() == "avx512" else cpu.Avx2Bf16
-        layer = form(stored.weight, getattr(stored, "bias", None))
+        layer_class = cpu.CpuBf16 if cpu.instruction_set() == "avx512" else cpu.Avx2Bf16
+        layer = layer_class(stored.weight, getattr(stored, "bias", None))
     else:
         return None
     return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer
@@ -106,7 +108,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
 
 def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    if cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 64) and whole_groups(stored):
+    if cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 64) and has_whole_groups(stored):
         return cpu.CpuInt8(stored.weight, stored.scales, stored.bias, stored.zeros)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
         return None
@@ -115,28 +117,28 @@ def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
 
 
 def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
-    if not whole_groups(stored):
+    if not has_whole_groups(stored):
         return None
-    codes, zeros = stored.codes(), zeros_of(stored)
+    codes, zeros = stored.codes(), zero_points(stored)
     if cpu.has_kernel(dtype, codes, cpu.INT4_BLOCK_ROWS, 32):
         return cpu.CpuInt4(codes, stored.scales, zeros, stored.bias)
     if not exact or codes.shape[-2] % 16:
         return None
-    scales, zeros = regrouped(stored.group_size, stored.scales.to(dtype), zeros)
+    scales, zeros = split_groups(stored.group_size, stored.scales.to(dtype), zeros)
     return AtenInt4(codes, scales, zeros, stored.bias)
 
 
-def whole_groups(stored: StoredLinear) -> bool:
+def has_whole_groups(stored: StoredLinear) -> bool:
     """Say whether the groups are such as the kernels take: of whole vectors, and none of them shorter."""
     return stored.in_features % stored.group_size == 0 and stored.group_size % 32 == 0
 
 
-def zeros_of(stored: StoredLinear) -> Tensor:
+def zero_points(stored: StoredLinear) -> Tensor:
     """Return the zero points of int4, which are 8 where it has none."""
     return torch.full_like(stored.scales, 8, dtype=torch.uint8) if stored.zeros is None else stored.zeros
 
 
-def regrouped(group_size: int, *values: Tensor) -> Iterator[Tensor]:
+def split_groups(group_size: int, *values: Tensor) -> Iterator[Tensor]:
     """Repeat what larger groups have for groups that all kernels take: powers of 2, of which ATen has these."""
     size = max(size for size in GROUP_SIZES if group_size % size == 0)
     return (tensor.repeat_interleave(group_size // size, dim=-1) for tensor in values)
@@ -158,9 +160,9 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
     if stored.order is not None or stored.form.scale_dtype != torch.bfloat16:  # as which the kernels hold them
         return None
     if stored.form.bits == 4:
-        if not whole_groups(stored):
+        if not has_whole_groups(stored):
             return None
-        scales, zeros = regrouped(stored.group_size, stored.scales.to(dtype), zeros_of(stored))
+        scales, zeros = split_groups(stored.group_size, stored.scales.to(dtype), zero_points(stored))
         return cuda.CudaInt4(stored.codes(), scales, zeros, stored.bias)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None:
         return None
@@ -181,7 +183,7 @@ class FusedBlock(Block):
     """`Block`, whose products are given the norm before them, and the gate and the residual behind them."""
 
     def __init__(self, block: Block):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not Block's: the modules exist already
         self.input_layernorm, self.self_attn = block.input_layernorm, block.self_attn
         self.post_attention_layernorm, self.mlp = block.post_attention_layernorm, block.mlp
 
