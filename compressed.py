@@ -58,19 +58,19 @@ def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[st
     """
     tensors: dict[str, Tensor] = {}
     for name, value in parameters.items():
-        module, _, kind = name.rpartition(".")
+        module, _, suffix = name.rpartition(".")
         stored = model.get_submodule(module)
         matrix = unstacked(name, value, model.config)
         hub, rows = hub_names(name, model.config), hub_rows(name, model.config, matrix.shape[0])
-        if not isinstance(stored, StoredLinear) or kind == "bias":
+        if not isinstance(stored, StoredLinear) or suffix == "bias":
             tensors |= zip(hub, matrix.split(rows), strict=True)
-        elif kind == "weight":
-            kinds = [kind for kind, _ in stored.named_parameters() if kind != "bias"]
-            values = [unstacked(name, parameters[f"{module}.{kind}"], model.config).split(rows) for kind in kinds]
+        elif suffix == "weight":
+            suffixes = [suffix for suffix, _ in stored.named_parameters() if suffix != "bias"]
+            values = [unstacked(name, parameters[f"{module}.{key}"], model.config).split(rows) for key in suffixes]
             packed = [
-                dict(pack_tensors(stored, base.removesuffix(".weight"), dict(zip(kinds, part, strict=True))))
+                dict(pack_tensors(stored, base.removesuffix(".weight"), dict(zip(suffixes, part, strict=True))))
                 for base, part in zip(hub, zip(*values, strict=True), strict=True)
             ]
-            # Kind by kind, so that what is stacked when it is read lies together.
+            # Suffix by suffix, so that what is stacked when it is read lies together.
             tensors |= [item for items in zip(*(part.items() for part in packed), strict=True) for item in items]
     return tensors

@@ -130,8 +130,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 # Files beside config.json in which older programs said how a model is quantized, and their keys that have other names.
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
-# Files that stand for a model in a form that is not read, and what to do.
-OTHER_FORMS = {
+# Files that stand for a model in a layout that is not read, and what to do.
+OTHER_LAYOUTS = {
     "adapter_config.json": "an adapter is not read; merge it into its base model (peft's merge_and_unload)",
     "*.gguf": "GGUF is read by scripts/convert_gguf.py alone, which makes a folder of it",
     "consolidated*": "the maker's own layout is not read; download the model in the Hub's, with config.json",
@@ -146,7 +146,7 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
         convert = f"; run `python scripts/convert_gguf.py {checkpoint_path}`" * (checkpoint_path.suffix == ".gguf")
         raise FileNotFoundError(f"{checkpoint_path} is not a folder; expected one with a config.json{convert}")
     if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
-        for pattern, cure in OTHER_FORMS.items():
+        for pattern, cure in OTHER_LAYOUTS.items():
             if found := next(checkpoint_path.glob(pattern), None):
                 raise FileNotFoundError(f"{checkpoint_path} has {found.name} and no model.safetensors: {cure}")
     if not path.is_file():

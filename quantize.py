@@ -190,22 +190,22 @@ def written_specs(target: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
 
 
 def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) -> Iterator[str]:
-    """Say what becomes of each kind of tensor, one per line. before, after: the specs; target: on the meta device."""
+    """Say, a line for each role, what becomes of its tensors. before, after: specs; target: on the meta device."""
 
-    def megabytes(specs: dict[str, Any], kind: str) -> float:
-        sizes = (shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if kind_of(name) == kind)
+    def megabytes(specs: dict[str, Any], role: str) -> float:
+        sizes = (shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if role_of(name) == role)
         return sum(sizes) / 1e6
 
-    def kind_of(name: str) -> str:
+    def role_of(name: str) -> str:
         return name.split(".")[-2]
 
-    kinds = dict.fromkeys(map(kind_of, after))
-    totals = [sum(megabytes(specs, kind) for kind in kinds) for specs in (before, after)]
-    forms = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
+    roles = dict.fromkeys(map(role_of, after))
+    totals = [sum(megabytes(specs, role) for role in roles) for specs in (before, after)]
+    modules = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
     yield f"{'':26}{'stored as':34}{'MB before':>10}{'MB after':>10}"
-    for kind in kinds:
-        form = describe(forms[kind])
-        yield f"{kind:26}{form:34}{megabytes(before, kind):10.3f}{megabytes(after, kind):10.3f}"
+    for role in roles:
+        stored_as = describe(modules[role])
+        yield f"{role:26}{stored_as:34}{megabytes(before, role):10.3f}{megabytes(after, role):10.3f}"
     yield f"{'all':60}{totals[0]:10.3f}{totals[1]:10.3f}"
 
 

@@ -26,17 +26,17 @@ FAMILY_ROPE_KEYS = {"ministral3": {"llama_4_scaling_beta", "max_position_embeddi
 PARTIAL_ROTARY = ("phi3",)
 # Families whose layers with a window have a rotary embedding of their own.
 LOCAL_ROPE = ("gemma3_text", "olmo3")
-KINDS = ("full_attention", "sliding_attention")
+LAYERS = ("full_attention", "sliding_attention")  # their types
 
 
 def read_number(
-    values: dict[str, Any], key: str, kind: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
+    values: dict[str, Any], key: str, number_type: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
 ) -> Any:
     value: Any = values.get(key)
-    if type(value) not in {int, kind} or not low <= value <= high:  # a bool is an int, but not of that type
-        expected = f"{kind.__name__} of at least {low} and at most {high}"
+    if type(value) not in {int, number_type} or not low <= value <= high:  # a bool is an int, but not of that type
+        expected = f"{number_type.__name__} of at least {low} and at most {high}"
         raise ValueError(f"config.json: {key}{where} is {value!r}, expected {expected}")
-    return kind(value)
+    return number_type(value)
 
 
 def read_flag(values: dict[str, Any], key: str) -> bool:
@@ -48,7 +48,7 @@ def read_flag(values: dict[str, Any], key: str) -> bool:
 def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Read rotary embeddings, from `rope_parameters` or from `rope_theta` and `rope_scaling`: fields of ModelConfig."""
     if values["model_type"] in LOCAL_ROPE:
-        return parse_ropes_by_kind(values, head_dim)
+        return parse_ropes_by_layer_type(values, head_dim)
     objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
     objects = objects or {"rope_parameters": {}}
     parsed = [parse_rope_object(values, key, rope, head_dim) for key, rope in objects.items()]
@@ -58,16 +58,16 @@ def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     return parsed[0]
 
 
-def parse_ropes_by_kind(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Read one for each kind of layer; rope_scaling is for those with full attention."""
-    kinds, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    # With both kinds there, what stands beside them has no say, and gptqmodel writes something there.
-    if not isinstance(kinds, dict) or not (kinds.keys() <= set(KINDS) or kinds.keys() >= set(KINDS)):
-        raise ValueError(f"config.json: rope_parameters is {kinds!r}, expected an object with {' and '.join(KINDS)}")
-    ropes = [kinds.get(kind) or {} for kind in KINDS]
+def parse_ropes_by_layer_type(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Read one for each type of layer; rope_scaling is for those with full attention."""
+    given, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    # With both types there, what stands beside them has no say, and gptqmodel writes something there.
+    if not isinstance(given, dict) or not (given.keys() <= set(LAYERS) or given.keys() >= set(LAYERS)):
+        raise ValueError(f"config.json: rope_parameters is {given!r}, expected an object with {' and '.join(LAYERS)}")
+    ropes = [given.get(name) or {} for name in LAYERS]
     if any(not isinstance(rope, dict) for rope in (*ropes, scaling)):
-        raise ValueError(f"config.json: rope_parameters {kinds!r} or rope_scaling {scaling!r} is no object")
-    where = [f"{kind} of rope_parameters" for kind in KINDS]
+        raise ValueError(f"config.json: rope_parameters {given!r} or rope_scaling {scaling!r} is no object")
+    where = [f"{name} of rope_parameters" for name in LAYERS]
     fields = parse_rope_object(values, where[0], {**ropes[0], **scaling}, head_dim)
     local = parse_rope_object({**values, "rope_theta": values["rope_local_base_freq"]}, where[1], ropes[1], head_dim)
     if local["rope_scaling"] is not None:

@@ -43,16 +43,16 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
 
     The sum over ranks would add a row-parallel bias once per rank: rank 0 has it, the others have zeros.
     """
-    *_, module, kind = name.split(".")
+    *_, module, suffix = name.split(".")
     whole = module not in PLAN or (module in ("q_norm", "k_norm") and not config.qk_norm_over_heads)
     if ranks.count == 1 or whole:  # a norm, or a router
         return part
     how = PLAN[module][index % len(PLAN[module])]
-    if kind == "order":
+    if suffix == "order":
         return part
     dim = 1 if how.endswith("row") else 0
-    if dim == 1 and (part.ndim == 1 or (kind in ("scales", "zeros") and part.shape[1] == 1)):  # a row has one
-        return torch.zeros_like(part) if kind == "bias" and ranks.rank else part
+    if dim == 1 and (part.ndim == 1 or (suffix in ("scales", "zeros") and part.shape[1] == 1)):  # a row has one
+        return torch.zeros_like(part) if suffix == "bias" and ranks.rank else part
     if how == "vocabulary":  # the last ranks' shares may be padded, with ids that no text has
         size = -(-part.shape[0] // ranks.count)
         share = part[ranks.rank * size : (ranks.rank + 1) * size]

@@ -204,14 +204,14 @@ def check_device(name: str) -> None:
         ) from None
 
 
-def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:
+def number(number_type: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:
     """Make an argparse type for int or float from low (excluded if `above`) to high."""
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            value = number_type(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {number_type.__name__}") from None
         if not low <= value <= high or (above and value == low):
             bound = f"{'above' if above else 'at least'} {low:g}" + (
                 f" and at most {high:g}" if high < float("inf") else ""

@@ -97,9 +97,9 @@ def catch_signals(received: list[int]) -> contextlib.ExitStack:
     return stack
 
 
-def report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if kind is not KeyboardInterrupt:  # which came where `user_errors` begins or ends
-        sys.__excepthook__(kind, error, trace)
+def report_exception(error_class: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if error_class is not KeyboardInterrupt:  # which came where `user_errors` begins or ends
+        sys.__excepthook__(error_class, error, trace)
 
 
 class OutlivingStream:

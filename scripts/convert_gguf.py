@@ -93,12 +93,12 @@ class Metadata:
         prefix = f"{self.architecture}."
         self.unread = {k.removeprefix(prefix): v for k, v in file.values.items() if k.startswith(prefix)}
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """Return a key's value. Raises ValueError where it is missing and has no default, or is of another kind."""
+    def get(self, key: str, expected: type, default: Any = None) -> Any:
+        """Return a key's value. Raises ValueError where it is missing and has no default, or is of another type."""
         value = self.unread.pop(key, default)
-        if type(value) is not kind:
-            raise ValueError(f"{self.file.path}: {self.architecture}.{key} is {value!r}, expected {kind.__name__}")
-        return float(f"{value:.7g}") if kind is float else value  # they are fp32: 1e-5 is 9.99999974738e-06
+        if type(value) is not expected:
+            raise ValueError(f"{self.file.path}: {self.architecture}.{key} is {value!r}, expected {expected.__name__}")
+        return float(f"{value:.7g}") if expected is float else value  # they are fp32: 1e-5 is 9.99999974738e-06
 
     def check_unread(self) -> None:
         """Raise ValueError where a key that nobody asked for may change the arithmetic."""
@@ -242,25 +242,25 @@ class Source(NamedTuple):
 
 def gguf_name(hub_name: str, architecture: str) -> tuple[str, int]:
     """Return GGUF's name of a tensor of the Hub's, and which of its experts that is; 0 without experts."""
-    name, _, kind = hub_name.rpartition(".")
+    name, _, suffix = hub_name.rpartition(".")
     if name in OUTER_NAMES:
-        return f"{OUTER_NAMES[name]}.{kind}", 0
+        return f"{OUTER_NAMES[name]}.{suffix}", 0
     expert = re.search(r"\.experts\.(\d+)", name)
     layer, part = re.sub(r"\.experts\.\d+", ".experts", name).removeprefix("model.layers.").split(".", 1)
     names = LAYER_NAMES
     if architecture in NORM_AFTER_ATTENTION:
         names = names | {"post_attention_layernorm": "post_attention_norm"}
-    return f"blk.{layer}.{names[part]}.{kind}", int(expert[1]) if expert else 0
+    return f"blk.{layer}.{names[part]}.{suffix}", int(expert[1]) if expert else 0
 
 
 def hub_specs(raw: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Spec]]:
     """Yield the tensors of the Hub's folder by name."""
     model = meta_model(raw)
-    for name, (kind, shape) in tensor_specs(model, dtype).items():
+    for name, (held_as, shape) in tensor_specs(model, dtype).items():
         columns = shape[2:] if is_stack(name, model.config) else shape[1:]
         rows = hub_rows(name, model.config, shape[0])
         for hub_name, count in zip(hub_names(name, model.config), rows, strict=True):
-            yield hub_name, (kind, torch.Size([count, *columns]))
+            yield hub_name, (held_as, torch.Size([count, *columns]))
 
 
 def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) -> dict[str, Source]:
@@ -312,16 +312,16 @@ def read_tensor(file: GgufFile, source: Source, spec: Spec) -> Tensor:
 
 def is_linear(hub_name: str) -> bool:
     """Say whether a tensor of the Hub's is the weight of a linear, but not of a router, which is never rounded."""
-    module, _, kind = hub_name.rpartition(".")
-    return kind == "weight" and "norm" not in module and not module.endswith((".embed_tokens", ".gate"))
+    module, _, suffix = hub_name.rpartition(".")
+    return suffix == "weight" and "norm" not in module and not module.endswith((".embed_tokens", ".gate"))
 
 
 def kept_schemes(file: GgufFile, sources: dict[str, Source]) -> dict[str, Scheme]:
     """Return the schemes of the Hub's modules whose codes are kept. Raises ValueError where there are none."""
-    kinds = {name: file.tensors[source.name].kind.name for name, source in sources.items() if is_linear(name)}
-    kept = {name.removesuffix(".weight"): CODES[kind] for name, kind in kinds.items() if kind in CODES}
+    types = {name: file.tensors[source.name].kind.name for name, source in sources.items() if is_linear(name)}
+    kept = {name.removesuffix(".weight"): CODES[type_] for name, type_ in types.items() if type_ in CODES}
     if not kept:
-        others = ", ".join(sorted({*kinds.values()}))
+        others = ", ".join(sorted({*types.values()}))
         raise ValueError(
             f"{file.path} has no linears in {' or '.join(CODES)} whose codes --keep_codes could keep, only {others}; "
             "leave it out, and run quantize.py on the folder"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
-from config import OTHER_FORMS
+from config import OTHER_LAYOUTS
 from files import check_folder
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
@@ -94,7 +94,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
 
 def describe_others(names: list[str]) -> str:
     """Say what a repository without weights that are read has, and what to do."""
-    for pattern, cure in OTHER_FORMS.items():
+    for pattern, cure in OTHER_LAYOUTS.items():
         if found := fnmatch.filter(names, pattern):
             return f"{found[0]} and no model.safetensors: {cure}"
     return "no model.safetensors and no pytorch_model.bin, whole or in shards"
