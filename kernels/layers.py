@@ -125,9 +125,8 @@ class AtenInt4(KernelLinear):
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        self.weight = frozen_parameter(
-            pack(codes.int(), 1) if codes.ndim == 2 else torch.stack([pack(expert.int(), 1) for expert in codes])
-        )
+        packed = [pack(expert.int(), 1) for expert in (codes if codes.ndim == 3 else codes[None])]
+        self.weight = frozen_parameter(torch.stack(packed) if codes.ndim == 3 else packed[0])
         zeros = (8 - zeros.to(scales.dtype)) * scales  # ATen's zero is a weight, the one that code 8 stands for
         self.scales_and_zeros = frozen_parameter(torch.stack((scales.mT, zeros.mT), dim=-1))  # [K / group, N, 2]
 
