@@ -71,10 +71,9 @@ def check_depth(files: TensorFiles, config: ModelConfig) -> None:
     """Raise ValueError where the weights have fewer layers than config.json says, before that many are made."""
     layers = {match[1] for name in files.files if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
     if len(layers) < config.num_hidden_layers:
-        raise ValueError(
-            f"{files.path}: config.json has num_hidden_layers {config.num_hidden_layers} and the weights have tensors "
-            f"of {len(layers)} layers, the first {min(files.files, default='none')}; is config.json the model's own?"
-        )
+        asked = f"config.json has num_hidden_layers {config.num_hidden_layers}"
+        held = f"the weights have tensors of {len(layers)} layers, the first {min(files.files, default='none')}"
+        raise ValueError(f"{files.path}: {asked} and {held}; is config.json the model's own?")
 
 
 def name_first(names: Sequence[str]) -> str:

@@ -109,11 +109,16 @@ def quantization_options(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def other_format(options: Mapping[str, Any]) -> str | None:
     """Return the format that the options, or one of their groups, name, if it is one that no method is read in."""
-    groups = options.get("config_groups")
-    parts = [options, *(groups.values() if isinstance(groups, dict) else ())]
-    words = " ".join(f"{part.get('format')} {part.get('quant_algo')}" for part in parts if isinstance(part, dict))
+    parts = [options, *objects_in(options.get("config_groups"))]
+    words = " ".join(f"{part.get('format')} {part.get('quant_algo')}" for part in parts)
     found = re.search("nvfp4|mxfp4|mxfp8|marlin|bitmask", words.lower())
     return found and found[0].upper()
+
+
+def objects_in(held: Any) -> list[dict[str, Any]]:
+    """Return the objects that stand right in an object or a list."""
+    values = list(held.values()) if isinstance(held, dict) else held
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
@@ -121,8 +126,9 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise quantization.error("sparsity_config", "none")
     # A rotation of inputs or outputs, and not of weights alone, which are stored as they are after it.
-    places = re.findall(r"'location': '(\w+)'", str(transform))
-    if transform and (not places or not all(place.startswith("weight_") for place in places)):
+    schemes = objects_in(transform.get("config_groups")) if isinstance(transform, dict) else []
+    places = [use.get("location") for scheme in schemes for use in objects_in(scheme.get("apply"))]
+    if transform and (not places or not all(str(place).startswith("weight_") for place in places)):
         raise quantization.error("transform_config", "rotations of weights alone")
     groups = quantization.options.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else [None]
@@ -158,13 +164,11 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
             raise quantization.error(key, " or ".join(layouts))
     if options.get("is_marlin_format"):
         raise quantization.error("is_marlin_format", "false")
-    others = [options.get(key) for key in ("dynamic", "extra_config")]
-    modules = [module for other in others if isinstance(other, dict) for module in other.values()]
-    modules = [{k: v for k, v in module.items() if v is not None} for module in modules if isinstance(module, dict)]
+    modules = [module for key in ("dynamic", "extra_config") for module in objects_in(options.get(key))]
     for module in modules:
         if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:
             raise quantization.error("bits", "4 or 8", module)
-    kinds = [{**options, **module} for module in ({}, *modules)]
+    kinds = [{**options, **{k: v for k, v in module.items() if v is not None}} for module in ({}, *modules)]
     return [Kind(kind["bits"], quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
 
 

@@ -626,8 +626,10 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "ct a group that is text": (CT, option("config_groups", {"a": "b"}), "config_groups"),
     "ct a transform": (CT, option("transform_config", {"config_groups": {"R1": {}}}), "transform_config"),
     "ct a rotation of inputs": (
-        CT, option("transform_config", {"a": [{"location": "weight_input"}, {"location": "input"}]}), "transform_config"
+        CT, option("transform_config", {"config_groups": {**ROTATED, "R2": {"apply": [{"location": "input"}]}}}),
+        "transform_config",
     ),
+    "ct a transform of text": (CT, option("transform_config", {"config_groups": {"R1": "R2"}}), "transform_config"),
     "ct without zero points": (CT, of_group(symmetric=False), "q_proj.weight_zero_point; download"),
     "ct not rounded yet": (
         CT, lambda _, tensors: tensors.update({f"{DOWN}.weight": tensors.pop(f"{DOWN}.weight_packed").bfloat16()}),
