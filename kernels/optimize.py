@@ -31,10 +31,9 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     on_gpu = (device_type or model.device.type) == "cuda"
     dtype = model.embed_tokens.weight.dtype
     cuda = cuda_kernels() if on_gpu else None
-    names = [name for name, child in model.named_modules() if isinstance(child, AnyLinear)]
     # A compiled step needs layers that are alike: what holds for a linear of one layer is taken to hold for those that
     # have the same role in the others.
-    roles = {name: name.rpartition(".")[2] for name in names}
+    roles = {name: name.rpartition(".")[2] for name, child in model.named_modules() if isinstance(child, AnyLinear)}
     with_zeros = {role for name, role in roles.items() if has_zeros(model.get_submodule(name))}
     inexact = {role for name, role in roles.items() if not is_exact(model.get_submodule(name), dtype)}
     for name, role in roles.items():  # and not the modules, so that a weight is freed as soon as it is repacked
@@ -47,7 +46,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
             exact = role not in inexact
             layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
-    layers = [model.get_submodule(name) for name in names if not is_router(name)]
+    layers = [model.get_submodule(name) for name in roles if not is_router(name)]
     if all(isinstance(getattr(layer, "layer", layer), cpu.CpuBf16 | cpu.CpuInt8 | cpu.CpuInt4) for layer in layers):
         cpu.served.add(model)
     for block in model.layers:
