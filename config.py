@@ -191,7 +191,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     raw = text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILY_DEFAULTS)}")
+        known = [*FAMILY_DEFAULTS, *TEXT_FAMILIES]
+        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(known)}")
     values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
     quantization_scheme(raw)  # for what it refuses
     silence_neutral_values_(values, family)

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         write_config(raw, dtype, folder)
         copy_texts(args.checkpoint_path, folder)
     if windows is not None:
-        print(f"calibrated on {len(windows)} windows of {windows.shape[1]} tokens")
+        print(f"calibrated on {len(windows)} window{'s' * (len(windows) > 1)} of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):
             print(warning, file=sys.stderr)
     print(*summary(reader.specs, tensor_specs(target, dtype), target), f"wrote {output_path}", sep="\n")

@@ -271,6 +271,8 @@ def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
         raise ValueError("--system is for a chat; give --chat or --interactive too")
     if args.chat_template_kwargs is not None and not (args.chat or args.interactive):
         raise ValueError("--chat_template_kwargs is for a chat; give --chat or --interactive too")
+    if args.chat and not (args.prompt or args.prompt_file or args.prompt_length):
+        raise ValueError("--chat has no message; give --prompt or --prompt_file, or --interactive instead of it")
     if args.chat and args.prompt_length:
         raise ValueError("--chat and --prompt_length do not go together: random tokens are no message")
     if slots and not args.interactive:

@@ -803,7 +803,11 @@ def test_a_prompt_may_come_from_a_pipe(run_here):
         (["--chat", "--chat_template_kwargs", "{'a': 1}"], ["--chat_template_kwargs", "not valid JSON"]),
         (["--chat", "--chat_template_kwargs", "[" * 100_000], ["--chat_template_kwargs", "not valid JSON"]),
         (["--chat", "--chat_template_kwargs", '{"a": "\\ud800"}'], ["--chat_template_kwargs", "surrogate"]),
-        (["--chat", "--chat_template_kwargs", '{"messages": []}'], ["--chat_template_kwargs", "'messages'"]),
+        (
+            ["--chat", "--prompt", "x", "--chat_template_kwargs", '{"messages": []}'],
+            ["--chat_template_kwargs", "'mess"],
+        ),
+        (["--chat"], ["--chat has no message", "--prompt"]),
         (["--chat", "--prompt_length", "3"], ["--chat", "--prompt_length"]),
         (["--interactive", "--prompt", "x"], ["--interactive", "--prompt"]),
         (["--interactive", "--prompt_file", "x"], ["--interactive", "--prompt_file"]),
