@@ -139,8 +139,10 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     return weight
 
 
-def packed_weight(values: Tensor) -> nn.Parameter:
-    return frozen_parameter(empty_weight(values.shape, values.dtype, values.device).copy_(values))
+def packed_weight(values: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """Copy values into a weight; dtype: as which its bytes are seen."""
+    weight = empty_weight(values.shape, values.dtype, values.device).copy_(values)
+    return frozen_parameter(weight.view(dtype or values.dtype))
 
 
 # Of the models that are served, by instruction set.
@@ -261,18 +263,18 @@ class CpuInt8(KernelLinear):
 
 
 class CpuInt4(KernelLinear):
-    """codes uint8 0 to 15 [N, K], zeros too, [N, groups], scales [N, groups]; packed as in cpu.cpp."""
+    """nibbles uint8 [N, K / 2], two codes each, the even column in the low half; zeros uint8 and scales [N, groups]."""
 
     names = ("weight", "scales", "zeros")
 
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
+    def __init__(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(bias)
-        # 32 columns of a row are four times eight, each of four even and four odd ones.
-        columns = (
-            codes.unflatten(-1, (-1, 4, 4, 2)).unflatten(-5, (-1, INT4_BLOCK_ROWS)).movedim(-5, -3).mT
-        )  # [.., 4, 16, 2, 4]
-        first, second = columns.unflatten(-1, (2, 2)).unbind(-1)
-        self.weight = packed_weight(first | second << 4)  # [N / 16, K / 32, 4, 16, 2, 2]
+        # Eight columns of a row are four bytes: four even ones, two to a byte, then four odd ones.
+        first, second = (nibbles[..., i::2].unflatten(-1, (-1, 2)) for i in (0, 1))  # [N, K / 8, 2]
+        columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-2)
+        columns = columns.flatten(-2).view(torch.int32).unflatten(-2, (-1, 4))  # [N, K / 32, 4, 1]: moved as numbers
+        packed = columns.unflatten(-4, (-1, INT4_BLOCK_ROWS)).movedim(-4, -2).flatten(-2)
+        self.weight = packed_weight(packed, torch.uint8)  # [N / 16, K / 32, 4, 16 * 4]
         self.scales = packed_weight(interleave(scales, INT4_BLOCK_ROWS))
         first, second = interleave(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)

@@ -118,13 +118,13 @@ def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
 def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     if not has_whole_groups(stored):
         return None
-    codes, zeros = stored.codes(), zero_points(stored)
-    if cpu.has_kernel(dtype, codes, cpu.INT4_BLOCK_ROWS, 32):
-        return cpu.CpuInt4(codes, stored.scales, zeros, stored.bias)
-    if not exact or codes.shape[-2] % 16:
+    nibbles, zeros = stored.weight, zero_points(stored)
+    if cpu.has_kernel(dtype, nibbles, cpu.INT4_BLOCK_ROWS, 16):
+        return cpu.CpuInt4(nibbles, stored.scales, zeros, stored.bias)
+    if not exact or nibbles.shape[-2] % 16:
         return None
     scales, zeros = split_groups(stored.group_size, stored.scales.to(dtype), zeros)
-    return AtenInt4(codes, scales, zeros, stored.bias)
+    return AtenInt4(stored.codes(), scales, zeros, stored.bias)
 
 
 def has_whole_groups(stored: StoredLinear) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, attention, library
 from kernels.layers import MAX_ROWS
-from linears import quantize_int4, quantize_int8
+from linears import pack_nibbles, quantize_int4, quantize_int8
 
 PROT_NONE = 0
 mprotect = ctypes.CDLL(None).mprotect
@@ -42,7 +42,8 @@ def products(at_end: bool) -> int:
         layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None)]
         layers.append(CpuInt8(*quantize_int8(weight, 32), None, torch.ones(N, K // 32, dtype=torch.int8)))
         if N % INT4_BLOCK_ROWS == 0:
-            layers.append(CpuInt4(*quantize_int4(weight, 64), None))
+            codes, scales, zeros = quantize_int4(weight, 64)
+            layers.append(CpuInt4(pack_nibbles(codes), scales, zeros, None))
         for layer in layers:
             tensors = [guarded(getattr(layer, name).detach(), at_end) for name in layer.names]
             for rows in range(1, MAX_ROWS + 1):

@@ -30,6 +30,7 @@ from linears import (
     StoredLinear,
     dequantize,
     frozen_parameter,
+    pack_nibbles,
     quantize_int4,
     quantize_int8,
     quantize_linear,
@@ -62,6 +63,10 @@ def on_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def cpu_int4(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> CpuInt4:
+    return CpuInt4(pack_nibbles(codes), scales, zeros, bias)
+
+
 def assert_product(layer: torch.nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Check against the product in fp64: weights may be rounded to bf16, and results are, twice with their bias."""
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -87,7 +92,7 @@ def test_products_equal_their_twins_at_every_number_of_rows(
         for group_size in (size for size in GROUP_SIZES if K % size == 0):
             quantized = quantize_int4(weight, group_size)
             twin = dequantize(*quantized, group_size)
-            assert_product(CpuInt4(*quantized, bias), x, twin, bias)
+            assert_product(cpu_int4(*quantized, bias), x, twin, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -104,7 +109,7 @@ def test_groups_zero_points_and_scales_of_every_dtype_equal_their_twins(rows: in
             assert_product(CpuInt8(codes, scales, None, zeros), x, twin, None)
         codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=generator)
         zeros = torch.randint(16, shape, dtype=torch.uint8, generator=generator)
-        assert_product(CpuInt4(codes, scales, zeros, None), x, dequantize(codes, scales, zeros, group_size), None)
+        assert_product(cpu_int4(codes, scales, zeros, None), x, dequantize(codes, scales, zeros, group_size), None)
 
 
 def stacks_of(weight: Tensor) -> list[tuple[KernelLinear, Tensor]]:
@@ -119,7 +124,7 @@ def stacks_of(weight: Tensor) -> list[tuple[KernelLinear, Tensor]]:
             layers.append((CpuInt8(codes, scales, None, points), twin))
     if N % INT4_BLOCK_ROWS == 0:
         quantized = quantize_int4(weight, 32)
-        layers.append((CpuInt4(*quantized, None), dequantize(*quantized, 32)))
+        layers.append((cpu_int4(*quantized, None), dequantize(*quantized, 32)))
     return layers
 
 
@@ -165,7 +170,7 @@ def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) ->
         CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None),
     ]  # fmt: skip
     if N % INT4_BLOCK_ROWS == 0:
-        layers.append(CpuInt4(*quantize_int4(weight, 32), None))
+        layers.append(cpu_int4(*quantize_int4(weight, 32), None))
     for layer in layers:
         with on_threads(1):
             expected = layer(x)
@@ -195,7 +200,7 @@ def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
     x, weight = normal(rows, 2048), normal(4368, 2048, seed=1)
     q, k, v = normal(1, 3, 4, 64), normal(1, 2, 700, 64, seed=1), normal(1, 2, 700, 64, seed=2)
     mask = torch.ones(1, 1, 3, 700, dtype=torch.bool).tril(600)
-    layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None), CpuInt4(*quantize_int4(weight, 32), None)]
+    layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None), cpu_int4(*quantize_int4(weight, 32), None)]
     loops = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(2)]
     try:
         for threads in (2, 5):
@@ -250,7 +255,7 @@ def test_own_threads_are_for_the_few_rows_of_models_that_are_all_kernels() -> No
 def test_each_row_is_multiplied_alone() -> None:
     x = normal(MAX_ROWS, 256)
     layers = [CpuBf16(normal(64, 256), None), CpuInt8(*quantize_int8(normal(64, 256)), None)]
-    layers.append(CpuInt4(*quantize_int4(normal(64, 256), 32), None))
+    layers.append(cpu_int4(*quantize_int4(normal(64, 256), 32), None))
     for layer in layers:
         together = layer(x)
         for i in (0, 7, 8, MAX_ROWS - 1):
@@ -270,7 +275,7 @@ def test_x_of_any_size_is_multiplied_as_its_twin(rows: int) -> None:
     quantized = quantize_int4(weight, 32)
     for layer, twin in (
         (CpuInt8(codes, scales, None), dequantize(codes, scales)),
-        (CpuInt4(*quantized, None), dequantize(*quantized, 32)),
+        (cpu_int4(*quantized, None), dequantize(*quantized, 32)),
     ):
         for x in (
             torch.ldexp(normal(rows, 256).float(), sizes).bfloat16(), normal(rows, 256) * 2.0**-100,
@@ -292,7 +297,7 @@ def test_weights_of_zero_give_zero_whatever_their_zero_point() -> None:
     x = normal(5, 256)
     zeros = torch.arange(16, dtype=torch.uint8).repeat(4)[:, None].expand(64, 4).contiguous()
     scales = normal(64, 4).abs()
-    layer = CpuInt4(zeros.repeat_interleave(64, 1), scales, zeros, None)
+    layer = cpu_int4(zeros.repeat_interleave(64, 1), scales, zeros, None)
     wide = (zeros.to(torch.int8) - 8) * 16
     for rows in (1, 5):
         if cpu.instruction_set() == "avx2":  # AVX-512 takes them off in fp32, which rounds
@@ -306,7 +311,7 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
     assert torch.equal(CpuInt8(codes, scales, None)(one_each), dequantize(codes, scales).bfloat16().T)
     for group_size in (32, 64):
         quantized = quantize_int4(normal(64, 192), group_size)
-        unpacked = CpuInt4(*quantized, None)(one_each)
+        unpacked = cpu_int4(*quantized, None)(one_each)
         twin = dequantize(*quantized, group_size).bfloat16().T
         assert torch.equal(unpacked, twin)
 
@@ -317,12 +322,12 @@ def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     codes, scales = quantize_int8(weight)
     assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
     quantized = quantize_int4(weight, 32)
-    assert_product(CpuInt4(*quantized, None), x, dequantize(*quantized, 32), None)
+    assert_product(cpu_int4(*quantized, None), x, dequantize(*quantized, 32), None)
 
 
 def test_no_rows_are_no_outputs() -> None:
     quantized = quantize_int4(normal(64, 256), 32)
-    for layer in (CpuBf16(normal(64, 256), None), CpuInt4(*quantized, None)):
+    for layer in (CpuBf16(normal(64, 256), None), cpu_int4(*quantized, None)):
         assert layer(normal(3, 0, 256)).shape == (3, 0, 64)
 
 
