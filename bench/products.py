@@ -35,9 +35,8 @@ MOST_COPIES = 16
 EPS = 1e-5
 TOLERANCE = 0.02  # of a form's outputs, as a share of the largest
 
-MakeLayer = Callable[
-    [Any], nn.Module | None
-]  # from a linear as it is stored to a layer; None where it does not take it
+# From a linear as it is stored to a layer; None where it does not take it.
+MakeLayer = Callable[[Any], nn.Module | None]
 
 
 def num_columns(stored: Any) -> int:
