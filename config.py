@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from families import FAMILIES, GRANITE_DEFAULTS, heeds
 from files import own_file, read_json
 from linears import Scheme
 from model import ModelConfig
@@ -20,98 +21,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Far above any real model: larger values are mistakes that would exhaust memory or overflow a tensor's size.
 MAX_COUNT, MAX_SIZE = 2**12, 2**24
 
-QWEN_DEFAULTS: dict[str, Any] = {
-    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
-}  # fmt: skip
-GRANITE_DEFAULTS: dict[str, Any] = {
-    "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
-}  # fmt: skip
-# What `transformers` assumes for keys that a family's config.json leaves out.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "mixtral": {
-        "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
-    },
-    "qwen2": {"num_key_value_heads": 32, **QWEN_DEFAULTS},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, **QWEN_DEFAULTS},
-    "qwen3_moe": {
-        "num_key_value_heads": 4, "max_position_embeddings": 32768, "use_sliding_window": False,
-        "sliding_window": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-    },
-    "smollm3": {
-        "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True,
-        "use_sliding_window": False, "no_rope_layer_interval": 4,
-    },
-    "granite": GRANITE_DEFAULTS,
-    "granitemoehybrid": {**GRANITE_DEFAULTS, "shared_intermediate_size": 1024, "num_local_experts": 8},
-    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-    "seed_oss": {
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True,
-        "attention_out_bias": False,
-    },
-    "olmo2": {"rms_norm_eps": 1e-5},
-    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
-    "ministral3": {
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
-            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-        },
-    },
-    "gemma3_text": {
-        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
-        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096, "sliding_window_pattern": 6,
-        "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 # Keys of a model that sees too which its `text_config` may leave out.
 OUTER_KEYS = (
     "dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config", "tie_word_embeddings",
 )  # fmt: skip
 # Such models -> the family of their text, where `text_config` names none.
 TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
-OLMO_FIELDS = {
-    "qk_norm": True,
-    "qk_norm_over_heads": True,
-    "norm_inputs": False,
-    "norm_outputs": True,
-    "norm_offset": 0.0,
-}
-# The fields of ModelConfig in which a family differs from Llama, whatever its config.json says.
-FAMILY_FIELDS: dict[str, dict[str, Any]] = {
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "qwen3_moe": {"qk_norm": True},
-    "olmo2": OLMO_FIELDS,
-    "olmo3": OLMO_FIELDS,
-    "gemma3_text": {"qk_norm": True, "norm_outputs": True, "norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"},
-}
-# Families whose layers all have full attention, and those in which some have and some slide.
-FULL_ATTENTION = ("llama", "granite", "granitemoehybrid", "seed_oss", "olmo2")
-MIXED_ATTENTION = ("qwen2", "qwen3", "smollm3", "olmo3", "gemma3_text")
-QWEN3_KEYS = ("attention_bias", "use_qk_norm")  # the second without effect: q and k are always normed
-# The keys of NEUTRAL_VALUES that a family's config.json has a say in.
-FAMILY_KEYS: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mixtral": ("num_local_experts",),
-    "qwen3": QWEN3_KEYS,
-    "qwen3_moe": (*QWEN3_KEYS, "num_local_experts", "num_experts", "moe_intermediate_size", "norm_topk_prob"),
-    "smollm3": ("attention_bias", "mlp_bias"),
-    "granite": ("attention_bias", "mlp_bias", *GRANITE_DEFAULTS),
-    "granitemoehybrid": ("attention_bias", *GRANITE_DEFAULTS),
-    "phi3": ("partial_rotary_factor",),
-    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
-    "olmo2": ("attention_bias",),
-    "olmo3": ("attention_bias",),
-    "gemma3_text": ("attention_bias", "hidden_act"),  # the other goes by hidden_activation
-}
+# What `transformers` assumes for keys that any config.json may leave out.
 COMMON_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "sliding_window": None, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
 }  # fmt: skip
 # Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -190,17 +109,17 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError("config.json is that of a head, which drafts for a model; give it as --draft_checkpoint_path")
     raw = text_config(raw)
     family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-        known = [*FAMILY_DEFAULTS, *TEXT_FAMILIES]
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = [*FAMILIES, *TEXT_FAMILIES]
         raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(known)}")
-    values = {**COMMON_DEFAULTS, **FAMILY_DEFAULTS[family], **raw}
+    values = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **raw}
     quantization_scheme(raw)  # for what it refuses
-    silence_neutral_values_(values, family)
+    silence_neutral_values_(values)
     num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
     no_rope_layers = parse_no_rope_layers(values, num_layers)
     sliding_window, full_attention_layers = parse_sliding_window(values, num_layers, no_rope_layers)
     fields = {**parse_heads(values), **parse_experts(values), **parse_attention_bias(values)}
-    fields |= FAMILY_FIELDS.get(family, {}) | parse_multipliers(values, fields["head_dim"])
+    fields |= {**FAMILIES[family].fields, **parse_multipliers(values, fields["head_dim"])}
     fields |= parse_rope(values, fields["head_dim"])
     return ModelConfig(
         num_hidden_layers=num_layers,
@@ -221,7 +140,7 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
     # The others that have a default of their own divide where it is null.
-    default_dim = FAMILY_DEFAULTS["qwen3"]["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
+    default_dim = FAMILIES["qwen3"].defaults["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
     defaults = {"num_key_value_heads": heads, "head_dim": default_dim}
     values = values | {key: default for key, default in defaults.items() if values.get(key) is None}
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
@@ -237,12 +156,12 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse_multipliers(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Read the multipliers of the families that have them: fields of ModelConfig."""
-    if values["model_type"] == "gemma3_text":
+    if heeds(values, "query_pre_attn_scalar"):
         if values["hidden_activation"] != "gelu_pytorch_tanh":
             raise ValueError(f"config.json: hidden_activation {values['hidden_activation']!r} is not supported")
         scores = read_number(values, "query_pre_attn_scalar", float, low=2.0**-20) ** -0.5
         return {"embedding_multiplier": values["hidden_size"] ** 0.5, "query_multiplier": scores * head_dim**0.5}
-    if values["model_type"] not in ("granite", "granitemoehybrid"):
+    if not heeds(values, "attention_multiplier"):
         return {}
     fields = {key: read_number(values, key, float, low=2.0**-20) for key in GRANITE_DEFAULTS}
     fields["query_multiplier"] = fields.pop("attention_multiplier") * head_dim**0.5
@@ -252,7 +171,7 @@ def parse_multipliers(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
 def parse_attention_bias(values: dict[str, Any]) -> dict[str, Any]:
     """Read the biases of attention, which Seed-OSS has one by one: fields of ModelConfig."""
     bias = read_flag(values, "attention_bias")
-    if values["model_type"] != "seed_oss":
+    if not heeds(values, "attention_out_bias"):
         return {"attention_bias": bias}
     output_bias = read_flag(values, "attention_out_bias")
     if output_bias and not bias:
@@ -262,12 +181,12 @@ def parse_attention_bias(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return the layers without rotary embeddings: SmolLM3's, or all of a Granite 4 whose positions say «nope»."""
-    if values["model_type"] == "granitemoehybrid":
+    if heeds(values, "position_embedding_type"):
         name = values.get("position_embedding_type")
         if name not in ("rope", "nope", None):
             raise ValueError(f"config.json: position_embedding_type {name!r} is not supported; supported: rope, nope")
         return () if name == "rope" else tuple(range(num_layers))
-    if values["model_type"] != "smollm3":
+    if not heeds(values, "no_rope_layer_interval"):
         return ()
     flags = values.get("no_rope_layers")  # 1 where a layer rotates
     if flags is None:
@@ -278,15 +197,18 @@ def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, 
     return tuple(i for i, flag in enumerate(flags[:num_layers]) if not flag)
 
 
-def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
-    """Give each key that says nothing in this family the value by which it says nothing.
+def silence_neutral_values_(values: dict[str, Any]) -> None:
+    """Give each key that the family does not heed the value by which it says nothing.
 
     Raises ValueError where it has another value, which would ask for other arithmetic.
     """
+    family = values["model_type"]
     if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
         values["num_experts"] = None  # its other name there
+    if family == "granitemoehybrid":
+        values.setdefault("num_local_experts", 8)  # as `transformers` does: without the key there are experts
     for key, neutral in NEUTRAL_VALUES.items():
-        if key in values and key not in FAMILY_KEYS.get(family, ()):
+        if key in values and not heeds(values, key):
             if values[key] not in neutral:
                 raise ValueError(f"config.json: {key} {values[key]!r} is not supported for model_type {family!r}")
             values[key] = COMMON_DEFAULTS.get(key)
@@ -294,12 +216,12 @@ def silence_neutral_values_(values: dict[str, Any], family: str) -> None:
 
 def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
     """Read the sizes of the feed-forward, and the experts of the families that have them: fields of ModelConfig."""
-    family = values["model_type"]
-    size = {"qwen3_moe": "moe_intermediate_size", "granitemoehybrid": "shared_intermediate_size"}
-    fields = {"intermediate_size": read_number(values, size.get(family, "intermediate_size"), high=MAX_SIZE)}
-    if family not in ("mixtral", "qwen3_moe"):
+    names = ("moe_intermediate_size", "shared_intermediate_size")
+    name = next((name for name in names if heeds(values, name)), "intermediate_size")
+    fields = {"intermediate_size": read_number(values, name, high=MAX_SIZE)}
+    if not heeds(values, "num_experts_per_tok"):
         return fields
-    if family == "qwen3_moe":
+    if heeds(values, "num_experts"):
         fields["norm_topk_prob"] = read_flag(values, "norm_topk_prob")
         numbers = [values[key] for key in ("num_local_experts", "num_experts") if values.get(key) is not None] or [128]
         if numbers[0] != numbers[-1]:
@@ -319,15 +241,15 @@ def parse_sliding_window(
     and the others in those that `layer_types` names, or else by a pattern of their own; only those that have
     `use_sliding_window` heed it.
     """
-    family, types = values["model_type"], values.get("layer_types")
-    is_switch = "use_sliding_window" in FAMILY_DEFAULTS[family] and values.get("use_sliding_window") is not None
+    types = values.get("layer_types")
+    is_switch = heeds(values, "use_sliding_window") and values.get("use_sliding_window") is not None
     switched_off = is_switch and not read_flag(values, "use_sliding_window")
-    no_window = family in FULL_ATTENTION or switched_off or values["sliding_window"] is None
+    no_window = not heeds(values, "sliding_window") or switched_off or values["sliding_window"] is None
     window = None if no_window else read_number(values, "sliding_window")
-    mixed = window is not None and family in MIXED_ATTENTION
+    mixed = window is not None and FAMILIES[values["model_type"]].mixed_attention
     default = "full_attention" if window is None else "sliding_attention"
     allowed = ("full_attention", "sliding_attention") if mixed else (default,)
-    if family == "granitemoehybrid":  # it calls full attention so, and has Mamba's layers in its larger models
+    if heeds(values, "layers_block_type"):  # it calls full attention so, and has Mamba's layers in its larger models
         types = values.get("layers_block_type") if types is None else types
         if isinstance(types, list):
             types = ["full_attention" if name == "attention" else name for name in types]
@@ -344,12 +266,12 @@ def full_attention_layers(
     values: dict[str, Any], num_layers: int, no_rope_layers: tuple[int, ...]
 ) -> list[int] | range:
     """Return the layers with full attention of a family that mixes them, by its own pattern."""
-    if values["model_type"] == "smollm3":
+    if heeds(values, "no_rope_layer_interval"):
         return [i for i in range(num_layers) if i not in no_rope_layers]
-    if values["model_type"] in ("olmo3", "gemma3_text"):
-        every = 4 if values["model_type"] == "olmo3" else read_number(values, "sliding_window_pattern")
-        return range(every - 1, num_layers, every)
-    return range(read_number(values, "max_window_layers", low=0))
+    if heeds(values, "max_window_layers"):
+        return range(read_number(values, "max_window_layers", low=0))
+    every = read_number(values, "sliding_window_pattern") if heeds(values, "sliding_window_pattern") else 4
+    return range(every - 1, num_layers, every)
 
 
 def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:

@@ -2,26 +2,13 @@
 
 from torch import Tensor
 
+from families import FAMILIES
 from model import ModelConfig
 
 # A parameter of the model that is several of the Hub's tensors stacked along the output features.
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # A stack of experts: such tensors of one expert after the other.
 EXPERTS_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-NORMS_AFTER = {".attn_output_norm.": ".post_attention_layernorm.", ".mlp_output_norm.": ".post_feedforward_layernorm."}
-# The names of the families that have others than Llama's: part of ours -> of theirs.
-FAMILY_NAMES = {
-    "mixtral": {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."},
-    "granitemoehybrid": {
-        ".mlp.gate_up_proj.": ".shared_mlp.input_linear.",
-        ".mlp.down_proj.": ".shared_mlp.output_linear.",
-    },
-    "olmo2": NORMS_AFTER,
-    "olmo3": NORMS_AFTER,
-    "gemma3_text": {".post_attention_layernorm.": ".pre_feedforward_layernorm.", **NORMS_AFTER},
-}
-# The parameters that a family stores as they are stacked in the model.
-STACKED_ON_DISK = {"phi3": (*STACKED,), "granitemoehybrid": ("gate_up_proj",)}
 
 
 def is_stack(name: str, config: ModelConfig) -> bool:
@@ -35,7 +22,7 @@ def unstacked(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 def family_name(name: str, config: ModelConfig) -> str:
     """Return what a family calls a tensor, given Llama's name for it."""
-    for ours, theirs in FAMILY_NAMES.get(config.model_type, {}).items():
+    for ours, theirs in FAMILIES[config.model_type].names.items():
         name = name.replace(ours, theirs)
     return name
 
@@ -52,7 +39,7 @@ def hub_names(name: str, config: ModelConfig, stacked: tuple[str, ...] = ()) -> 
     if is_stack(name, config):
         experts = [".".join([*path, "experts", str(i)]) for i in range(config.num_local_experts)]
         names = [f"{expert}.{part}.{suffix}" for expert in experts for part in EXPERTS_STACKED[module]]
-    elif module in STACKED and module not in (stacked or STACKED_ON_DISK.get(config.model_type, ())):
+    elif module in STACKED and module not in (stacked or FAMILIES[config.model_type].stacked):
         names = [".".join([*path, part, suffix]) for part in STACKED[module]]
     return ["model." + family_name(part, config) for part in names]
 

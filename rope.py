@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from families import FAMILIES, heeds
 from model import RopeScaling
 
 # The keys of rope_parameters and rope_scaling that every type may have, and those that one alone heeds.
@@ -19,14 +20,7 @@ ROPE_TYPES: dict[str, set[str]] = {
     "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
-# The types of a family that has not all of them, the other names of one, and the keys that it alone heeds.
-FAMILY_TYPES = {"phi3": ("default", "longrope"), "ministral3": ("yarn",)}
-FAMILY_ALIASES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
-FAMILY_ROPE_KEYS = {"ministral3": {"llama_4_scaling_beta", "max_position_embeddings"}}
-PARTIAL_ROTARY = ("phi3",)
-# Families whose layers with a window have a rotary embedding of their own.
-LOCAL_ROPE = ("gemma3_text", "olmo3")
-LAYERS = ("full_attention", "sliding_attention")  # their types
+LAYERS = ("full_attention", "sliding_attention")  # the types of layers of which each may have a rotary embedding
 
 
 def read_number(
@@ -47,7 +41,7 @@ def read_flag(values: dict[str, Any], key: str) -> bool:
 
 def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Read rotary embeddings, from `rope_parameters` or from `rope_theta` and `rope_scaling`: fields of ModelConfig."""
-    if values["model_type"] in LOCAL_ROPE:
+    if heeds(values, "rope_local_base_freq"):
         return parse_ropes_by_layer_type(values, head_dim)
     objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
     objects = objects or {"rope_parameters": {}}
@@ -79,21 +73,21 @@ def parse_rope_object(values: dict[str, Any], key: str, rope: Any, head_dim: int
     """Read one object, with the keys beside it that it lacks: fields of ModelConfig."""
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: {key} is {rope!r}, expected an object")
-    family = values["model_type"]
+    family = FAMILIES[values["model_type"]]
     given = {name: value for name, value in rope.items() if value is not None}
     # A factor whose type is null is for no type that `transformers` knows either.
     default = None if "rope_type" in rope and "factor" in given else "default"
     rope_type = given.get("rope_type", given.get("type", default))
-    types = FAMILY_TYPES.get(family, tuple(ROPE_TYPES))
+    types = tuple(dict.fromkeys(family.rope_types.values())) or tuple(ROPE_TYPES)
     if isinstance(rope_type, str):
-        rope_type = FAMILY_ALIASES.get(family, {}).get(rope_type, rope_type)
+        rope_type = family.rope_types.get(rope_type, rope_type)
     if rope_type not in types:
         raise ValueError(f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(types)}")
-    own_keys = ROPE_KEYS | ROPE_TYPES[rope_type] | FAMILY_ROPE_KEYS.get(family, set())
-    if family in LOCAL_ROPE:
+    own_keys = ROPE_KEYS | ROPE_TYPES[rope_type] | family.defaults.get("rope_parameters", {}).keys()
+    if heeds(values, "rope_local_base_freq"):
         own_keys -= {"truncate"}  # which `transformers` does not look for there
     for name, value in given.items():
-        if name not in own_keys or (name == "partial_rotary_factor" and value != 1 and family not in PARTIAL_ROTARY):
+        if name not in own_keys or (name == "partial_rotary_factor" and value != 1 and not heeds(values, name)):
             raise ValueError(f"config.json: {name} {value!r} in {key} is not supported")
     partial = values.get("partial_rotary_factor")
     given = {"rope_theta": values["rope_theta"], "partial_rotary_factor": 1 if partial is None else partial, **given}
@@ -111,7 +105,7 @@ def parse_rope_object(values: dict[str, Any], key: str, rope: Any, head_dim: int
     if scaling is not None and rope_type in ("dynamic", "yarn"):  # the configs of many models have the context before
         context = max(context, min(int(scaling.factor * scaling.original_max_position_embeddings), 2**31 - 1))
     fields = {"rope_theta": number("rope_theta"), "rope_scaling": scaling, "partial_rotary_factor": share}
-    beta = number("llama_4_scaling_beta", low=0) if family == "ministral3" else 0.0
+    beta = number("llama_4_scaling_beta", low=0) if "llama_4_scaling_beta" in own_keys else 0.0
     return {**fields, "query_scaling_beta": beta, "max_position_embeddings": context}
 
 

@@ -105,11 +105,12 @@ def test_only_commands_import_words_to_a_user():
 def test_what_the_engine_and_quantize_reach_is_small():
     """Whatever they reach counts, in whichever file it is: what computes a text, and what reads and cuts a folder."""
     apart = {"kernels.cpu", "kernels.cuda", "kernels.inductor", "tokenizer", "detokenizer", "tekken"}
-    folder = {"config", "rope", "names", "checkpoint", "files", "formats", "quantization", "compressed", "tp"}
+    folder = {"config", "families", "rope", "names", "checkpoint", "files"}
+    folder |= {"formats", "quantization", "compressed", "tp"}
     counts = {name: code_lines(name) for name in reached_from("engine", "quantize") - apart}
     counts = {name: count for name, count in counts.items() if not name.startswith("cli")}
     assert sum(count for name, count in counts.items() if name not in folder) <= 1377, counts
-    assert sum(counts[name] for name in folder) <= 1523, counts
+    assert sum(counts[name] for name in folder) <= 1513, counts
     assert counts["model"] <= 320
 
 
