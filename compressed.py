@@ -8,28 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats import view_rows_as
-from linears import Scheme, StoredLinear, pack_nibbles
+from linears import Form, StoredLinear, pack_nibbles
 from model import Transformer
 from names import hub_names, hub_rows, unstacked
 
 
-def quantization_config(scheme: Scheme) -> dict[str, Any]:
+def quantization_config(form: Form) -> dict[str, Any]:
     """Return what config.json says of the linears of blocks and of the head, both in compressed-tensors."""
-    return grouped_config([(scheme, [r"re:.*\.layers\..*(_proj|_linear|\.w[123])$"]), (scheme.head, ["re:.*lm_head$"])])
+    return grouped_config([(form, [r"re:.*\.layers\..*(_proj|_linear|\.w[123])$"]), (form.head, ["re:.*lm_head$"])])
 
 
-def grouped_config(groups: Sequence[tuple[Scheme, list[str]]]) -> dict[str, Any]:
-    """Return what config.json says of modules, by the schemes of groups of them: names, or patterns after `re:`."""
+def grouped_config(groups: Sequence[tuple[Form, list[str]]]) -> dict[str, Any]:
+    """Return what config.json says of modules, by the forms of groups of them: names, or patterns after `re:`."""
 
-    def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-        form = scheme.form
+    def group(form: Form, targets: list[str]) -> dict[str, Any]:
         weights = {"num_bits": form.bits, "type": "int", "symmetric": not form.has_zeros,
                    "strategy": "group" if form.group_size else "channel", "group_size": form.group_size,
                    "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax"}  # fmt: skip
         return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
                 "format": "pack-quantized"}  # fmt: skip
 
-    by_name = {f"group_{i}": group(*schemed) for i, schemed in enumerate(groups)}
+    by_name = {f"group_{i}": group(*formed) for i, formed in enumerate(groups)}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": by_name,
             "quantization_status": "compressed", "ignore": [], "kv_cache_scheme": None,
             "global_compression_ratio": None}  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from families import FAMILIES, GRANITE_DEFAULTS, heeds
 from files import own_file, read_json
-from linears import Scheme
+from linears import Form
 from model import ModelConfig
 from quantization import read_quantization
 from rope import parse_rope, read_flag, read_number
@@ -113,7 +113,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         known = [*FAMILIES, *TEXT_FAMILIES]
         raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(known)}")
     values = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **raw}
-    quantization_scheme(raw)  # for what it refuses
+    quantization_form(raw)  # for what it refuses
     silence_neutral_values_(values)
     num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
     no_rope_layers = parse_no_rope_layers(values, num_layers)
@@ -302,12 +302,12 @@ def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def quantization_scheme(raw: dict[str, Any]) -> Scheme | None:
-    """Return the scheme of most linears of a quantized checkpoint; None where they are no codes.
+def quantization_form(raw: dict[str, Any]) -> Form | None:
+    """Return the form of most linears of a quantized checkpoint; None where they are no codes.
 
     Raises ValueError where config.json names a quantization that is not read.
     """
     quantization = read_quantization(raw)
     if quantization is not None and raw.get("layout") == "fused":
         raise ValueError(f"config.json: quantization_config of {quantization.method} in a layout of ours, 'fused'")
-    return quantization and quantization.scheme
+    return quantization and quantization.form

@@ -35,7 +35,7 @@ from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
-from config import is_head, quantization_scheme, read_config
+from config import is_head, quantization_form, read_config
 from drafters import DraftModel
 from eagle_checkpoint import load_head, random_head
 from engine import Engine, batch_sizes, generate
@@ -75,7 +75,7 @@ def load_draft(args: argparse.Namespace, job: Job, target: Transformer) -> Trans
     assert job.draft_dtype is not None
     whole = meta_model(raw)
     num_bytes = sum(dtype.itemsize * shape.numel() for dtype, shape in tensor_specs(whole, job.draft_dtype).values())
-    shared_by = draft_ranks(whole.config, quantization_scheme(raw), num_bytes, target.ranks)
+    shared_by = draft_ranks(whole.config, quantization_form(raw), num_bytes, target.ranks)
     return load_one(args, path, job, job.draft_dtype, shared_by)
 
 

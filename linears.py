@@ -28,38 +28,23 @@ Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """What `quantize.py` makes of the linears of a checkpoint."""
-
-    mode: str
-    group_size: int | None = None  # input columns that share a scale; None: a whole row
-    symmetric: bool = False  # whether int4 has no zero points; int8 never has
-
-    def __str__(self) -> str:
-        name = self.mode if self.group_size is None else f"{self.mode}-g{self.group_size}"
-        name += "-channel" if self.group_size is None and self.mode != "int8" else ""
-        return name + "-sym" * self.symmetric
-
-    @property
-    def form(self) -> "Form":
-        is_int8 = self.mode == "int8"
-        return Form(8 if is_int8 else 4, self.group_size, has_zeros=not (is_int8 or self.symmetric))
-
-    @property
-    def head(self) -> "Scheme":
-        """What becomes of the output head: int8. It does not show in the perplexity, int4 does: results/NOTES.md."""
-        return self if self.mode == "int8" else Scheme("int8")
-
-
-@dataclass(frozen=True)
 class Form:
-    """How a linear is stored."""
+    """How a linear is quantized and stored."""
 
     bits: int  # of a code: 8 or 4
     group_size: int | None = None  # input columns that share a scale; None: a whole row
     has_zeros: bool = False  # whether each group has a zero point
     scale_dtype: torch.dtype = torch.bfloat16
     is_ordered: bool = False  # whether the columns lie in an order of their own, so that those of a group are adjacent
+
+    def __str__(self) -> str:
+        groups = f"-g{self.group_size}" if self.group_size else "-channel" * (self.bits == 4)
+        return f"int{self.bits}{groups}" + "-sym" * (self.bits == 4 and not self.has_zeros)
+
+    @property
+    def head(self) -> "Form":
+        """What becomes of the output head: int8. It does not show in the perplexity, int4 does: results/NOTES.md."""
+        return self if self.bits == 8 else Form(8)
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:
@@ -192,7 +177,7 @@ class StoredLinear(nn.Module):
 
 
 def quantizable_linears(module: nn.Module) -> dict[str, Linear | Experts]:
-    """Return the linears that a scheme applies to, by name."""
+    """Return the linears that are quantized, by name."""
     children = ((name, child) for name, child in module.named_modules() if not is_router(name))
     return {name: child for name, child in children if isinstance(child, Linear | Experts)}
 
@@ -203,19 +188,19 @@ def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:
         return StoredLinear(child.weight.shape, form, getattr(child, "bias", None) is not None)
 
 
-def quantize_linear(child: Linear | Experts, scheme: Scheme, encode: Encode | None = None) -> StoredLinear:
-    """Return a linear, or a stack of them, quantized by a scheme. Its bias is kept.
+def quantize_linear(child: Linear | Experts, form: Form, encode: Encode | None = None) -> StoredLinear:
+    """Return a linear, or a stack of them, quantized; int8 has no zero points here. Its bias is kept.
 
     encode: chooses the codes of int4; None rounds to nearest.
     """
-    stored = empty_stored(child, scheme.form)
-    if stored.form.bits == 8:
-        stored.weight, stored.scales = map(frozen_parameter, quantize_int8(child.weight, scheme.group_size))
+    stored = empty_stored(child, form)
+    if form.bits == 8:
+        stored.weight, stored.scales = map(frozen_parameter, quantize_int8(child.weight, form.group_size))
     else:
-        encode = encode or partial(quantize_int4, symmetric=scheme.symmetric)
+        encode = encode or partial(quantize_int4, symmetric=not form.has_zeros)
         codes, scales, zeros = encode(child.weight, stored.group_size)
         stored.weight, stored.scales = frozen_parameter(pack_nibbles(codes)), frozen_parameter(scales)
-        stored.zeros = frozen_parameter(zeros) if stored.form.has_zeros else None
+        stored.zeros = frozen_parameter(zeros) if form.has_zeros else None
     if isinstance(child, Linear):
         stored.bias = child.bias
     return stored

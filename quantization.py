@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from linears import GROUP_SIZES, MODES, Scheme
+from linears import GROUP_SIZES, MODES, Form
 
 READ = "compressed-tensors, gptq, awq, auto-round and fp8"
 # Keys of one method alone, where none is named; the last of them others have too.
@@ -29,8 +29,8 @@ class Kind(NamedTuple):
     of_head: bool = False
 
     @property
-    def scheme(self) -> Scheme | None:
-        return Scheme(f"int{self.bits}", self.group_size, self.symmetric and self.bits == 4) if self.bits else None
+    def form(self) -> Form | None:
+        return Form(self.bits, self.group_size, self.bits == 4 and not self.symmetric) if self.bits else None
 
 
 class Quantization(NamedTuple):
@@ -49,14 +49,14 @@ class Quantization(NamedTuple):
         return None if size == -1 else size
 
     @property
-    def scheme(self) -> Scheme | None:
-        """The scheme of the blocks' linears, of the first ones where they differ; None where they are no codes."""
-        return next((kind.scheme for kind in self.kinds if not kind.of_head), None)
+    def form(self) -> Form | None:
+        """The form of the blocks' linears, of the first ones where they differ; None where they are no codes."""
+        return next((kind.form for kind in self.kinds if not kind.of_head), None)
 
     @property
-    def head(self) -> Scheme | None:
-        """The scheme of the output head, where config.json has one for it."""
-        return next((kind.scheme for kind in self.kinds if kind.of_head), None)
+    def head(self) -> Form | None:
+        """The form of the output head, where config.json has one for it."""
+        return next((kind.form for kind in self.kinds if kind.of_head), None)
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:

@@ -31,7 +31,7 @@ from compressed import hub_tensors, quantization_config
 from config import eos_token_ids, read_config
 from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
-from linears import GROUP_SIZES, MODES, Scheme, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
+from linears import GROUP_SIZES, MODES, Form, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -40,7 +40,7 @@ from tokenizer import Tokenizer, load_tokenizer
 def quantized_parts(
     model: Transformer,
     read: Callable[[str], Tensor],
-    scheme: Scheme,
+    form: Form,
     calibration: Calibration | None = None,
     tick: Callable[[], Any] = lambda: None,
 ) -> Iterator[Mapping[str, Tensor]]:
@@ -57,7 +57,7 @@ def quantized_parts(
         parameters = dict(block.named_parameters(prefix[:-1]))
         encoders = calibration.encoders(block) if calibration else {}
         for name, child in quantizable_linears(block).items():
-            stored = quantize_linear(child, scheme, encoders.get(name))
+            stored = quantize_linear(child, form, encoders.get(name))
             parameters |= stored.named_parameters(prefix + name)
             if calibration:  # the next block is calibrated on what the quantized blocks before it return
                 child.weight = frozen_parameter(stored.dequantize().to(child.weight.dtype))
@@ -67,7 +67,7 @@ def quantized_parts(
         yield parameters
         block.to("meta")
     model.lm_head.weight = frozen_parameter(read(head))
-    stored = quantize_linear(model.lm_head, scheme.head)
+    stored = quantize_linear(model.lm_head, form.head)
     yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
 
 
@@ -136,7 +136,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     """windows [num, S]: ids for GPTQ in place of those that the options name."""
     raw = read_config(args.checkpoint_path)
-    scheme = Scheme(args.mode, args.groupsize if args.groupsize > 0 else None, args.symmetric)
+    bits = 8 if args.mode == "int8" else 4
+    form = Form(bits, args.groupsize if args.groupsize > 0 else None, has_zeros=bits == 4 and not args.symmetric)
     check_device(args.device)
     dtype = checkpoint_dtype(args.checkpoint_path, raw)
     reader = ModelReader(args.checkpoint_path, dtype)  # first: it says at once if layers are missing
@@ -144,10 +145,10 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
     source = meta_model(reader.raw, forms={})
     raw = {key: value for key, value in reader.raw.items() if key != "layout"}
-    raw |= {"quantization_config": quantization_config(scheme), "tie_word_embeddings": False}
+    raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}
     target = meta_model(raw)
     new_specs = written_specs(target, dtype)
-    output_path = args.output_path or sibling(args.checkpoint_path, f"-{scheme}")
+    output_path = args.output_path or sibling(args.checkpoint_path, f"-{form}".replace(f"int{bits}", args.mode))
 
     def read(name: str) -> Tensor:
         return reader.read(name).to(args.device)
@@ -164,7 +165,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
             if windows is not None:
                 table = read("embed_tokens.weight")
                 calibration = Calibration(source, table, windows, args.act_order, bar.update, args.symmetric)
-            parts = quantized_parts(source, read, scheme, calibration, bar.update)
+            parts = quantized_parts(source, read, form, calibration, bar.update)
             pending: dict[str, Tensor] = {}
 
             def take(name: str) -> Tensor:

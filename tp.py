@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from linears import Scheme
+from linears import Form
 from model import ONE_RANK, ModelConfig, Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
     return part.narrow(dim, pieces.start * size, len(pieces) * size).contiguous()
 
 
-def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
+def check_sizes(config: ModelConfig, form: Form | None, count: int) -> None:
     """Raise ValueError, with both numbers, where a model cannot be cut for `count` ranks."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     for name, size in (("num_attention_heads", heads), ("intermediate_size", config.intermediate_size)):
@@ -78,10 +78,10 @@ def check_sizes(config: ModelConfig, scheme: Scheme | None, count: int) -> None:
             f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks, as a norm over all heads needs"
         )
         raise ValueError(f"{needed}; start as many as divide it")
-    if count == 1 or scheme is None or scheme.group_size is None:
+    if count == 1 or form is None or form.group_size is None:
         return
     for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
-        check_group(name, size, scheme.group_size, config, count)
+        check_group(name, size, form.group_size, config, count)
 
 
 def is_row_parallel(name: str) -> bool:
@@ -106,7 +106,7 @@ def check_group(name: str, size: int, group_size: int, config: ModelConfig, coun
 BYTES_READ_PER_SUM = 3.4e12 * 8e-6
 
 
-def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ranks: Ranks) -> Ranks:
+def draft_ranks(config: ModelConfig, form: Form | None, step_bytes: int, ranks: Ranks) -> Ranks:
     """Say who computes the draft: the ranks together where that is faster and its sizes allow it, else each on its own.
 
     step_bytes: what a step of the whole draft reads. Even if each rank computes it, only rank 0's drafts are used.
@@ -115,7 +115,7 @@ def draft_ranks(config: ModelConfig, scheme: Scheme | None, step_bytes: int, ran
     if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
         return ONE_RANK
     try:
-        check_sizes(config, scheme, ranks.count)
+        check_sizes(config, form, ranks.count)
     except ValueError:
         return ONE_RANK
     return ranks

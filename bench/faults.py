@@ -35,7 +35,7 @@ from checkpoint import load_model, random_model, save_hub_checkpoint
 from cli.arguments import number
 from cli.errors import user_errors
 from config import eos_token_ids, read_config
-from linears import Scheme
+from linears import Form
 from scripts import convert_hf_checkpoint
 from tokenizer import load_tokenizer
 
@@ -46,7 +46,7 @@ fork = multiprocessing.get_context("fork")  # a child need not import torch agai
 
 def make_commands(source: Path, output: Path) -> dict[str, Callable[[], None]]:
     """Return the commands that write a folder, from `source` to `output`."""
-    int4 = quantize_options(Scheme("int4", 32), source, output)
+    int4 = quantize_options(Form(4, 32, has_zeros=True), source, output)
     return {
         "convert": lambda: convert_hf_checkpoint.main(["--checkpoint_dir", str(source), "--output_dir", str(output)]),
         "quantize": lambda: quantize.main(int4),

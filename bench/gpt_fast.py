@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.runner import Peer, decode_mode
-from linears import Scheme
+from linears import Form
 from model import ModelConfig
 
 FILES = ("tokenizer", "model", "quantize")  # of the checkout, which are called as ours are
@@ -40,7 +40,7 @@ def checkout(folder: Path) -> Iterator[tuple[Any, Any]]:
         sys.modules.update(ours)
 
 
-def find_obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> str:
+def find_obstacle(config: ModelConfig, form: Form | None, device: str) -> str:
     """Return what gpt-fast lacks for a model, "" where it runs it."""
     unknown = ("attention_bias", "qkv_bias", "qk_norm", "mlp_bias", "sliding_window", "num_local_experts")
     if missing := [name for name in unknown if getattr(config, name)]:
@@ -51,15 +51,15 @@ def find_obstacle(config: ModelConfig, scheme: Scheme | None, device: str) -> st
         return f"it takes heads of {config.hidden_size // config.num_attention_heads} channels, not {config.head_dim}"
     if config.rope_scaling is not None and config.rope_scaling.rope_type != "llama3":
         return f"it has no rope type {config.rope_scaling.rope_type}"
-    on_cpu = scheme is not None and scheme.group_size is not None and not device.startswith("cuda")
+    on_cpu = form is not None and form.group_size is not None and not device.startswith("cuda")
     return "its int4 is for GPUs alone" if on_cpu else ""
 
 
 class GptFast(Peer):
-    """scheme: int8 or int4, None for none; length: of the caches."""
+    """form: int8 or int4, None for none; length: of the caches."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, scheme: Scheme | None, device: str, dtype: torch.dtype, length: int
+        self, folder: Path, config: ModelConfig, form: Form | None, device: str, dtype: torch.dtype, length: int
     ):
         super().__init__(device)
         scaling = config.rope_scaling
@@ -70,9 +70,9 @@ class GptFast(Peer):
                 intermediate_size=config.intermediate_size, rope_base=config.rope_theta, norm_eps=config.rms_norm_eps,
                 rope_scaling=None if scaling is None else vars(scaling),
             ))  # fmt: skip
-            if scheme is not None:
+            if form is not None:
                 int8, int4 = linears.WeightOnlyInt8QuantHandler, linears.WeightOnlyInt4QuantHandler
-                handler = int4(self.model, scheme.group_size) if scheme.group_size else int8(self.model)
+                handler = int4(self.model, form.group_size) if form.group_size else int8(self.model)
                 handler.convert_for_runtime()
         self.model.to(dtype).to_empty(device=device).eval()
         for tensor in chain(self.model.parameters(), self.model.buffers()):

@@ -23,7 +23,7 @@ from bench.runner import PROMPT, Runner, decode_mode, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model, random_model
 from cli.report import step_weight_bytes
-from config import quantization_scheme
+from config import quantization_form
 from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
@@ -117,7 +117,7 @@ class Ladder:
         return Runner(self.models[weights], make_steps(mode, self.device), length or self.length)
 
     def runners(self, length: int = 0) -> Iterator[tuple[str, str, Runner]]:
-        """Yield every way to run every form of the weights: what its rungs are called, its scheme and its runner."""
+        """Yield every way to run every form of the weights: what its rungs are called, its form and its runner."""
         for mode in MODES:
             for weights in self.models:
                 yield f"{mode}, {weights}" if weights else mode, weights, self.runner(mode, weights, length)
@@ -167,7 +167,7 @@ class Ladder:
         raw = self.subject.forms[weights]
         raw = raw | {"num_hidden_layers": min(2, raw["num_hidden_layers"])}
         small = meta_model(raw)
-        shared_by = draft_ranks(small.config, quantization_scheme(raw), step_weight_bytes(small), self.ranks)
+        shared_by = draft_ranks(small.config, quantization_form(raw), step_weight_bytes(small), self.ranks)
         draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
         way = speculation.Way("", self.runner("compile", weights), draft_model, levels=levels_below(self.max_k))
         num_tokens = max(speculation.SHORTEST, self.new_tokens)

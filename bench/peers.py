@@ -18,7 +18,7 @@ from bench.ladder import Ladder, beside_another
 from bench.results import Rung, attempt, leave_out
 from bench.runner import Peer, Runner, decode_mode
 from bench.subject import Subject
-from config import quantization_scheme
+from config import quantization_form
 
 POSITION, PREFILL = 1900, 512
 
@@ -93,8 +93,8 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
     else:
         llama_cpp.write_gguf(ladder.models[""], plain)
         has_gguf = True
-    for weights, form in subject.forms.items():
-        scheme = quantization_scheme(form)
+    for weights, raw in subject.forms.items():
+        form = quantization_form(raw)
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
         if has_gguf and not weights:
             yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
@@ -107,10 +107,10 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
             yield f"transformers compiled, {dtype}", "", CompiledTransformers(model, device, length)
         elif not weights:
             leave_out("transformers", "pip install transformers")
-        if checkout and (reason := gpt_fast.find_obstacle(config, scheme, device)):
+        if checkout and (reason := gpt_fast.find_obstacle(config, form, device)):
             leave_out(f"gpt-fast, {weights or dtype}", reason)
         elif checkout:
-            runner = gpt_fast.GptFast(checkout, config, scheme, device, subject.dtype, length)
+            runner = gpt_fast.GptFast(checkout, config, form, device, subject.dtype, length)
             yield f"gpt-fast, {weights or dtype}", weights, runner
 
 

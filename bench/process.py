@@ -28,7 +28,7 @@ from bench.results import ROOT, Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject, quantize_options
 from checkpoint import load_model, random_model, save_hub_checkpoint
-from config import DTYPES, quantization_scheme
+from config import DTYPES, quantization_form
 from kernels import cpu
 
 DEPTH = 4  # layers whose compile time all are compared with
@@ -96,13 +96,13 @@ class Processes:
 
     def checkpoint(self, weights: str) -> Path:
         """Make a folder of random weights, once."""
-        path, scheme = self.folder / f"checkpoint-{weights}", quantization_scheme(self.subject.forms[weights])
-        if not path.exists() and scheme is None:
+        path, form = self.folder / f"checkpoint-{weights}", quantization_form(self.subject.forms[weights])
+        if not path.exists() and form is None:
             model = random_model(self.subject.raw, dtype=self.subject.dtype, optimize=False)
             path.mkdir()
             save_hub_checkpoint(model, self.subject.raw, path, self.subject.dtype)
-        elif not path.exists() and scheme is not None:
-            command = [sys.executable, "quantize.py", *quantize_options(scheme, self.checkpoint(""), path)]
+        elif not path.exists() and form is not None:
+            command = [sys.executable, "quantize.py", *quantize_options(form, self.checkpoint(""), path)]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return path
 

@@ -18,12 +18,12 @@ from bench.results import Rung, attempt
 from bench.runner import decode_mode, time_median
 from bench.subject import Subject
 from checkpoint import meta_model
-from config import quantization_scheme
+from config import quantization_form
 from kernels.cpu import empty_weight
 from kernels.inductor import CompiledLinear, FusedCompiledLinear, is_reduction, streamed_linear
 from kernels.layers import AtenInt4, AtenInt8
 from kernels.optimize import cpu_layer, cuda_kernels, gpu_layer, zero_points
-from linears import Scheme, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
+from linears import Form, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
 from model import Linear, RMSNorm
 from steps import allow_many_graphs
 
@@ -107,8 +107,8 @@ def aten_layer(stored: StoredLinear, dtype: torch.dtype, on_gpu: bool) -> nn.Mod
     return tinygemm(*tensors) if on_gpu else AtenInt4(*tensors, bias=None)
 
 
-def make_forms(scheme: Scheme | None, dtype: torch.dtype, on_gpu: bool) -> dict[str, MakeLayer]:
-    """Return the forms that a linear can take under a scheme.
+def make_forms(stored_as: Form | None, dtype: torch.dtype, on_gpu: bool) -> dict[str, MakeLayer]:
+    """Return the forms that a linear can take, as which it is stored.
 
     The first is a multiply and a sum, which torch.compile fuses into one loop for few rows; «ours» is the kernel that
     a model gets on this device, if there is one.
@@ -126,15 +126,15 @@ def make_forms(scheme: Scheme | None, dtype: torch.dtype, on_gpu: bool) -> dict[
         "norm, multiply and sum": (OneLoop, False),
         "norm folded into the sum": (OneLoop, True),
     }
-    if scheme is None:
+    if stored_as is None:
         forms["GEMM"] = lambda linear: linear
         if cuda:  # which takes a weight of any kind
             forms["int8's kernel"] = lambda linear: Product(
                 torch.ops.kernels.cuda_int8_product, linear.weight, linear.weight.new_ones(len(linear.weight))
             )
-    elif scheme.form.bits == 4 or scheme.group_size is None:
+    elif stored_as.bits == 4 or stored_as.group_size is None:
         forms["ATen"] = partial(aten_layer, dtype=dtype, on_gpu=on_gpu)
-        if scheme.form.bits == 4:
+        if stored_as.bits == 4:
             norms = {"norm, ours": (ours, False), "norm folded into ours": (ours, True)} if cuda else {}
         elif cuda:
             forms["Triton"] = lambda stored: Product(
@@ -158,9 +158,9 @@ def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
         linear.weight, linear.bias = frozen_parameter(random(*linear.weight.shape)), None
     inputs = [[F.rms_norm(random(rows, K), [K]) for K in map(num_columns, linears)] for rows in ROWS]
     for name, raw in subject.forms.items():
-        scheme = quantization_scheme(raw)
-        stored = [linear if scheme is None else quantize_linear(linear, scheme) for linear in linears]
-        forms = make_forms(scheme, subject.dtype, device.startswith("cuda"))
+        stored_as = quantization_form(raw)
+        stored = [linear if stored_as is None else quantize_linear(linear, stored_as) for linear in linears]
+        forms = make_forms(stored_as, subject.dtype, device.startswith("cuda"))
         first, *_ = titles = [", ".join(filter(None, [name, form])) for form in forms]
         for title, form in zip(titles, forms.values(), strict=True):
             made = attempt(title, partial(compile_form, form, stored, inputs, device))

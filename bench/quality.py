@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import quantize
 from bench import llama_cpp, results
-from bench.subject import quantize_options
+from bench.subject import SCHEMES, quantize_options
 from calibration import NUM_WINDOWS, WINDOW, cut_windows, write_windows
 from checkpoint import load_model, meta_model
 from cli.arguments import checkpoint_folder, number, read_text
@@ -33,14 +33,13 @@ from cli.errors import user_errors
 from cli.report import step_weight_bytes
 from config import read_config
 from likelihood import target_log_probabilities
-from linears import Scheme
 from model import Transformer
 from scripts.convert_hf_checkpoint import convert
 from scripts.train_demo import CALIBRATION_MODULES, HELD_OUT, library_text
 from tokenizer import load_tokenizer
 
-INT4 = [Scheme(mode, size, sym) for sym in (False, True) for size in (32, 128) for mode in ("int4", "int4-gptq")]
-SCHEMES = [Scheme("int8"), Scheme("int8", 128), *INT4]
+INT4 = [f"{mode}-g{size}{sym}" for sym in ("", "-sym") for size in (32, 128) for mode in ("int4", "int4-gptq")]
+NAMES = ["int8", "int8-g128", *INT4]
 CHAT_SEED = 1  # the calibration has 0
 ROWS = 2  # windows at a time
 COLUMNS = ("text", "form", "MB a step", "perplexity", "change", "mean KL", "median", "90th percentile", "same top")
@@ -84,12 +83,13 @@ def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iter
             peer = llama_cpp.LlamaCpp(file, "cpu", WINDOW)
             yield f"llama.cpp {name}", llama_cpp.step_bytes(file), peer.all_logits
             peer.close()
-    for scheme in SCHEMES:
-        output = folder / str(scheme)
-        options = [*quantize_options(scheme, path, output), "--device", "cpu"]
+    for name in NAMES:
+        mode, form = SCHEMES[name]
+        options = [*quantize_options(form, path, folder / name, mode), "--device", "cpu"]
         with contextlib.redirect_stdout(io.StringIO()):
             quantize.run(quantize.parse_args(options), windows)
-        yield str(scheme), step_bytes(output), plain_logits(load_model(output, dtype=torch.float32, optimize=False))
+        model = load_model(folder / name, dtype=torch.float32, optimize=False)
+        yield name, step_bytes(folder / name), plain_logits(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What is measured: a model of random weights in the shapes of a config.json, in each form of the weights."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,17 @@ import torch
 from compressed import quantization_config
 from config import DTYPES, parse_dtype
 from files import read_json
-from linears import GROUP_SIZES, MODES, Scheme
+from linears import GROUP_SIZES, MODES, Form
 
-ASYMMETRIC = [Scheme(mode, size) for mode in MODES for size in (None, *GROUP_SIZES)]
-SYMMETRIC = [replace(scheme, symmetric=True) for scheme in ASYMMETRIC if scheme.mode != "int8"]
-SCHEMES = {str(scheme): scheme for scheme in ASYMMETRIC + SYMMETRIC}
+SIZES = (None, *GROUP_SIZES)
+FORMS = [Form(8, size) for size in SIZES] + [Form(4, size, zeros) for zeros in (True, False) for size in SIZES]
+# What quantize.py calls a folder -> the mode and the form.
+SCHEMES = {
+    str(form).replace(f"int{form.bits}", mode): (mode, form)
+    for form in FORMS
+    for mode in MODES
+    if mode.startswith(f"int{form.bits}")
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,11 @@ class Subject:
         return str(self.dtype).removeprefix("torch.")
 
 
-def quantize_options(scheme: Scheme, source: Path, output: Path) -> list[str]:
+def quantize_options(form: Form, source: Path, output: Path, mode: str | None = None) -> list[str]:
     """Return the options with which quantize.py makes a folder of another."""
     paths = ["--checkpoint_path", str(source), "--output_path", str(output)]
-    how = ["--mode", scheme.mode, "--groupsize", str(scheme.group_size or -1)]
-    return [*paths, *how, *["--symmetric"] * scheme.symmetric]
+    how = ["--mode", mode or f"int{form.bits}", "--groupsize", str(form.group_size or -1)]
+    return [*paths, *how, *["--symmetric"] * (form.bits == 4 and not form.has_zeros)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +55,6 @@ def read_subject(args: argparse.Namespace) -> Subject:
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; expected a config.json")
     raw = read_json(path)
-    forms = {name: raw | {"quantization_config": quantization_config(SCHEMES[name])} for name in args.quantize}
+    forms = {name: raw | {"quantization_config": quantization_config(SCHEMES[name][1])} for name in args.quantize}
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw) or torch.bfloat16
     return Subject(path.stem if path.stem != "config" else path.parent.name, raw, dtype, {"": raw, **forms})

@@ -29,11 +29,11 @@ from cli.chat import Conversation, end_of_turn
 from cli.ranks import local_device
 from cli.sampling import DEFAULTS, LIMITS, choose_sampling, unsupported_options
 from cli.template import ChatTemplate, load_template
-from config import DTYPES, eos_token_ids, is_head, parse_config, quantization_scheme, read_config
+from config import DTYPES, eos_token_ids, is_head, parse_config, quantization_form, read_config
 from drafters import LOOKUP_K, MODEL_K
 from eagle_checkpoint import parse_head_config
 from engine import check_ids
-from linears import Scheme
+from linears import Form
 from model import ModelConfig, Ranks
 from steps import Sampling
 from tokenizer import Tokenizer, check_unicode, load_tokenizer
@@ -160,7 +160,7 @@ class Job:
     max_seq_length: int
     sampling: Sampling
     unsupported: str  # a line on what the checkpoint asks for and does not get, or ""
-    quantization: Scheme | None
+    quantization: Form | None
     draft_dtype: torch.dtype | None  # of a draft model
     template: ChatTemplate | None  # of --chat and --interactive
 
@@ -187,7 +187,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Refuse what cannot work, before the weights load. Raises ValueError or FileNotFoundError."""
     with name_option("--checkpoint_path"):
         raw = read_config(args.checkpoint_path)
-        config, quantization = parse_config(raw), quantization_scheme(raw)
+        config, quantization = parse_config(raw), quantization_form(raw)
         own_eos_ids = eos_token_ids(args.checkpoint_path)
         sampling = choose_sampling(args.checkpoint_path, vars(args))
     check_sizes(config, quantization, ranks.count)
@@ -321,7 +321,7 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, target: M
             parse_head_config(raw, target)
             return None
         config = parse_config(raw)
-        quantization_scheme(raw)
+        quantization_form(raw)
     except ValueError as error:
         raise ValueError(f"--draft_checkpoint_path {path}: {error}") from None
     try:

@@ -32,7 +32,7 @@ from cli.errors import user_errors
 from compressed import grouped_config, pack_tensors
 from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
-from linears import Form, Scheme, StoredLinear, pack_nibbles
+from linears import Form, StoredLinear, pack_nibbles
 from model import ModelConfig, rope_frequencies
 from names import hub_names, hub_rows, is_stack
 from scripts.gguf_reader import GgufFile
@@ -70,9 +70,9 @@ LAYER_NAMES = {
 NORM_AFTER_ATTENTION = {"seed_oss", "olmo2"}
 ROPE_FACTORS = "rope_freqs.weight"
 LONGROPE = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-# Types whose codes can be kept, as the schemes that they are; their scales are fp16.
+# Types whose codes can be kept, as the forms that they are.
 BLOCK = 32
-CODES = {"Q8_0": Scheme("int8", BLOCK), "Q4_0": Scheme("int4", BLOCK, symmetric=True)}
+CODES = {name: Form(bits, BLOCK, scale_dtype=torch.float16) for name, bits in (("Q8_0", 8), ("Q4_0", 4))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def is_linear(hub_name: str) -> bool:
     return suffix == "weight" and "norm" not in module and not module.endswith((".embed_tokens", ".gate"))
 
 
-def kept_schemes(file: GgufFile, sources: dict[str, Source]) -> dict[str, Scheme]:
-    """Return the schemes of the Hub's modules whose codes are kept. Raises ValueError where there are none."""
+def kept_forms(file: GgufFile, sources: dict[str, Source]) -> dict[str, Form]:
+    """Return the forms of the Hub's modules whose codes are kept. Raises ValueError where there are none."""
     types = {name: file.tensors[source.name].kind.name for name, source in sources.items() if is_linear(name)}
     kept = {name.removesuffix(".weight"): CODES[type_] for name, type_ in types.items() if type_ in CODES}
     if not kept:
@@ -329,13 +329,13 @@ def kept_schemes(file: GgufFile, sources: dict[str, Source]) -> dict[str, Scheme
     return kept
 
 
-def stored_linear(scheme: Scheme, shape: torch.Size) -> StoredLinear:
+def stored_linear(form: Form, shape: torch.Size) -> StoredLinear:
     """Make a linear on the meta device for the codes of a tensor."""
     with torch.device("meta"):
-        return StoredLinear(shape, Form(scheme.form.bits, BLOCK, scale_dtype=torch.float16))
+        return StoredLinear(shape, form)
 
 
-def packed_specs(specs: dict[str, Spec], kept: dict[str, Scheme]) -> dict[str, Spec]:
+def packed_specs(specs: dict[str, Spec], kept: dict[str, Form]) -> dict[str, Spec]:
     """Put the tensors of compressed-tensors in the places of the weights whose codes are kept."""
     packed: dict[str, Spec] = {}
     for name, (dtype, shape) in specs.items():
@@ -382,12 +382,12 @@ def convert(path: Path, output_dir: Path, dtype_name: str, keep_codes: bool = Fa
     specs = dict(hub_specs(raw, dtype))
     sources = find_sources(file, specs, parse_config(raw))
     raw["torch_dtype"] = dtype_name
-    kept = kept_schemes(file, sources) if keep_codes else {}
+    kept = kept_forms(file, sources) if keep_codes else {}
     if kept:
-        groups: dict[tuple[bool, Scheme], list[str]] = {}
-        for module, scheme in kept.items():
-            groups.setdefault((module == "lm_head", scheme), []).append(module)
-        raw["quantization_config"] = grouped_config([(scheme, names) for (_, scheme), names in groups.items()])
+        groups: dict[tuple[bool, Form], list[str]] = {}
+        for module, form in kept.items():
+            groups.setdefault((module == "lm_head", form), []).append(module)
+        raw["quantization_config"] = grouped_config([(form, names) for (_, form), names in groups.items()])
     generation: dict[str, Any] = {}
     if has_tokenizer(file.values):
         vocabulary = GgufVocabulary(file.values)
@@ -408,7 +408,7 @@ def convert(path: Path, output_dir: Path, dtype_name: str, keep_codes: bool = Fa
 
 
 def write_weights(
-    file: GgufFile, path: Path, specs: dict[str, Spec], sources: dict[str, Source], kept: dict[str, Scheme]
+    file: GgufFile, path: Path, specs: dict[str, Spec], sources: dict[str, Source], kept: dict[str, Form]
 ) -> None:
     pending: dict[str, Tensor] = {}
     with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:

@@ -29,7 +29,7 @@ from bench.launches import pretend
 from compressed import quantization_config
 from kernels import cuda
 from kernels.optimize import optimize_
-from linears import Scheme
+from linears import Form
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
@@ -39,8 +39,8 @@ RAW: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "torch_dtype": "float32",
 }  # fmt: skip
-INT8: dict[str, Any] = {"quantization_config": quantization_config(Scheme("int8"))}
-INT4: dict[str, Any] = {"quantization_config": quantization_config(Scheme("int4", 32))}
+INT8: dict[str, Any] = {"quantization_config": quantization_config(Form(8))}
+INT4: dict[str, Any] = {"quantization_config": quantization_config(Form(4, 32, has_zeros=True))}
 QWEN3 = {"model_type": "qwen3", "head_dim": 24, "attention_bias": True}
 WINDOW = {"model_type": "mistral", "sliding_window": 8}
 BIASES = {"mlp_bias": True}

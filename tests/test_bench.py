@@ -27,7 +27,7 @@ from config import parse_config
 from engine import generate
 from kernels.cpu import library
 from kernels.layers import AtenInt4
-from linears import Scheme
+from linears import Form
 from model import RopeScaling
 from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
@@ -182,7 +182,7 @@ def test_ratios_are_taken_turn_by_turn_and_shares_of_the_roof_too():
 # Fresh processes
 
 
-INT4 = Scheme("int4", 32)
+INT4 = Form(4, 32, has_zeros=True)
 
 
 @pytest.fixture
@@ -196,9 +196,7 @@ def test_every_form_of_a_product_that_is_right_is_measured(capsys, monkeypatch, 
     traced = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda module, options, **how: traced(module, **how))
     monkeypatch.setattr(products, "MOST_COPIES", 2)
-    rungs = list(
-        products.make_rungs(subject({"int8": Scheme("int8"), "int4-g32": INT4, "int8-g64": Scheme("int8", 64)}), "cpu")
-    )
+    rungs = list(products.make_rungs(subject({"int8": Form(8), "int4-g32": INT4, "int8-g64": Form(8, 64)}), "cpu"))
     names = [rung.name for rung in rungs]
     norms = ["norm, multiply and sum", "norm folded into the sum"]
     forms = ["multiply and sum", "GEMM", *norms, *(["ours"] if library() else [])]
@@ -445,17 +443,17 @@ def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
 
 
 @pytest.mark.skipif("GPT_FAST" not in os.environ, reason="set GPT_FAST to a checkout of gpt-fast")
-@pytest.mark.parametrize("scheme", [None, Scheme("int8")])
-def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(scheme):
+@pytest.mark.parametrize("form", [None, Form(8)])
+def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(form):
     ours = sys.modules["model"]
     config = meta_model(RAW).config
-    theirs = gpt_fast.GptFast(Path(os.environ["GPT_FAST"]), config, scheme, "cpu", torch.float32, 256)
+    theirs = gpt_fast.GptFast(Path(os.environ["GPT_FAST"]), config, form, "cpu", torch.float32, 256)
     assert sys.modules["model"] is ours and sys.modules.get("GPTQ", ours) is ours
     assert all(
         rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
     )
     assert theirs.num_filled == theirs.at_next.item() == 100 + NUM_STEPS
-    if scheme is None:
+    if form is None:
         randomize_(theirs.model, seed=1)
     texts = []
     for step in (theirs.forward, theirs.step):
@@ -468,15 +466,15 @@ def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(sc
 
 
 @pytest.mark.parametrize(
-    ("changes", "scheme", "device", "words"),
+    ("changes", "form", "device", "words"),
     [
-        ({}, None, "cpu", ""), ({}, Scheme("int4", 32), "cuda", ""), ({}, Scheme("int4", 32), "cpu", "int4"),
+        ({}, None, "cpu", ""), ({}, INT4, "cuda", ""), ({}, INT4, "cpu", "int4"),
         ({"qk_norm": True}, None, "cpu", "no qk_norm"), ({"head_dim": 64}, None, "cpu", "heads of 32 channels, not 64"),
         ({"rope_scaling": RopeScaling("linear", 2.0)}, None, "cpu", "rope type linear"),
     ],
 )  # fmt: skip
-def test_what_gpt_fast_cannot_run_is_said(changes, scheme, device, words):
-    reason = gpt_fast.find_obstacle(replace(meta_model(RAW).config, **changes), scheme, device)
+def test_what_gpt_fast_cannot_run_is_said(changes, form, device, words):
+    reason = gpt_fast.find_obstacle(replace(meta_model(RAW).config, **changes), form, device)
     assert words in reason and bool(words) == bool(reason)
 
 

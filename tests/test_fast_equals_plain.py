@@ -9,13 +9,18 @@ from torch import Tensor
 
 from checkpoint import load_model
 from kernels.optimize import optimize_
-from linears import Scheme, quantizable_linears, quantize_linear
+from linears import Form, quantizable_linears, quantize_linear
 from model import Transformer
 from steps import compiled
 from tests.conftest import FAMILIES, HubCheckpoint
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
-FORMS = {"plain": None, "int8": Scheme("int8"), "int4-g32": Scheme("int4", 32), "int4-g64": Scheme("int4", 64)}
+FORMS = {
+    "plain": None,
+    "int8": Form(8),
+    "int4-g32": Form(4, 32, has_zeros=True),
+    "int4-g64": Form(4, 64, has_zeros=True),
+}
 # A compilation takes seconds: each family whose layers are compiled in another form, and each form, in one of them.
 COMPILED = [
     ("biased", "int8", torch.float32),
@@ -33,10 +38,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 def plain_model(reference: HubCheckpoint, form: str, dtype: torch.dtype) -> Transformer:
     """Load a checkpoint without kernels, its linears in one of the FORMS."""
     model = load_model(reference.path, dtype=dtype, optimize=False)
-    scheme = FORMS[form]
-    if scheme:
+    if held_as := FORMS[form]:
         for name, child in quantizable_linears(model).items():
-            model.set_submodule(name, quantize_linear(child, scheme.head if name == "lm_head" else scheme))
+            model.set_submodule(name, quantize_linear(child, held_as.head if name == "lm_head" else held_as))
     model.setup_caches(2, NUM_SLOTS)
     return model
 

@@ -15,7 +15,7 @@ from compressed import quantization_config
 from eagle import Head
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
-from linears import Scheme, frozen_parameter
+from linears import Form, frozen_parameter
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import Sampling, compiled, decode, keep_first_layer_guards
@@ -127,7 +127,7 @@ def test_one_cuda_graph_serves_every_position(made, name):
 
 def on_cuda() -> Transformer:
     """A model as it is on a GPU, with int4 and int8 weights, its memory left out."""
-    quantized = {"quantization_config": quantization_config(Scheme("int4", 32))}
+    quantized = {"quantization_config": quantization_config(Form(4, 32, has_zeros=True))}
     model = random_model(RAW | quantized, "cpu", torch.bfloat16, optimize=False)
     optimize_(model, "cuda")
     model.to("meta").setup_caches(1, 8192)
@@ -173,7 +173,7 @@ def test_a_step_needs_the_host_for_nothing(name):
 
 
 MIXED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
-INT8 = {"quantization_config": quantization_config(Scheme("int8"))}
+INT8 = {"quantization_config": quantization_config(Form(8))}
 
 
 @pytest.mark.parametrize(

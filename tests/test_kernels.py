@@ -26,7 +26,7 @@ from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear
 from kernels.optimize import FusedBlock, cpu_layer, optimize_
 from linears import (
     GROUP_SIZES,
-    Scheme,
+    Form,
     StoredLinear,
     dequantize,
     frozen_parameter,
@@ -235,11 +235,7 @@ def test_own_threads_serve_several_callers_and_forks() -> None:
 
 
 def test_own_threads_are_for_the_few_rows_of_models_that_are_all_kernels() -> None:
-    raw = RAW | {
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "quantization_config": quantization_config(Scheme("int8")),
-    }
+    raw = RAW | {"hidden_size": 128, "intermediate_size": 192, "quantization_config": quantization_config(Form(8))}
     model, wide = (random_model(form, dtype=torch.bfloat16) for form in (RAW, raw))
     exact = random_model(RAW, dtype=torch.float32)
     with on_threads(2):
@@ -363,9 +359,9 @@ def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
 
 @pytest.mark.parametrize("group_size", [16, 48, 96, 192])
 def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(group_size: int) -> None:
-    x, weight, scheme = normal(3, 192), Linear(192, 64), Scheme("int4", group_size)
+    x, weight, form = normal(3, 192), Linear(192, 64), Form(4, group_size, has_zeros=True)
     weight.weight = frozen_parameter(normal(64, 192, seed=1))
-    stored = quantize_linear(weight, scheme)
+    stored = quantize_linear(weight, form)
     assert isinstance(stored, StoredLinear)
     twin = stored.dequantize()
     layer = cpu_layer(stored, torch.bfloat16)

@@ -15,7 +15,7 @@ from checkpoint import random_model
 from compressed import quantization_config
 from kernels.inductor import streamed_linear
 from kernels.optimize import cuda_kernels, optimize_
-from linears import Scheme
+from linears import Form
 from tests.conftest import HANG, REPO
 from tests.test_bench import RAW
 
@@ -132,7 +132,7 @@ def test_weights_and_caches_are_loaded_16_bytes_a_thread(compiled_kernels):
 def test_on_cuda_a_model_gets_these_kernels():
     """Chosen by the type of the device alone: nothing is run."""
     cuda = cuda_kernels()
-    int4 = {"quantization_config": quantization_config(Scheme("int4", 32))}
+    int4 = {"quantization_config": quantization_config(Form(4, 32, has_zeros=True))}
     fast = random_model(RAW | int4, dtype=torch.float32, optimize=False)
     optimize_(fast, "cuda")
     for block in fast.layers:

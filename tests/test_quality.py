@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from bench import quality
-from linears import Scheme
 from tests.conftest import REPO
 
 
@@ -41,7 +40,7 @@ def test_the_noise_is_as_large_as_what_rounding_to_bf16_does() -> None:
 
 
 def test_an_interrupted_run_keeps_the_forms_that_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "SCHEMES", [Scheme("int8", 128), Scheme("int4-gptq", 128)])
+    monkeypatch.setattr(quality, "NAMES", ["int8-g128", "int4-gptq-g128"])
     monkeypatch.setattr(quality, "WINDOW", 24)
     given, quantized = [], quality.quantize.run
 

@@ -31,7 +31,7 @@ from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8
 from kernels.optimize import optimize_
 from linears import (
     GROUP_SIZES,
-    Scheme,
+    Form,
     StoredLinear,
     dequantize,
     pack_nibbles,
@@ -60,8 +60,9 @@ from tokenizer import load_tokenizer
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 DEMO = REPO / "checkpoints/demo"
-SCHEMES = [Scheme("int8"), Scheme("int8", 64), Scheme("int4", 32), Scheme("int4", 128, symmetric=True)]
-SCHEMES += [Scheme("int4"), Scheme("int4-gptq", 32), Scheme("int4-gptq", 64, symmetric=True)]
+ROUNDED = [Form(8), Form(8, 64), Form(4, 32, has_zeros=True), Form(4, 128), Form(4, has_zeros=True)]
+MODES_AND_FORMS = [(f"int{form.bits}", form) for form in ROUNDED]
+MODES_AND_FORMS += [("int4-gptq", Form(4, 32, has_zeros=True)), ("int4-gptq", Form(4, 64))]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -143,11 +144,11 @@ SHAPES = [(64, 128), (128, 256), (12, 64), (63, 61), (64, 172), (16, 8)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 64)], ids=str)
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True), Form(4, 64, has_zeros=True)], ids=str)
 def test_a_quantized_linear_equals_its_explicit_dequantized_product(
-    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+    form: Form, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    stored = quantize_linear(filled(*shape, bias=True), scheme)
+    stored = quantize_linear(filled(*shape, bias=True), form)
     assert stored.bias is not None
     weight, bias = stored.dequantize().double(), stored.bias.data.to(dtype).double()
     ready = on_this_device(stored, dtype)
@@ -162,17 +163,17 @@ def test_a_quantized_linear_equals_its_explicit_dequantized_product(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scheme", [None, Scheme("int8"), Scheme("int4", 32)], ids=str)
+@pytest.mark.parametrize("form", [None, Form(8), Form(4, 32, has_zeros=True)], ids=str)
 def test_each_row_of_a_stack_is_multiplied_with_its_experts_dequantized_weight(
-    scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype
+    form: Form | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     child = Experts(3, shape[1], shape[0])
     child.weight.data = normal(3, *shape)
-    if scheme is None:
+    if form is None:
         stored: nn.Module = child.to(dtype).requires_grad_(False)
         weight = child.weight.double()
     else:
-        stored = quantize_linear(child.requires_grad_(False), scheme)
+        stored = quantize_linear(child.requires_grad_(False), form)
         weight = stored.dequantize().double()
     ready = on_this_device(stored, dtype)
     for M, A in ((1, 2), (5, 1), (MAX_ROWS, 2), (2 * MAX_ROWS, 2)):
@@ -188,11 +189,11 @@ def test_each_row_of_a_stack_is_multiplied_with_its_experts_dequantized_weight(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True)], ids=str)
 def test_experts_that_are_not_chosen_are_not_read(
-    hub_checkpoint: GetCheckpoint, tmp_path: Path, scheme: Scheme, dtype: torch.dtype
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, form: Form, dtype: torch.dtype
 ) -> None:
-    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(scheme))
+    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(form))
     model = load_model(path, dtype=dtype)
     expected, chosen = choices(model, torch.tensor([[5]]))
     keep_only_(model, chosen)
@@ -201,13 +202,13 @@ def test_experts_that_are_not_chosen_are_not_read(
     assert step_weight_bytes(model) == model.weight_bytes - model.embed_tokens.weight.nbytes - of_stacks * 3 // 5
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_scales_below_float16_are_not_lost_in_it(scheme: Scheme) -> None:
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True)], ids=str)
+def test_scales_below_float16_are_not_lost_in_it(form: Form) -> None:
     child = filled(64, 128)
     child.weight.data *= 1e-6
-    ready = on_this_device(quantize_linear(child, scheme), torch.float16)
+    ready = on_this_device(quantize_linear(child, form), torch.float16)
     x = 1000 * normal(1, 128, seed=7).half()
-    expected = x.double() @ quantize_linear(child, scheme).dequantize().double().t()
+    expected = x.double() @ quantize_linear(child, form).dequantize().double().t()
     # A kernel holds the scales as they are; without one float16 holds the weight, of which it keeps the first bits.
     assert (ready(x).double() - expected).abs().max() <= 0.05 * expected.abs().max()
 
@@ -218,8 +219,8 @@ def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
     for i, block in enumerate(model.layers):
         for child in (block.mlp.gate_up_proj, block.mlp.down_proj):
             child.weight.data = normal(*child.weight.shape) * (1e-6 if i == 1 and child is block.mlp.down_proj else 1)
-        block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Scheme("int8"))  # type: ignore[assignment]
-        block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Scheme("int8"))  # type: ignore[assignment]
+        block.mlp.gate_up_proj = quantize_linear(block.mlp.gate_up_proj, Form(8))  # type: ignore[assignment]
+        block.mlp.down_proj = quantize_linear(block.mlp.down_proj, Form(8))  # type: ignore[assignment]
     optimize_(model)
     kinds = [
         {type(getattr(layer, "stored", layer)) for layer in layers}
@@ -230,14 +231,14 @@ def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
 
 
 def test_the_kernels_run_where_the_shape_allows() -> None:
-    def kind(scheme: Scheme, N: int, K: int) -> type:
-        layer = on_this_device(quantize_linear(filled(N, K), scheme), torch.float32)
+    def kind(form: Form, N: int, K: int) -> type:
+        layer = on_this_device(quantize_linear(filled(N, K), form), torch.float32)
         return type(getattr(layer, "stored", layer))
 
-    assert kind(Scheme("int8"), 64, 128) is AtenInt8
-    assert kind(Scheme("int8"), 63, 61) is StoredLinear
-    assert kind(Scheme("int4", 32), 64, 128) is AtenInt4
-    assert kind(Scheme("int4", 32), 64, 172) is StoredLinear
+    assert kind(Form(8), 64, 128) is AtenInt8
+    assert kind(Form(8), 63, 61) is StoredLinear
+    assert kind(Form(4, 32, has_zeros=True), 64, 128) is AtenInt4
+    assert kind(Form(4, 32, has_zeros=True), 64, 172) is StoredLinear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,10 +320,10 @@ def test_gptq_of_each_family_is_nearer_than_rounding_and_its_draft_leaves_the_te
     calibration = Calibration(model, model.embed_tokens.weight, reference.tokens)
     for i, block in enumerate(by_gptq.layers):
         encoders = calibration.encoders(block)
-        for target, scheme in ((block, Scheme("int4-gptq", 32)), (rounded.layers[i], Scheme("int4", 32))):
+        for target in (block, rounded.layers[i]):
             for name, child in quantizable_linears(target).items():
                 encode = encoders[name] if target is block else None
-                target.set_submodule(name, quantize_linear(child, scheme, encode))
+                target.set_submodule(name, quantize_linear(child, Form(4, 32, has_zeros=True), encode))
         calibration.advance(block)
     positions = torch.arange(reference.tokens.shape[1])
     ours, theirs = ((m(reference.tokens, positions) - reference.logits).norm() for m in (by_gptq, rounded))
@@ -413,10 +414,11 @@ def quantized(source: Path, output: Path, *args: object) -> Path:
     return output
 
 
-def arguments(scheme: Scheme) -> list[object]:
-    group = ["--groupsize", scheme.group_size or -1, *["--symmetric"] * scheme.symmetric]
-    calibration = ["--calibration_samples", 4, "--calibration_length", 64] if scheme.mode == "int4-gptq" else []
-    return ["--mode", scheme.mode, *group, *calibration]
+def arguments(form: Form, mode: str | None = None) -> list[object]:
+    mode = mode or f"int{form.bits}"
+    group = ["--groupsize", form.group_size or -1, *["--symmetric"] * (form.bits == 4 and not form.has_zeros)]
+    calibration = ["--calibration_samples", 4, "--calibration_length", 64] if mode == "int4-gptq" else []
+    return ["--mode", mode, *group, *calibration]
 
 
 def plain_twin(path: Path) -> Transformer:
@@ -453,12 +455,12 @@ def plain_twin(path: Path) -> Transformer:
 
 
 @pytest.mark.parametrize("family", [*("gqa", "tied", "biased", "qwen2", "qwen3", "mixtral", "mixtral_tied"), *NEWER])
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 256)], ids=str)
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True), Form(4, 256, has_zeros=True)], ids=str)
 def test_a_loaded_checkpoint_computes_with_the_stored_codes(
-    hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, scheme: Scheme
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, form: Form
 ) -> None:
     reference = hub_checkpoint(family)
-    path = quantized(reference.path, tmp_path / "out", *arguments(scheme))
+    path = quantized(reference.path, tmp_path / "out", *arguments(form))
     positions = torch.arange(reference.tokens.shape[1])
     logits = load_model(path, dtype=torch.float32)(reference.tokens, positions)
     torch.testing.assert_close(logits, plain_twin(path)(reference.tokens, positions), atol=1e-4, rtol=0)
@@ -467,15 +469,17 @@ def test_a_loaded_checkpoint_computes_with_the_stored_codes(
 
 
 def test_the_head_is_int8_and_in_groups_where_int8_blocks_are(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
-    for scheme, size in ((Scheme("int8"), None), (Scheme("int8", 32), 32), (Scheme("int4", 32), None)):
-        path = quantized(hub_checkpoint("gqa").path, tmp_path / str(scheme), *arguments(scheme))
+    for form, size in ((Form(8), None), (Form(8, 32), 32), (Form(4, 32, has_zeros=True), None)):
+        path = quantized(hub_checkpoint("gqa").path, tmp_path / str(form), *arguments(form))
         head = load_model(path, dtype=torch.float32, optimize=False).lm_head
         assert isinstance(head, StoredLinear) and (head.form.bits, head.form.group_size) == (8, size)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_save_load_and_generate_give_the_text_of_the_plain_twin(stories: Path, tmp_path: Path, scheme: Scheme) -> None:
-    path = quantized(stories, tmp_path / "out", *arguments(scheme))
+@pytest.mark.parametrize(("mode", "form"), MODES_AND_FORMS, ids=str)
+def test_save_load_and_generate_give_the_text_of_the_plain_twin(
+    stories: Path, tmp_path: Path, mode: str, form: Form
+) -> None:
+    path = quantized(stories, tmp_path / "out", *arguments(form, mode))
     texts = []
     for model in (load_model(path, dtype=torch.float32), plain_twin(path)):
         model.setup_caches(1, 64)
@@ -498,15 +502,15 @@ def assert_compiled_once_and_equal(model: Transformer) -> None:
         assert found == text(prompt)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_compiled_equals_eager_and_compiles_once(scheme: Scheme) -> None:
-    raw = {**read_config(DEMO), "num_hidden_layers": 2, "quantization_config": quantization_config(scheme)}
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True)], ids=str)
+def test_compiled_equals_eager_and_compiles_once(form: Form) -> None:
+    raw = {**read_config(DEMO), "num_hidden_layers": 2, "quantization_config": quantization_config(form)}
     assert_compiled_once_and_equal(random_model(raw, dtype=torch.float32))
 
 
 def test_compiled_experts_equal_eager_and_compile_once(hub_checkpoint: GetCheckpoint, tmp_path: Path) -> None:
     # Of its stacks a kernel takes one, and the plain path the other, of 112 columns.
-    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(Scheme("int4", 32)))
+    path = quantized(hub_checkpoint("mixtral").path, tmp_path / "out", *arguments(Form(4, 32, has_zeros=True)))
     model = load_model(path, dtype=torch.float32)
     assert_compiled_once_and_equal(model)
 
@@ -522,7 +526,7 @@ def test_the_command_calibrates_a_mixtral_and_says_which_experts_saw_little(tmp_
     for file in DEMO.glob("tokenizer*"):
         shutil.copyfile(file, source / file.name)
     few = ("--calibration_samples", 1)
-    path = quantized(source, tmp_path / "out", *arguments(Scheme("int4-gptq", 32)), *few)
+    path = quantized(source, tmp_path / "out", *arguments(Form(4, 32, has_zeros=True), "int4-gptq"), *few)
     assert "experts saw fewer calibration tokens than they have inputs" in capsys.readouterr().err
     positions, tokens = torch.arange(64), torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))
     logits = load_model(path, dtype=torch.float32)(tokens, positions)
@@ -536,7 +540,7 @@ def test_one_rounded_block_after_another_is_what_gptq_sees(stories: Path) -> Non
     source = meta_model(read_config(stories))
     state = dict(model.named_parameters())
     calibration = Calibration(source, state["embed_tokens.weight"], tokens)
-    parts = list(quantize.quantized_parts(source, state.__getitem__, Scheme("int4", 32), calibration))
+    parts = list(quantize.quantized_parts(source, state.__getitem__, Form(4, 32, has_zeros=True), calibration))
     # The hidden states that came out at the end are those of the quantized model.
     twin = load_model(stories, dtype=torch.float32, optimize=False)
     merged = {name: value for part in parts for name, value in part.items()}
@@ -559,14 +563,16 @@ def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
         return nn.functional.cross_entropy(logits.flatten(0, 1), windows[1].flatten()).item()
 
     plain = loss(load_model(DEMO, dtype=torch.float32))
+    calibration = ["--calibration_length", 256, "--calibration_samples", 32]
+    commands: dict[str, list[object]] = {
+        "int8": ["int8"],
+        "int4-g64": ["int4", "--groupsize", 64],
+        "int4-g128": ["int4", "--groupsize", 128],
+        "int4-gptq-g128": ["int4-gptq", "--groupsize", 128, *calibration],
+    }
     added = {
-        str(scheme): loss(plain_twin(quantized(DEMO, tmp_path / str(scheme), "--mode", scheme.mode, *group))) - plain
-        for scheme, group in (
-            (Scheme("int8"), []),
-            (Scheme("int4", 64), ["--groupsize", 64]),
-            (Scheme("int4", 128), ["--groupsize", 128]),
-            (Scheme("int4-gptq", 128), ["--groupsize", 128, "--calibration_length", 256, "--calibration_samples", 32]),
-        )
+        name: loss(plain_twin(quantized(DEMO, tmp_path / name, "--mode", *options))) - plain
+        for name, options in commands.items()
     }
     assert abs(added["int8"]) < 0.003
     assert added["int4-gptq-g128"] < min(added["int4-g64"], added["int4-g128"]) < 0.3
@@ -718,7 +724,7 @@ def test_codes_that_config_does_not_announce_are_refused(tmp_path: Path) -> None
 
 
 def test_every_parameter_of_a_random_quantized_model_is_set() -> None:
-    raw = {**read_config(DEMO), "quantization_config": quantization_config(Scheme("int4", 32))}
+    raw = {**read_config(DEMO), "quantization_config": quantization_config(Form(4, 32, has_zeros=True))}
     model = random_model(raw, dtype=torch.float32)
     logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0

@@ -21,7 +21,7 @@ from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
 from kernels.optimize import optimize_
-from linears import Scheme, quantizable_linears, quantize_linear
+from linears import Form, quantizable_linears, quantize_linear
 from speculate import Speculation, accept, draft_and_verify
 from steps import Noise, Sampling, Text, compiled, decode, likeliest, prefill, probabilities
 from suffix import Suffixes
@@ -52,17 +52,17 @@ def random_draft():
     return model
 
 
-def quantized(model, scheme):
+def quantized(model, form):
     for name, child in quantizable_linears(model).items():
-        model.set_submodule(name, quantize_linear(child, scheme.head if name == "lm_head" else scheme))
+        model.set_submodule(name, quantize_linear(child, form.head if name == "lm_head" else form))
     optimize_(model)
     return model
 
 
 # A further kind of draft is a line here: a function of the target.
 DRAFTS = {
-    "the target in int8": lambda model: quantized(model, Scheme("int8")),
-    "the target in int4": lambda model: quantized(model, Scheme("int4", 32)),
+    "the target in int8": lambda model: quantized(model, Form(8)),
+    "the target in int4": lambda model: quantized(model, Form(4, 32, has_zeros=True)),
     "the target": lambda model: model,
     "nearly the target": nearly,
     "random": lambda model: random_draft(),
@@ -359,9 +359,9 @@ def test_eos_inside_accepted_drafts_ends_the_row_there_and_changes_no_other(targ
         assert rows_of(generate(target, PROMPTS, LENGTH, GREEDY, eos_ids=[eos], speculation=speculation)) == expected
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_a_head_drafts_for_a_quantized_target(scheme):
-    target, speculation = quantized(tiny_model(), scheme), Speculation(taught_head(), levels=(3,))
+@pytest.mark.parametrize("form", [Form(8), Form(4, 32, has_zeros=True)], ids=str)
+def test_a_head_drafts_for_a_quantized_target(form):
+    target, speculation = quantized(tiny_model(), form), Speculation(taught_head(), levels=(3,))
     target.tap_layers = TAP_LAYERS
     for model in (target, speculation.draft_model):
         model.setup_caches(4, LENGTH + 3)

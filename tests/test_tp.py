@@ -26,7 +26,7 @@ from cli import ranks as processes
 from cli.ranks import local_device, num_cores
 from config import parse_config, read_config
 from files import write_safetensors
-from linears import Scheme
+from linears import Form
 from model import ONE_RANK, Ranks
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
@@ -501,29 +501,29 @@ def config():
 
 
 @pytest.mark.parametrize(
-    ("changes", "scheme", "count", "message"),
+    ("changes", "form", "count", "message"),
     [
         ({}, None, 3, "num_attention_heads 4 is not a multiple of the 3 ranks"),
         ({"intermediate_size": 770}, None, 4, "intermediate_size 770 is not a multiple of the 4 ranks"),
         ({"num_attention_heads": 12, "num_key_value_heads": 3}, None, 4, "num_key_value_heads 3 .* the 4 ranks"),
-        ({"num_attention_heads": 9, "num_key_value_heads": 3}, Scheme("int4", 128), 2, "o_proj has 576 inputs"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3}, Form(4, 128), 2, "o_proj has 576 inputs"),
         ({"num_attention_heads": 9, "num_key_value_heads": 3, "qk_norm_over_heads": True}, None, 2, "heads 3 is not a"),
-        ({}, Scheme("int4", 256), 2, "o_proj has 256 inputs in groups of 256, .* each of the 2 ranks"),
-        ({"intermediate_size": 800}, Scheme("int4", 32), 2, "down_proj has 800 inputs in groups of 32"),
-        ({"head_dim": 50}, Scheme("int4-gptq", 32), 2, "o_proj has 200 inputs in groups of 32"),
+        ({}, Form(4, 256), 2, "o_proj has 256 inputs in groups of 256, .* each of the 2 ranks"),
+        ({"intermediate_size": 800}, Form(4, 32), 2, "down_proj has 800 inputs in groups of 32"),
+        ({"head_dim": 50}, Form(4, 32), 2, "o_proj has 200 inputs in groups of 32"),
     ],
 )
-def test_sizes_that_cannot_be_shared_are_refused_with_both_numbers(config, changes, scheme, count, message):
+def test_sizes_that_cannot_be_shared_are_refused_with_both_numbers(config, changes, form, count, message):
     config = replace(config, **changes)
-    check_sizes(config, scheme, 1)
+    check_sizes(config, form, 1)
     with pytest.raises(ValueError, match=message):
-        check_sizes(config, scheme, count)
+        check_sizes(config, form, count)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8, 16])
 def test_kv_heads_may_be_fewer_or_more_than_ranks(config, count):
     config = replace(config, num_attention_heads=32, num_key_value_heads=4, intermediate_size=1024)
-    check_sizes(config, Scheme("int8"), count)
+    check_sizes(config, Form(8), count)
 
 
 def test_one_device_for_several_ranks_is_refused(monkeypatch):
@@ -656,4 +656,4 @@ def test_a_draft_is_shared_where_reading_it_costs_more_than_its_sums(config):
     even = 2 * (2 * config.num_hidden_layers + 3) * BYTES_READ_PER_SUM
     assert draft_ranks(config, None, int(0.9 * even), ranks) is ONE_RANK
     assert draft_ranks(config, None, int(1.1 * even), ranks) is ranks
-    assert draft_ranks(config, Scheme("int4", 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
+    assert draft_ranks(config, Form(4, 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
