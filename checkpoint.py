@@ -26,7 +26,7 @@ from compressed import hub_tensors
 from config import parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find_packed
-from kernels.cpu import empty_weight, start_to_compile
+from kernels.cpu import start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
@@ -345,42 +345,6 @@ def load_parameters_(model: Transformer, parameters: dict[str, Tensor], device: 
         model.lm_head.weight = model.embed_tokens.weight
     model.set_rope_(device)
     model.eval().requires_grad_(False)
-
-
-def random_model(
-    raw_config: dict[str, Any],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-    ranks: Ranks = ONE_RANK,
-    optimize: bool = True,
-) -> Transformer:
-    """Make the model that config.json describes, quantized or not, with random weights: for speed work.
-
-    Each of several ranks draws its own share: together these are another model than one rank alone would draw.
-    """
-    model = meta_model(raw_config, ranks)
-    generator = torch.Generator(device).manual_seed(seed + ranks.rank)
-    specs = tensor_specs(model, dtype)
-    parameters = {name: random_parameter(name, spec, generator, device) for name, spec in specs.items()}
-    load_parameters_(model, parameters, device)
-    del parameters  # so that a weight is freed as soon as it is repacked
-    if optimize:
-        optimize_(model)
-    return model
-
-
-def random_parameter(name: str, spec: Spec, generator: torch.Generator, device: str | torch.device) -> Tensor:
-    dtype, shape = spec
-    value = empty_weight(shape, dtype, device)
-    if dtype in (torch.int8, torch.uint8):
-        info = torch.iinfo(dtype)
-        return value.random_(info.min, 16 if name.endswith(".zeros") else info.max + 1, generator=generator)
-    if name.endswith("norm.weight"):
-        return value.fill_(1)
-    if name.endswith(".scales"):
-        return value.fill_(0.001)
-    return value.normal_(0, 0.02, generator=generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

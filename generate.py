@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, meta_model, random_model, tensor_specs
+from checkpoint import load_model, meta_model, tensor_specs
 from cli.chat import Conversation, chat
 from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
@@ -41,6 +41,7 @@ from eagle_checkpoint import load_head, random_head
 from engine import Engine, batch_sizes, generate
 from files import write_whole
 from model import ONE_RANK, Ranks, Transformer
+from random_weights import random_model
 from rows import Row
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill

@@ -31,11 +31,12 @@ from tqdm import tqdm
 import quantize
 from bench import results
 from bench.subject import quantize_options
-from checkpoint import load_model, random_model, save_hub_checkpoint
+from checkpoint import load_model, save_hub_checkpoint
 from cli.arguments import number
 from cli.errors import user_errors
 from config import eos_token_ids, read_config
 from linears import Form
+from random_weights import random_model
 from scripts import convert_hf_checkpoint
 from tokenizer import load_tokenizer
 

@@ -21,12 +21,13 @@ from bench import products, speculation
 from bench.results import Rung, attempt
 from bench.runner import PROMPT, Runner, decode_mode, make_steps
 from bench.subject import Subject
-from checkpoint import meta_model, random_model
+from checkpoint import meta_model
 from cli.report import step_weight_bytes
 from config import quantization_form
 from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
+from random_weights import random_model
 from steps import compiled, decode
 from tp import draft_ranks
 

@@ -27,13 +27,14 @@ from bench.footprint import make_driver
 from bench.ladder import OPTIONS
 from bench.runner import GREEDY
 from bench.subject import add_options, read_subject
-from checkpoint import meta_model, random_model
+from checkpoint import meta_model
 from cli.arguments import need_triton
 from cli.errors import user_errors
 from eagle import Head
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from model import Transformer
+from random_weights import random_model
 from speculate import draft_and_verify, verify
 from steps import compiled, decode
 

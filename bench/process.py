@@ -27,9 +27,10 @@ import torch
 from bench.results import ROOT, Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject, quantize_options
-from checkpoint import load_model, random_model, save_hub_checkpoint
+from checkpoint import load_model, save_hub_checkpoint
 from config import DTYPES, quantization_form
 from kernels import cpu
+from random_weights import random_model
 
 DEPTH = 4  # layers whose compile time all are compared with
 PROMPT_LENGTH = 512  # long enough that the activations show in the peak

@@ -26,13 +26,14 @@ import speculate
 from bench.results import ROOT, Rung
 from bench.runner import GREEDY, PROMPT, Runner, Steps, make_steps, setup_caches, time_median
 from bench.subject import Subject
-from checkpoint import load_model, random_model
+from checkpoint import load_model
 from cli.options import encode_prompt
 from cli.template import load_template
 from drafters import Drafter, Proposal, expected_tokens, levels_below
 from eagle import Head
 from eagle_checkpoint import load_head, random_head
 from model import Transformer
+from random_weights import random_model
 from speculate import Speculation, count_leading
 from steps import Text, likeliest, prefill
 from suffix import Suffixes

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from checkpoint import read_files
 from cli.errors import user_errors
+from collectives import collectives
 from model import ONE_RANK, Ranks
-from tp import collectives
 
 T = TypeVar("T")
 

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 import generate
-from checkpoint import load_model, random_model
+from checkpoint import load_model
 from cli import ranks as processes
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, patient_group, process_group, together
 from config import read_config
 from eagle_checkpoint import load_head
 from model import ONE_RANK
+from random_weights import random_model
 from speculate import Speculation
 from steps import Sampling, compiled, decode
 

@@ -20,7 +20,7 @@ from bench.results import Rung, format_line
 from bench.run import main
 from bench.runner import GREEDY, NUM_STEPS, PROMPT, Runner, make_steps
 from bench.subject import Subject
-from checkpoint import meta_model, random_model
+from checkpoint import meta_model
 from cli.report import step_weight_bytes
 from compressed import quantization_config
 from config import parse_config
@@ -29,6 +29,7 @@ from kernels.cpu import library
 from kernels.layers import AtenInt4
 from linears import Form
 from model import RopeScaling
+from random_weights import random_model
 from steps import compiled, decode
 from tests.conftest import REPO, assert_user_error, randomize_
 

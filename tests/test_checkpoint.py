@@ -19,10 +19,11 @@ from torch import Tensor
 
 import files as files_module
 import quantize
-from checkpoint import load_model, random_model, save_hub_checkpoint
+from checkpoint import load_model, save_hub_checkpoint
 from config import DTYPES, MAX_COUNT, MAX_SIZE, NEUTRAL_VALUES, eos_token_ids, parse_config, parse_dtype, read_config
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from random_weights import random_model
 from scripts.convert_hf_checkpoint import convert
 from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_, small_disk
 

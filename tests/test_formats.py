@@ -13,10 +13,11 @@ from torch import Tensor
 
 import generate
 import quantize
-from checkpoint import ModelReader, load_model, random_model, save_hub_checkpoint
+from checkpoint import ModelReader, load_model, save_hub_checkpoint
 from config import parse_config, read_config
 from linears import StoredLinear
 from model import Ranks
+from random_weights import random_model
 from scripts import convert_hf_checkpoint
 from tests.conftest import SHARED, HubCheckpoint, assert_user_error, run_forked
 

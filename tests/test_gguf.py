@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import ModelReader, load_model, random_model, save_hub_checkpoint
+from checkpoint import ModelReader, load_model, save_hub_checkpoint
 from cli.template import load_template
 from config import eos_token_ids, parse_config, read_config
+from random_weights import random_model
 from scripts import convert_gguf, gguf_reader
 from scripts.gguf_reader import GgufFile
 from tests.conftest import REPO, SHARED, assert_user_error, run_forked

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from checkpoint import load_model, random_model
+from checkpoint import load_model
 from engine import generate
 from kernels.optimize import cuda_kernels, optimize_
 from linears import dequantize, quantize_int4, quantize_int8
 from model import attention, attention_mask
 from quantize import main as quantize
+from random_weights import random_model
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO

@@ -10,13 +10,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
-from checkpoint import random_model
 from compressed import quantization_config
 from eagle import Head
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from linears import Form, frozen_parameter
 from model import Transformer
+from random_weights import random_model
 from speculate import draft_and_verify, verify
 from steps import Sampling, compiled, decode, keep_first_layer_guards
 

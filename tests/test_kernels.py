@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import random_model
 from compressed import quantization_config
 from kernels import cpu, inductor
 from kernels.cpu import INT4_BLOCK_ROWS, Avx2Bf16, CpuBf16, CpuInt4, CpuInt8, empty_weight, packed_weight
@@ -36,6 +35,7 @@ from linears import (
     quantize_linear,
 )
 from model import Linear, attention
+from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.test_graphs import RAW
 

@@ -11,11 +11,11 @@ import torch
 from bench import footprint, launches
 from bench.footprint import ARCHITECTURES, compile_variants, count_instructions
 from bench.launches import LAUNCHED, list_launches
-from checkpoint import random_model
 from compressed import quantization_config
 from kernels.inductor import streamed_linear
 from kernels.optimize import cuda_kernels, optimize_
 from linears import Form
+from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.test_bench import RAW
 

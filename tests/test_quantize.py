@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import quantize
 from calibration import write_windows
-from checkpoint import load_model, meta_model, random_model, save_hub_checkpoint
+from checkpoint import load_model, meta_model, save_hub_checkpoint
 from cli.report import step_weight_bytes
 from compressed import quantization_config
 from config import parse_config, read_config
@@ -43,6 +43,7 @@ from linears import (
 )
 from model import Experts, Linear, MoE, Transformer
 from names import hub_names
+from random_weights import random_model
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import (
