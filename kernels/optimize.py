@@ -39,6 +39,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     for name, role in roles.items():  # and not the modules, so that a weight is freed as soon as it is repacked
         linear = model.get_submodule(name)
         assert isinstance(linear, AnyLinear)
+        cpu.release_freed_memory()  # of the linear before
         if isinstance(linear, StoredLinear) and role not in with_zeros:
             linear.zeros = None
         layer = None

@@ -1,6 +1,7 @@
 """The C++ kernels against their plain twins."""
 
 import contextlib
+import ctypes
 import mmap
 import os
 import re
@@ -378,6 +379,21 @@ def memory_flags(address: int) -> list[str]:
         elif inside and line.startswith("VmFlags:"):
             return line.split()[1:]
     raise ValueError(f"nothing is at {address:x}")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_what_is_free_between_tensors_is_given_back() -> None:
+    tensors = [torch.ones(1 << 14) for _ in range(2048)]  # 64 KiB each, 128 MiB
+    kept = tensors[::16]
+    tensors.clear()
+    before = resident_bytes()
+    cpu.release_freed_memory()
+    assert resident_bytes() < before - (64 << 20)
+    assert all(bool((tensor == 1).all()) for tensor in kept)
 
 
 @pytest.mark.skipif(
