@@ -182,14 +182,16 @@ static void int8_blocks(const bf16* x, const float* wide_x, const float* totals,
 template <class Scale>
 static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, int64_t block,
                         bf16* out) {
-    for (int64_t k = 0; k < K; k += 64)
+    for (int64_t k = 0; k < K; k += 32)
         for (int r = 0; r < BLOCK_ROWS; r++) {
-            const int8_t* p = w + block * BLOCK_ROWS * K + k * BLOCK_ROWS + 64 * r;
-            for (int half = 0; half < 64; half += 32) {
-                const int64_t at = (block * (K / group) + (k + half) / group) * BLOCK_ROWS + r;
-                const float scale = widen(scales[at]);
-                const int zero = zeros ? zeros[at] : 0;
-                for (int i = half; i < half + 32; i++) out[r * K + k + i] = narrow((p[i] - zero) * scale);
+            const int8_t* p = w + (block * K + k / 64 * 64) * BLOCK_ROWS + 64 * r + k % 64;
+            const int64_t at = (block * (K / group) + k / group) * BLOCK_ROWS + r;
+            const __m512 scale = _mm512_set1_ps(widen(scales[at]));
+            const __m512i zero = _mm512_set1_epi32(zeros ? zeros[at] : 0);
+            for (int i = 0; i < 32; i += 16) {
+                const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i)));
+                const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, zero)), scale);
+                _mm256_storeu_si256((__m256i*)(out + r * K + k + i), (__m256i)_mm512_cvtneps_pbh(values));
             }
         }
 }
