@@ -30,7 +30,7 @@ from kernels.cpu import start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
-from names import family_name, hub_names, hub_rows, is_stack, part_rows, unstacked
+from names import family_name, hub_parts, hub_shapes, is_stack
 from quantization import read_quantization
 from tp import check_group, check_sizes, is_row_parallel, local_part
 
@@ -150,7 +150,7 @@ class ModelReader:
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
         self._last_packed: tuple[str, list[dict[str, Tensor]]] = ("", [])  # a module, and what its parts hold
-        self.stacked: tuple[str, ...] = ()  # the modules that are stored stacked, where not those of the family
+        self.stacked: tuple[str, ...] | None = None  # as in `hub_shapes`
         if not self.is_fused:
             self._adopt_names()
         check_depth(self.files, self.config)
@@ -158,9 +158,8 @@ class ModelReader:
             self._find_packed(keep_codes)
         model = meta_model(self.raw, forms=self.forms)
         self.specs = tensor_specs(model, dtype)
-        names, tied = list(self.specs), ["lm_head.weight"] if model.tied and not self.is_fused else []
-        if not self.is_fused:
-            names = [part for name in self.specs for part in self._stored_names(name)]
+        names = [part for name in self.specs for part in self._stored_names(name)]
+        tied = ["lm_head.weight"] if model.tied and not self.is_fused else []
         if unused := check_names(self.files, names, tied):
             self._say(f"ignored {name_first(unused)}, which no text depends on")
         self._say_dequantized(dtype, ": there is no kernel for their form" * keep_codes)
@@ -172,12 +171,10 @@ class ModelReader:
         for name, child in model.named_modules():
             if not isinstance(child, Linear | Experts | Embedding):
                 continue
-            *outputs, num_columns = child.weight.shape
-            names = hub_names(f"{name}.weight", self.config, self.stacked)
-            rows = hub_rows(f"{name}.weight", self.config, math.prod(outputs), self.stacked)
+            shapes = hub_shapes(f"{name}.weight", child.weight.shape, self.config, self.stacked)
             parts = [
-                find_packed(self.files, part.removesuffix(".weight"), torch.Size([count, num_columns]), quantization)
-                for part, count in zip(names, rows, strict=True)
+                find_packed(self.files, part.removesuffix(".weight"), shape, quantization)
+                for part, shape in shapes.items()
             ]
             if any(parts):
                 self.packed[name] = parts
@@ -212,13 +209,18 @@ class ModelReader:
             sizes = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of {str(dtype).removeprefix('torch.')}"
             self._say(f"{len(names)} weights are dequantized, {sizes}{why}")
 
+    def _names(self, name: str) -> list[str]:
+        """Name the tensors that parameter `name` is made of in this layout, where none is quantized."""
+        shape = self.specs[name][1]
+        return [name] if self.is_fused else [*hub_shapes(name, shape, self.config, self.stacked)]
+
     def _stored_names(self, name: str) -> list[str]:
         """Name the folder's tensors that parameter `name` is made of."""
         module, _, suffix = name.rpartition(".")
         parts = self.packed.get(module)
         if parts is None or suffix == "bias":
-            return hub_names(name, self.config, self.stacked)
-        hub = hub_names(f"{module}.weight", self.config, self.stacked)
+            return self._names(name)
+        hub = self._names(f"{module}.weight")
         return [tensor for part, own in zip(parts, hub, strict=True) for tensor in (part.names if part else [own])]
 
     def _say(self, words: str) -> None:
@@ -249,16 +251,17 @@ class ModelReader:
     def read(self, name: str) -> Tensor:
         """Read this rank's share of a parameter. Raises ValueError where it is mis-shaped or not finite."""
         dtype = self.specs[name][0]
+        if self.is_fused and self.ranks.count == 1:  # it stays unread on the disk: the converter has checked it
+            return checked_tensor(self.files, name, self.specs[name]).to(dtype)
         stored = self._stored_parts(name)
         parts = [local_part(name, i, part, self.config, self.ranks).to(dtype) for i, part in enumerate(stored)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not self.is_fused or self.ranks.count > 1:  # else it stays unread on the disk: the converter has checked it
-            if not is_finite(value):
-                large = " or too large for it; give --dtype bfloat16" if dtype == torch.float16 else ""
-                what = f"{name} has values that are not finite in {dtype}"
-                raise ValueError(f"{self.path}: {what}; the checkpoint is damaged{large}")
-            if is_stack(name, self.config) and not name.endswith(".order"):
-                value = value.unflatten(0, (self.config.num_local_experts, -1))
+        if not is_finite(value):
+            large = " or too large for it; give --dtype bfloat16" if dtype == torch.float16 else ""
+            what = f"{name} has values that are not finite in {dtype}"
+            raise ValueError(f"{self.path}: {what}; the checkpoint is damaged{large}")
+        if is_stack(name, self.config) and not name.endswith(".order"):
+            value = value.unflatten(0, (self.config.num_local_experts, -1))
         return value
 
     def _stored_parts(self, name: str) -> Iterable[Tensor]:
@@ -266,17 +269,16 @@ class ModelReader:
         module, _, suffix = name.rpartition(".")
         stored: Iterable[Tensor]
         if self.is_fused:
-            whole = checked_tensor(self.files, name, self.specs[name])
-            stored = [whole if self.ranks.count == 1 else unstacked(name, whole, self.config)]
+            stored = [checked_tensor(self.files, name, self.specs[name])]
         elif module in self.forms and suffix != "bias":
             stored = [part[suffix] for part in self._read_packed(module)]
             stored = stored[:1] if suffix == "order" else stored  # all have the same
         else:
             stored = self._hub_parts(name)
-        if suffix == "order" or (not self.is_fused and len(hub_names(name, self.config, self.stacked)) > 1):
+        if self.ranks.count == 1 or suffix == "order" or len(self._names(name)) > 1:
             return stored
         [whole] = stored
-        return [whole] if self.ranks.count == 1 else whole.split(part_rows(name, self.config, whole.shape[0]))
+        return hub_parts(name, whole, self.config, ()).values()
 
     def _read_packed(self, module: str) -> list[dict[str, Tensor]]:
         """Read what the parts of a module hold. The last module's is kept: its parameters are read one by one."""
@@ -287,12 +289,10 @@ class ModelReader:
     def _hub_parts(self, name: str) -> Iterator[Tensor]:
         """Map the Hub's tensors that a parameter is made of; those that are quantized are dequantized."""
         dtype, shape = self.specs[name]
-        num_rows, columns = (shape[:2].numel(), shape[2:]) if is_stack(name, self.config) else (shape[0], shape[1:])
-        hub = hub_names(name, self.config, self.stacked)
-        packed = self.packed.get(name.removesuffix(".weight"), [None] * len(hub))
-        counts = hub_rows(name, self.config, num_rows, self.stacked)
-        for part, held, rows in zip(hub, packed, counts, strict=True):
-            yield held.dense() if held else checked_tensor(self.files, part, (dtype, torch.Size([rows, *columns])))
+        shapes = hub_shapes(name, shape, self.config, self.stacked)
+        packed = self.packed.get(name.removesuffix(".weight"), [None] * len(shapes))
+        for (part, part_shape), held in zip(shapes.items(), packed, strict=True):
+            yield held.dense() if held else checked_tensor(self.files, part, (dtype, part_shape))
 
 
 def checkpoint_dtype(path: Path, raw: dict[str, Any], files_class: type[TensorFiles] = TensorFiles) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 from formats import view_rows_as
 from linears import Form, StoredLinear, pack_nibbles
 from model import Transformer
-from names import hub_names, hub_rows, unstacked
+from names import hub_parts
 
 
 def quantization_config(form: Form) -> dict[str, Any]:
@@ -59,16 +59,14 @@ def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[st
     for name, value in parameters.items():
         module, _, suffix = name.rpartition(".")
         stored = model.get_submodule(module)
-        matrix = unstacked(name, value, model.config)
-        hub, rows = hub_names(name, model.config), hub_rows(name, model.config, matrix.shape[0])
         if not isinstance(stored, StoredLinear) or suffix == "bias":
-            tensors |= zip(hub, matrix.split(rows), strict=True)
+            tensors |= hub_parts(name, value, model.config)
         elif suffix == "weight":
             suffixes = [suffix for suffix, _ in stored.named_parameters() if suffix != "bias"]
-            values = [unstacked(name, parameters[f"{module}.{key}"], model.config).split(rows) for key in suffixes]
+            parts = {key: hub_parts(name, parameters[f"{module}.{key}"], model.config) for key in suffixes}
             packed = [
-                dict(pack_tensors(stored, base.removesuffix(".weight"), dict(zip(suffixes, part, strict=True))))
-                for base, part in zip(hub, zip(*values, strict=True), strict=True)
+                dict(pack_tensors(stored, hub.removesuffix(".weight"), {key: parts[key][hub] for key in suffixes}))
+                for hub in parts["weight"]
             ]
             # Suffix by suffix, so that what is stacked when it is read lies together.
             tensors |= [item for items in zip(*(part.items() for part in packed), strict=True) for item in items]

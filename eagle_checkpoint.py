@@ -19,7 +19,7 @@ from eagle import Head, HeadConfig
 from files import TensorFiles, write_safetensors
 from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
-from names import hub_names, hub_rows
+from names import hub_parts, hub_shapes
 from random_weights import random_parameter
 from rope import read_flag, read_number
 
@@ -107,9 +107,9 @@ def parse_tap_layers(raw: dict[str, Any], inner: dict[str, Any], num_layers: int
 # The weights
 
 
-def stored_names(name: str, config: ModelConfig) -> list[str]:
-    """Name the tensors that a head's parameter is made of."""
-    return [part.removeprefix("model.") for part in hub_names(name, config)]
+def stored_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the tensors that a head's parameter is made of."""
+    return {part.removeprefix("model."): rows for part, rows in hub_shapes(name, shape, config).items()}
 
 
 class HeadReader:
@@ -132,7 +132,7 @@ class HeadReader:
         self.has_embedding = "embed_tokens.weight" in self.files.files
         if not self.has_embedding:
             del self.specs["embed_tokens.weight"]
-        names = [part for name in self.specs for part in stored_names(name, self.config.layers)]
+        names = [part for name, shape in self.specs.items() for part in stored_shapes(name, shape, self.config.layers)]
         check_names(self.files, names, [*UNUSED, "d2t"])
         self._check_taps()
 
@@ -149,12 +149,9 @@ class HeadReader:
             )
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        config, shape = self.config.layers, self.specs[name]
-        parts = [
-            checked_tensor(self.files, part, (dtype, torch.Size([rows, *shape[1:]]))).to(dtype)
-            for part, rows in zip(stored_names(name, config), hub_rows(name, config, shape[0]), strict=True)
-        ]
-        value = torch.cat(parts)
+        shapes = stored_shapes(name, self.specs[name], self.config.layers)
+        parts = [checked_tensor(self.files, part, (dtype, shape)) for part, shape in shapes.items()]
+        value = torch.cat([part.to(dtype) for part in parts])
         if not is_finite(value):
             raise ValueError(f"{self.path}: {name} has values that are not finite in {dtype}; the head is damaged")
         return value
@@ -224,8 +221,8 @@ def save_head(head: Head, raw_config: dict[str, Any], ids: Tensor, path: Path, d
     config = head.config
     tensors: dict[str, Tensor] = {}
     for name, value in head.named_parameters():
-        parts = value.detach().to(dtype).split(hub_rows(name, config, value.shape[0]))
-        tensors |= dict(zip(stored_names(name, config), parts, strict=True))
+        parts = hub_parts(name, value.detach().to(dtype), config)
+        tensors |= {part.removeprefix("model."): held for part, held in parts.items()}
     tensors["d2t"] = ids - torch.arange(len(ids))
     tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, value=True)
     specs = {name: (value.dtype, value.shape) for name, value in tensors.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.runner import Peer
 from model import ModelConfig, Transformer
-from names import hub_names, hub_rows
+from names import hub_parts
 
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # that its own quantizer makes, as llama.h numbers them
 COUNTERPARTS = {"int8": "Q8_0", "int4-g32": "Q4_0"}  # of our schemes
@@ -114,8 +114,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is named once
         name = name.replace(".stored.", ".")  # as a layer of kernels/ calls the linear that it computes
-        parts = weight.detach().cpu().split(hub_rows(name, config, len(weight)))
-        for hub_name, part in zip(hub_names(name, config), parts, strict=True):
+        for hub_name, part in hub_parts(name, weight.detach().cpu(), config).items():
             layer = hub_name.split(".")[-2]
             part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part
             gguf_name = names.get_name(hub_name, (".weight",))

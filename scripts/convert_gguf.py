@@ -34,7 +34,7 @@ from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
 from linears import Form, StoredLinear, pack_nibbles
 from model import ModelConfig, rope_frequencies
-from names import hub_names, hub_rows, is_stack
+from names import hub_shapes
 from scripts.gguf_reader import GgufFile
 from scripts.gguf_tokenizer import GgufVocabulary, has_tokenizer, write_json, write_tokenizer
 
@@ -257,10 +257,8 @@ def hub_specs(raw: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Sp
     """Yield the tensors of the Hub's folder by name."""
     model = meta_model(raw)
     for name, (held_as, shape) in tensor_specs(model, dtype).items():
-        columns = shape[2:] if is_stack(name, model.config) else shape[1:]
-        rows = hub_rows(name, model.config, shape[0])
-        for hub_name, count in zip(hub_names(name, model.config), rows, strict=True):
-            yield hub_name, (held_as, torch.Size([count, *columns]))
+        for hub_name, part_shape in hub_shapes(name, shape, model.config).items():
+            yield hub_name, (held_as, part_shape)
 
 
 def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) -> dict[str, Source]:

@@ -42,7 +42,7 @@ from linears import (
     unpack_nibbles,
 )
 from model import Experts, Linear, MoE, Transformer
-from names import hub_names
+from names import hub_shapes
 from random_weights import random_model
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
@@ -449,7 +449,7 @@ def plain_twin(path: Path) -> Transformer:
     model = Transformer(meta_model({**raw, "tie_word_embeddings": False}).config)
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        whole = torch.cat([stored[part] for part in hub_names(name, model.config)]).float()
+        whole = torch.cat([stored[part] for part in hub_shapes(name, parameter.shape, model.config)]).float()
         state[name] = whole.view(parameter.shape)
     model.load_state_dict(state)
     return model
