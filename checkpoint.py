@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compressed import hub_tensors
-from config import parse_config, parse_dtype, read_config
+from config import OLDER_FILES, parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find_packed
 from kernels.cpu import start_to_compile
@@ -40,7 +40,7 @@ TEXT_FILES = (
     "vocab.json", "merges.txt", "tekken.json",
 )  # fmt: skip
 # All that a text depends on.
-READ_FILES = ("config.json", *TEXT_FILES, "model*.safetensors*")
+READ_FILES = ("config.json", *OLDER_FILES, *TEXT_FILES, "*.safetensors*")
 # Files beside the weights that are copied with them into another form.
 COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 
@@ -147,6 +147,8 @@ class ModelReader:
         self.is_fused = self.raw.get("layout") == "fused"
         self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
         self.files = files_class(checkpoint_path)
+        if (checkpoint_path / "adapter_config.json").is_file():
+            self._say("the adapter beside the weights is not applied; merge it with peft's merge_and_unload")
         self.packed: dict[str, list[Packed | None]] = {}  # by module, what its parts are held as where it is quantized
         self.forms: dict[str, Form] = {}  # of those whose codes are kept
         self._last_packed: tuple[str, list[dict[str, Tensor]]] = ("", [])  # a module, and what its parts hold

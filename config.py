@@ -287,18 +287,21 @@ def parse_dtype(raw: dict[str, Any]) -> torch.dtype | None:
     return dtype
 
 
-def eos_token_ids(checkpoint_path: str | Path) -> tuple[int, ...]:
-    """Return every id that ends a text: generation_config.json's, else config.json's; () where neither has one."""
-    folder = Path(checkpoint_path)
-    raw, path = read_config(folder), own_file(folder, "generation_config.json")
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
-    if ids is None:
-        path, ids = folder / "config.json", raw.get("eos_token_id")
+def eos_token_ids(checkpoint_path: str | Path, default: int | None = None) -> tuple[int, ...]:
+    """Return every id that ends a text: generation_config.json's, else config.json's, else the tokenizer's `default`.
+
+    () where the first of the two that has the key says null, or nobody names one.
+    """
+    raw, path = read_config(Path(checkpoint_path)), own_file(Path(checkpoint_path), "generation_config.json")
+    generation = read_json(path) if path.is_file() else {}
+    num_ids = raw["vocab_size"] if isinstance(raw.get("vocab_size"), int) else 2**31
+    own = default if default is None or default < num_ids else None  # a tokenizer may have more than the model
+    ids = {"eos_token_id": own, **raw, **generation}["eos_token_id"]
     if not isinstance(ids, list):
         ids = [] if ids is None else [ids]
-    num_ids = raw["vocab_size"] if isinstance(raw.get("vocab_size"), int) else 2**31
     if not all(type(i) is int and 0 <= i < num_ids for i in ids):  # a bool is an int, but not of that type
-        raise ValueError(f"{path.name}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")
+        file = path.name if "eos_token_id" in generation else "config.json"
+        raise ValueError(f"{file}: eos_token_id is {ids!r}, expected ids from 0 to {num_ids - 1}")
     return tuple(ids)
 
 

@@ -92,7 +92,8 @@ def check(args: argparse.Namespace) -> Job:
         check_window(args.max_seq_length, config)
     check_device(args.device)
     if args.metrics_path:
-        inputs = [*read_files(args.checkpoint_path), *filter(None, [args.text_file])]
+        tasks = args.include_path.rglob("*.yaml") if args.include_path else ()
+        inputs = [*read_files(args.checkpoint_path), *filter(None, [args.text_file]), *tasks]
         check_writable("--metrics_path", args.metrics_path, inputs)
     if args.include_path and not args.include_path.is_dir():
         raise FileNotFoundError(f"--include_path {args.include_path} is not a folder; expected one with tasks' yaml")
@@ -109,7 +110,7 @@ def check(args: argparse.Namespace) -> Job:
     return Job(
         DTYPES[args.dtype] if args.dtype else checkpoint_dtype(args.checkpoint_path, raw),
         tokenizer,
-        eos_token_ids(args.checkpoint_path),
+        eos_token_ids(args.checkpoint_path, tokenizer.named_eos_id),
         ids,
         len(text.encode()) - len(unpredicted.encode()),
         args.max_seq_length or default_window(config),

@@ -151,10 +151,8 @@ class ModuleTensors:
             return None
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], own):
-            num_groups = -(-K // group_size)
-            raise self.error(
-                suffix, f"does not put {group_size} columns into each of {num_groups} groups; it is damaged"
-            )
+            what = f"does not put {group_size} columns into each of {-(-K // group_size)} groups"
+            raise self.error(suffix, f"{what}; it is damaged")
         return order.int()
 
     @staticmethod

@@ -93,7 +93,7 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
 
 def chat_opening(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the ids before a user's first message; [] where there is no chat template, or it takes no such message."""
-    template, mark = load_template(path, tokenizer, eos_token_ids(path)), "QUESTION"
+    template, mark = load_template(path, tokenizer, eos_token_ids(path, tokenizer.named_eos_id)), "QUESTION"
     if template is None:
         return []
     with contextlib.suppress(ValueError):

@@ -63,10 +63,8 @@ def check_sizes(config: ModelConfig, form: Form | None, count: int) -> None:
         raise ValueError(f"num_key_value_heads {kv_heads} does not divide the {count} ranks; start another number")
     unlike = count < kv_heads and kv_heads % count  # some ranks have one kv head more than others
     if unlike and config.qk_norm_over_heads:
-        needed = (
-            f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks, as a norm over all heads needs"
-        )
-        raise ValueError(f"{needed}; start as many as divide it")
+        what = f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks"
+        raise ValueError(f"{what}, as a norm over all heads needs; start as many as divide it")
     if count == 1 or form is None or form.group_size is None:
         return
     for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):

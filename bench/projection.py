@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from cli.arguments import ArgumentParser
+from cli.arguments import ArgumentParser, check_writable
 from cli.errors import user_errors
 from config import parse_config
 from files import read_json
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_path", type=Path, metavar="FILE", help="write formula, inputs and figures as JSON")
     with user_errors():
         args = parser.parse_args(argv)
+        if args.output_path:
+            check_writable("--output_path", args.output_path)
         rows: dict[str, Any] = {}
         for name in MODELS:
             config = parse_config(read_json(results.ROOT / "configs" / f"{name}.json"))

@@ -157,12 +157,20 @@ def check_writable(option: str, path: Path, inputs: Iterable[Path] = ()) -> None
             raise ValueError(f"{option} {path} cannot be written: it is a {what}, expected a file")
         if not stat.S_ISREG(mode):
             return
-        if any(os.path.samestat(status, file.stat()) for file in inputs if file.exists()):
+        if any(path.samefile(file) for file in inputs if file.exists()) or is_stream(status, 0):
             raise ValueError(f"{option} {path} is a file that this run reads; name another file")
-        if any(os.path.samestat(status, os.fstat(stream)) for stream in (1, 2)):
+        if is_stream(status, 1) or is_stream(status, 2):
             raise ValueError(f"{option} {path} is the file that this run prints to; name another file")
     if not is_writable(folder := Path(os.path.realpath(path)).parent):
         raise ValueError(f"{option} {path} cannot be written: {folder} is no folder that can be written to")
+
+
+def is_stream(status: os.stat_result, descriptor: int) -> bool:
+    """Say whether a file is the one of stdin (0), stdout (1) or stderr (2), which may be closed."""
+    try:
+        return os.path.samestat(status, os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def check_stdout() -> None:

@@ -188,7 +188,6 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
     with name_option("--checkpoint_path"):
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_form(raw)
-        own_eos_ids = eos_token_ids(args.checkpoint_path)
         sampling = choose_sampling(args.checkpoint_path, vars(args))
     check_sizes(config, quantization, ranks.count)
     device = local_device(args.device, ranks)
@@ -210,6 +209,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         if args.stop:
             raise ValueError(f"--stop needs a tokenizer: {error}") from None
         tokenizer = None
+    with name_option("--checkpoint_path"):
+        own_eos_ids = eos_token_ids(args.checkpoint_path, tokenizer.named_eos_id if tokenizer else None)
     template = chat_template(args, tokenizer, own_eos_ids) if args.chat or args.interactive else None
     eos_ids = () if args.ignore_eos else own_eos_ids
     if template and tokenizer and not args.ignore_eos:
@@ -245,10 +246,17 @@ def check_outputs(args: argparse.Namespace) -> None:
     for option, path in outputs.items():
         if path:
             check_writable(option, path, inputs)
-    metrics, trace = (path and os.path.realpath(path) for path in outputs.values())
-    if metrics and metrics == trace and not Path(metrics).is_char_device():
-        raise ValueError(f"--metrics_path and --profile are both {args.profile}; name two files")
+    metrics, trace = outputs.values()
+    if metrics and trace and are_same(metrics, trace) and not metrics.is_char_device():
+        raise ValueError(f"--metrics_path {metrics} and --profile {trace} are one file; name two")
     check_stdout()
+
+
+def are_same(path: Path, other: Path) -> bool:
+    """Say whether two paths are one file, there already or not."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def check_compiler() -> None:

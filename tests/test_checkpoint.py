@@ -271,16 +271,20 @@ def test_dtype_goes_before_torch_dtype_and_null_is_silence(raw: dict[str, Any], 
         ({"eos_token_id": 0}, {"eos_token_id": 2}, (0,)),
         ({}, {"eos_token_id": 2}, (2,)),
         (None, {"eos_token_id": [2, 3]}, (2, 3)),
-        ({"eos_token_id": None}, {}, ()),
+        ({"eos_token_id": None}, {"eos_token_id": 2}, ()),
+        (None, {"eos_token_id": None}, ()),
+        ({"bos_token_id": 1}, {}, (9,)),
+        (None, {"vocab_size": 10}, (9,)),
+        (None, {"vocab_size": 9}, ()),
     ],
 )
-def test_eos_ids_come_from_generation_config_else_from_config(
+def test_eos_ids_come_from_generation_config_else_from_config_else_from_the_tokenizer(
     tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], ids: tuple[int, ...]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert eos_token_ids(tmp_path) == ids
+    assert eos_token_ids(tmp_path, 9) == ids
 
 
 # Every key that is read, and what means the same as its absence. `transformers` refuses other nulls, as it does whole
@@ -1195,6 +1199,7 @@ def test_tensors_that_no_text_depends_on_are_ignored_with_a_line(
 ) -> None:
     reference = hub_checkpoint("gqa")
     path = rewrite(reference.path, tmp_path / "model", lambda tensors: tensors | {name: torch.ones(3)})
+    capsys.readouterr()  # the bar of who makes the reference
     logits = load_model(path, dtype=torch.float32)(reference.tokens, torch.arange(LENGTH))
     torch.testing.assert_close(logits, reference.logits, atol=1e-4, rtol=0)
     assert capsys.readouterr().err == f"{path}: ignored {name}, which no text depends on\n"
@@ -1261,6 +1266,20 @@ def test_files_of_another_form_beside_the_weights_do_not_matter(tmp_path: Path) 
     for name in ("a.gguf", "consolidated.00.pth", "params.json"):
         (tmp_path / name).write_text("")
     load_model(tmp_path)
+
+
+def test_an_adapter_beside_whole_weights_is_said_not_to_be_applied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(LLAMA, optimize=False)
+    (tmp_path / "a").mkdir()
+    save_hub_checkpoint(model, LLAMA, tmp_path / "a", torch.float32)
+    (tmp_path / "a/adapter_config.json").write_text("{}")
+    for read in (load_model, lambda path: convert(path, tmp_path / "b")):
+        read(tmp_path / "a")
+        assert "adapter beside the weights is not applied" in capsys.readouterr().err
+    load_model(tmp_path / "b")
+    assert "adapter" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

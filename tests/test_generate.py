@@ -19,10 +19,12 @@ import engine as engine_module
 import generate as generate_module
 import steps as steps_module
 from checkpoint import load_model
+from cli.options import check, parse_args
+from config import read_config
 from engine import Engine, generate, read_behind
 from generate import cases_to_compile, warm_up
 from kernels.optimize import optimize_
-from model import ModelConfig, Transformer
+from model import ONE_RANK, ModelConfig, Transformer
 from speculate import Speculation, draft_and_verify
 from steps import PREFILL_CHUNK, Sampling, compiled, decode, prefill, probabilities, sample
 from tests import conftest
@@ -515,6 +517,16 @@ def test_the_demo_ends_at_eos_and_goes_on_when_told(tmp_path):
     assert run_here(*options, "--ignore_eos").returncode == 0
     rows = json.loads(path.read_text())["samples"]
     assert {row["finish_reason"] for row in rows} == {"length"}
+
+
+@pytest.mark.parametrize(("raw", "ids"), [({}, (2,)), ({"eos_token_id": None}, ()), ({"eos_token_id": 5}, (5,))])
+def test_a_folder_that_names_no_eos_has_its_tokenizers(tmp_path, raw, ids):
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").unlink()
+    config = {key: value for key, value in read_config(DEMO).items() if key != "eos_token_id"}
+    (tmp_path / "config.json").write_text(json.dumps(config | raw))
+    args = parse_args(["--checkpoint_path", str(tmp_path)])
+    assert check(args, ONE_RANK).eos_ids == ids
 
 
 def test_the_context_ends_a_text_with_a_word(tmp_path):

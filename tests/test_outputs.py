@@ -13,7 +13,9 @@ import pytest
 
 import eval as evaluation
 import generate
+from checkpoint import read_files
 from cli.arguments import check_writable
+from cli.options import are_same
 from files import write_whole
 from tests.conftest import HANG, REPO, assert_user_error, run_forked
 
@@ -90,20 +92,47 @@ def test_what_would_be_destroyed_is_refused_before_the_run(tmp_path, main, optio
     assert weights.read_bytes() == before and loop.is_symlink() and not list((folder / "protected").iterdir())
 
 
-def test_where_a_run_prints_it_writes_nothing_else(tmp_path):
+@pytest.mark.parametrize(("descriptor", "words"), [(0, "this run reads"), (1, "prints to"), (2, "prints to")])
+def test_a_stream_of_a_run_is_not_written_over(tmp_path, descriptor, words):
     path = tmp_path / "both.json"
-    with path.open("w") as stdout, pytest.raises(ValueError, match="prints to"):
-        status = os.fstat(stdout.fileno())
-        saved = os.dup(1)
+    with path.open("w") as stream, pytest.raises(ValueError, match=words):
+        status = os.fstat(stream.fileno())
+        saved = os.dup(descriptor)
         try:
-            os.dup2(stdout.fileno(), 1)
+            os.dup2(stream.fileno(), descriptor)
             check_writable("--metrics_path", path)
         finally:
-            os.dup2(saved, 1)
+            os.dup2(saved, descriptor)
             os.close(saved)
     assert path.stat().st_ino == status.st_ino
-    result = run_forked(generate.main, *GENERATE, "--metrics_path", path, "--profile", path, cwd=REPO)
-    assert_user_error(result, "--metrics_path and --profile are both")
+
+
+def test_two_outputs_under_the_names_of_one_file_are_refused(tmp_path):
+    path, link, hard_link = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    link.symlink_to(path)
+    assert are_same(path, link), "which is not there yet"
+    path.write_text("old")
+    hard_link.hardlink_to(path)
+    assert are_same(path, hard_link) and are_same(link, hard_link) and not are_same(path, tmp_path / "d")
+    result = run_forked(generate.main, *GENERATE, "--metrics_path", link, "--profile", hard_link, cwd=REPO)
+    assert_user_error(result, "--metrics_path", "--profile", "one file")
+    assert path.read_text() == "old"
+
+
+def test_whatever_a_run_reads_is_not_written_over(tmp_path):
+    index = {"weight_map": {"norm.weight": "part-a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("part-a.safetensors", "quantize_config.json", "chat_template.jinja", "vocab.json"):
+        (tmp_path / name).write_text("{}")
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(name)
+        with pytest.raises(ValueError, match="this run reads"):
+            check_writable("--metrics_path", tmp_path / "link", read_files(tmp_path))
+    task = tmp_path / "tasks/mine.yaml"
+    task.parent.mkdir()
+    task.write_text("task: mine")
+    options = ("--tasks", "mine", "--include_path", tmp_path, "--metrics_path", task)
+    assert_user_error(run_forked(evaluation.main, *options, cwd=REPO), "this run reads")
 
 
 def test_a_file_of_several_names_keeps_them_and_a_private_one_stays_private(tmp_path):
