@@ -15,15 +15,12 @@ from typing import NamedTuple
 
 from cli.ranks import from_rank_0
 from cli.report import report_rows
-from cli.template import ChatTemplate, Message
+from cli.template import MARK, ChatTemplate, Message
 from engine import Engine
 from model import Ranks
 from rows import Row
 from tokenizer import TextStream, Tokenizer, check_unicode
 
-# Stands in what people and models write, behind the first character of a special token's name, so that the name is
-# text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
-MARK = "\ufdd0"
 HELP = "/reset begins anew, /help says so, /quit or Ctrl-D ends"
 
 

@@ -9,6 +9,7 @@ of its own, renderer.py, with little time and memory: the sandbox alone bounds n
 
 import contextlib
 import json
+import re
 import select
 import subprocess
 import sys
@@ -21,6 +22,12 @@ from files import own_file
 from tokenizer import Tokenizer, read_settings, token_name
 
 Message = dict[str, str]  # its role (system, user or assistant) and its content
+
+# Stands in what people and models write, behind the first character of a special token's name, so that the name is
+# text there and a token only where the template wrote it. Unicode keeps this code for a program's own use.
+MARK = "\ufdd0"
+# For each role a conversation that has it.
+PROBES = {"user": ("user",), "system": ("system", "user"), "assistant": ("user", "assistant", "user")}
 
 # Seconds to wait for the process, which first has to start on a machine that may be busy.
 PATIENCE = 60
@@ -45,12 +52,31 @@ class ChatTemplate:
             text=True,
         )
         self._ask({"source": source})
+        self.part_roles: set[str] = set()  # whose content it takes as a list of parts, as one of a model that sees may
+        if re.search(r"\btext\b", source):  # without this word it cannot take one out of a part
+            self._find_part_roles()
+
+    def _find_part_roles(self) -> None:
+        """Try out, as llama.cpp does, whose content is not shown where it is a text but is where it is a part."""
+        for role, roles in PROBES.items():
+            messages = [{"role": name, "content": MARK if name == role else "x"} for name in roles]
+            if not self._shows_mark(messages):
+                self.part_roles.add(role)
+                if not self._shows_mark(messages):
+                    self.part_roles.remove(role)
+
+    def _shows_mark(self, messages: list[Message]) -> bool:
+        try:
+            return MARK in self.render(messages, add_generation_prompt=True)
+        except ValueError:
+            return False
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Return the conversation's text, and with add_generation_prompt the beginning of the answer that is next.
 
         Raises ValueError where the template refuses the conversation or has an error, or needs too much of anything.
         """
+        messages = [as_parts(message) if message["role"] in self.part_roles else message for message in messages]
         # The variables that `transformers` gives it, with no tools and no documents unless the user has some.
         conversation = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return self._ask({**self.special_tokens, "tools": None, "documents": None, **self.kwargs, **conversation})
@@ -71,6 +97,10 @@ class ChatTemplate:
         if "error" in answer:
             raise ValueError(f"{self.where}: the chat template says: {answer['error']}")
         return answer["text"]
+
+
+def as_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def load_template(

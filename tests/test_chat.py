@@ -21,9 +21,9 @@ import torch
 
 from checkpoint import load_model
 from cli import template as template_module
-from cli.chat import MARK, Conversation, Refused, SpecialNames, end_of_turn
+from cli.chat import Conversation, Refused, SpecialNames, end_of_turn
 from cli.renderer import MAX_SECONDS
-from cli.template import ChatTemplate, load_template
+from cli.template import MARK, ChatTemplate, load_template
 from engine import generate
 from generate import main
 from rows import Row
@@ -215,6 +215,32 @@ def test_a_template_is_found_in_every_file_that_may_hold_it(tmp_path, files, tex
     folder = write_folder(tmp_path, **files)
     template = load_template(folder, load_tokenizer(folder), eos_ids=(2,))
     assert (template and template.render(said("x"), add_generation_prompt=True)) == text
+
+
+PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+LLAMA_GUARD = (
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] | trim }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (PARTS, "sys|a|b|c|"),
+        (LLAMA_GUARD, "sys|a|b|c|"),
+        ("{% if m.content is string %}{{ raise_exception('no') }}{% endif %}{{ m.content[0]['text'] }}", "sys|a|b|c|"),
+        ("{% if m.role == 'user' %}" + PARTS + "{% else %}{{ m.content }}{% endif %}", "sys|a|b|c|"),
+        ("{% if m.role == 'user' %}{{ m.content }}{% else %}" + PARTS + "{% endif %}", "sys|a|b|c|"),
+        ("{% if m.content is string %}S{{ m.content }}{% else %}" + PARTS + "{% endif %}", "Ssys|Sa|Sb|Sc|"),
+        ("{% if m.role == 'user' %}text{{ m.content }}{% endif %}", "|texta||textc|"),
+        ("{% for part in m.content %}{{ part }}{% endfor %}{# text #}", "sys|a|b|c|"),
+        ("{{ raise_exception('text') if m.role == 'system' }}" + PARTS, None),
+    ],
+)
+def test_a_template_that_takes_only_parts_is_given_them(content, text):
+    template = ChatTemplate("{% for m in messages %}" + content + "|{% endfor %}", {}, "here")
+    messages = [{"role": "system", "content": "sys"}, *said("a", "b"), *said("c")]
+    assert template.render(messages[text is None :], add_generation_prompt=True) == (text or "a|b|c|")
 
 
 @pytest.mark.parametrize(
