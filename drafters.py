@@ -6,7 +6,7 @@ first. `speculate.py` runs the round, whichever it is.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,13 +60,6 @@ FIRST_WAIT, LONGEST_WAIT = 32, 256
 VAIN_PER_TOKEN, MOST_BETWEEN_LOOKS = 8, 4
 
 
-class Plan(NamedTuple):
-    """What comes next: plain steps, and then a round, of no drafts where it is not planned yet."""
-
-    num_plain: int
-    k: int
-
-
 def expected_tokens(acceptance: float, k: int) -> float:
     """Return how many tokens a round of k drafts yields on average: 1 + a + ... + a^k."""
     return (1 - acceptance ** (k + 1)) / (1 - acceptance) if acceptance < 1 else k + 1
@@ -94,20 +87,20 @@ class Pace:
     def best(self) -> int:
         return max(self.levels, key=self.gain)
 
-    def plan(self, room: int) -> Plan:
-        """Plan for a text with room for `room` ids."""
+    def plan(self, room: int) -> tuple[int, int]:
+        """Return how many tokens to decode plainly in a room of so many, and how many to draft then, 0 for none."""
         if room == 1:
-            return Plan(1, 0)
+            return 1, 0
         if self.k == 0:
             smallest = min(level for level in self.levels if level)
-            return Plan(self.wait, smallest) if self.wait < room - 1 else Plan(room, 0)
-        return Plan(0, min(self.k, level_that_fills(self.levels, room)))
+            return (self.wait, smallest) if self.wait < room - 1 else (room, 0)
+        return 0, min(self.k, level_that_fills(self.levels, room))
 
-    def next_plan(self, room: int) -> Plan:
-        """Return what to do before asking again: plain steps, or a round."""
-        plan = Plan(0, self.due) if self.due else self.plan(room)
-        self.due = plan.k if plan.num_plain else 0
-        return Plan(plan.num_plain, 0) if plan.num_plain else plan
+    def next_plan(self, room: int) -> tuple[int, int]:
+        """Return what to do before asking again: as `plan`, and one of the two is 0."""
+        num_plain, k = (0, self.due) if self.due else self.plan(room)
+        self.due = k if num_plain else 0
+        return num_plain, 0 if num_plain else k
 
     def update(self, counts: list[int], lengths: list[int]) -> None:
         """Record a round: how many drafts were meant for each row, perhaps none, and how many ids it accepted."""

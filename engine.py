@@ -26,14 +26,8 @@ class Rounds(Protocol):
     # Of the latest texts: accept_counts[row][n], how many steps accepted n drafts; and how many were drafted per row.
     accept_counts: list[list[int]]
     num_drafted: int
-
-    @property
-    def draft_model(self) -> Transformer | None:
-        """A second model, whose caches have the same rows."""
-
-    @property
-    def most_drafts(self) -> int:
-        """How many slots of the caches are kept beyond the end of a text."""
+    draft_model: Transformer | None  # whose caches have the same rows
+    most_drafts: int  # so many slots of the caches are kept beyond the end of a text
 
     def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
         """Begin texts that share no more than their first `cached` ids with the latest."""

@@ -166,32 +166,24 @@ class Speculation:
     lookup: bool = False
 
     drafter: Drafter = field(init=False)
+    # The numbers of drafts that a draft model may be asked for, and that may be found in the text; () without.
+    model_levels: tuple[int, ...] = field(init=False)
+    lookup_levels: tuple[int, ...] = field(init=False)
+    most_drafts: int = field(init=False)  # of a round, for which slots are kept beyond the end of a text
     # accept_counts[row][n]: how many forwards of the target accepted n drafts in the latest text; plain steps accept 0.
     accept_counts: list[list[int]] = field(default_factory=list, init=False)
     num_drafted: int = field(default=0, init=False)  # per row, in the latest text
 
     def __post_init__(self) -> None:
+        is_searched = self.lookup or self.draft_model is None
+        self.model_levels = (self.levels or levels_below(self.max_k or MODEL_K)) if self.draft_model else ()
+        self.lookup_levels = (self.levels or levels_below(self.max_k or LOOKUP_K)) if is_searched else ()
+        self.most_drafts = max(self.max_k, *self.model_levels, *self.lookup_levels)
         self.drafter = lookup = Lookup(self.lookup_levels)
         if self.draft_model:
             kind = HeadModel if isinstance(self.draft_model, Head) else DraftModel
             draft_model = kind(self.draft_model, self.model_levels, self.prefill)
             self.drafter = Both(lookup, draft_model) if self.lookup else draft_model
-
-    @property
-    def model_levels(self) -> tuple[int, ...]:
-        """The numbers of drafts that the draft model may be asked for; () without one."""
-        return (self.levels or levels_below(self.max_k or MODEL_K)) if self.draft_model else ()
-
-    @property
-    def lookup_levels(self) -> tuple[int, ...]:
-        """The numbers of drafts that may be found in the text; () where it is not searched."""
-        is_searched = self.lookup or self.draft_model is None
-        return (self.levels or levels_below(self.max_k or LOOKUP_K)) if is_searched else ()
-
-    @property
-    def most_drafts(self) -> int:
-        """The most drafts of a round, for which slots are kept beyond the end of a text."""
-        return max(self.max_k, *self.model_levels, *self.lookup_levels)
 
     def compile_(self, mode: str | None = None) -> None:
         """Let torch.compile capture a round's call; mode: as in `steps.compiled`."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import generate as generate_module
 import quantize as quantize_module
 from checkpoint import load_model
-from drafters import Pace, Plan
+from drafters import Pace
 from eagle import Head, HeadConfig
 from eagle_checkpoint import load_head, save_head
 from engine import generate
@@ -345,7 +345,7 @@ def test_what_is_drafted_does_not_depend_on_how_the_text_was_divided(target, pla
 
     for turns in ([(0, 3)], [(5, 0), (0, 3)], [(0, 3), (1, 0)], [(0, 1), (0, 3)]):
         asked = itertools.cycle(turns)
-        monkeypatch.setattr(Pace, "next_plan", lambda pace, room, asked=asked: Plan(*next(asked)))
+        monkeypatch.setattr(Pace, "next_plan", lambda pace, room, asked=asked: next(asked))
         speculation = Speculation(head, 3, (3, 1), watched)
         assert tokens_of(generate(target, [PROMPTS[2]], 80, GREEDY, speculation=speculation)) == plain[2][:80]
     assert len(drafted) > 40
@@ -359,7 +359,7 @@ def test_a_round_is_one_call_whatever_the_number_of_drafts_before(target, plain,
     def watched(name, step):
         return lambda *args: (calls.append(name), step(*args))[1]
 
-    asked = itertools.cycle([Plan(0, 5), Plan(0, 1), Plan(0, 3), Plan(0, 1)])
+    asked = itertools.cycle([(0, 5), (0, 1), (0, 3), (0, 1)])
     monkeypatch.setattr(Pace, "next_plan", lambda pace, room: next(asked))
     speculation = Speculation(head, 5, (5, 3, 1, 0), watched("round", draft_and_verify), watched("prefill", prefill))
     found = rows_of(generate(target, PROMPTS, 60, GREEDY, speculation=speculation))

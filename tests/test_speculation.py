@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import generate as generate_module
 import speculate as speculate_module
-from drafters import FIRST_WAIT, LONGEST_WAIT, Both, DraftModel, Lookup, Pace, Plan, expected_tokens, levels_below
+from drafters import FIRST_WAIT, LONGEST_WAIT, Both, DraftModel, Lookup, Pace, expected_tokens, levels_below
 from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
@@ -441,7 +441,7 @@ def test_unused_slots_may_hold_nan_in_both_caches(target, plain, name):
 def test_a_draft_that_missed_plain_tokens_guesses_as_well_as_one_that_saw_all(target, monkeypatch):
     """Whatever the order of plain steps and rounds: a draft equal to the target is never wrong."""
     speculation = Speculation(make_draft("the target"))
-    asked = itertools.cycle([Plan(7, 0), Plan(0, 2)])
+    asked = itertools.cycle([(7, 0), (0, 2)])
     monkeypatch.setattr(Pace, "next_plan", lambda pace, room: next(asked))
     list(generate(target, PROMPTS, 60, GREEDY, speculation=speculation))
     for counts in speculation.accept_counts:
