@@ -49,8 +49,8 @@ def local_part(name: str, index: int, part: Tensor, config: ModelConfig, ranks: 
         return torch.cat((share, share.new_zeros(padding, *share.shape[1:]))) if padding else share.contiguous()
     kv_heads = config.num_key_value_heads
     num_pieces = kv_heads if how == "kv_heads" else max(ranks.count, kv_heads) if "heads" in how else ranks.count
-    size, pieces = part.shape[dim] // num_pieces, ranks.share(num_pieces)
-    return part.narrow(dim, pieces.start * size, len(pieces) * size).contiguous()
+    pieces, total = ranks.share(num_pieces), part.shape[dim]  # of groups there may be fewer than pieces
+    return part.narrow(dim, pieces.start * total // num_pieces, len(pieces) * total // num_pieces).contiguous()
 
 
 def check_sizes(config: ModelConfig, form: Form | None, count: int) -> None:

@@ -31,7 +31,7 @@ from model import ONE_RANK, Ranks
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
 from tests.conftest import HANG, NEWER, free_port
-from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks
+from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_part
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -524,6 +524,17 @@ def test_sizes_that_cannot_be_shared_are_refused_with_both_numbers(config, chang
 def test_kv_heads_may_be_fewer_or_more_than_ranks(config, count):
     config = replace(config, num_attention_heads=32, num_key_value_heads=4, intermediate_size=1024)
     check_sizes(config, Form(8), count)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "count"), [(6, 6, 16, 3), (8, 8, 8, 2), (9, 3, 32, 3), (6, 3, 32, 2)]
+)
+def test_groups_that_span_several_heads_are_cut_too(config, heads, kv_heads, head_dim, count):
+    config = replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    check_sizes(config, Form(4, 32), count)
+    scales = torch.arange(heads * head_dim // 32).expand(5, -1)
+    parts = [local_part("layers.0.self_attn.o_proj.scales", 0, scales, config, Ranks(i, count)) for i in range(count)]
+    assert torch.equal(torch.cat(parts, dim=1), scales)
 
 
 def test_one_device_for_several_ranks_is_refused(monkeypatch):
