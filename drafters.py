@@ -50,6 +50,9 @@ MODEL_K, LOOKUP_K = 5, 15
 # The assumed cost of one more draft, in steps of the target: by a model a tenth its size and verified; verified alone.
 DRAFT_COST, VERIFY_COST = 0.25, 0.1
 HEAD_COST = 0.15  # of a layer and an output layer, and verified
+# A draft model that missed more of a text than its round takes in has a prefill to do. It pays where nothing more is
+# found for a while: for so many tokens it is not asked.
+CATCHING_UP = 4
 # By this factor a past round weighs less with each new one.
 DECAY = 0.92
 # Drafts counted as accepted at the beginning: enough to begin with the largest k.
@@ -270,3 +273,5 @@ class Both:
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         source: Drafter = self.lookup if isinstance(proposal.drafts, Tensor) else self.other
         source.note(proposal, texts, counts)
+        if source is self.lookup and max(counts) > self.other.levels[0]:
+            self.wait = max(self.wait, CATCHING_UP)

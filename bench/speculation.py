@@ -49,13 +49,15 @@ DEMO_MODES = {"demo": "compile", "demo-eager": "eager"}
 # Several beginnings for the demo, which after a while repeats itself: then a draft is always right, or always wrong.
 DEMO_TEXTS = {
     "code": [
-        "class Stack:\n    def __init__(self, items=None):\n",
-        "import os\nimport sys\n\ndef main(",
-        "def read_file(path):\n    ",
-        "    if not isinstance(",
+        "class Stack:\n    def __init__(self, items=None):\n", "import os\nimport sys\n\ndef main(",
+        "def read_file(path):\n    ", "    if not isinstance(", "class Parser:\n", "    for name, value in ",
+        "import re\n\n_pattern = re.compile(", "def __repr__(self):\n    return ",
     ],
-    "free text": ['"""This module provides', "# The first argument is", '    """Return the', "# Note that this"],
-}
+    "free text": [
+        '"""This module provides', "# The first argument is", '    """Return the', "# Note that this",
+        '"""Create a new', "# If the file", "    # This is called when", '    """A class that',
+    ],
+}  # fmt: skip
 CHAT_TEXTS = {
     "chat": ["What is the capital of France, and why is it famous?", "How do I boil an egg?"],
     "editing": [

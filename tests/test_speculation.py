@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 import generate as generate_module
 import speculate as speculate_module
-from drafters import FIRST_WAIT, LONGEST_WAIT, Both, DraftModel, Lookup, Pace, expected_tokens, levels_below
+from drafters import (
+    CATCHING_UP,
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    Both,
+    DraftModel,
+    Lookup,
+    Pace,
+    expected_tokens,
+    levels_below,
+)
 from eagle import Head, HeadConfig
 from engine import generate
 from generate import warm_up
@@ -656,6 +666,23 @@ def test_of_what_is_found_and_a_draft_model_the_one_proposes_that_promises_more(
     for _ in range(3):
         drafter.note(found, [text], [0])
     assert drafter.propose([text]).drafts is model
+
+
+def test_a_draft_model_that_missed_more_than_a_round_takes_in_is_asked_once_nothing_more_is_found():
+    model = tiny_model()
+    model.setup_caches(1, 64)
+    drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
+    drafter.begin(model, 1, 0)
+    text = Text(0, [*range(20, 40), *range(20, 30)], 30)
+    found = drafter.propose([text])
+    assert found.k == 7
+    drafter.note(found, [text], [7])
+    text.ids += range(10, 18)  # of which none stood there before
+    waited = 0
+    while isinstance(step := drafter.propose([text]), int):
+        waited += step
+        text.ids += range(50 + waited - step, 50 + waited)
+    assert waited == CATCHING_UP and step.drafts is model
 
 
 def test_the_index_grows_in_constant_time_a_token():
