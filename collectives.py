@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model import Ranks
+from linears import Form
+from model import ONE_RANK, ModelConfig, Ranks
+from tp import check_sizes
 
 for operator in ("all_reduce", "all_gather", "broadcast"):
     torch.library.define(f"tp::{operator}", "(Tensor x) -> Tensor")
@@ -95,3 +97,24 @@ def symmetric_buffer(device: torch.device) -> Tensor | None:
 def collectives(rank: int, count: int) -> Ranks:
     """Return the ranks of the process group that is there, with its collectives."""
     return Ranks(rank, count, torch.ops.tp.all_reduce, torch.ops.tp.all_gather, torch.ops.tp.broadcast)
+
+
+# The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break
+# even where the bytes that a rank need not read take as long as they do: on H200s, at an assumed 3.4 TB/s and 8 us each
+# (see docs/gpus.md).
+BYTES_READ_PER_SUM = 3.4e12 * 8e-6
+
+
+def draft_ranks(config: ModelConfig, form: Form | None, step_bytes: int, ranks: Ranks) -> Ranks:
+    """Say who computes the draft: the ranks together where that is faster and its sizes allow it, else each on its own.
+
+    step_bytes: what a step of the whole draft reads. Even if each rank computes it, only rank 0's drafts are used.
+    """
+    num_sums = 2 * config.num_hidden_layers + 3  # the 3: the embedding's, the head's all-gather, the ids' broadcast
+    if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
+        return ONE_RANK
+    try:
+        check_sizes(config, form, ranks.count)
+    except ValueError:
+        return ONE_RANK
+    return ranks

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from files import Spec
 from formats import view_rows_as
 from linears import Form, StoredLinear, pack_nibbles
 from model import Transformer
@@ -71,3 +72,9 @@ def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[st
             # Suffix by suffix, so that what is stacked when it is read lies together.
             tensors |= [item for items in zip(*(part.items() for part in packed), strict=True) for item in items]
     return tensors
+
+
+def hub_specs(model: Transformer, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return what `hub_tensors` makes of parameters with these specs, in the order in which it is written."""
+    parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in specs.items()}
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in hub_tensors(model, parameters).items()}

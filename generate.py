@@ -35,6 +35,7 @@ from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
+from collectives import draft_ranks
 from config import is_head, quantization_form, read_config
 from drafters import DraftModel
 from eagle_checkpoint import load_head, random_head
@@ -45,7 +46,6 @@ from random_weights import random_model
 from rows import Row
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
-from tp import draft_ranks
 
 __all__ = ["Sampling", "generate", "main"]  # what a program imports from here
 

@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from checkpoint import ModelReader, checkpoint_dtype, copy_texts, load_model, me
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from cli.template import load_template
-from compressed import hub_tensors, quantization_config
+from compressed import hub_specs, hub_tensors, quantization_config
 from config import eos_token_ids, read_config
 from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     raw = {key: value for key, value in reader.raw.items() if key != "layout"}
     raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}
     target = meta_model(raw)
-    new_specs = written_specs(target, dtype)
+    new_specs = hub_specs(target, tensor_specs(target, dtype))
     output_path = args.output_path or sibling(args.checkpoint_path, f"-{form}".replace(f"int{bits}", args.mode))
 
     def read(name: str) -> Tensor:
@@ -183,31 +184,21 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     print(*summary(reader.specs, tensor_specs(target, dtype), target), f"wrote {output_path}", sep="\n")
 
 
-def written_specs(target: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
-    """Return the tensors of a folder that holds a model of the meta device, in the order in which they are written."""
-    specs = tensor_specs(target, dtype)
-    parameters = {name: torch.empty(shape, dtype=held_as, device="meta") for name, (held_as, shape) in specs.items()}
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in hub_tensors(target, parameters).items()}
-
-
-def summary(before: dict[str, Any], after: dict[str, Any], target: Transformer) -> Iterator[str]:
+def summary(before: dict[str, Spec], after: dict[str, Spec], target: Transformer) -> Iterator[str]:
     """Say, a line for each role, what becomes of its tensors. before, after: specs; target: on the meta device."""
 
-    def megabytes(specs: dict[str, Any], role: str) -> float:
-        sizes = (shape.numel() * dtype.itemsize for name, (dtype, shape) in specs.items() if role_of(name) == role)
-        return sum(sizes) / 1e6
+    def count_bytes(specs: dict[str, Spec]) -> Counter[str]:
+        sizes: Counter[str] = Counter()
+        for name, (dtype, shape) in specs.items():
+            sizes[name.split(".")[-2]] += shape.numel() * dtype.itemsize
+        return sizes
 
-    def role_of(name: str) -> str:
-        return name.split(".")[-2]
-
-    roles = dict.fromkeys(map(role_of, after))
-    totals = [sum(megabytes(specs, role) for role in roles) for specs in (before, after)]
+    old, new = count_bytes(before), count_bytes(after)
     modules = {name.rpartition(".")[2]: child for name, child in target.named_modules()}
     yield f"{'':26}{'stored as':34}{'MB before':>10}{'MB after':>10}"
-    for role in roles:
-        stored_as = describe(modules[role])
-        yield f"{role:26}{stored_as:34}{megabytes(before, role):10.3f}{megabytes(after, role):10.3f}"
-    yield f"{'all':60}{totals[0]:10.3f}{totals[1]:10.3f}"
+    for role in new:
+        yield f"{role:26}{describe(modules[role]):34}{old[role] / 1e6:10.3f}{new[role] / 1e6:10.3f}"
+    yield f"{'all':60}{sum(old[role] for role in new) / 1e6:10.3f}{new.total() / 1e6:10.3f}"
 
 
 def describe(module: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linears import Form
-from model import ONE_RANK, ModelConfig, Ranks
+from model import ModelConfig, Ranks
 
 # Module -> how each of its stacked parts is cut; in a stack of experts, those of each expert. «column» and «vocabulary»
 # cut the output features, «row» the input features, as Megatron names them, into as many equal pieces as ranks.
@@ -85,24 +85,3 @@ def check_group(name: str, size: int, group_size: int, config: ModelConfig, coun
             f"{name} has {size} inputs in groups of {group_size}, which is not a whole number of groups for each of "
             f"the {count} ranks; start fewer, or quantize with a smaller --groupsize"
         )
-
-
-# The all-reduces of a small draft cost more than reading all of it on every rank, those of a large one less. They break
-# even where the bytes that a rank need not read take as long as they do: on H200s, at an assumed 3.4 TB/s and 8 us each
-# (see docs/gpus.md).
-BYTES_READ_PER_SUM = 3.4e12 * 8e-6
-
-
-def draft_ranks(config: ModelConfig, form: Form | None, step_bytes: int, ranks: Ranks) -> Ranks:
-    """Say who computes the draft: the ranks together where that is faster and its sizes allow it, else each on its own.
-
-    step_bytes: what a step of the whole draft reads. Even if each rank computes it, only rank 0's drafts are used.
-    """
-    num_sums = 2 * config.num_hidden_layers + 3  # the 3: the embedding's, the head's all-gather, the ids' broadcast
-    if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
-        return ONE_RANK
-    try:
-        check_sizes(config, form, ranks.count)
-    except ValueError:
-        return ONE_RANK
-    return ranks

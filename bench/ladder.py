@@ -23,13 +23,13 @@ from bench.runner import PROMPT, Runner, decode_mode, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model
 from cli.report import step_weight_bytes
+from collectives import draft_ranks
 from config import quantization_form
 from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
 from random_weights import random_model
 from steps import compiled, decode
-from tp import draft_ranks
 
 PREFILL = (128, 512, 2048)
 POSITIONS = (128, 2048, 8192)

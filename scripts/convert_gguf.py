@@ -19,7 +19,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,11 @@ from tqdm import tqdm
 from checkpoint import is_finite, meta_model, tensor_specs
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
-from compressed import grouped_config, pack_tensors
+from compressed import grouped_config, hub_specs, pack_tensors
 from config import DTYPES, parse_config
 from files import Spec, new_folder, write_safetensors
 from linears import Form, StoredLinear, pack_nibbles
 from model import ModelConfig, rope_frequencies
-from names import hub_shapes
 from scripts.gguf_reader import GgufFile
 from scripts.gguf_tokenizer import GgufVocabulary, has_tokenizer, write_json, write_tokenizer
 
@@ -253,14 +251,6 @@ def gguf_name(hub_name: str, architecture: str) -> tuple[str, int]:
     return f"blk.{layer}.{names[part]}.{suffix}", int(expert[1]) if expert else 0
 
 
-def hub_specs(raw: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Spec]]:
-    """Yield the tensors of the Hub's folder by name."""
-    model = meta_model(raw)
-    for name, (held_as, shape) in tensor_specs(model, dtype).items():
-        for hub_name, part_shape in hub_shapes(name, shape, model.config).items():
-            yield hub_name, (held_as, part_shape)
-
-
 def find_sources(file: GgufFile, specs: dict[str, Spec], config: ModelConfig) -> dict[str, Source]:
     """Find each tensor of the Hub's in the file. Raises ValueError where one is missing, mis-shaped or left over."""
     interleaved = file.values["general.architecture"] in INTERLEAVED
@@ -377,8 +367,9 @@ def convert(path: Path, output_dir: Path, dtype_name: str, keep_codes: bool = Fa
     raw, dtype = build_config(file), DTYPES[dtype_name]
     if keep_codes and file.tensors["token_embd.weight"].kind.name in CODES:
         raw["tie_word_embeddings"] = False  # codes for the head, rows to look up for the embedding
-    specs = dict(hub_specs(raw, dtype))
-    sources = find_sources(file, specs, parse_config(raw))
+    model = meta_model(raw)
+    specs = hub_specs(model, tensor_specs(model, dtype))
+    sources = find_sources(file, specs, model.config)
     raw["torch_dtype"] = dtype_name
     kept = kept_forms(file, sources) if keep_codes else {}
     if kept:

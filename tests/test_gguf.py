@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import ModelReader, load_model, save_hub_checkpoint
+from checkpoint import ModelReader, load_model, meta_model, save_hub_checkpoint, tensor_specs
 from cli.template import load_template
+from compressed import hub_specs
 from config import eos_token_ids, parse_config, read_config
 from random_weights import random_model
 from scripts import convert_gguf, gguf_reader
@@ -451,10 +452,8 @@ def test_damaged_headers_end_in_a_line(tmp_path, gqa_path):
         (tmp_path / "damaged.gguf").write_bytes(damaged)
         try:
             file = GgufFile(tmp_path / "damaged.gguf")
-            raw = convert_gguf.build_config(file)
-            convert_gguf.find_sources(
-                file, dict(convert_gguf.hub_specs(raw, torch.float32)), convert_gguf.parse_config(raw)
-            )
+            model = meta_model(convert_gguf.build_config(file))
+            convert_gguf.find_sources(file, hub_specs(model, tensor_specs(model, torch.float32)), model.config)
             convert_gguf.GgufVocabulary(file.values)
         except (ValueError, OSError):
             refused += 1

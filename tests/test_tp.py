@@ -24,6 +24,7 @@ import quantize
 from checkpoint import load_model, meta_model, tensor_specs
 from cli import ranks as processes
 from cli.ranks import local_device, num_cores
+from collectives import BYTES_READ_PER_SUM, draft_ranks
 from config import parse_config, read_config
 from files import write_safetensors
 from linears import Form
@@ -31,7 +32,7 @@ from model import ONE_RANK, Ranks
 from scripts.convert_hf_checkpoint import convert
 from tests import ranks as on_ranks
 from tests.conftest import HANG, NEWER, free_port
-from tp import BYTES_READ_PER_SUM, check_sizes, draft_ranks, local_part
+from tp import check_sizes, local_part
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
