@@ -237,7 +237,7 @@ class ModelReader:
                 files.alias((match[1] or "") + name[match.end() :], name)
             elif re.search(r"\.(mlp\.gate|experts\.\d+)\.", name):  # Mixtral's, as transformers 5 has them in memory
                 files.alias(family_name(name, self.config), name)
-        if "layers.0.self_attn.o_proj.weight" in files.files:
+        if "norm.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)
         if self.config.model_type == "phi3" and any(".mlp.up_proj." in name for name in files.files):

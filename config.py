@@ -115,19 +115,12 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     values = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **raw}
     quantization_form(raw)  # for what it refuses
     silence_neutral_values_(values)
-    num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
-    no_rope_layers = parse_no_rope_layers(values, num_layers)
-    sliding_window, full_attention_layers = parse_sliding_window(values, num_layers, no_rope_layers)
-    fields = {**parse_heads(values), **parse_experts(values), **parse_attention_bias(values)}
+    fields = {**parse_layers(values), **parse_heads(values), **parse_experts(values), **parse_attention_bias(values)}
     fields |= {**FAMILIES[family].fields, **parse_multipliers(values, fields["head_dim"])}
     fields |= parse_rope(values, fields["head_dim"])
     return ModelConfig(
-        num_hidden_layers=num_layers,
         vocab_size=read_number(values, "vocab_size", high=MAX_SIZE),
         rms_norm_eps=read_number(values, "rms_norm_eps", float, low=0),
-        sliding_window=sliding_window,
-        full_attention_layers=full_attention_layers,
-        no_rope_layers=no_rope_layers,
         **fields,
         mlp_bias=read_flag(values, "mlp_bias"),
         tie_word_embeddings=read_flag(values, "tie_word_embeddings"),
@@ -232,15 +225,15 @@ def parse_experts(values: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "num_local_experts": num_experts, "num_experts_per_tok": num_active}
 
 
-def parse_sliding_window(
-    values: dict[str, Any], num_layers: int, no_rope_layers: tuple[int, ...]
-) -> tuple[int | None, tuple[int, ...]]:
-    """Return the sliding window, None where there is none, and the layers with full attention in spite of it.
+def parse_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """Read how many layers there are, which do not rotate and which have a window: fields of ModelConfig.
 
     As in `transformers`, some families have full attention whatever `sliding_window` says, some slide in all layers,
     and the others in those that `layer_types` names, or else by a pattern of their own; only those that have
     `use_sliding_window` heed it.
     """
+    num_layers = read_number(values, "num_hidden_layers", high=MAX_COUNT)
+    no_rope_layers = parse_no_rope_layers(values, num_layers)
     types = values.get("layer_types")
     is_switch = heeds(values, "use_sliding_window") and values.get("use_sliding_window") is not None
     switched_off = is_switch and not read_flag(values, "use_sliding_window")
@@ -259,7 +252,11 @@ def parse_sliding_window(
     if not isinstance(types, list) or len(types) != num_layers or any(name not in allowed for name in types):
         expected = f"with sliding_window {window} each of the {num_layers} layers is {' or '.join(allowed)}"
         raise ValueError(f"config.json: layer_types {types!r} is not supported; {expected}")
-    return window, () if window is None else tuple(i for i, name in enumerate(types) if name == "full_attention")
+    full_layers = tuple(i for i, name in enumerate(types) if name == "full_attention" and window is not None)
+    return {
+        "num_hidden_layers": num_layers, "no_rope_layers": no_rope_layers, "sliding_window": window,
+        "full_attention_layers": full_layers,
+    }  # fmt: skip
 
 
 def full_attention_layers(

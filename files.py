@@ -76,8 +76,8 @@ class TensorFiles:
 
     def __init__(self, checkpoint_path: Path):
         self.path = checkpoint_path
-        self.files: dict[str, str] = self._index()
-        self.aliases: dict[str, str] = {}  # names that are used -> those that are stored, where they differ
+        # By name: the file, and the name in it, which is another where `alias` has said so.
+        self.files = {name: (file, name) for name, file in self._index().items()}
         self._specs: dict[str, dict[str, Spec]] = {}  # by file
 
     def _index(self) -> dict[str, str]:
@@ -123,24 +123,23 @@ class TensorFiles:
             raise ValueError(f"{what} is not a whole safetensors file ({error}); download it again") from None
 
     def get(self, name: str) -> Tensor:
-        file, stored = self.files[name], self.aliases.get(name, name)
+        file, stored = self.files[name]
         with self._open(file) as tensors:
             return tensors.get_tensor(stored)
 
     def spec(self, name: str) -> Spec | None:
         """Return a tensor's dtype and shape without reading it; None where there is no such tensor."""
-        file = self.files.get(name)
-        if file is None:
+        if name not in self.files:
             return None
+        file, stored = self.files[name]
         if file not in self._specs:
             with self._open(file) as tensors:
                 self._specs[file] = {key: spec_of(tensors.get_slice(key)) for key in list(tensors.keys())}
-        return self._specs[file].get(self.aliases.get(name, name))
+        return self._specs[file].get(stored)
 
     def alias(self, name: str, stored: str) -> None:
-        """Let a tensor that is stored under one name be read under another."""
+        """Let a tensor be read under another name than so far."""
         self.files[name] = self.files.pop(stored)
-        self.aliases[name] = stored
 
     def dtype(self) -> torch.dtype | None:
         """Return the dtype of most of the floats, of those that run; None where there are none."""

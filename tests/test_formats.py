@@ -461,13 +461,14 @@ def test_biases_of_zeros_are_left_out_and_others_are_not(tmp_path: Path, capsys:
         load_model(packed)
 
 
-@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
+@pytest.mark.parametrize(("prefix", "block"), [("model.", "mlp"), ("model.", "block_sparse_moe"), ("", "mlp")])
 def test_mixtral_is_read_by_the_names_that_it_has_in_memory_too(
-    hub_checkpoint: GetCheckpoint, tmp_path: Path, block: str
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, prefix: str, block: str
 ) -> None:
     reference = hub_checkpoint("mixtral")
     packed, plain = make_folders(tmp_path, gptq(group=16), reference.path)
     new = {".block_sparse_moe.": f".{block}.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    new["model."] = prefix
     tensors = load_file(packed / "model.safetensors")
     for old, name in new.items():
         tensors = {key.replace(old, name): tensor for key, tensor in tensors.items()}
