@@ -8,6 +8,7 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -77,7 +78,7 @@ class Pool {
         if (!helper.inside) return;
         while (helper.inside && now() - end < patience) _mm_pause();
         if (!helper.inside) return;
-        while (helper.inside) _mm_pause();
+        while (helper.inside) sched_yield();  // it may wait for this very core
         const int64_t time = now();
         if (time - helper.back > GOOD) helper.absence = FIRST_ABSENCE;
         helper.back = time + helper.absence;
@@ -107,11 +108,13 @@ class Pool {
 
     uint32_t next_round(uint32_t seen) {
         const int64_t begin = now();
-        while (now() - begin < SPIN)
+        while (now() - begin < SPIN) {
             for (int i = 0; i < 32; i++) {
                 if (round != seen) return round;
                 _mm_pause();
             }
+            sched_yield();  // to whoever else wants this core, which may be the caller
+        }
         sleeping++;
         while (round == seen) syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
         sleeping--;
