@@ -155,9 +155,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         return reader.read(name).to(args.device)
 
     with new_folder(output_path) as folder:  # first, since the calibration takes long
-        if args.mode != "int4-gptq":
-            windows = None
-        elif windows is None:
+        if args.mode == "int4-gptq" and windows is None:
             windows = calibration_windows(args, source.config)
         num_steps = len(quantizable_linears(source)) - 1
         num_steps += 0 if windows is None else 2 * len(source.layers) * len(windows)
@@ -181,7 +179,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         print(f"calibrated on {len(windows)} window{'s' * (len(windows) > 1)} of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):
             print(warning, file=sys.stderr)
-    print(*summary(reader.specs, tensor_specs(target, dtype), target), f"wrote {output_path}", sep="\n")
+    print(*summary(reader.specs, tensor_specs(target, dtype), target), sep="\n", flush=True)
+    print(f"wrote {output_path}", file=sys.stderr)  # stdout may lack characters of a path
 
 
 def summary(before: dict[str, Spec], after: dict[str, Spec], target: Transformer) -> Iterator[str]:

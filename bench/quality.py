@@ -87,7 +87,7 @@ def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iter
         mode, form = SCHEMES[name]
         options = [*quantize_options(form, path, folder / name, mode), "--device", "cpu"]
         with contextlib.redirect_stdout(io.StringIO()):
-            quantize.run(quantize.parse_args(options), windows)
+            quantize.run(quantize.parse_args(options), windows if mode == "int4-gptq" else None)
         model = load_model(folder / name, dtype=torch.float32, optimize=False)
         yield name, step_bytes(folder / name), plain_logits(model)
 

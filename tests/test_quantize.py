@@ -584,15 +584,16 @@ def test_perplexity_int8_keeps_and_gptq_loses_least(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_became_of_every_layer(tmp_path: Path) -> None:
-    source = tmp_path / "model"
+    source = tmp_path / "mödel"
     shutil.copytree(DEMO, source)
-    result = run_command("quantize.py", "--checkpoint_path", source, "--mode", "int4", "--groupsize", 256, cwd=tmp_path)
+    options = ("--checkpoint_path", source, "--mode", "int4", "--groupsize", 256)
+    result = run_command("quantize.py", *options, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
     assert lines["down_proj"] == "int4, groups of 256 2.359 0.604"
     assert lines["norm"] == "as it was 0.001 0.001"
     assert "int8" in lines["lm_head"] and "as it was" in lines["embed_tokens"] and "as it was" in lines["norm"]
-    output = tmp_path / "model-int4-g256"
+    output = tmp_path / "mödel-int4-g256"
     before, after = (float(size) for size in lines["all"].split())
     assert before == pytest.approx((source / "model.safetensors").stat().st_size / 1e6, abs=0.02)
     assert after == pytest.approx((output / "model.safetensors").stat().st_size / 1e6, abs=0.02)
