@@ -105,17 +105,13 @@ def meta_model(raw: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str,
     """
     quantization = read_quantization(raw)
     config = parse_config(raw)
-    check_sizes(config, quantization and quantization.form, ranks.count)
+    check_sizes(config, quantization and quantization.form(), ranks.count)
     with torch.device("meta"):
         model = Transformer(config, ranks)
-    if forms is None:
-        of_head, others = (quantization.head, quantization.form) if quantization else (None, None)
-        all_forms = {name: of_head if name == "lm_head" else others for name in quantizable_linears(model)}
-        forms = {name: form for name, form in all_forms.items() if form}
-    for name, form in forms.items():
-        child = model.get_submodule(name)
-        assert isinstance(child, Linear | Experts)
-        model.set_submodule(name, empty_stored(child, form))
+    for name, child in quantizable_linears(model).items():
+        own = quantization.form(name == "lm_head") if quantization and forms is None else (forms or {}).get(name)
+        if own:
+            model.set_submodule(name, empty_stored(child, own))
     return model
 
 

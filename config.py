@@ -310,4 +310,4 @@ def quantization_form(raw: dict[str, Any]) -> Form | None:
     quantization = read_quantization(raw)
     if quantization is not None and raw.get("layout") == "fused":
         raise ValueError(f"config.json: quantization_config of {quantization.method} in a layout of ours, 'fused'")
-    return quantization and quantization.form
+    return quantization and quantization.form()

@@ -95,10 +95,6 @@ class Batch:
             self.arrange_(ended_last + self.order[len(ended_last) :])
             self.running = self.order[:needed]
 
-    def restore_(self) -> None:
-        """Give every text its own row of the caches again, for a later turn."""
-        self.arrange_(list(self.texts))
-
     def arrange_(self, order: list[Text]) -> None:
         if order != self.order:
             places = [self.order.index(text) for text in order]
@@ -196,7 +192,7 @@ class Engine:
                 yield batch.take(step)
                 batch.end(ended)
         finally:
-            batch.restore_()
+            batch.arrange_(batch.texts)  # each has its own row of the caches again, for a later turn
 
     def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
         """Launch prefill or decode for the running rows; length: of the longest text."""

@@ -48,15 +48,12 @@ class Quantization(NamedTuple):
             raise self.error("group_size", "a number of columns, or -1", options)
         return None if size == -1 else size
 
-    @property
-    def form(self) -> Form | None:
-        """The form of the blocks' linears, of the first ones where they differ; None where they are no codes."""
-        return next((kind.form for kind in self.kinds if not kind.of_head), None)
+    def form(self, of_head: bool = False) -> Form | None:
+        """Return the form of the blocks' linears, of the first ones where they differ, or that of the output head.
 
-    @property
-    def head(self) -> Form | None:
-        """The form of the output head, where config.json has one for it."""
-        return next((kind.form for kind in self.kinds if kind.of_head), None)
+        None where they are no codes, or config.json has nothing for them.
+        """
+        return next((kind.form for kind in self.kinds if kind.of_head == of_head), None)
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
