@@ -250,17 +250,23 @@ class Both:
     lookup: Lookup
     other: DraftModel
     wait: int = 0  # how many tokens the other wants to be decoded without it
+    # What was found and not verified: the text, how long it was, and the ids.
+    passed_over: list[tuple[Text, int, list[int]]] = field(default_factory=list)
 
     def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        self.wait = 0
+        self.wait, self.passed_over = 0, []
         self.lookup.begin(target, num_rows, cached)
         self.other.begin(target, num_rows, cached)
 
     def propose(self, texts: list[Text]) -> Proposal | int:
+        self.judge_passed_over()
         found = self.lookup.propose(texts)
         k = self.other.pace.k if self.wait == 0 else 0
         if isinstance(found, Proposal) and self.lookup.pace.gain(max(found.lengths)) >= self.other.pace.gain(k):
             return found
+        if isinstance(found, Proposal) and isinstance(found.drafts, Tensor):
+            rows = zip(texts, found.drafts.tolist(), found.lengths, strict=True)
+            self.passed_over = [(text, len(text.ids), ids[:length]) for text, ids, length in rows]
         if self.wait == 0:
             drafts = self.other.propose(texts)
             if isinstance(drafts, Proposal):
@@ -269,6 +275,17 @@ class Both:
         num_plain = min(self.wait, 1 if isinstance(found, Proposal) else found)
         self.wait -= num_plain
         return num_plain
+
+    def judge_passed_over(self) -> None:
+        """Count what was passed over as if it had been verified, as far as the text has gone on by now.
+
+        Else a lookup that was wrong for a while would never be asked again.
+        """
+        if self.passed_over:
+            came = [(ids, text.ids[end : end + len(ids)]) for text, end, ids in self.passed_over]
+            counts = [next((n for n, i in enumerate(new) if i != ids[n]), len(new)) for ids, new in came]
+            self.lookup.pace.update(counts, [len(new) for _, new in came])
+            self.passed_over = []
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         source: Drafter = self.lookup if isinstance(proposal.drafts, Tensor) else self.other

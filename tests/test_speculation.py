@@ -657,7 +657,7 @@ def test_the_index_finds_the_longest_end_that_stood_before(ids):
 
 def test_of_what_is_found_and_a_draft_model_the_one_proposes_that_promises_more():
     model = tiny_model()
-    model.setup_caches(1, 64)
+    model.setup_caches(1, 80)
     drafter = Both(Lookup((3, 1, 0)), DraftModel(model, (5, 3, 1, 0)))
     drafter.begin(model, 1, 0)
     text = Text(0, [*range(20, 60), *range(20, 24)], 10)
@@ -666,6 +666,10 @@ def test_of_what_is_found_and_a_draft_model_the_one_proposes_that_promises_more(
     for _ in range(3):
         drafter.note(found, [text], [0])
     assert drafter.propose([text]).drafts is model
+    for i in range(24, 50):
+        text.ids.append(i)
+        again = drafter.propose([text])
+    assert again.drafts is not model, "the text has gone on as was found, though that was passed over"
 
 
 def test_a_draft_model_that_missed_more_than_a_round_takes_in_is_asked_once_nothing_more_is_found():
