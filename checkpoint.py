@@ -129,17 +129,19 @@ class ModelReader:
     def __init__(
         self,
         checkpoint_path: Path,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
         ranks: Ranks = ONE_RANK,
         keep_codes: bool = True,
         files_class: type[TensorFiles] = TensorFiles,
     ):
-        """keep_codes: False dequantizes what is quantized. files_class: of the files that are read.
+        """dtype: None for that of the checkpoint. keep_codes: False dequantizes what is quantized. files_class: of the
+        files that are read.
 
         Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for.
         """
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
+        self.dtype = dtype or checkpoint_dtype(checkpoint_path, self.raw, files_class)
         self.is_fused = self.raw.get("layout") == "fused"
         self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
         self.files = files_class(checkpoint_path)
@@ -155,12 +157,12 @@ class ModelReader:
         if not self.is_fused:
             self._find_packed(keep_codes)
         model = meta_model(self.raw, forms=self.forms)
-        self.specs = tensor_specs(model, dtype)
+        self.specs = tensor_specs(model, self.dtype)
         names = [part for name in self.specs for part in self._stored_names(name)]
         tied = ["lm_head.weight"] if model.tied and not self.is_fused else []
         if unused := check_names(self.files, names, tied):
             self._say(f"ignored {name_first(unused)}, which no text depends on")
-        self._say_dequantized(dtype, ": there is no kernel for their form" * keep_codes)
+        self._say_dequantized(": there is no kernel for their form" * keep_codes)
 
     def _find_packed(self, keep_codes: bool) -> None:
         """Find out which modules are quantized, and in which form they can be kept."""
@@ -196,15 +198,15 @@ class ModelReader:
             check_group(name, child.weight.shape[-1], form.group_size or 8 // form.bits, self.config, self.ranks.count)
         return form
 
-    def _say_dequantized(self, dtype: torch.dtype, why: str) -> None:
+    def _say_dequantized(self, why: str) -> None:
         """Say how much larger the weights become of which no codes are kept."""
         names = [name for name in self.packed if name not in self.forms]
         parts = [part for name in names for part in self.packed[name] if part]
         held = [self.files.spec(tensor) for part in parts for tensor in part.names]
         before = sum(shape.numel() * held_as.itemsize for held_as, shape in filter(None, held))
-        after = sum(self.specs[f"{name}.weight"][1].numel() * dtype.itemsize for name in names)
+        after = sum(self.specs[f"{name}.weight"][1].numel() * self.dtype.itemsize for name in names)
         if names:
-            sizes = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of {str(dtype).removeprefix('torch.')}"
+            sizes = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of {str(self.dtype).removeprefix('torch.')}"
             self._say(f"{len(names)} weights are dequantized, {sizes}{why}")
 
     def _names(self, name: str) -> list[str]:
@@ -319,10 +321,7 @@ def load_model(
     optimize: False leaves the plain model, without kernels; its parameters have the names that are stored. Raises
     FileNotFoundError or ValueError, each naming the file, key or tensor.
     """
-    path = Path(checkpoint_path)
-    raw = read_config(path)
-    dtype = checkpoint_dtype(path, raw) if dtype is None else dtype
-    reader = ModelReader(path, dtype, ranks=ranks)
+    reader = ModelReader(Path(checkpoint_path), dtype, ranks)
     model = meta_model(reader.raw, ranks, reader.forms)
     if optimize and torch.device(device).type == "cpu":
         start_to_compile()

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import NUM_WINDOWS, ROWS, WINDOW, cut_windows, write_windows
-from checkpoint import ModelReader, checkpoint_dtype, copy_texts, load_model, meta_model, tensor_specs, write_config
+from checkpoint import ModelReader, copy_texts, load_model, meta_model, tensor_specs, write_config
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from cli.template import load_template
 from compressed import hub_specs, hub_tensors, quantization_config
-from config import eos_token_ids, read_config
+from config import eos_token_ids
 from files import Spec, new_folder, sibling, write_safetensors
 from gptq import Calibration
 from linears import GROUP_SIZES, MODES, Form, StoredLinear, frozen_parameter, quantizable_linears, quantize_linear
@@ -136,19 +136,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     """windows [num, S]: ids for GPTQ in place of those that the options name."""
-    raw = read_config(args.checkpoint_path)
+    check_device(args.device)
+    reader = ModelReader(args.checkpoint_path)  # it says at once if layers are missing
     bits = 8 if args.mode == "int8" else 4
     form = Form(bits, args.groupsize if args.groupsize > 0 else None, has_zeros=bits == 4 and not args.symmetric)
-    check_device(args.device)
-    dtype = checkpoint_dtype(args.checkpoint_path, raw)
-    reader = ModelReader(args.checkpoint_path, dtype)  # first: it says at once if layers are missing
     if reader.forms:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
     source = meta_model(reader.raw, forms={})
     raw = {key: value for key, value in reader.raw.items() if key != "layout"}
     raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}
     target = meta_model(raw)
-    new_specs = hub_specs(target, tensor_specs(target, dtype))
+    specs = tensor_specs(target, reader.dtype)
     output_path = args.output_path or sibling(args.checkpoint_path, f"-{form}".replace(f"int{bits}", args.mode))
 
     def read(name: str) -> Tensor:
@@ -172,14 +170,14 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
                     pending.update(hub_tensors(target, next(parts)))
                 return pending.pop(name)
 
-            write_safetensors(folder / "model.safetensors", new_specs, take)
-        write_config(raw, dtype, folder)
+            write_safetensors(folder / "model.safetensors", hub_specs(target, specs), take)
+        write_config(raw, reader.dtype, folder)
         copy_texts(args.checkpoint_path, folder)
     if windows is not None:
         print(f"calibrated on {len(windows)} window{'s' * (len(windows) > 1)} of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):
             print(warning, file=sys.stderr)
-    print(*summary(reader.specs, tensor_specs(target, dtype), target), sep="\n", flush=True)
+    print(*summary(reader.specs, specs, target), sep="\n", flush=True)
     print(f"wrote {output_path}", file=sys.stderr)  # stdout may lack characters of a path
 
 
