@@ -1,6 +1,6 @@
 """Quantized linears as compressed-tensors, which other programs read too; `formats.py` reads them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,20 +35,19 @@ def grouped_config(groups: Sequence[tuple[Form, list[str]]]) -> dict[str, Any]:
             "global_compression_ratio": None}  # fmt: skip
 
 
-def pack_tensors(stored: StoredLinear, base: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, by name, of a linear of a form, with these parameters: the inverse of `read_pack_quantized`.
+def pack_tensors(stored: StoredLinear, base: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, by name, of a linear of a form, with these parameters: the inverse of `read_pack_quantized`.
 
     They may be on the meta device, which says their dtypes and shapes.
     """
     weight, zeros = parameters["weight"], parameters.get("zeros")
     as_bytes = weight if stored.form.bits == 4 else weight.view(torch.uint8) ^ 128
     words = view_rows_as(F.pad(as_bytes, (0, -as_bytes.shape[-1] % 4)), torch.int32)
-    yield f"{base}.weight_packed", words
-    yield f"{base}.weight_scale", parameters["scales"]
+    tensors = {f"{base}.weight_packed": words, f"{base}.weight_scale": parameters["scales"]}
     if zeros is not None:
         columns = F.pad(zeros.t(), (0, -zeros.shape[0] % 8))
-        yield f"{base}.weight_zero_point", view_rows_as(pack_nibbles(columns), torch.int32).t().contiguous()
-    yield f"{base}.weight_shape", torch.tensor([len(weight), stored.in_features], device=weight.device)
+        tensors[f"{base}.weight_zero_point"] = view_rows_as(pack_nibbles(columns), torch.int32).t().contiguous()
+    return tensors | {f"{base}.weight_shape": torch.tensor([len(weight), stored.in_features], device=weight.device)}
 
 
 def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +65,7 @@ def hub_tensors(model: Transformer, parameters: Mapping[str, Tensor]) -> dict[st
             suffixes = [suffix for suffix, _ in stored.named_parameters() if suffix != "bias"]
             parts = {key: hub_parts(name, parameters[f"{module}.{key}"], model.config) for key in suffixes}
             packed = [
-                dict(pack_tensors(stored, hub.removesuffix(".weight"), {key: parts[key][hub] for key in suffixes}))
+                pack_tensors(stored, hub.removesuffix(".weight"), {key: parts[key][hub] for key in suffixes})
                 for hub in parts["weight"]
             ]
             # Suffix by suffix, so that what is stacked when it is read lies together.

@@ -267,7 +267,7 @@ def full_attention_layers(
         return [i for i in range(num_layers) if i not in no_rope_layers]
     if heeds(values, "max_window_layers"):
         return range(read_number(values, "max_window_layers", low=0))
-    every = read_number(values, "sliding_window_pattern") if heeds(values, "sliding_window_pattern") else 4
+    every = read_number(values, "sliding_window_pattern") if heeds(values, "sliding_window_pattern") else 4  # OLMo 3's
     return range(every - 1, num_layers, every)
 
 

@@ -329,7 +329,6 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, target: M
             parse_head_config(raw, target)
             return None
         config = parse_config(raw)
-        quantization_form(raw)
     except ValueError as error:
         raise ValueError(f"--draft_checkpoint_path {path}: {error}") from None
     try:

@@ -333,7 +333,7 @@ def packed_specs(specs: dict[str, Spec], kept: dict[str, Form]) -> dict[str, Spe
             continue
         stored = stored_linear(kept[module], shape)
         tensors = pack_tensors(stored, module, dict(stored.named_parameters()))
-        packed |= {part: (tensor.dtype, tensor.shape) for part, tensor in tensors}
+        packed |= {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()}
     return packed
 
 
