@@ -188,8 +188,8 @@ def center_codes(codes: Tensor) -> Tensor:
 def read_pack_quantized(tensors: ModuleTensors) -> Packed:
     """compressed-tensors: codes along K, zero points along N, which its releases before 0.9 did not pack."""
     N, K = tensors.shape
-    bits = tensors.check_words("weight_packed", *((N, -(-K // (32 // bits))) for bits in tensors.widths))[1] * 32 // K
-    bits = 4 if bits < 8 else 8
+    widths: dict[Shape, int] = {(N, -(-K * bits // 32)): bits for bits in tensors.widths}
+    bits = widths[tensors.check_words("weight_packed", *widths)]
     dtype, G, size = tensors.check_scales("weight_scale", N)
     has_zeros = tensors.has_zeros()
     words = (-(-N // (32 // bits)), G)
@@ -214,8 +214,8 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
 def read_gptq(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
     """GPTQ: codes along K of [K, N], zero points along N; a group for each column in g_idx."""
     N, K = tensors.shape
-    words = tensors.check_words("qweight", *((-(-K * bits // 32), N) for bits in tensors.widths))[0]
-    bits = 4 if words == -(-K // 8) else 8
+    widths: dict[Shape, int] = {(-(-K * bits // 32), N): bits for bits in tensors.widths}
+    bits = widths[tensors.check_words("qweight", *widths)]
     dtype, G, size = tensors.check_scales("scales", N, transposed=True)
     tensors.check_words("qzeros", (G, -(-N * bits // 32)))
     order = tensors.read_order("g_idx", size or K)
@@ -271,15 +271,12 @@ def read_float8(tensors: ModuleTensors) -> Packed:
         raise ValueError(f"config.json: blocks of {str(block)[:60]} weights are not supported, say [128, 128] is")
     tensors.check("weight", (N, K), floats=True)
     suffix = "weight_scale_inv" if tensors.has("weight_scale_inv") else "weight_scale"
-    sizes = [size for size in tensors.group_sizes if size]
-    by_group = [(N, -(-K // size)) for size in sizes]
     by_block = (-(-N // block[0]), -(-K // block[1]))
-    shape = tensors.check(suffix, by_block, (N, 1), (N,), (1, 1), (1,), (), *by_group, floats=True)[1]
-    rows, columns = 1, K
-    if shape == by_block:
-        rows, columns = block
-    elif shape in by_group:
-        columns = sizes[by_group.index(shape)]
+    sizes: dict[Shape, Sequence[int]] = {by_block: block}  # of the scales -> rows and columns that share one
+    for size in filter(None, tensors.group_sizes):
+        sizes.setdefault((N, -(-K // size)), (1, size))
+    shape = tensors.check(suffix, by_block, (N, 1), (N,), (1, 1), (1,), (), *sizes, floats=True)[1]
+    rows, columns = sizes.get(shape, (1, K))
 
     def parameters() -> dict[str, Tensor]:
         scale = tensors.get(suffix).float()

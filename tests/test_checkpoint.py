@@ -23,6 +23,7 @@ from checkpoint import load_model, save_hub_checkpoint
 from config import DTYPES, MAX_COUNT, MAX_SIZE, NEUTRAL_VALUES, eos_token_ids, parse_config, parse_dtype, read_config
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from names import hub_shapes
 from random_weights import random_model
 from scripts.convert_hf_checkpoint import convert
 from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_, small_disk
@@ -153,6 +154,12 @@ def test_a_key_left_out_means_what_transformers_assumes_in_the_newer_families(ra
     else:
         expected = getattr(theirs, silent, None)
         assert getattr(ours, silent) == (8 if silent == "head_dim" and expected is None else expected)
+
+
+def test_three_experts_are_cut_alike_and_not_as_q_k_and_v() -> None:
+    config = parse_config({**MIXTRAL, "num_local_experts": 3})
+    shapes = hub_shapes("layers.0.mlp.down_proj.weight", torch.Size([3, 64, 96]), config)
+    assert [*shapes.values()] == [torch.Size([64, 96])] * 3
 
 
 def test_experts_left_out_are_those_of_8x7b() -> None:
