@@ -79,10 +79,12 @@ def test_what_would_be_destroyed_is_refused_before_the_run(tmp_path, main, optio
     loop.symlink_to(loop)
     (folder / "protected").mkdir(parents=True)
     (folder / "protected").chmod(0o555)
-    weights = model / "model.safetensors"
+    weights, shard = model / "model.safetensors", model / "part-a.safetensors"
+    shard.write_text("")
     before = weights.read_bytes()
     for path, words in (
         (weights, "a file that this run reads"),
+        (shard, "a file that this run reads"),
         (loop, "cannot be written"),
         (weights / "x", "cannot be written"),
         (folder / "protected/new.json", "no folder that can be written to"),
@@ -120,9 +122,7 @@ def test_two_outputs_under_the_names_of_one_file_are_refused(tmp_path):
 
 
 def test_whatever_a_run_reads_is_not_written_over(tmp_path):
-    index = {"weight_map": {"norm.weight": "part-a.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name in ("part-a.safetensors", "quantize_config.json", "chat_template.jinja", "vocab.json"):
+    for name in ("model.safetensors.index.json", "quantize_config.json", "chat_template.jinja", "vocab.json"):
         (tmp_path / name).write_text("{}")
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(name)
