@@ -141,9 +141,9 @@ class ModelReader:
         """
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
-        self.dtype = dtype or checkpoint_dtype(checkpoint_path, self.raw, files_class)
-        self.is_fused = self.raw.get("layout") == "fused"
         self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
+        self.is_fused = self.raw.get("layout") == "fused"
+        self.dtype = dtype or checkpoint_dtype(checkpoint_path, self.raw, files_class)
         self.files = files_class(checkpoint_path)
         if (checkpoint_path / "adapter_config.json").is_file():
             self._say("the adapter beside the weights is not applied; merge it with peft's merge_and_unload")

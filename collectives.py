@@ -3,7 +3,7 @@
 That is an all-reduce after the embedding, after attention and after the feed-forward, an all-gather after the output
 head, and a broadcast of rank 0's token ids after sampling. It is the broadcast, and not a seed, that makes all ranks
 write the same text. The backend is NCCL on GPUs and gloo on CPUs; ranks are counted over all nodes, as torchrun's RANK
-and WORLD_SIZE do.
+and WORLD_SIZE do. `draft_ranks` shares a draft model where that saves more than they cost.
 
 These are custom operators, opaque to torch.compile. Not made by `torch.library.custom_op`, which imports the compiler
 at the first call: an eager run's first token came a second later.

@@ -50,8 +50,8 @@ MODEL_K, LOOKUP_K = 5, 15
 # The assumed cost of one more draft, in steps of the target: by a model a tenth its size and verified; verified alone.
 DRAFT_COST, VERIFY_COST = 0.25, 0.1
 HEAD_COST = 0.15  # of a layer and an output layer, and verified
-# A draft model that missed more of a text than its round takes in has a prefill to do. It pays where nothing more is
-# found for a while: for so many tokens it is not asked.
+# After a round that accepted more of what was found than a draft model drafts at most, that one has a prefill to do. It
+# pays where nothing more is found for a while: for so many tokens it is not asked.
 CATCHING_UP = 4
 # By this factor a past round weighs less with each new one.
 DECAY = 0.92

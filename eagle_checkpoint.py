@@ -108,8 +108,8 @@ def parse_tap_layers(raw: dict[str, Any], inner: dict[str, Any], num_layers: int
 
 
 def stored_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, torch.Size]:
-    """Return the tensors that a head's parameter is made of."""
-    return {part.removeprefix("model."): rows for part, rows in hub_shapes(name, shape, config).items()}
+    """Return the tensors that a head's parameter is made of, and their shapes."""
+    return {part.removeprefix("model."): own for part, own in hub_shapes(name, shape, config).items()}
 
 
 class HeadReader:

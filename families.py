@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 class Family(NamedTuple):
     """How a family differs from Llama."""
 
-    # What `transformers` assumes for keys that config.json leaves out. Of the keys that not every family has, it has a
-    # say in those that stand here.
+    # What `transformers` assumes for keys that config.json leaves out. Of the keys that not every family heeds, those
+    # that stand here have an effect.
     defaults: Mapping[str, Any]
     fields: Mapping[str, Any] = {}  # of ModelConfig, whatever config.json says
     mixed_attention: bool = False  # some layers slide, and some have full attention
@@ -89,5 +89,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def heeds(values: dict[str, Any], key: str) -> bool:
-    """Say whether the family of a config.json has a say in a key that not every family has."""
+    """Say whether the family of a config.json heeds a key that not every family does."""
     return key in FAMILIES[values["model_type"]].defaults

@@ -137,9 +137,9 @@ class TensorFiles:
                 self._specs[file] = {key: spec_of(tensors.get_slice(key)) for key in list(tensors.keys())}
         return self._specs[file].get(stored)
 
-    def alias(self, name: str, stored: str) -> None:
-        """Let a tensor be read under another name than so far."""
-        self.files[name] = self.files.pop(stored)
+    def alias(self, name: str, old: str) -> None:
+        """Let a tensor be read under another name than the old one, which may be an alias itself."""
+        self.files[name] = self.files.pop(old)
 
     def dtype(self) -> torch.dtype | None:
         """Return the dtype of most of the floats, of those that run; None where there are none."""

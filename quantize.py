@@ -115,7 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groupsize", type=int, choices=(-1, *GROUP_SIZES),
                         help="weights that share a scale, -1: an output channel (int8: -1, int4: 32)")  # fmt: skip
     parser.add_argument("--symmetric", action="store_true", help="int4 without zero points, which every program reads")
-    parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-SCHEME")
+    parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-int4-g32, say")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     gptq = parser.add_argument_group("int4-gptq")
     gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (what the model itself writes)")

@@ -1275,6 +1275,13 @@ def test_files_of_another_form_beside_the_weights_do_not_matter(tmp_path: Path) 
     load_model(tmp_path)
 
 
+def test_a_family_that_is_not_read_is_said_before_its_weights_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_text("damaged")
+    with pytest.raises(ValueError, match="gpt2"):
+        load_model(tmp_path)
+
+
 def test_an_adapter_beside_whole_weights_is_said_not_to_be_applied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
