@@ -290,5 +290,5 @@ class Both:
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         source: Drafter = self.lookup if isinstance(proposal.drafts, Tensor) else self.other
         source.note(proposal, texts, counts)
-        if source is self.lookup and max(counts) > self.other.levels[0]:
+        if source is self.lookup and max(map(min, counts, proposal.lengths)) > self.other.levels[0]:
             self.wait = max(self.wait, CATCHING_UP)

@@ -689,6 +689,18 @@ def test_a_draft_model_that_missed_more_than_a_round_takes_in_is_asked_once_noth
     assert waited == CATCHING_UP and step.drafts is model
 
 
+def test_what_a_text_that_has_ended_accepts_lets_no_draft_model_wait():
+    model = tiny_model()
+    model.setup_caches(2, 64)
+    drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
+    drafter.begin(model, 2, 0)
+    texts = [Text(0, [*range(20, 40), *range(20, 30)], 30), Text(1, [5, 5, 5], 0)]
+    found = drafter.propose(texts)
+    assert found.lengths == [7, 0]
+    drafter.note(found, texts, [3, 7])
+    assert drafter.wait == 0
+
+
 def test_the_index_grows_in_constant_time_a_token():
     """In edges that are set, and not by the clock: of a text of every kind of end."""
     index = Suffixes()
