@@ -6,7 +6,7 @@ row, each from the features that the head gave for the one before.
 
     python scripts/train_head.py --output_dir FOLDER
 
-The same Python and torch versions and number of threads give the same weights. A quarter of an hour on two CPU cores.
+The same Python and torch versions and number of threads give the same weights. Half an hour on one CPU core.
 """
 
 import signal
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNROLLED = 3  # drafts in a row that are trained
 LONGEST_DRAFT = 5  # that are measured
 CONTEXT, BATCH_ROWS, TEXT_ROWS = 256, 16, 16
-TEMPERATURE, OWN_SHARE = 0.8, 0.4
+TEMPERATURE, OWN_SHARE = 0.8, 0.5
 BEGINNING = 48  # the most tokens of a text that are not the demo's own
 TAP_LAYERS = [1, 3, 5]  # of six: the last layer's input is closest to what the demo will say
 DRAFT_VOCAB_SIZE = 2048
@@ -285,9 +285,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=ROOT / "checkpoints" / "demo",
                         help="the model that the head is for (the demo)")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("checkpoints"), help="where demo-eagle3 is written")
-    parser.add_argument("--texts", type=number(int, 1), default=23,
+    parser.add_argument("--texts", type=number(int, 1), default=60,
                         help=f"times that the model writes {TEXT_ROWS} texts, likeliest and drawn")  # fmt: skip
-    parser.add_argument("--steps", type=number(int, 1), default=400, help="training steps")
+    parser.add_argument("--steps", type=number(int, 1), default=1000, help="training steps")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     return parser.parse_args(argv)
 
@@ -299,7 +299,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     tokenizer, target = load_tokenizer(args.checkpoint_path), load_model(args.checkpoint_path)
     head = Head(parse_head_config(raw, target.config))
     train_sources, held_out_sources = (
-        [*texts.values(), *(d for text in texts.values() for d in definitions(text))] for texts in library_texts()
+        [t for text in texts.values() for t in (text, *definitions(text)) if text] for texts in library_texts()
     )
     writer = Writer(target, tokenizer, random.Random(args.seed), torch.Generator().manual_seed(args.seed))
     likeliest, drawn, held_out = [], [], []
