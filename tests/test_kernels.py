@@ -307,6 +307,10 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
     codes, scales = quantize_int8(normal(64, 192))
     assert torch.equal(CpuInt8(codes, scales, None)(one_each), dequantize(codes, scales).bfloat16().T)
     for group_size in (32, 64):
+        codes, scales = quantize_int8(normal(64, 192), group_size)
+        zeros = (torch.arange(scales.numel()) % 100).to(torch.int8).view_as(scales)
+        twin = dequantize(codes, scales, zeros, group_size).bfloat16().T
+        assert torch.equal(CpuInt8(codes, scales, None, zeros)(one_each), twin)
         quantized = quantize_int4(normal(64, 192), group_size)
         unpacked = cpu_int4(*quantized, None)(one_each)
         twin = dequantize(*quantized, group_size).bfloat16().T
