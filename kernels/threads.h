@@ -26,7 +26,7 @@ namespace threads {
 
 constexpr int64_t SPIN = 2'000'000;  // ns that a thread looks for work before it sleeps: longer than a step's end takes
 constexpr int64_t LATE = 100'000;    // ns, besides twice a usual piece's time, after which a piece has lost its core
-constexpr int64_t FIRST_ABSENCE = 4'000'000, LONGEST_ABSENCE = 1'000'000'000;  // ns
+constexpr int64_t FIRST_ABSENCE = 4'000'000, LONGEST_ABSENCE = 256'000'000;  // ns
 constexpr int64_t GOOD = 100'000'000;  // ns without being late, after which a thread's absences are short again
 
 static int64_t now() {
@@ -60,7 +60,7 @@ class Pool {
         const int64_t begin = now(), pieces = run(0), end = now();
         open = false;
         const int64_t patience = LATE + 2 * (end - begin) / (pieces ? pieces : 1);
-        for (int i = 0; i < count - 1; i++) finish(*helpers[i], end, patience);
+        for (Helper* helper : helpers) finish(*helper, end, patience);  // one that is too many may be looking, too
     }
 
   private:
@@ -109,7 +109,7 @@ class Pool {
     uint32_t next_round(uint32_t seen) {
         const int64_t begin = now();
         while (now() - begin < SPIN) {
-            for (int i = 0; i < 32; i++) {
+            for (int i = 0; i < 32; i++) {  // so that most of the time goes into looking
                 if (round != seen) return round;
                 _mm_pause();
             }
