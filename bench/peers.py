@@ -5,7 +5,8 @@ is timed; the argmax over the logits is, everywhere.
 """
 
 import importlib.util
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
             yield f"gpt-fast, {weights or dtype}", weights, runner
 
 
+def after_a_pause(measure: Callable[[], float]) -> float:
+    """Measure when the threads of whoever was measured before have ceased to look for work."""
+    time.sleep(0.5)
+    return measure()
+
+
 def make_rungs(ladder: Ladder, folder: Path, checkout: Path | None) -> Iterator[Rung]:
     everyone = [
         (name, weights, contender)
@@ -130,4 +137,4 @@ def make_rungs(ladder: Ladder, folder: Path, checkout: Path | None) -> Iterator[
         for name, weights, contender in everyone:
             title, run = f"{name}, {label}", partial(getattr(contender, method), size)
             run = partial(beside_another, run) if "beside" in label else run
-            yield Rung(title, "tok/s", run, weights, against=first.setdefault(weights, title))
+            yield Rung(title, "tok/s", partial(after_a_pause, run), weights, against=first.setdefault(weights, title))
