@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 
 import quantize
@@ -43,6 +44,7 @@ from tokenizer import load_tokenizer
 SOURCE = results.ROOT / "checkpoints/demo-draft"
 PATIENCE_S = 300  # with a changed file
 fork = multiprocessing.get_context("fork")  # a child need not import torch again
+Folder = dict[str, bytes] | None  # every file by its name; None where there is no folder
 
 
 def make_commands(source: Path, output: Path) -> dict[str, Callable[[], None]]:
@@ -95,23 +97,13 @@ def write_forms(folder: Path) -> list[Path]:
     index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     (json_tokenizer / "tokenizer.model").unlink()
-    write_tokenizer_json(json_tokenizer / "tokenizer.json")
+    backend = ByteLevelBPETokenizer()
+    backend.train(__file__, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.save(str(json_tokenizer / "tokenizer.json"))
     outputs = [folder / name for name in ("convert", "quantize")]
     for path in outputs:
         make_commands(SOURCE, path)[path.name]()
     return [single, sharded, pickled, json_tokenizer, *outputs]
-
-
-def write_tokenizer_json(path: Path) -> None:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    backend.save(str(path))
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
@@ -204,19 +196,21 @@ def write_source(folder: Path, num_layers: int) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def read_folder(folder: Path) -> dict[str, bytes] | None:
-    """Return every file of a folder, None where it is not there."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
+def take_folder(path: Path) -> Folder:
+    """Read a folder and remove it."""
+    files = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else None
+    shutil.rmtree(path, ignore_errors=True)
+    return files
 
 
-def run_whole(command: Callable[[], None], output: Path) -> tuple[float, dict[str, bytes] | None]:
-    """Run a command to its end; return the seconds that it takes and what it leaves."""
+def run_whole(command: Callable[[], None], output: Path) -> tuple[float, Folder]:
+    """Run a command to its end; return the seconds that it takes and what it leaves, None where it fails."""
     began, child = time.perf_counter(), start_child(command)
     child.join()
-    return time.perf_counter() - began, read_folder(output) if child.exitcode == 0 else None
+    return time.perf_counter() - began, take_folder(output) if child.exitcode == 0 else None
 
 
-def kill(command: Callable[[], None], output: Path, whole: dict[str, bytes] | None, after_s: float) -> str:
+def kill(command: Callable[[], None], output: Path, whole: Folder, after_s: float) -> str:
     """Kill a command so long after it began to write; return what it left: "nothing", "whole" or a fault."""
     child = start_child(command)
     while child.is_alive() and not output.exists() and not any(output.parent.glob(".output.*.tmp")):
@@ -224,13 +218,11 @@ def kill(command: Callable[[], None], output: Path, whole: dict[str, bytes] | No
     time.sleep(after_s)
     child.kill()
     child.join()
-    left = read_folder(output)
+    left = take_folder(output)
     if left not in (None, whole):
         return "a folder that is not whole"
-    shutil.rmtree(output, ignore_errors=True)
     if run_whole(command, output)[1] != whole:
         return "a second run that fails"
-    shutil.rmtree(output)
     names = [file.name for file in output.parent.iterdir()]
     return f"{sorted(names)} after a second run" if names != ["source"] else "nothing" if left is None else "whole"
 
@@ -239,15 +231,13 @@ def report_kills(count: int, folder: Path, num_layers: int = 60) -> dict[str, An
     write_source(folder / "source", num_layers)
     output, chance = folder / "output", random.Random(0)
     commands = make_commands(folder / "source", output)
-    lengths_s, wholes = {}, {}
-    for name, command in commands.items():
-        lengths_s[name], wholes[name] = run_whole(command, output)
-        assert wholes[name], f"{name} fails even if nobody kills it"
-        shutil.rmtree(output)
+    runs = {name: run_whole(command, output) for name, command in commands.items()}
+    assert all(whole for _, whole in runs.values()), "one fails even if nobody kills it"
     kills = []
     for name in tqdm([*commands] * count, disable=None):
-        after_s = chance.uniform(0, lengths_s[name])
-        left = kill(commands[name], output, wholes[name], after_s)
+        seconds, whole = runs[name]
+        after_s = chance.uniform(0, seconds)
+        left = kill(commands[name], output, whole, after_s)
         kills.append({"command": name, "after_s": round(after_s, 4), "left": left})
     outcomes = {name: Counter(each["left"] for each in kills if each["command"] == name) for name in commands}
     faults = [each for each in kills if each["left"] not in ("nothing", "whole")]

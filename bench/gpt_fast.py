@@ -82,7 +82,7 @@ class GptFast(Peer):
                 tensor.random_(torch.iinfo(tensor.dtype).min, torch.iinfo(tensor.dtype).max)
         with torch.device(device):
             self.model.setup_caches(1, length)
-            self.at_next = torch.zeros(1, dtype=torch.long)
+            self.at = torch.zeros(1, dtype=torch.long)
         on_cuda = decode_mode(device) is not None
         options: dict[str, Any] = {"triton.cudagraphs": on_cuda, "coordinate_descent_tuning": on_cuda}
         self.compiled = torch.compile(self.likeliest, fullgraph=True, options=options)
@@ -93,18 +93,12 @@ class GptFast(Peer):
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         first, self.num_filled = self.num_filled, self.num_filled + ids.shape[1]
-        self.at_next.fill_(self.num_filled)
         return self.likeliest(ids, torch.arange(first, self.num_filled, device=self.device))
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         with sdpa_kernel(SDPBackend.MATH):  # which inductor fuses
-            chosen = self.compiled(ids, self.at_next).clone()
+            chosen = self.compiled(ids, self.at.fill_(self.num_filled)).clone()
         self.num_filled += 1
-        self.at_next += 1
         return chosen
-
-    def keep(self, length: int) -> None:
-        self.num_filled = length
-        self.at_next.fill_(length)

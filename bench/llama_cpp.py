@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from bench.runner import Peer
+from files import SAFETENSORS_DTYPES
 from model import ModelConfig, Transformer
 from names import hub_parts
+from scripts.convert_gguf import gguf_name
 
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # that its own quantizer makes, as llama.h numbers them
 COUNTERPARTS = {"int8": "Q8_0", "int4-g32": "Q4_0"}  # of our schemes
-GGUF_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 
 
@@ -90,7 +91,7 @@ class LlamaCpp(Peer):
 
     def keep(self, length: int) -> None:
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, length, -1)
-        self.num_filled = min(self.num_filled, length)
+        super().keep(length)
 
     def close(self) -> None:
         self.api.llama_free(self.context)
@@ -106,20 +107,15 @@ def interleave_heads(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors by llama.cpp's names, which gguf knows from the Hub's."""
-    import gguf
-
+    """Yield the tensors by llama.cpp's names."""
     config = model.config
     num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is named once
         name = name.replace(".stored.", ".")  # as a layer of kernels/ calls the linear that it computes
         for hub_name, part in hub_parts(name, weight.detach().cpu(), config).items():
             layer = hub_name.split(".")[-2]
             part = interleave_heads(part, num_heads[layer]) if layer in num_heads else part
-            gguf_name = names.get_name(hub_name, (".weight",))
-            assert gguf_name is not None, hub_name
-            yield gguf_name, part
+            yield gguf_name(hub_name, "llama")[0], part
 
 
 def write_gguf(model: Transformer, path: Path) -> None:
@@ -144,7 +140,7 @@ def write_gguf(model: Transformer, path: Path) -> None:
         "tokenizer_model": "no_vocab",
     }.items():
         getattr(writer, f"add_{name}")(value)
-    kind = gguf.GGMLQuantizationType[GGUF_NAMES[model.embed_tokens.weight.dtype]]
+    kind = gguf.GGMLQuantizationType[SAFETENSORS_DTYPES[model.embed_tokens.weight.dtype]]
     for name, tensor in gguf_tensors(model):
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor.float().numpy())

@@ -47,7 +47,7 @@ class Transformers(Peer):
             self.cache = None
         elif too_many := self.num_filled - length:
             self.cache.crop(-too_many)
-        self.num_filled = length
+        super().keep(length)
 
 
 class CompiledTransformers(Transformers):
@@ -88,20 +88,18 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
     subject, device = ladder.subject, ladder.device
     config, dtype = ladder.models[""].config, subject.dtype_name
     length = 64 * (2 + max(ladder.new_tokens, POSITION, PREFILL) // 64)
-    plain, has_gguf = folder / "plain.gguf", False
+    plain, counterparts = folder / "plain.gguf", {"": dtype, **llama_cpp.COUNTERPARTS}
     if reason := llama_cpp.find_obstacle(device, config):
         leave_out("llama.cpp", reason)
+        counterparts = {}
     else:
         llama_cpp.write_gguf(ladder.models[""], plain)
-        has_gguf = True
     for weights, raw in subject.forms.items():
         form = quantization_form(raw)
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
-        if has_gguf and not weights:
-            yield f"llama.cpp, {dtype}", "", llama_cpp.LlamaCpp(plain, device, length)
-        elif has_gguf and (kind := llama_cpp.COUNTERPARTS.get(weights)):
-            quantized = llama_cpp.quantize_gguf(plain, kind)
-            yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(quantized, device, length)
+        if kind := counterparts.get(weights):
+            file = llama_cpp.quantize_gguf(plain, kind) if weights else plain
+            yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(file, device, length)
         if not weights and importlib.util.find_spec("transformers"):
             model = make_transformers(subject, device)
             yield f"transformers, {dtype}", "", Transformers(model, device)

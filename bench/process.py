@@ -74,7 +74,7 @@ class Processes:
 
     def __init__(self, subject: Subject, device: str, folder: Path):
         self.subject, self.device, self.folder = subject, device, folder
-        self.unread: dict[tuple[str, int, str], dict[str, float]] = {}  # times of a process, by weights, depth, cache
+        self.latest: dict[str, float] = {}  # what the latest process measured
 
     def start(self) -> Iterator[Rung]:
         """Time to the first token of the demo, from the start of the command."""
@@ -126,26 +126,26 @@ class Processes:
         for weights, depth in [*cases, *((weights, layers) for weights in self.subject.forms)]:
             label = f"{depth} layers" + (f", {weights}" if weights else "")
             for cache in ("cold", "warm"):
-                for step in ("decode", "prefill"):
-                    measure = partial(self.time_first_step, step, weights, depth, cache)
+                # Of one process, which the first of the two runs.
+                both = {"decode": partial(self.time_decode, weights, depth, cache), "prefill": self.read_prefill}
+                for step, measure in both.items():
                     against = "" if weights else f"{cache}, {step}, {DEPTH} layers"
                     yield Rung(f"{cache}, {step}, {label}", "s", measure, weights, against=against)
 
-    def time_first_step(self, step: str, weights: str, depth: int, cache: str) -> float:
-        times = self.unread.setdefault((weights, depth, cache), {})
-        if step not in times:  # else the other step's rung has run the process
-            folder = self.folder / f"{weights}-{depth}"
-            if cache == "cold":
-                shutil.rmtree(folder, ignore_errors=True)
-            result = self.run_process(weights, "compile", folder, depth)
-            times |= {"decode": result["decode_s"], "prefill": result["prefill_s"]}
-        return times.pop(step)
+    def time_decode(self, weights: str, depth: int, cache: str) -> float:
+        folder = self.folder / f"{weights}-{depth}"
+        if cache == "cold":
+            shutil.rmtree(folder, ignore_errors=True)
+        self.latest = self.run_process(weights, "compile", folder, depth)
+        return self.latest["decode_s"]
+
+    def read_prefill(self) -> float:
+        return self.latest["prefill_s"]
 
     def run_process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
         raw = self.subject.forms[weights] | ({"num_hidden_layers": depth} if depth else {})
-        return start_process(
-            {"config": raw, "device": self.device, "dtype": self.subject.dtype_name, "mode": mode}, cache
-        )
+        job = {"config": raw, "device": self.device, "dtype": self.subject.dtype_name, "mode": mode}
+        return start_process(job, cache)
 
 
 def start_process(job: dict[str, Any], cache: Path) -> dict[str, float]:

@@ -77,8 +77,8 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
             if not in_processes:  # again, since other work on the machine comes and goes
                 roof = measure_roof(device)
                 roofs += [roof] if turn >= unsampled else []
-            # Back and forth, since what has just run may slow down what comes next.
-            for rung in rungs[:: 1 if turn % 2 == 0 else -1]:
+            # Back and forth, since what has just run may slow down what comes next, but for a process of its own.
+            for rung in rungs[:: -1 if turn % 2 and not in_processes else 1]:
                 value = rung.measure()
                 rung.samples += [value] if turn >= unsampled else []
     finally:

@@ -453,7 +453,7 @@ def test_gpt_fast_writes_the_same_compiled_and_not_and_leaves_our_files_alone(fo
     assert all(
         rate > 0 for rate in (theirs.decode(8), theirs.prefill(32), theirs.decode_at(100), theirs.decode_at(100))
     )
-    assert theirs.num_filled == theirs.at_next.item() == 100 + NUM_STEPS
+    assert theirs.num_filled == 100 + NUM_STEPS
     if form is None:
         randomize_(theirs.model, seed=1)
     texts = []
