@@ -31,13 +31,12 @@ from tqdm import tqdm
 
 import quantize
 from bench import results
-from bench.subject import quantize_options
-from checkpoint import load_model, save_hub_checkpoint
+from bench.subject import quantize_options, write_random_folder
+from checkpoint import load_model
 from cli.arguments import number
 from cli.errors import user_errors
 from config import eos_token_ids, read_config
 from linears import Form
-from random_weights import random_model
 from scripts import convert_hf_checkpoint
 from tokenizer import load_tokenizer
 
@@ -190,8 +189,7 @@ def report_mutations(count: int, folder: Path) -> dict[str, Any]:
 def write_source(folder: Path, num_layers: int) -> None:
     """Write a checkpoint of random weights that takes a while to convert: about 1.6 MB a layer."""
     raw = {**read_config(SOURCE), "hidden_size": 256, "num_hidden_layers": num_layers}
-    folder.mkdir()
-    save_hub_checkpoint(random_model(raw, optimize=False), raw, folder, torch.bfloat16)
+    write_random_folder(raw, folder, torch.bfloat16)
     for file in SOURCE.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
 

@@ -66,9 +66,8 @@ def record_launches(architecture: int, function: str, *args: Any, **around: Any)
     kernels: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
-    def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **tile: Any) -> Any:
+    def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **tile: Any) -> None:
         kernels.append((run(kernel, *args, grid=grid, warmup=True, **tile), tile))
-        return kernels[-1][0]
 
     with patch.object(driver, "_active", make_driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
         getattr(cuda, function)(*args, **around)
@@ -95,7 +94,7 @@ class Variant:
         loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S* .*", ptx)
         num_wide = sum(bool(re.search(r"v4\.b32|v2\.b64|, 0x10", load)) for load in loads)
         footprint = {
-            "registers": int(search(r"Used (\d+) registers", messages)),
+            "registers": int(re.findall(r"Used (\d+) registers", messages)[0]),
             "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", messages))),
             "shared_bytes": self.kernel.metadata.shared,
             "threads": threads,
@@ -118,7 +117,8 @@ def assemble(ptx: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel")
         source.write_text(ptx)
-        ptxas = [programs / "ptxas", "-v", "--gpu-name", search(r"\.target (\w+)", ptx), source, "-o", binary]
+        [target] = re.findall(r"\.target (\w+)", ptx)
+        ptxas = [programs / "ptxas", "-v", "--gpu-name", target, source, "-o", binary]
         commands: tuple[list[Any], ...] = ptxas, [programs / "nvdisasm", "-c", binary]
         messages, code = (subprocess.run(args, check=True, capture_output=True, text=True) for args in commands)
     return messages.stderr, code.stdout
@@ -148,12 +148,6 @@ def count_instructions(code: str) -> tuple[int, int]:
     if not inner:
         raise ValueError("a kernel has no loop to count the instructions of")
     return end - max(inner), max(inner)
-
-
-def search(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None, f"{pattern!r} is missing: {text}"
-    return match[1]
 
 
 Call = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # what it is for, the function, its arguments

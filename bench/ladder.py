@@ -54,17 +54,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "chunks of 512": {"cpp.min_chunk_size": 512},
     },
 }
-BUSY = """import os
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-while True:
-    pass"""
 
 
 def beside_another(measure: Callable[[], float]) -> float:
     """Measure beside a program that keeps the last of the cores busy."""
-    with subprocess.Popen([sys.executable, "-c", BUSY]) as other:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(other.pid, {max(os.sched_getaffinity(0))})
             time.sleep(0.5)  # until it runs
             return measure()
         finally:

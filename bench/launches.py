@@ -30,7 +30,6 @@ from bench.subject import add_options, read_subject
 from checkpoint import meta_model
 from cli.arguments import need_triton
 from cli.errors import user_errors
-from eagle import Head
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from model import Transformer
@@ -43,6 +42,8 @@ H100 = DeviceProperties(
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
 )  # fmt: skip
 NUM_LAYERS, NUM_SLOTS, NUM_DRAFTS = 2, 2048, 4
+HEAD = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "quantization_config": None,
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 1]}  # fmt: skip
 KINDS = {"poi": "pointwise", "red": "reduction", "per": "reduction"}  # others by inductor's word for them
 # What our operators launch.
 LAUNCHED = {
@@ -87,42 +88,35 @@ def list_launches(code: str) -> tuple[list[list[str]], list[str]]:
     return layers, names["call"]
 
 
-def make_head(raw: dict[str, Any], model: Transformer) -> Head:
-    """Make a head of one layer for the model, which from now on keeps taps for it."""
-    own = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "quantization_config": None}
-    head = random_head(raw | own | {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}, model, optimize=False)
-    optimize_(head, "cuda")
-    return head
-
-
 @torch.inference_mode()
-def write_steps(model: Transformer, head: Head | None, codes: list[str], settings: dict[str, Any]) -> Iterator[Any]:
-    """Yield each step's name and the code that inductor writes for it, of a head its round.
-
-    settings: of inductor, to be tried.
-    """
-    for each in filter(None, (model, head)):
-        each.setup_caches(1, NUM_SLOTS)
+def make_steps(model: Transformer, head_raw: dict[str, Any] | None) -> Iterator[tuple[str, Callable[..., Any], Any]]:
+    """Yield each step's name, itself and its arguments; last the round of a head, for which a model stores taps."""
+    model.setup_caches(1, NUM_SLOTS)
     one, two, latest = (torch.zeros(shape, dtype=torch.long) for shape in ((1,), (1, 2), (1, NUM_DRAFTS + 1)))
     slots, drafted = torch.arange(NUM_SLOTS), latest[:, 1:].clone()
-    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "decode": (decode, (one, one, slots, GREEDY, None)),
-        f"verify of {NUM_DRAFTS + 1}": (verify, (two, two, slots, drafted, GREEDY, None, None)),
-    }
-    if head:
+    yield "decode", decode, (model, one, one, slots, GREEDY, None)
+    yield f"verify of {NUM_DRAFTS + 1}", verify, (model, two, two, slots, drafted, GREEDY, None, None)
+    if head_raw:
+        head = random_head(head_raw, model, optimize=False)
+        optimize_(head, "cuda")
+        for each in (model, head):
+            each.setup_caches(1, NUM_SLOTS)
         head.follow_(model)
-        round_args = latest, latest, slots, head, NUM_DRAFTS, GREEDY, None
-        calls = {f"round of a head, {NUM_DRAFTS} drafts": (draft_and_verify, round_args)}
-    for name, (step, args) in calls.items():
-        codes.clear()
-        try:
-            with fresh_cache():  # in which there is no code yet
-                compiled(step, "reduce-overhead", settings)(model, *args)
-        except RuntimeError:  # once the code is written, there is no GPU to load it
-            if not codes:
-                raise
-        [code] = codes
-        yield name, code
+        args = model, latest, latest, slots, head, NUM_DRAFTS, GREEDY, None
+        yield f"round of a head, {NUM_DRAFTS} drafts", draft_and_verify, args
+
+
+def write_code(codes: list[str], step: Callable[..., Any], args: Any) -> str:
+    """Return the code that inductor writes for a compiled step."""
+    codes.clear()
+    try:
+        with torch.inference_mode(), fresh_cache():  # in which there is no code yet
+            step(*args)
+    except RuntimeError:  # once the code is written, there is no GPU to load it
+        if not codes:
+            raise
+    [code] = codes
+    return code
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,17 +131,14 @@ def run(args: argparse.Namespace) -> None:
     for weights, form in subject.forms.items():
         model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
         optimize_(model, "cuda")
-        steps = [*write_steps(model, None, codes, settings)]
-        if args.head:  # last, since steps of a model with taps store them too
-            steps += write_steps(model, make_head(form, model), codes, settings)
-        for step, code in steps:
-            layers, besides = list_launches(code)
+        for name, step, inputs in make_steps(model, form | HEAD if args.head else None):
+            layers, besides = list_launches(write_code(codes, compiled(step, "reduce-overhead", settings), inputs))
             drafting, layers = layers[:-NUM_LAYERS], layers[-NUM_LAYERS:]  # a head's layers come first
             if layers != layers[:1] * NUM_LAYERS:
-                raise RuntimeError(f"the layers of a {step} step launch different kernels")
+                raise RuntimeError(f"the layers of a {name} step launch different kernels")
             besides += [kernel for layer in drafting for kernel in layer]
             total = num_layers * len(layers[0]) + len(besides)
-            entry = {"weights": weights or "plain", "step": step, "launches": total}
+            entry = {"weights": weights or "plain", "step": name, "launches": total}
             report.content["steps"].append(entry | {"a_layer": layers[0], "besides": besides})
             print("{weights} weights, {step}: {launches} a step,".format(**entry), f"{len(besides)} besides layers of")
             print("".join(f"    {kernel}\n" for kernel in layers[0]), end="", flush=True)

@@ -26,8 +26,8 @@ import torch
 
 from bench.results import ROOT, Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
-from bench.subject import Subject, quantize_options
-from checkpoint import load_model, save_hub_checkpoint
+from bench.subject import Subject, quantize_options, write_random_folder
+from checkpoint import load_model
 from config import DTYPES, quantization_form
 from kernels import cpu
 from random_weights import random_model
@@ -99,9 +99,7 @@ class Processes:
         """Make a folder of random weights, once."""
         path, form = self.folder / f"checkpoint-{weights}", quantization_form(self.subject.forms[weights])
         if not path.exists() and form is None:
-            model = random_model(self.subject.raw, dtype=self.subject.dtype, optimize=False)
-            path.mkdir()
-            save_hub_checkpoint(model, self.subject.raw, path, self.subject.dtype)
+            write_random_folder(self.subject.raw, path, self.subject.dtype)
         elif not path.exists() and form is not None:
             command = [sys.executable, "quantize.py", *quantize_options(form, self.checkpoint(""), path)]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -126,21 +124,18 @@ class Processes:
         for weights, depth in [*cases, *((weights, layers) for weights in self.subject.forms)]:
             label = f"{depth} layers" + (f", {weights}" if weights else "")
             for cache in ("cold", "warm"):
-                # Of one process, which the first of the two runs.
-                both = {"decode": partial(self.time_decode, weights, depth, cache), "prefill": self.read_prefill}
-                for step, measure in both.items():
+                for step in ("decode", "prefill"):
+                    run = partial(self.time_first_step, step, weights, depth, cache)
                     against = "" if weights else f"{cache}, {step}, {DEPTH} layers"
-                    yield Rung(f"{cache}, {step}, {label}", "s", measure, weights, against=against)
+                    yield Rung(f"{cache}, {step}, {label}", "s", run, weights, against=against)
 
-    def time_decode(self, weights: str, depth: int, cache: str) -> float:
-        folder = self.folder / f"{weights}-{depth}"
-        if cache == "cold":
-            shutil.rmtree(folder, ignore_errors=True)
-        self.latest = self.run_process(weights, "compile", folder, depth)
-        return self.latest["decode_s"]
-
-    def read_prefill(self) -> float:
-        return self.latest["prefill_s"]
+    def time_first_step(self, step: str, weights: str, depth: int, cache: str) -> float:
+        if step == "decode":  # comes first, and the process measures both
+            folder = self.folder / f"{weights}-{depth}"
+            if cache == "cold":
+                shutil.rmtree(folder, ignore_errors=True)
+            self.latest = self.run_process(weights, "compile", folder, depth)
+        return self.latest[f"{step}_s"]
 
     def run_process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
         raw = self.subject.forms[weights] | ({"num_hidden_layers": depth} if depth else {})

@@ -87,12 +87,8 @@ def tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> nn.Module:
     """Make the layer of ATen's int4 kernel for CUDA: even columns in a byte's high half, zeros as AtenInt4."""
     weight = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
     parameters = torch.stack((scales.mT, ((8 - zeros.to(scales.dtype)) * scales).mT), dim=-1).contiguous()
-    group_size = codes.shape[1] // scales.shape[1]
-
-    def multiply_packed(x: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x, weight, group_size, parameters)
-
-    return Product(multiply_packed, weight, parameters)
+    group_size, multiply = codes.shape[1] // scales.shape[1], torch.ops.aten._weight_int4pack_mm
+    return Product(lambda x, weight, parameters: multiply(x, weight, group_size, parameters), weight, parameters)
 
 
 def aten_layer(stored: StoredLinear, dtype: torch.dtype, on_gpu: bool) -> nn.Module:

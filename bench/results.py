@@ -139,14 +139,12 @@ class Rung:
         return entry | ({"kernels": self.kernels} if self.kernels else {})
 
 
+RATES = {"gb_per_s": " {:7.1f} GB/s", "tflop_per_s": " {:7.2f} TFLOP/s", "share_of_roof": ", {:.0%} of the roof"}
+
+
 def format_line(entry: dict[str, Any]) -> str:
     text = f"  {entry['name']:46} {entry['median']:9.2f} {entry['unit']:5}"
-    if "gb_per_s" in entry:
-        text += f" {entry['gb_per_s']:7.1f} GB/s"
-    if "tflop_per_s" in entry:
-        text += f" {entry['tflop_per_s']:7.2f} TFLOP/s"
-    if "share_of_roof" in entry:
-        text += f", {entry['share_of_roof']:.0%} of the roof"
+    text += "".join(form.format(entry[key]) for key, form in RATES.items() if key in entry)
     if "ratio" in entry:
         ratio = f"{entry['ratio']:.2f}x of" if entry["unit"] == "tok/s" else f"{entry['ratio']:.2f} times as long as"
         text += f"  {ratio} «{entry['against']}»"

@@ -66,20 +66,18 @@ def soak(num_turns: int, device: str, mode: str = "compile") -> dict[str, Any]:
     texts = [turn(i) for i in range(NUM_DIFFERENT)]
     gc.collect()
     num_graphs.append(counters["stats"]["unique_graphs"])
-    tokens, seconds, memory, changed = [], [], [], []
+    turns, changed = [], []
     for i in tqdm(range(NUM_DIFFERENT, NUM_DIFFERENT + num_turns), desc="soak", unit="turn", disable=None):
         began = time.perf_counter()
         text = turn(i)
-        seconds.append(time.perf_counter() - began)
-        tokens.append(len(text))
-        memory.append(read_memory(device))
+        turns.append((len(text), time.perf_counter() - began, read_memory(device)))
         changed += [i] if text != texts[i % NUM_DIFFERENT] else []
     num_graphs.append(counters["stats"]["unique_graphs"])
     warm_up, after = (b - a for a, b in pairwise(num_graphs))
     window = min(NUM_DIFFERENT, num_turns)
-    windows = [slice(i, i + window) for i in range(0, num_turns, window)]
-    rates = [sum(tokens[span]) / sum(seconds[span]) for span in windows]
-    levels = [statistics.median(memory[span]) for span in windows]
+    windows = [tuple(zip(*turns[i : i + window], strict=True)) for i in range(0, num_turns, window)]
+    rates = [sum(tokens) / sum(seconds) for tokens, seconds, _ in windows]
+    levels = [statistics.median(memory) for *_, memory in windows]
     growth, slowdown = levels[-1] / levels[0] - 1, 1 - rates[-1] / rates[0]
     bounds = {
         f"memory grew by {growth:.1%}": growth > MAX_GROWTH,
@@ -89,7 +87,7 @@ def soak(num_turns: int, device: str, mode: str = "compile") -> dict[str, Any]:
     }
     return {
         "turns": num_turns,
-        "tokens": sum(tokens),
+        "tokens": sum(tokens for tokens, *_ in turns),
         "memory_growth": growth,
         "slowdown": slowdown,
         "graphs": {"warm-up": warm_up, "after": after},

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
+from checkpoint import save_hub_checkpoint
 from compressed import quantization_config
 from config import DTYPES, parse_dtype
 from files import read_json
 from linears import GROUP_SIZES, MODES, Form
+from random_weights import random_model
 
 SIZES = (None, *GROUP_SIZES)
-FORMS = [Form(8, size) for size in SIZES] + [Form(4, size, zeros) for zeros in (True, False) for size in SIZES]
-# What quantize.py calls a folder -> the mode and the form.
-SCHEMES = {
-    str(form).replace(f"int{form.bits}", mode): (mode, form)
-    for form in FORMS
-    for mode in MODES
-    if mode.startswith(f"int{form.bits}")
+FORMS = {
+    "int8": [Form(8, size) for size in SIZES],
+    "int4": [Form(4, size, has_zeros) for has_zeros in (True, False) for size in SIZES],
 }
+# What quantize.py calls a folder -> the mode and the form.
+SCHEMES = {str(form).replace(mode[:4], mode): (mode, form) for mode in MODES for form in FORMS[mode[:4]]}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ def quantize_options(form: Form, source: Path, output: Path, mode: str | None = 
     paths = ["--checkpoint_path", str(source), "--output_path", str(output)]
     how = ["--mode", mode or f"int{form.bits}", "--groupsize", str(form.group_size or -1)]
     return [*paths, *how, *["--symmetric"] * (form.bits == 4 and not form.has_zeros)]
+
+
+def write_random_folder(raw: dict[str, Any], path: Path, dtype: torch.dtype) -> None:
+    """Make a folder of random weights in the Hub's layout."""
+    path.mkdir()
+    save_hub_checkpoint(random_model(raw, dtype=dtype, optimize=False), raw, path, dtype)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
