@@ -7,7 +7,6 @@ A changed file is read or refused in one line, and nothing else: no other except
 converter or quantizer leaves a whole folder or none, and running it again succeeds and clears up.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 
@@ -84,17 +84,11 @@ WORDS = [b"-1", b"0", b"1e999", b"18446744073709551616", b"4294967296", b"true",
 def write_forms(folder: Path) -> list[Path]:
     """Write the demo's draft in every form that is read; return the folders."""
     tensors = load_file(SOURCE / "model.safetensors")
-    single, sharded, pickled, json_tokenizer = (folder / f"form{i}" for i in range(4))
-    for path in (single, sharded, pickled, json_tokenizer):
-        shutil.copytree(SOURCE, path)
+    single, sharded, pickled, json_tokenizer = (shutil.copytree(SOURCE, folder / f"form{i}") for i in range(4))
     for path in (sharded, pickled):
         (path / "model.safetensors").unlink()
     torch.save(tensors, pickled / "pytorch_model.bin")
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
-    for file, names in shards.items():
-        save_file({name: tensors[name] for name in names}, sharded / file)
-    index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_torch_state_dict(tensors, sharded, max_shard_size="700KB")
     (json_tokenizer / "tokenizer.model").unlink()
     backend = ByteLevelBPETokenizer()
     backend.train(__file__, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)

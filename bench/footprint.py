@@ -56,24 +56,6 @@ def make_driver(architecture: int) -> Any:
     )
 
 
-def record_launches(architecture: int, function: str, *args: Any, **around: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """Return the kernels that a function of kernels/cuda.py launches, compiled and not run, and their tiles."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from kernels import cuda
-
-    kernels: list[tuple[Any, dict[str, Any]]] = []
-    run = JITFunction.run
-
-    def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **tile: Any) -> None:
-        kernels.append((run(kernel, *args, grid=grid, warmup=True, **tile), tile))
-
-    with patch.object(driver, "_active", make_driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
-        getattr(cuda, function)(*args, **around)
-    return kernels
-
-
 @dataclass
 class Variant:
     """A kernel as Triton compiles it for some launches: of these types, constants and numbers that 16 divides."""
@@ -107,6 +89,23 @@ class Variant:
             totals = {K: once + math.ceil(K / width) * in_turn for K in sorted(self.columns)}
             footprint["instructions_a_weight"] = {K: round(n * threads / (rows * K), 2) for K, n in totals.items()}
         return footprint
+
+
+def record_launches(architecture: int, function: str, *args: Any, **around: Any) -> list[Variant]:
+    """Return the kernels that a function of kernels/cuda.py launches, compiled and not run."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from kernels import cuda
+
+    kernels, run = [], JITFunction.run
+
+    def compile_kernel(kernel: Any, *args: Any, grid: Any, warmup: bool, **tile: Any) -> None:
+        kernels.append(Variant(run(kernel, *args, grid=grid, warmup=True, **tile), tile))
+
+    with patch.object(driver, "_active", make_driver(architecture)), patch.object(JITFunction, "run", compile_kernel):
+        getattr(cuda, function)(*args, **around)
+    return kernels
 
 
 def assemble(ptx: str) -> tuple[str, str]:
@@ -183,14 +182,14 @@ def make_attention(model: str, queries: int, slots: int = 8192) -> Call:
 
 
 def compile_variants(models: Iterable[str], architecture: int, rows: Sequence[int] = (1, 6, 16)) -> list[Variant]:
-    kernels: dict[Any, Variant] = {}
+    variants: dict[Any, Variant] = {}
     for model, count in product(models, rows):
         for name, function, args, around in [*list_products(model, count), make_attention(model, count)]:
-            for kernel, tile in record_launches(architecture, function, *args, **around):
-                variant = kernels.setdefault(kernel, Variant(kernel, tile))
+            for launched in record_launches(architecture, function, *args, **around):
+                variant = variants.setdefault(launched.kernel, launched)
                 variant.used_by.append(name)
                 variant.columns.add(args[0].shape[-1])
-    return list(kernels.values())
+    return list(variants.values())
 
 
 def run(folder: Path) -> None:

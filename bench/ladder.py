@@ -24,11 +24,9 @@ from bench.subject import Subject
 from checkpoint import meta_model
 from cli.report import step_weight_bytes
 from collectives import draft_ranks
-from config import quantization_form
 from drafters import levels_below
 from kernels import cpu
 from model import Ranks, Transformer
-from random_weights import random_model
 from steps import compiled, decode
 
 PREFILL = (128, 512, 2048)
@@ -108,8 +106,7 @@ class Ladder:
 
     @cached_property
     def models(self) -> dict[str, Transformer]:
-        forms, dtype = self.subject.forms, self.subject.dtype
-        return {name: random_model(form, self.device, dtype, ranks=self.ranks) for name, form in forms.items()}
+        return {weights: self.subject.model(weights, self.device, ranks=self.ranks) for weights in self.subject.forms}
 
     def runner(self, mode: str, weights: str, length: int = 0) -> Runner:
         return Runner(self.models[weights], make_steps(mode, self.device), length or self.length)
@@ -131,14 +128,9 @@ class Ladder:
             yield Rung(weights or "plain weights", "ms", run, weights, read), runner
 
     def kernels(self) -> Iterator[Rung]:
-        """A step, whose entry names its kernels."""
-
-        def measure(rung: Rung, runner: Runner) -> float:
-            rung.kernels[:] = profile_step(runner.step_at(POSITIONS[0]), self.device)
-            return rung.measure()  # without the profiler, which takes time itself
-
+        """A step, whose entry names its kernels; its samples are without the profiler, which takes time itself."""
         for rung, runner in self.long_steps():
-            yield replace(rung, measure=partial(measure, rung, runner))  # which has the list of the first
+            yield replace(rung, kernels=profile_step(runner.step_at(POSITIONS[0]), self.device))
 
     def options(self) -> Iterator[Rung]:
         """A step as it is, and with each of `OPTIONS`; what fails is named."""
@@ -162,11 +154,10 @@ class Ladder:
 
     def speculating(self, weights: str) -> Callable[[], float]:
         """Return a measurement of decode with drafts of 2 layers in the same weights, accepted by chance."""
-        raw = self.subject.forms[weights]
-        raw = raw | {"num_hidden_layers": min(2, raw["num_hidden_layers"])}
-        small = meta_model(raw)
-        shared_by = draft_ranks(small.config, quantization_form(raw), step_weight_bytes(small), self.ranks)
-        draft_model = random_model(raw, self.device, self.subject.dtype, seed=1, ranks=shared_by)
+        subject = self.subject.with_layers(min(2, self.subject.raw["num_hidden_layers"]))
+        small = meta_model(subject.config(weights))
+        shared_by = draft_ranks(small.config, subject.forms[weights], step_weight_bytes(small), self.ranks)
+        draft_model = subject.model(weights, self.device, seed=1, ranks=shared_by)
         way = speculation.Way("", self.runner("compile", weights), draft_model, levels=levels_below(self.max_k))
         num_tokens = max(speculation.SHORTEST, self.new_tokens)
         duel = speculation.Duel("", [way], [PROMPT], num_tokens, speculation.accept_by_chance)

@@ -27,13 +27,11 @@ from bench.footprint import make_driver
 from bench.ladder import OPTIONS
 from bench.runner import GREEDY
 from bench.subject import add_options, read_subject
-from checkpoint import meta_model
 from cli.arguments import need_triton
 from cli.errors import user_errors
 from eagle_checkpoint import random_head
 from kernels.optimize import optimize_
 from model import Transformer
-from random_weights import random_model
 from speculate import draft_and_verify, verify
 from steps import compiled, decode
 
@@ -122,16 +120,16 @@ def write_code(codes: list[str], step: Callable[..., Any], args: Any) -> str:
 def run(args: argparse.Namespace) -> None:
     need_triton("bench.launches")
     subject = read_subject(args)
-    num_layers = max(meta_model(form).config.num_hidden_layers for form in subject.forms.values())
+    num_layers = subject.raw["num_hidden_layers"]
     what = "-".join([subject.name, *filter(None, [args.dtype]), *args.options, "launches"]).replace(" ", "-")
     shapes: dict[str, Any] = {"config": subject.name, "dtype": subject.dtype_name, "num_layers": num_layers}
     report = results.begin("launches", args.output_dir, what, **shapes, options=args.options, steps=[])
     codes = pretend()
     settings = {name: value for option in args.options for name, value in OPTIONS["cuda"][option].items()}
-    for weights, form in subject.forms.items():
-        model = random_model(form | {"num_hidden_layers": NUM_LAYERS}, "cpu", subject.dtype, optimize=False)
+    for weights in subject.forms:
+        model = subject.with_layers(NUM_LAYERS).model(weights, "cpu", optimize=False)
         optimize_(model, "cuda")
-        for name, step, inputs in make_steps(model, form | HEAD if args.head else None):
+        for name, step, inputs in make_steps(model, subject.raw | HEAD if args.head else None):
             layers, besides = list_launches(write_code(codes, compiled(step, "reduce-overhead", settings), inputs))
             drafting, layers = layers[:-NUM_LAYERS], layers[-NUM_LAYERS:]  # a head's layers come first
             if layers != layers[:1] * NUM_LAYERS:

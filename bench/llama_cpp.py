@@ -16,14 +16,10 @@ from model import ModelConfig, Transformer
 from names import hub_parts
 from scripts.convert_gguf import gguf_name
 
+PACKAGES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}  # what pip calls a module
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # that its own quantizer makes, as llama.h numbers them
 COUNTERPARTS = {"int8": "Q8_0", "int4-g32": "Q4_0"}  # of our schemes
 QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
-
-
-def list_missing(packages: dict[str, str]) -> list[str]:
-    """Return the pip names of those modules that are not installed."""
-    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
 
 
 def load_api() -> Any:
@@ -35,8 +31,8 @@ def load_api() -> Any:
 
 def find_obstacle(device: str, config: ModelConfig) -> str:
     """Return what llama.cpp lacks to be compared, "" where it is there."""
-    if packages_needed := list_missing({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}):
-        return f"pip install {' '.join(packages_needed)}"
+    if missing := [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        return f"pip install {' '.join(missing)}"
     if device.startswith("cuda") and not load_api().llama_supports_gpu_offload():
         return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
     special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write

@@ -19,7 +19,6 @@ from bench.ladder import Ladder, beside_another
 from bench.results import Rung, attempt, leave_out
 from bench.runner import Peer, Runner, decode_mode
 from bench.subject import Subject
-from config import quantization_form
 
 POSITION, PREFILL = 1900, 512
 
@@ -94,8 +93,7 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
         counterparts = {}
     else:
         llama_cpp.write_gguf(ladder.models[""], plain)
-    for weights, raw in subject.forms.items():
-        form = quantization_form(raw)
+    for weights, form in subject.forms.items():
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
         if kind := counterparts.get(weights):
             file = llama_cpp.quantize_gguf(plain, kind) if weights else plain

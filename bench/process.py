@@ -28,7 +28,7 @@ from bench.results import ROOT, Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject, quantize_options, write_random_folder
 from checkpoint import load_model
-from config import DTYPES, quantization_form
+from config import DTYPES
 from kernels import cpu
 from random_weights import random_model
 
@@ -97,7 +97,7 @@ class Processes:
 
     def checkpoint(self, weights: str) -> Path:
         """Make a folder of random weights, once."""
-        path, form = self.folder / f"checkpoint-{weights}", quantization_form(self.subject.forms[weights])
+        path, form = self.folder / f"checkpoint-{weights}", self.subject.forms[weights]
         if not path.exists() and form is None:
             write_random_folder(self.subject.raw, path, self.subject.dtype)
         elif not path.exists() and form is not None:
@@ -138,8 +138,8 @@ class Processes:
         return self.latest[f"{step}_s"]
 
     def run_process(self, weights: str, mode: str, cache: Path, depth: int | None = None) -> dict[str, float]:
-        raw = self.subject.forms[weights] | ({"num_hidden_layers": depth} if depth else {})
-        job = {"config": raw, "device": self.device, "dtype": self.subject.dtype_name, "mode": mode}
+        subject = self.subject.with_layers(depth) if depth else self.subject
+        job = {"config": subject.config(weights), "device": self.device, "dtype": subject.dtype_name, "mode": mode}
         return start_process(job, cache)
 
 

@@ -18,7 +18,6 @@ from bench.results import Rung, attempt
 from bench.runner import decode_mode, time_median
 from bench.subject import Subject
 from checkpoint import meta_model
-from config import quantization_form
 from kernels.cpu import empty_weight
 from kernels.inductor import CompiledLinear, FusedCompiledLinear, is_reduction, streamed_linear
 from kernels.layers import AtenInt4, AtenInt8
@@ -110,35 +109,34 @@ def make_forms(stored_as: Form | None, dtype: torch.dtype, on_gpu: bool) -> dict
     a model gets on this device, if there is one.
     """
     cuda = cuda_kernels() if on_gpu else None  # which also defines the operators of Triton's kernels
-    forms: dict[str, MakeLayer] = {"multiply and sum": partial(CompiledLinear, on_gpu=on_gpu)}
 
     def ours(stored: Any) -> nn.Module | None:
         return gpu_layer(stored, dtype, cuda) if on_gpu else cpu_layer(stored, dtype)
 
+    def int8_kernel(stored: Any) -> nn.Module:  # which takes a weight of any kind
+        weight = stored.weight
+        scales = weight.new_ones(len(weight)) if isinstance(stored, Linear) else stored.scales.to(dtype)
+        return Product(torch.ops.kernels.cuda_int8_product, weight, scales)
+
     def behind_norm(form: MakeLayer, folded: bool, stored: Any) -> nn.Module | None:
         return Normed(layer, folded, num_columns(stored), dtype) if (layer := form(stored)) else None
 
-    norms: dict[str, tuple[MakeLayer, bool]] = {
-        "norm, multiply and sum": (OneLoop, False),
-        "norm folded into the sum": (OneLoop, True),
-    }
+    forms: dict[str, MakeLayer] = {"multiply and sum": partial(CompiledLinear, on_gpu=on_gpu)}
+    is_int4 = stored_as is not None and stored_as.bits == 4
+    is_one_loop = stored_as is None or (not is_int4 and stored_as.group_size is None)
     if stored_as is None:
         forms["GEMM"] = lambda linear: linear
-        if cuda:  # which takes a weight of any kind
-            forms["int8's kernel"] = lambda linear: Product(
-                torch.ops.kernels.cuda_int8_product, linear.weight, linear.weight.new_ones(len(linear.weight))
-            )
-    elif stored_as.bits == 4 or stored_as.group_size is None:
+    elif is_int4 or is_one_loop:
         forms["ATen"] = partial(aten_layer, dtype=dtype, on_gpu=on_gpu)
-        if stored_as.bits == 4:
-            norms = {"norm, ours": (ours, False), "norm folded into ours": (ours, True)} if cuda else {}
-        elif cuda:
-            forms["Triton"] = lambda stored: Product(
-                torch.ops.kernels.cuda_int8_product, stored.weight, stored.scales.to(dtype)
-            )
-    else:
-        norms = {}
-    return forms | {name: partial(behind_norm, *how) for name, how in norms.items()} | {"ours": ours}
+    if is_one_loop and cuda:
+        forms["Triton" if stored_as else "int8's kernel"] = int8_kernel
+    if is_one_loop:
+        forms["norm, multiply and sum"] = partial(behind_norm, OneLoop, False)
+        forms["norm folded into the sum"] = partial(behind_norm, OneLoop, True)
+    elif is_int4 and cuda:
+        forms["norm, ours"] = partial(behind_norm, ours, False)
+        forms["norm folded into ours"] = partial(behind_norm, ours, True)
+    return forms | {"ours": ours}
 
 
 def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
@@ -153,8 +151,7 @@ def make_rungs(subject: Subject, device: str) -> Iterator[Rung]:
     for linear in linears:
         linear.weight, linear.bias = frozen_parameter(random(*linear.weight.shape)), None
     inputs = [[F.rms_norm(random(rows, K), [K]) for K in map(num_columns, linears)] for rows in ROWS]
-    for name, raw in subject.forms.items():
-        stored_as = quantization_form(raw)
+    for name, stored_as in subject.forms.items():
         stored = [linear if stored_as is None else quantize_linear(linear, stored_as) for linear in linears]
         forms = make_forms(stored_as, subject.dtype, device.startswith("cuda"))
         first, *_ = titles = [", ".join(filter(None, [name, form])) for form in forms]

@@ -140,9 +140,8 @@ def describe(name: str, kind: str, row: dict[str, Any]) -> str:
 def read_texts(args: argparse.Namespace, path: Path, num: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return what GPTQ is calibrated on and the texts by kind, as windows [num, length] of ids."""
     tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32)
-    files = {file.stem: read_text("--text_files", file) for file in args.text_files}
-    if not files:
-        files = {"code": library_text([name for name in HELD_OUT if name not in CALIBRATION_MODULES])}
+    held_out = [name for name in HELD_OUT if name not in CALIBRATION_MODULES]
+    files = {file.stem: read_text("--text_files", file) for file in args.text_files} or {"code": library_text(held_out)}
     vocab_size = model.config.vocab_size
     texts = {kind: cut_windows(text, tokenizer, num, length, vocab_size) for kind, text in files.items()}
     opening = quantize.chat_opening(path, tokenizer)

@@ -117,7 +117,7 @@ class Rung:
     flops: float = 0  # that a token takes
     against: str = ""  # the rung of the group that it is compared with, turn by turn, unless it is that one
     samples: list[float] = field(default_factory=list)
-    kernels: list[dict[str, Any]] = field(default_factory=list)  # what the last turn's step spent its time in
+    kernels: list[dict[str, Any]] = field(default_factory=list)  # what a step spends its time in
 
     def entry(self, group: dict[str, "Rung"], roofs: list[dict[str, float]]) -> dict[str, Any]:
         """Return what the results say of it.

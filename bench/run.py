@@ -22,7 +22,6 @@ from bench.process import Processes
 from bench.results import Report, Rung, format_line, omissions
 from bench.runner import measure_roof
 from bench.subject import Subject, add_options, read_subject
-from checkpoint import meta_model
 from cli.arguments import check_device, number
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, local_device, process_group, together
@@ -144,9 +143,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[Subject, str]:
     """Refuse what cannot work before it takes time; return the subject and this rank's device. Raises ValueError."""
     device = local_device(args.device, ranks)
     check_device(device)
-    subject = read_subject(args)
-    for form in subject.forms.values():
-        meta_model(form, ranks)
+    subject = read_subject(args, ranks)
     if args.gpt_fast and not args.compare:
         raise ValueError("--gpt_fast is for --compare; add it")
     if args.gpt_fast and not (args.gpt_fast / "quantize.py").is_file():

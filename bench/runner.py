@@ -1,17 +1,16 @@
 """How decoding is timed: `Runner` does it with our model, its caches and its steps, `Peer` with another project's."""
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cli.report import step_weight_bytes
+from cli.report import slot_bytes, step_weight_bytes
 from engine import generate
 from kernels.cpu import empty_weight, own_threads
 from model import Transformer
@@ -72,7 +71,7 @@ def decode_mode(device: str) -> str | None:
     return "reduce-overhead" if device.startswith("cuda") else None
 
 
-@functools.cache
+@cache
 def make_steps(mode: str, device: str) -> Steps:
     """Return the steps by name, eager or compiled; all models of a process share their graphs."""
     steps: Steps = {step.__name__: step for step in (prefill, decode, verify, draft, draft_and_verify)}
@@ -166,11 +165,8 @@ class Runner:
 
     def count_step_bytes(self, position: int) -> int:
         """Return the bytes that a step at a position reads, of this rank: weights, keys and values."""
-        model, length = self.model, position + 1
-        slots = len(visible_slots(torch.arange(length + SLOTS_STEP), length))
-        per_slot = 2 * model.layers[0].self_attn.num_local_kv_heads * model.config.head_dim
-        kv_bytes = slots * model.config.num_hidden_layers * per_slot * model.embed_tokens.weight.itemsize
-        return step_weight_bytes(model) + kv_bytes
+        slots = visible_slots(torch.arange(position + 1 + SLOTS_STEP), position + 1)
+        return step_weight_bytes(self.model) + len(slots) * slot_bytes(self.model)
 
     def count_prefill_flops(self, length: int) -> float:
         """Return the operations a token of a prompt, of this rank: of the blocks and of causal attention."""
@@ -200,7 +196,7 @@ class Peer:
 
     def repeat(self, ids: Tensor, count: int) -> float:
         """Decode `count` tokens after ids [1, 1]; return how many a second."""
-        steps = partial(functools.reduce, lambda ids, _: self.step(ids), range(count), ids)
+        steps = partial(reduce, lambda ids, _: self.step(ids), range(count), ids)
         return count / time_call(steps, self.device)
 
     def decode(self, num_tokens: int) -> float:

@@ -33,7 +33,6 @@ from drafters import Drafter, Proposal, expected_tokens, levels_below
 from eagle import Head
 from eagle_checkpoint import load_head, random_head
 from model import Transformer
-from random_weights import random_model
 from speculate import Speculation, count_leading
 from steps import Text, likeliest, prefill
 from suffix import Suffixes
@@ -243,8 +242,8 @@ def demo_duels(mode: str, device: str, num_tokens: int, ks: list[int]) -> Iterat
 def shapes_duels(subject: Subject, device: str, num_tokens: int, ks: list[int]) -> Iterator[Duel]:
     """Yield the duels of the subject, in each form of its weights, with a head of its shapes and drafts by chance."""
     raw = subject.raw | {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
-    for weights, form in subject.forms.items():
-        target, tapped = (random_model(form, device, subject.dtype) for _ in range(2))
+    for weights in subject.forms:
+        target, tapped = (subject.model(weights, device) for _ in range(2))
         head = random_head(raw, tapped)
         plain, with_taps = (make_runner(model, "compile", num_tokens) for model in (target, tapped))
         ways = [Way("none", plain), *(Way("head", with_taps, head, levels=(k,)) for k in ks)]

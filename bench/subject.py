@@ -1,17 +1,18 @@
 """What is measured: a model of random weights in the shapes of a config.json, in each form of the weights."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint import save_hub_checkpoint
+from checkpoint import meta_model, save_hub_checkpoint
 from compressed import quantization_config
-from config import DTYPES, parse_dtype
+from config import DTYPES, parse_dtype, quantization_form
 from files import read_json
 from linears import GROUP_SIZES, MODES, Form
+from model import ONE_RANK, Ranks, Transformer
 from random_weights import random_model
 
 SIZES = (None, *GROUP_SIZES)
@@ -28,11 +29,22 @@ class Subject:
     name: str
     raw: dict[str, Any]  # the content of config.json
     dtype: torch.dtype
-    forms: dict[str, dict[str, Any]]  # that content by the form of the weights, of which "" is the plain one
+    forms: dict[str, Form | None]  # of the weights, by the scheme's name; "" is the config's own
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def config(self, weights: str) -> dict[str, Any]:
+        """Return the content of config.json with the weights in one of the forms."""
+        form = self.forms[weights]
+        return self.raw | {"quantization_config": quantization_config(form)} if weights and form else self.raw
+
+    def with_layers(self, count: int) -> "Subject":
+        return replace(self, raw=self.raw | {"num_hidden_layers": count})
+
+    def model(self, weights: str, device: str, **options: Any) -> Transformer:
+        return random_model(self.config(weights), device, self.dtype, **options)
 
 
 def quantize_options(form: Form, source: Path, output: Path, mode: str | None = None) -> list[str]:
@@ -55,12 +67,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="forms of the weights besides --dtype (int8 int4-g32)")  # fmt: skip
 
 
-def read_subject(args: argparse.Namespace) -> Subject:
-    """Read what the options name. Raises ValueError."""
+def read_subject(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> Subject:
+    """Read what the options name. Raises ValueError where these ranks cannot run it."""
     path = args.config
     if not path.is_file():
         raise ValueError(f"--config {path} is no file; expected a config.json")
     raw = read_json(path)
-    forms = {name: raw | {"quantization_config": quantization_config(SCHEMES[name][1])} for name in args.quantize}
+    forms = {"": quantization_form(raw), **{name: SCHEMES[name][1] for name in args.quantize}}
     dtype = DTYPES[args.dtype] if args.dtype else parse_dtype(raw) or torch.bfloat16
-    return Subject(path.stem if path.stem != "config" else path.parent.name, raw, dtype, {"": raw, **forms})
+    subject = Subject(path.stem if path.stem != "config" else path.parent.name, raw, dtype, forms)
+    for weights in forms:
+        meta_model(subject.config(weights), ranks)
+    return subject

@@ -36,13 +36,16 @@ def step_weight_bytes(model: Transformer) -> int:
     return model.weight_bytes - idle - (0 if model.tied else model.embed_tokens.weight.nbytes)
 
 
+def slot_bytes(model: Transformer) -> int:
+    """Return the bytes of a token's keys and values, on this rank."""
+    config, num_kv_heads = model.config, model.layers[0].self_attn.num_local_kv_heads
+    return 2 * config.num_hidden_layers * num_kv_heads * config.head_dim * model.embed_tokens.weight.itemsize
+
+
 def forward_bytes(model: Transformer, rows: list[Row]) -> float:
-    config = model.config
-    slot = 2 * config.num_hidden_layers * model.layers[0].self_attn.num_local_kv_heads * config.head_dim
-    slot *= model.embed_tokens.weight.itemsize
     longest = max(1, *(len(row.arrivals) for row in rows))  # a row that has ended is read no more
     slots = sum((len(row.prompt_ids) + len(row.tokens) / 2) * len(row.arrivals) / longest for row in rows)
-    return step_weight_bytes(model) + slot * slots
+    return step_weight_bytes(model) + slot_bytes(model) * slots
 
 
 @dataclass

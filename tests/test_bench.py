@@ -22,7 +22,6 @@ from bench.runner import GREEDY, NUM_STEPS, PROMPT, Runner, make_steps
 from bench.subject import Subject
 from checkpoint import meta_model
 from cli.report import step_weight_bytes
-from compressed import quantization_config
 from config import parse_config
 from engine import generate
 from kernels.cpu import library
@@ -63,9 +62,7 @@ def command(config, *arguments, script=REPO / "scripts" / "benchmark.py", launch
 
 
 def subject(forms=None, **changes):
-    raw = RAW | changes
-    quantized = {name: raw | {"quantization_config": quantization_config(form)} for name, form in (forms or {}).items()}
-    return Subject("tiny", raw, torch.bfloat16, {"": raw, **quantized})
+    return Subject("tiny", RAW | changes, torch.bfloat16, {"": None, **(forms or {})})
 
 
 def mistake(capsys, *arguments):
@@ -437,7 +434,7 @@ def test_transformers_runs_every_measurement_from_the_same_position(model):
 
 
 def test_llama_cpp_is_left_out_where_its_file_would_need_more(monkeypatch):
-    monkeypatch.setattr(llama_cpp, "list_missing", lambda packages: [])
+    monkeypatch.setattr(llama_cpp, "PACKAGES", {})
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace())
     scaled = replace(meta_model(RAW).config, rope_scaling=RopeScaling("linear", 2.0))
     assert llama_cpp.find_obstacle("cpu", scaled).startswith("its file would need rope_scaling RopeScaling")
@@ -479,8 +476,9 @@ def test_what_gpt_fast_cannot_run_is_said(changes, form, device, words):
     assert words in reason and bool(words) == bool(reason)
 
 
-def test_what_is_not_installed_is_named_by_its_package():
-    assert llama_cpp.list_missing({"json": "json", "no_such_module": "no-such-package"}) == ["no-such-package"]
+def test_what_is_not_installed_is_named_by_its_package(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "PACKAGES", {"json": "json", "no_such_module": "no-such-package"})
+    assert llama_cpp.find_obstacle("cpu", meta_model(RAW).config) == "pip install no-such-package"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
