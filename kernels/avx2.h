@@ -11,11 +11,21 @@ constexpr char INSTRUCTION_SET[] = "avx2";
 constexpr bool TAKES_HALF = true;  // models in float16
 constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
+using Floats = __m256;
+constexpr int LANES = 8;
+
 static inline __m256 load_wide(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 static inline __m256 load_wide(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline __m256 load_wide(const float* p) { return _mm256_loadu_ps(p); }
+
+template <class T>
+static inline void store_narrow(T* p, __m256 values) {
+    alignas(32) float wide[8];
+    _mm256_store_ps(wide, values);
+    for (int i = 0; i < 8; i++) set(p[i], wide[i]);
+}
 
 // Scales, whose type is asked when they are read: a function for each type would take long to compile.
 struct Scales {

@@ -6,11 +6,18 @@ constexpr char INSTRUCTION_SET[] = "avx512";
 constexpr bool TAKES_HALF = false;  // models in float16
 constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
 
+using Floats = __m512;
+constexpr int LANES = 16;
+
 static inline __m512 load_wide(const bf16* p) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 static inline __m512 load_wide(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+
+static inline void store_narrow(bf16* p, __m512 values) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(values));
+}
 
 static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
@@ -191,7 +198,7 @@ static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zero
             for (int i = 0; i < 32; i += 16) {
                 const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i)));
                 const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, zero)), scale);
-                _mm256_storeu_si256((__m256i*)(out + r * K + k + i), (__m256i)_mm512_cvtneps_pbh(values));
+                store_narrow(out + r * K + k + i, values);
             }
         }
 }
@@ -284,7 +291,7 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
             }
         }
         for (int m = 0; m < M; m++)
-            _mm256_storeu_si256((__m256i*)(y + m * N + n * INT4_BLOCK_ROWS), (__m256i)_mm512_cvtneps_pbh(sums[m]));
+            store_narrow(y + m * N + n * INT4_BLOCK_ROWS, sums[m]);
     }
 }
 
@@ -438,7 +445,7 @@ static float soften(const float* scores, bf16* weights, float& largest, float& t
         __m512 score = _mm512_loadu_ps(scores + i);
         __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
         __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, _mm512_set1_ps(now))));
-        _mm256_storeu_si256((__m256i*)(weights + i), (__m256i)_mm512_cvtneps_pbh(weight));
+        store_narrow(weights + i, weight);
         sum = _mm512_add_ps(sum, weight);
     }
     largest = now;

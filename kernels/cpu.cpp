@@ -109,11 +109,11 @@ static Tensor in_order(const Tensor& tensor) {
 }
 
 // torch::stable::new_empty looks its operator up by name at each call, which takes longer than a small product.
-static Tensor empty(std::initializer_list<int64_t> sizes, int32_t type) {
+static Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
     std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes.begin()[i];
+    for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
     AtenTensorHandle tensor;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), type,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type,
                                                     aoti_torch_device_type_cpu(), 0, &tensor));
     return Tensor(tensor);
 }
@@ -383,14 +383,61 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What is between products and attention, rounded where the plain model rounds
+
+// As `model.RMSNorm`, M rows; y may be x.
+template <class T>
+static void rms_norm(const T* x, const T* weight, T* y, int64_t M, int64_t K, float eps, std::optional<double> offset) {
+    auto one = [=](int64_t m) {
+        const T* row = x + m * K;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < K; k++) sum += widen(row[k]) * widen(row[k]);
+        const float scale = 1 / std::sqrt(sum / K + eps);
+        for (int64_t k = 0; k < K; k++) {
+            T unit;
+            set(unit, widen(row[k]) * scale);
+            set(y[m * K + k], offset ? widen(row[k]) * scale * (float(*offset) + widen(weight[k])) : widen(unit) * widen(weight[k]));
+        }
+    };
+    if (M > MAX_ROWS) return for_each(M, one);
+    for (int64_t m = 0; m < M; m++) one(m);
+}
+
+// As `model.rotate`, one head in place; cos and sin [2, R].
+template <class T>
+static void rotate(T* head, const float* cos, const float* sin, int64_t R) {
+    for (int64_t i = 0; i < R; i++) {
+        const float a = widen(head[i]), b = widen(head[R + i]);
+        set(head[i], a * cos[i] + b * sin[i]);
+        set(head[R + i], b * cos[R + i] + a * sin[R + i]);
+    }
+}
+
+// As `model.swiglu`; size: a multiple of LANES.
+template <class T>
+static void swiglu(const T* gate, const T* up, T* y, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats x = load_wide(gate + i), shrink = exponential(x < 0 ? x : -x);  // e^-|x|
+        store_narrow(y + i, (x < 0 ? shrink : 1.f) * x / (shrink + 1));
+        store_narrow(y + i, load_wide(y + i) * load_wide(up + i));
+    }
+}
+
+template <class T>
+static void add(const T* a, const T* b, T* y, int64_t size) {
+    for (int64_t i = 0; i < size; i++) set(y[i], widen(a[i]) + widen(b[i]));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The operators, through torch's stable ABI: one library serves every torch from 2.11 on. cpu.py has their schemas,
 // and sees to it that weights have a type and a size that these take.
 
 namespace operators {
 
-// Call run(a pointer of the type of x's values, which y has too).
+// Call run(pointer to y, in the type of x's values), and return y.
 template <class Run>
-static Tensor with_floats(const Tensor& x, std::initializer_list<int64_t> sizes, Run run) {
+static Tensor with_floats(const Tensor& x, const std::vector<int64_t>& sizes, Run run) {
     const int32_t type = type_of(x);
     Tensor y = empty(sizes, type);
     if constexpr (TAKES_HALF)
@@ -401,11 +448,47 @@ static Tensor with_floats(const Tensor& x, std::initializer_list<int64_t> sizes,
 template <class T>
 static const T* like(T*, const Tensor& tensor) { return data<T>(tensor); }
 
-// Call run(rows of x [M, K], y [M, N], M, experts [M]) with the rows in the order of their experts; see `over_rows`.
+// Call run(pointer to the scales, in their type).
 template <class Run>
-static Tensor by_expert(const Tensor& x, const Tensor& experts, int64_t N, Run run) {
-    const int64_t M = experts.size(0), A = experts.size(1), K = x.size(2);
-    Tensor ids = in_order(experts), rows = x.stride(2) == 1 ? x : in_order(x);
+static void with_type(const Tensor& scales, Run run) {
+    const int32_t type = type_of(scales);
+    if (type == aoti_torch_dtype_float16()) run(data<half>(scales));
+    else if (type == aoti_torch_dtype_float32()) run(data<float>(scales));
+    else run(data<bf16>(scales));
+}
+
+// A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
+// [int4 codes, scales, zeros].
+using Tensors = std::vector<Tensor>;
+
+static int64_t outputs(const Tensors& weight) {
+    const Tensor& last = weight.size() == 1 ? weight[0] : weight[1];
+    return last.size(last.dim() - (weight.size() == 1 ? 2 : 3)) * (weight.size() == 1 ? 1 : last.size(last.dim() - 1));
+}
+
+// y [M, N] = x w^T; experts: as `over_rows` has them.
+template <class T>
+static void multiply(const T* x, const Tensors& weight, T* y, int64_t M, int64_t K, const int64_t* experts = nullptr) {
+    const int64_t N = outputs(weight);
+    if (weight.size() == 1) return ::bf16_product(x, data<T>(weight[0]), y, M, N, K, experts);
+    const int64_t group = K / weight[1].size(weight[1].dim() - 2);
+    with_type(weight[1], [&](auto* scales) {
+        if (type_of(weight[0]) == aoti_torch_dtype_uint8())
+            return ::int4_product(x, data<uint8_t>(weight[0]), scales, data<uint8_t>(weight[2]), y, M, N, K, group, experts);
+        const int8_t* zeros = weight.size() == 3 ? data<int8_t>(weight[2]) : nullptr;
+        ::int8_product(x, data<int8_t>(weight[0]), scales, zeros, y, M, N, K, group, experts);
+    });
+}
+
+static Tensor product(const Tensor& x, const Tensors& weight, std::optional<Tensor> experts) {
+    const int64_t N = outputs(weight);
+    if (!experts) {
+        Tensor rows = in_order(x);
+        return with_floats(x, {x.size(0), N}, [&](auto* y) { multiply(like(y, rows), weight, y, x.size(0), x.size(1)); });
+    }
+    // The rows are put in the order of their experts, and the outputs back.
+    const int64_t M = experts->size(0), A = experts->size(1), K = x.size(2);
+    Tensor ids = in_order(*experts), rows = x.stride(2) == 1 ? x : in_order(x);
     const int64_t *chosen = data<int64_t>(ids), outer = rows.stride(0), inner = rows.stride(1);
     std::vector<int64_t> order(M * A), sorted(M * A);
     std::iota(order.begin(), order.end(), 0);
@@ -417,52 +500,8 @@ static Tensor by_expert(const Tensor& x, const Tensor& experts, int64_t N, Run r
         T *in = (T*)inputs.data(), *out = (T*)outputs.data();
         for (int64_t i = 0; i < M * A; i++)
             std::memcpy(in + i * K, like(y, rows) + order[i] / A * outer + order[i] % A * inner, K * sizeof(T));
-        run(static_cast<const T*>(in), out, M * A, sorted.data());
+        multiply<T>(in, weight, out, M * A, K, sorted.data());
         for (int64_t i = 0; i < M * A; i++) std::memcpy(y + order[i] * N, out + i * N, N * sizeof(T));
-    });
-}
-
-// The same for one weight, without experts.
-template <class Run>
-static Tensor product(const Tensor& x, const std::optional<Tensor>& experts, int64_t N, Run run) {
-    if (experts) return by_expert(x, *experts, N, run);
-    Tensor rows = in_order(x);
-    return with_floats(x, {x.size(0), N}, [&](auto* y) { run(like(y, rows), y, x.size(0), nullptr); });
-}
-
-static Tensor bf16_product(const Tensor& x, const Tensor& weight, std::optional<Tensor> experts) {
-    const int64_t stacked = experts.has_value(), N = weight.size(stacked), K = weight.size(stacked + 1);
-    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
-        ::bf16_product(rows, like(y, weight), y, M, N, K, ids);
-    });
-}
-
-// Call run(pointer to the scales, in their type).
-template <class Run>
-static void with_type(const Tensor& scales, Run run) {
-    const int32_t type = type_of(scales);
-    if (type == aoti_torch_dtype_float16()) run(data<half>(scales));
-    else if (type == aoti_torch_dtype_float32()) run(data<float>(scales));
-    else run(data<bf16>(scales));
-}
-
-static Tensor int8_product(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros,
-                           std::optional<Tensor> experts) {
-    const int64_t stacked = experts.has_value(), N = scales.size(stacked) * BLOCK_ROWS, K = x.size(stacked + 1);
-    const int64_t group = K / scales.size(stacked + 1);
-    const int8_t* z = zeros ? data<int8_t>(*zeros) : nullptr;
-    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
-        with_type(scales, [&](auto* s) { ::int8_product(rows, data<int8_t>(weight), s, z, y, M, N, K, group, ids); });
-    });
-}
-
-static Tensor int4_product(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& zeros,
-                           std::optional<Tensor> experts) {
-    const int64_t stacked = experts.has_value(), N = scales.size(stacked) * INT4_BLOCK_ROWS, K = x.size(stacked + 1);
-    const int64_t group = K / scales.size(stacked + 1);
-    const auto *w = data<uint8_t>(weight), *z = data<uint8_t>(zeros);
-    return product(x, experts, N, [&](auto* rows, auto* y, int64_t M, const int64_t* ids) {
-        with_type(scales, [&](auto* s) { ::int4_product(rows, w, s, z, y, M, N, K, group, ids); });
     });
 }
 
@@ -475,6 +514,71 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     return with_floats(q, {B, S, H, D}, [&](auto* y) {
         ::attention(like(y, queries), like(y, keys), like(y, values), data<uint8_t>(seen), y, B, S, H, k.size(1), k.size(2),
                     D, keys.stride(0), keys.stride(1));
+    });
+}
+
+// As `model.RMSNorm`.
+static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::optional<double> offset) {
+    Tensor rows = in_order(x);
+    std::vector<int64_t> sizes(x.dim());
+    for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+    const int64_t K = sizes.back(), M = x.numel() / K;
+    return with_floats(x, sizes, [&](auto* y) { ::rms_norm(like(y, rows), like(y, weight), y, M, K, eps, offset); });
+}
+
+// Memory for values between two products, which stays from call to call; number: of several.
+template <int NUMBER, class T>
+static T* room(int64_t count) {
+    static thread_local std::vector<Line> lines;
+    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
+    if (lines.size() < needed) lines.resize(needed);
+    return (T*)lines.data();
+}
+
+// As `model.Attention` on one rank, for a few rows: an operator for each of its steps would take longer than they do.
+static Tensor self_attention(const Tensor& x, const Tensors& qkv, std::optional<Tensor> bias, const Tensors& o,
+                             std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps,
+                             std::optional<double> offset, double query_multiplier, const Tensor& cos, const Tensor& sin,
+                             const Tensor& positions, const Tensor& mask, const Tensor& k_cache, const Tensor& v_cache) {
+    Tensor inputs = in_order(x), cosines = in_order(cos), sines = in_order(sin), seen = in_order(mask);
+    Tensor places = in_order(positions);
+    const int64_t B = x.size(0), S = x.size(1), M = B * S, N = outputs(qkv), R = cos.size(4);
+    const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
+    const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1);
+    return with_floats(x, {B, S, outputs(o)}, [&](auto* y) {
+        using T = std::remove_pointer_t<decltype(y)>;
+        T *heads = room<0, T>(M * N), *q = room<1, T>(M * H * D), *values = room<2, T>(M * H * D);
+        T *keys = (T*)k_cache.mutable_data_ptr(), *cached = (T*)v_cache.mutable_data_ptr();
+        multiply(like(y, inputs), qkv, heads, M, x.size(2));
+        for (int64_t m = 0; m < M; m++) {
+            T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
+            if (bias) add(row, data<T>(*bias), row, N);
+            if (q_norm) ::rms_norm<T>(row, data<T>(*q_norm), row, H, D, eps, offset);
+            if (k_norm) ::rms_norm<T>(k, data<T>(*k_norm), k, K, D, eps, offset);
+            for (T* head = row; head < v; head += D)
+                rotate(head, data<float>(cosines) + 2 * R * m, data<float>(sines) + 2 * R * m, R);
+            for (int64_t i = 0; i < H * D; i++) set(q[m * H * D + i], widen(row[i]) * float(query_multiplier));
+            const int64_t slot = m / S * batch_stride + data<int64_t>(places)[m] * D;
+            for (int64_t h = 0; h < K; h++) {
+                std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
+                std::memcpy(cached + slot + h * head_stride, v + h * D, D * sizeof(T));
+            }
+        }
+        ::attention<T>(q, keys, cached, data<uint8_t>(seen), values, B, S, H, K, mask.size(2), D, batch_stride, head_stride);
+        multiply<T>(values, o, y, M, H * D);
+    });
+}
+
+// As `model.MLP` on one rank, for a few rows.
+static Tensor mlp(const Tensor& x, const Tensors& gate_up, const Tensors& down) {
+    Tensor inputs = in_order(x);
+    const int64_t M = x.size(0) * x.size(1), F = outputs(gate_up) / 2;
+    return with_floats(x, {x.size(0), x.size(1), outputs(down)}, [&](auto* y) {
+        using T = std::remove_pointer_t<decltype(y)>;
+        T *both = room<0, T>(M * 2 * F), *gated = room<1, T>(M * F);
+        multiply(like(y, inputs), gate_up, both, M, x.size(2));
+        for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F);
+        multiply<T>(gated, down, y, M, F);
     });
 }
 
@@ -492,8 +596,9 @@ extern "C" int take_threads(int own, int others) {
 extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
 
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
-    library.impl("bf16_product", TORCH_BOX(&operators::bf16_product));
-    library.impl("int8_product", TORCH_BOX(&operators::int8_product));
-    library.impl("int4_product", TORCH_BOX(&operators::int4_product));
+    library.impl("product", TORCH_BOX(&operators::product));
     library.impl("attention", TORCH_BOX(&operators::attention));
+    library.impl("rms_norm", TORCH_BOX(&operators::rms_norm));
+    library.impl("self_attention", TORCH_BOX(&operators::self_attention));
+    library.impl("mlp", TORCH_BOX(&operators::mlp));
 }

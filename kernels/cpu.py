@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
+from model import MLP, Attention, RMSNorm
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
@@ -181,28 +182,25 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
 OPERATORS = {
-    "bf16_product": "(Tensor x, Tensor weight, *, Tensor? experts=None) -> Tensor",
-    "int8_product": "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None, *, Tensor? experts=None) -> Tensor",
-    "int4_product": "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, *, Tensor? experts=None) -> Tensor",
+    "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps, float? offset) -> Tensor",
+    "self_attention": "(Tensor x, Tensor[] qkv, Tensor? bias, Tensor[] o, Tensor? q_norm, Tensor? k_norm, float eps,"
+    " float? offset, float query_multiplier, Tensor cos, Tensor sin, Tensor positions, Tensor mask,"
+    " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
+    "mlp": "(Tensor x, Tensor[] gate_up, Tensor[] down) -> Tensor",
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
 
 
-@torch.library.register_fake("kernels::bf16_product")
-def _(x: Tensor, weight: Tensor, experts: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[-2])
+def num_outputs(weight: list[Tensor]) -> int:
+    return weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
 
 
-@torch.library.register_fake("kernels::int8_product")
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, experts: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[-3] * BLOCK_ROWS)
-
-
-@torch.library.register_fake("kernels::int4_product")
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, experts: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[-3] * INT4_BLOCK_ROWS)
+@torch.library.register_fake("kernels::product")
+def _(x: Tensor, weight: list[Tensor], experts: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs(weight))
 
 
 @torch.library.register_fake("kernels::attention")
@@ -210,35 +208,39 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def attention() -> Callable[..., Tensor]:
-    """Return the operator that attends as `model.attention`, in `dtypes`; to find it takes a first token's time."""
-    return torch.ops.kernels.attention.default
+@torch.library.register_fake("kernels::mlp")
+def _(x: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs(down))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers
 
 
-class CpuBf16(KernelLinear):
+class CpuLinear(KernelLinear):
+    """A linear whose kernel tells by its tensors what form they have."""
+
+    @staticmethod
+    def product(rows: Tensor, *tensors: Tensor, experts: Tensor | None = None) -> Tensor:
+        return torch.ops.kernels.product(rows, tensors, experts=experts)
+
+    gemm: Callable[..., Tensor] = product
+
+
+class CpuBf16(CpuLinear):
     """bf16 or fp16, the weight [N, K] as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(bias)
         self.weight = weight
 
-    @staticmethod
-    def product(rows: Tensor, weight: Tensor, *, experts: Tensor | None = None) -> Tensor:
-        return torch.ops.kernels.bf16_product(rows, weight, experts=experts)
-
-    @staticmethod
-    def gemm(rows: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(rows, weight)
+    gemm: Callable[..., Tensor] = staticmethod(F.linear)
 
 
 class Avx2Bf16(CpuBf16):
     """The same without instructions for bf16: many rows are multiplied in fp32, since ATen's GEMM of bf16 is slow."""
 
-    gemm = CpuBf16.product
+    gemm = CpuLinear.product
 
 
 def interleave(values: Tensor, rows: int) -> Tensor:
@@ -246,7 +248,7 @@ def interleave(values: Tensor, rows: int) -> Tensor:
     return values.unflatten(-2, (-1, rows)).mT
 
 
-class CpuInt8(KernelLinear):
+class CpuInt8(CpuLinear):
     """codes int8 [N, K], scales and zeros, int8 or None, [N, groups]; codes in tiles of 4 rows and 64 columns."""
 
     names: tuple[str, ...] = ("weight", "scales")
@@ -259,16 +261,8 @@ class CpuInt8(KernelLinear):
         if zeros is not None:
             self.zeros, self.names = packed_weight(interleave(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
 
-    @staticmethod
-    def product(
-        rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, *, experts: Tensor | None = None
-    ) -> Tensor:
-        return torch.ops.kernels.int8_product(rows, weight, scales, zeros, experts=experts)
 
-    gemm = product
-
-
-class CpuInt4(KernelLinear):
+class CpuInt4(CpuLinear):
     """nibbles uint8 [N, K / 2], two codes each, the even column in the low half; zeros uint8 and scales [N, groups]."""
 
     names = ("weight", "scales", "zeros")
@@ -285,10 +279,80 @@ class CpuInt4(KernelLinear):
         first, second = interleave(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)
 
-    @staticmethod
-    def product(
-        rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, *, experts: Tensor | None = None
-    ) -> Tensor:
-        return torch.ops.kernels.int4_product(rows, weight, scales, zeros, experts=experts)
 
-    gemm = product
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules of the model that are an operator each, since their steps take less time than so many calls
+
+
+def replace_modules_(model: nn.Module) -> None:
+    """Give a model in one of `dtypes` the operators of what stands between its linears."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Attention):
+            module.attend = torch.ops.kernels.attention.default
+        if (fast := fast_module(module)) is not None:
+            model.set_submodule(name, fast)
+
+
+def fast_module(module: nn.Module) -> nn.Module | None:
+    """Return what computes a module of a model in one of `dtypes` by an operator; None where there is none."""
+    if isinstance(module, RMSNorm) and module.ranks.count == 1:
+        return CpuNorm(module)
+    if isinstance(module, Attention) and have_kernels(module.qkv_proj, module.o_proj):
+        has_more = module.config.qk_norm_over_heads or module.config.query_scaling_beta
+        return None if has_more else CpuAttention(module)
+    if isinstance(module, MLP) and have_kernels(module.gate_up_proj, module.down_proj):
+        return None if module.gelu or module.gate_up_proj.bias is not None else CpuMLP(module)
+    return None
+
+
+def have_kernels(first: nn.Module, last: nn.Module) -> bool:
+    return isinstance(first, CpuLinear) and isinstance(last, CpuLinear) and last.bias is None
+
+
+class CpuNorm(RMSNorm):
+    """A norm in one call; compiled, it is left to inductor, which fuses it with what surrounds it."""
+
+    def __init__(self, norm: RMSNorm):
+        self.__dict__.update(norm.__dict__)
+        self.arguments = (norm.weight, norm.eps, norm.offset)
+        self.operator = torch.ops.kernels.rms_norm.default
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.compiler.is_compiling() else self.operator(x, *self.arguments)
+
+
+class CpuAttention(Attention):
+    """Attention over caches for a few rows in one call.
+
+    Not compiled: torch 2.13 takes no custom operator in a nested region that writes into its arguments.
+    """
+
+    def __init__(self, attn: Attention):
+        self.__dict__.update(attn.__dict__)
+        eps, offset = (0, None) if attn.q_norm is None else (attn.q_norm.eps, attn.q_norm.offset)
+        norms = [None if norm is None else norm.weight for norm in (attn.q_norm, attn.k_norm)]
+        qkv, o = attn.qkv_proj, attn.o_proj
+        # Found once: to look them up would take a tenth of a small model's step.
+        self.arguments = (qkv.tensors, qkv.bias, o.tensors, *norms, eps, offset, attn.config.query_multiplier)
+        self.operator = torch.ops.kernels.self_attention.default
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        cache = self.cache
+        if cache is None or x.shape[0] * x.shape[1] > MAX_ROWS or torch.compiler.is_compiling():
+            return super().forward(x, cos, sin, positions, mask)
+        context = cos, sin, positions, mask, cache.k, cache.v
+        return self.ranks.all_reduce(self.operator(x, *self.arguments, *context))
+
+
+class CpuMLP(MLP):
+    """A feed-forward for a few rows in one call."""
+
+    def __init__(self, mlp: MLP):
+        self.__dict__.update(mlp.__dict__)
+        self.arguments = (mlp.gate_up_proj.tensors, mlp.down_proj.tensors)
+        self.operator = torch.ops.kernels.mlp.default
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] * x.shape[1] > MAX_ROWS:
+            return super().forward(x)
+        return self.ranks.all_reduce(self.operator(x, *self.arguments))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cpu import Avx2Bf16, CpuBf16, CpuInt4, CpuInt8
+from kernels.cpu import Avx2Bf16, CpuBf16, CpuInt4, CpuInt8, CpuLinear
 from kernels.inductor import num_partial_sums, streamed_product
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import StoredLinear
@@ -42,7 +42,7 @@ class KernelExperts(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        if x.shape[0] <= MAX_ROWS and isinstance(self.layer, CpuBf16 | CpuInt8 | CpuInt4):
+        if x.shape[0] <= MAX_ROWS and isinstance(self.layer, CpuLinear):
             # One call for all that are chosen: with one each, of small ones, threads would start and stop too often.
             return self.layer.product(x, *self.layer.tensors, experts=experts)
         return torch.ops.kernels.by_expert(x, experts, type(self.layer).__name__, self.layer.tensors)

@@ -6,7 +6,7 @@ since there each kernel launch saved counts.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import cast
 
@@ -48,21 +48,15 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
             layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     layers = [model.get_submodule(name) for name in roles if not is_router(name)]
-    if all(isinstance(getattr(layer, "layer", layer), cpu.CpuBf16 | cpu.CpuInt8 | cpu.CpuInt4) for layer in layers):
+    if all(isinstance(getattr(layer, "layer", layer), cpu.CpuLinear) for layer in layers):
         cpu.served.add(model)
     for block in model.layers:
-        block.self_attn.attend = choose_attention(dtype, on_gpu, cuda)
+        block.self_attn.attend = inductor.attention if cuda is None else cuda.attention
+    if not on_gpu and dtype in cpu.dtypes():
+        cpu.replace_modules_(model)
     if on_gpu and is_llama_block(model.config):
         blocks = nn.ModuleList(FusedBlock(block) if type(block) is Block else block for block in model.layers)
         model.layers = cast("Sequence[Block]", blocks)
-
-
-def choose_attention(dtype: torch.dtype, on_gpu: bool, cuda: ModuleType | None) -> Callable[..., Tensor]:
-    if cuda is not None:
-        return cuda.attention
-    if not on_gpu and dtype in cpu.dtypes():
-        return cpu.attention()
-    return inductor.attention
 
 
 def has_zeros(stored: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, attention, library
+from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, library
 from kernels.layers import MAX_ROWS
 from linears import pack_nibbles, quantize_int4, quantize_int8
 
@@ -67,7 +67,28 @@ def attentions(at_end: bool) -> int:
         q, k, v = drawn(1, queries, heads, head_dim), *(drawn(1, kv_heads, slots, head_dim) for _ in range(2))
         mask = torch.arange(slots) <= torch.arange(slots - queries, slots)[:, None]
         tensors = [guarded(each, at_end) for each in (q, k, v, mask[None])]
-        assert torch.equal(attention()(*tensors), attention()(q, k, v, mask[None]))
+        assert torch.equal(torch.ops.kernels.attention(*tensors), torch.ops.kernels.attention(q, k, v, mask[None]))
+        count += 1
+    return count
+
+
+def modules(at_end: bool) -> int:
+    kernels, count = torch.ops.kernels, 0
+    for rows, heads, kv_heads, head_dim in [(1, 4, 2, 32), (3, 2, 2, 80), (MAX_ROWS, 1, 1, 96)]:
+        size = 32 * heads
+        x, weight, both, back = drawn(1, rows, size), drawn(size), drawn(192, size), drawn(size, 96)
+        qkv, o = drawn((heads + 2 * kv_heads) * head_dim, size), drawn(size, heads * head_dim)
+        cos, sin = torch.randn(2, 1, rows, 1, 2, head_dim // 2)
+        positions, mask = torch.arange(rows)[None], torch.ones(1, rows, rows, dtype=torch.bool)
+        caches = [drawn(1, kv_heads, rows, head_dim) for _ in range(2)]
+
+        def run(x: Tensor, weight: Tensor, both: Tensor, back: Tensor, qkv: Tensor, o: Tensor, *rest: Tensor) -> Tensor:
+            x = kernels.rms_norm(x, weight, 1e-5, None)
+            x = kernels.self_attention(x, [qkv], None, [o], None, None, 0, None, 1, *rest)
+            return kernels.mlp(x, [both], [back])
+
+        tensors = [x, weight, both, back, qkv, o, cos, sin, positions, mask, *caches]
+        assert torch.equal(run(*(guarded(tensor, at_end) for tensor in tensors)), run(*tensors))
         count += 1
     return count
 
@@ -76,4 +97,4 @@ if __name__ == "__main__":
     assert library() is not None
     torch.manual_seed(0)
     with torch.inference_mode():
-        print(sum(products(at_end) + attentions(at_end) for at_end in (True, False)))
+        print(sum(products(at_end) + attentions(at_end) + modules(at_end) for at_end in (True, False)))

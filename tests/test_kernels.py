@@ -1,6 +1,7 @@
 """The C++ kernels against their plain twins."""
 
 import contextlib
+import copy
 import ctypes
 import mmap
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,18 @@ from torch import Tensor
 
 from compressed import quantization_config
 from kernels import cpu, inductor
-from kernels.cpu import INT4_BLOCK_ROWS, Avx2Bf16, CpuBf16, CpuInt4, CpuInt8, empty_weight, packed_weight
+from kernels.cpu import (
+    INT4_BLOCK_ROWS,
+    Avx2Bf16,
+    CpuAttention,
+    CpuBf16,
+    CpuInt4,
+    CpuInt8,
+    CpuMLP,
+    CpuNorm,
+    empty_weight,
+    packed_weight,
+)
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear
@@ -35,7 +48,7 @@ from linears import (
     quantize_int8,
     quantize_linear,
 )
-from model import Linear, attention
+from model import Linear, ModelConfig, RMSNorm, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.test_graphs import RAW
@@ -159,7 +172,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert (result.returncode, result.stdout) == (0, f"{2 * (17 * (MAX_ROWS + 1) + 4)}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{2 * (17 * (MAX_ROWS + 1) + 4 + 3)}\n"), result.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 6, 11])
@@ -207,12 +220,12 @@ def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
         for threads in (2, 5):
             with on_threads(threads):
                 expected = [layer(x) for layer in layers]
-                seen = cpu.attention()(q, k, v, mask)
+                seen = torch.ops.kernels.attention.default(q, k, v, mask)
             with own_threads(threads):
                 for _ in range(20):
                     for layer, y in zip(layers, expected, strict=True):
                         assert all(torch.equal(layer(s * x), s * y) for s in (1, -1))
-                    assert torch.equal(cpu.attention()(q, k, v, mask), seen)
+                    assert torch.equal(torch.ops.kernels.attention.default(q, k, v, mask), seen)
     finally:
         for loop in loops:
             loop.kill()
@@ -503,12 +516,79 @@ def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
 
 
 def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
-    for dtype, expected in ((torch.bfloat16, cpu.attention()), (torch.float32, inductor.attention)):
+    for dtype, expected in ((torch.bfloat16, torch.ops.kernels.attention.default), (torch.float32, inductor.attention)):
         model = random_model(RAW, dtype=dtype)
         assert {block.self_attn.attend for block in model.layers} == {expected}
     q, (k, v) = normal(1, 3, 4, 64).float(), keys_and_values(1, 2, 64, 64)
     mask = torch.ones(1, 3, 64, dtype=torch.bool)
     assert torch.equal(inductor.attention(q, k.float(), v.float(), mask), attention(q, k.float(), v.float(), mask))
+
+
+CONFIG = ModelConfig(
+    hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, vocab_size=64, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
+)  # fmt: skip
+# Each with what the operators take besides a Llama's.
+MODULE_CONFIGS = [
+    CONFIG,
+    replace(CONFIG, qkv_bias=True, partial_rotary_factor=0.75, query_multiplier=0.5),
+    replace(CONFIG, qk_norm=True, norm_offset=1.0, num_key_value_heads=4),
+    replace(CONFIG, qk_norm=True, head_dim=24, num_key_value_heads=1),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
+@pytest.mark.parametrize("form", [None, Form(8), Form(4, 32, has_zeros=True)], ids=str)
+@pytest.mark.parametrize("config", MODULE_CONFIGS, ids=range(len(MODULE_CONFIGS)))
+def test_modules_equal_their_twins(config: ModelConfig, form: Form | None, dtype: torch.dtype) -> None:
+    """The twin has the same products and attention, and what is between them step by step."""
+    plain = Transformer(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm.weight" in name))
+    for name, linear in [(name, child) for name, child in plain.named_modules() if isinstance(child, Linear)]:
+        fits = form is None or linear.weight.shape[1] % 64 == 0
+        stored = quantize_linear(linear, form) if form is not None and fits else linear
+        plain.set_submodule(name, cpu_layer(stored, dtype) or stored)
+    plain.setup_caches(3, 40)
+    plain.layers[0].self_attn.attend = torch.ops.kernels.attention.default
+    fast = copy.deepcopy(plain)
+    cpu.replace_modules_(fast)
+    assert [type(module) for name, module in fast.layers[0].named_children() if "output" not in name] == [
+        CpuNorm, CpuAttention, CpuNorm, CpuMLP,
+    ]  # fmt: skip
+    begin = 0
+    for batch, size in ((3, 20), (1, 1), (3, 1), (2, 8), (1, 1)):
+        tokens = torch.randint(64, (batch, size), generator=generator)
+        positions = begin + torch.arange(size) + torch.arange(batch)[:, None]
+        ours, twin = (model(tokens, positions).float() for model in (fast, plain))
+        torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
+        begin += size
+    for ours, twin in zip(fast.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, MAX_ROWS + 4])
+def test_norms_and_gates_of_any_values_equal_their_twins(rows: int) -> None:
+    x = torch.ldexp(normal(rows, 96).float(), torch.arange(rows * 96).view(rows, 96) % 40 - 20).bfloat16()
+    for offset in (None, 1.0):
+        norm = RMSNorm(96, 1e-5, offset)
+        norm.weight = frozen_parameter(normal(96, seed=1))
+        torch.testing.assert_close(CpuNorm(norm)(x), norm(x), rtol=2**-7, atol=0)
+    x[0, 3] = torch.nan
+    assert CpuNorm(norm)(x).isnan().all(dim=1).tolist() == [True] + [False] * (rows - 1)
+
+
+def test_gates_of_any_size_equal_their_twins() -> None:
+    one_each = torch.eye(64).bfloat16()
+    gates = (
+        torch.tensor([-1e4, -200.0, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4])
+        .repeat(4)
+        .bfloat16()
+    )
+    y = torch.ops.kernels.mlp(gates.view(1, 1, 64), [one_each.repeat(2, 1)], [one_each])
+    torch.testing.assert_close(y.flatten(), swiglu(gates.repeat(2)), rtol=2**-7, atol=1e-28)
 
 
 def test_a_norm_is_left_to_a_product_on_a_gpu_alone():
