@@ -122,7 +122,16 @@ def functions() -> ctypes.PyDLL:
     return ctypes.PyDLL(str(library()))
 
 
-MADV_HUGEPAGE = 14  # of linux/mman.h
+MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # of linux/mman.h
+
+
+def advise(tensor: Tensor, advice: int) -> None:
+    """Tell Linux how the pages are used that a tensor on a CPU begins in and goes on to."""
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(start, tensor.data_ptr() + tensor.nbytes - start, advice)
 
 
 def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -132,12 +141,21 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     pages already, where its file system does.
     """
     weight = torch.empty(shape, dtype=dtype, device=device)
-    if sys.platform == "linux" and weight.device.type == "cpu":
-        start = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        madvise(start, weight.data_ptr() + weight.nbytes - start, MADV_HUGEPAGE)
+    advise(weight, MADV_HUGEPAGE)
     return weight
+
+
+def release_file_pages(tensor: Tensor) -> None:
+    """Take the pages of a mapped file out of memory, as which they count, until they are read again.
+
+    A tensor that lies elsewhere is left alone.
+    """
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.is_file() else []:
+        span, _, _, _, inode = line.split()[:5]
+        begin, end = (int(address, 16) for address in span.split("-"))
+        if begin <= tensor.data_ptr() < end and inode != "0":
+            advise(tensor, MADV_DONTNEED)
 
 
 def release_freed_memory() -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from kernels import cpu, inductor
 from kernels.cpu import (
@@ -387,13 +388,13 @@ def test_groups_of_other_sizes_than_the_kernels_take_are_left_to_the_plain_path(
     assert_product(layer or stored, x, twin, None)
 
 
-def memory_flags(address: int) -> list[str]:
-    """Return what Linux says of the memory at an address: «hg» is memory that is to have huge pages."""
+def memory_facts(address: int, fact: str) -> list[str]:
+    """Return what Linux says of the mapping at an address: of its VmFlags «hg» is that it is to have huge pages."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
+        elif inside and line.startswith(f"{fact}:"):
             return line.split()[1:]
     raise ValueError(f"nothing is at {address:x}")
 
@@ -413,6 +414,22 @@ def test_what_is_free_between_tensors_is_given_back() -> None:
     assert all(bool((tensor == 1).all()) for tensor in kept)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="another system than Linux")
+def test_an_embedding_that_has_been_looked_through_is_not_in_memory(tmp_path: Path) -> None:
+    """The pages of its file are let go, which change nothing; memory of another kind is left alone."""
+    model = random_model(RAW | {"vocab_size": 1 << 14}, dtype=torch.bfloat16, optimize=False)
+    raw = RAW | {"vocab_size": 1 << 14, "dtype": "bfloat16"}
+    save_hub_checkpoint(model, raw, tmp_path, torch.bfloat16)
+    embedding = load_model(tmp_path).embed_tokens.weight
+    kilobytes = embedding.nbytes // 1024
+    assert int(memory_facts(embedding.data_ptr(), "Rss")[0]) < kilobytes / 8
+    assert torch.equal(embedding, model.embed_tokens.weight)
+    assert int(memory_facts(embedding.data_ptr(), "Rss")[0]) >= kilobytes - 8
+    own = normal(1 << 20)
+    cpu.release_file_pages(own)
+    assert torch.equal(own, normal(1 << 20))
+
+
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not Path("/proc/self/smaps").is_file(),
     reason="this system has no huge pages to ask for",
@@ -422,9 +439,9 @@ def test_weights_on_a_cpu_are_in_memory_of_huge_pages_and_hold_what_they_are_giv
     weight = packed_weight(values)
     assert weight.equal(values) and weight.dtype == values.dtype
     middle = 2**22  # bytes behind the beginning, a page of which other memory may share
-    assert "hg" in memory_flags(weight.data_ptr() + middle)
+    assert "hg" in memory_facts(weight.data_ptr() + middle, "VmFlags")
     fresh = torch.frombuffer(mmap.mmap(-1, 2 * middle), dtype=torch.int8)  # what torch gives may have been a weight's
-    assert "hg" not in memory_flags(fresh.data_ptr() + middle)
+    assert "hg" not in memory_facts(fresh.data_ptr() + middle, "VmFlags")
     assert empty_weight((3,), torch.int8, "meta").device.type == "meta"
 
 
