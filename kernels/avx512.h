@@ -258,7 +258,7 @@ static inline __m512 int4_zeros(const uint8_t* zeros) {
 template <int M, class Scale>
 static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const Scale* scales, const uint8_t* zeros,
                         bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    constexpr int PARTS = M == 1 ? 4 : M <= 4 ? 2 : 1;  // sums side by side, since adding to one has to wait for itself
+    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
     const int64_t G = K / group;
     for (int64_t n = first; n < last; n++) {
         __m512 sums[M] = {};
@@ -271,7 +271,8 @@ static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, co
             for (int64_t k = g * group; k < (g + 1) * group; k += 32)
                 for (int v = 0; v < 4; v++, p += 64) {
                     fetch(p);
-                    const __m512i words = _mm512_loadu_si512(p);
+                    __m512i words = _mm512_loadu_si512(p);
+                    asm("" : "+v"(words));  // else GCC loads them for each i
                     for (int i = 0; i < 4; i++) {
                         const __m512bh weights = int4_weights(words, i);
                         for (int m = 0; m < M; m++) {
