@@ -4,7 +4,8 @@
 // twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16. Of a stack of
 // weights [X, N, K], the experts of a layer, each row of x takes one: those that are chosen are read where they lie.
 //
-// And attention over the slots of a cache, where the heads that share keys and values read them once.
+// And attention over the slots of a cache, where the heads that share keys and values read them once; and norms,
+// attention and feed-forward as the model has them, in one call each.
 //
 // Here is what all instruction sets share: threads, pieces of work, GEMM's frame, attention's, the operators. What
 // computes is in a header for each instruction set, of which the compiler takes one:
@@ -462,8 +463,9 @@ static void with_type(const Tensor& scales, Run run) {
 using Tensors = std::vector<Tensor>;
 
 static int64_t outputs(const Tensors& weight) {
-    const Tensor& last = weight.size() == 1 ? weight[0] : weight[1];
-    return last.size(last.dim() - (weight.size() == 1 ? 2 : 3)) * (weight.size() == 1 ? 1 : last.size(last.dim() - 1));
+    if (weight.size() == 1) return weight[0].size(weight[0].dim() - 2);
+    const Tensor& scales = weight[1];  // those of a block's rows lie beside each other
+    return scales.size(scales.dim() - 3) * scales.size(scales.dim() - 1);
 }
 
 // y [M, N] = x w^T; experts: as `over_rows` has them.
