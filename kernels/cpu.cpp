@@ -4,8 +4,8 @@
 // twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16. Of a stack of
 // weights [X, N, K], the experts of a layer, each row of x takes one: those that are chosen are read where they lie.
 //
-// And attention over the slots of a cache, where the heads that share keys and values read them once; and norms,
-// attention and feed-forward as the model has them, in one call each.
+// And attention over the slots of a cache, where the heads that share keys and values read them once; and the halves of
+// a block, which are these with what stands between them.
 //
 // Here is what all instruction sets share: threads, pieces of work, GEMM's frame, attention's, the operators. What
 // computes is in a header for each instruction set, of which the compiler takes one:
@@ -386,23 +386,19 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
 // ---------------------------------------------------------------------------------------------------------------------
 // What is between products and attention, rounded where the plain model rounds
 
-// As `model.RMSNorm`, M rows; y may be x.
+// As `model.RMSNorm`, M rows in place.
 template <class T>
-static void rms_norm(const T* x, const T* weight, T* y, int64_t M, int64_t K, float eps, std::optional<double> offset) {
-    auto one = [=](int64_t m) {
-        const T* row = x + m * K;
+static void rms_norm(T* x, const T* weight, int64_t M, int64_t K, float eps, std::optional<double> offset) {
+    for (T* end = x + M * K; x < end; x += K) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < K; k++) sum += widen(row[k]) * widen(row[k]);
+        for (int64_t k = 0; k < K; k++) sum += widen(x[k]) * widen(x[k]);
         const float scale = 1 / std::sqrt(sum / K + eps);
-        for (int64_t k = 0; k < K; k++) {
-            T unit;
-            set(unit, widen(row[k]) * scale);
-            set(y[m * K + k], offset ? widen(row[k]) * scale * (float(*offset) + widen(weight[k])) : widen(unit) * widen(weight[k]));
-        }
-    };
-    if (M > MAX_ROWS) return for_each(M, one);
-    for (int64_t m = 0; m < M; m++) one(m);
+        if (offset)
+            for (int64_t k = 0; k < K; k++) set(x[k], widen(x[k]) * scale * (float(*offset) + widen(weight[k])));
+        else
+            for (int64_t k = 0; k < K; k++) set(x[k], widen(x[k]) * scale), set(x[k], widen(x[k]) * widen(weight[k]));
+    }
 }
 
 // As `model.rotate`, one head in place; cos and sin [2, R].
@@ -417,17 +413,23 @@ static void rotate(T* head, const float* cos, const float* sin, int64_t R) {
 
 // As `model.swiglu`; size: a multiple of LANES.
 template <class T>
-static void swiglu(const T* gate, const T* up, T* y, int64_t size) {
+static void swiglu(const T* gate, const T* up, T* y, int64_t size, bool gelu) {
     for (int64_t i = 0; i < size; i += LANES) {
-        const Floats x = load_wide(gate + i), shrink = exponential(x < 0 ? x : -x);  // e^-|x|
-        store_narrow(y + i, (x < 0 ? shrink : 1.f) * x / (shrink + 1));
+        const Floats x = load_wide(gate + i), z = gelu ? 1.5957691f * (x + 0.044715f * x * x * x) : x;
+        const Floats shrink = exponential(z < 0 ? z : -z);  // e^-|z|, of which x / (1 + e^-z) is made
+        store_narrow(y + i, (z < 0 ? shrink : 1.f) * x / (shrink + 1));
         store_narrow(y + i, load_wide(y + i) * load_wide(up + i));
     }
 }
 
 template <class T>
-static void add(const T* a, const T* b, T* y, int64_t size) {
-    for (int64_t i = 0; i < size; i++) set(y[i], widen(a[i]) + widen(b[i]));
+static void scale(T* x, float factor, int64_t size) {
+    for (int64_t i = 0; factor != 1 && i < size; i++) set(x[i], widen(x[i]) * factor);
+}
+
+template <class T>
+static void add(T* x, const T* y, int64_t size) {
+    for (int64_t i = 0; i < size; i++) set(x[i], widen(x[i]) + widen(y[i]));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -519,15 +521,6 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     });
 }
 
-// As `model.RMSNorm`.
-static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::optional<double> offset) {
-    Tensor rows = in_order(x);
-    std::vector<int64_t> sizes(x.dim());
-    for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
-    const int64_t K = sizes.back(), M = x.numel() / K;
-    return with_floats(x, sizes, [&](auto* y) { ::rms_norm(like(y, rows), like(y, weight), y, M, K, eps, offset); });
-}
-
 // Memory for values between two products, which stays from call to call; number: of several.
 template <int NUMBER, class T>
 static T* room(int64_t count) {
@@ -537,50 +530,85 @@ static T* room(int64_t count) {
     return (T*)lines.data();
 }
 
-// As `model.Attention` on one rank, for a few rows: an operator for each of its steps would take longer than they do.
-static Tensor self_attention(const Tensor& x, const Tensors& qkv, std::optional<Tensor> bias, const Tensors& o,
-                             std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps,
-                             std::optional<double> offset, double query_multiplier, const Tensor& cos, const Tensor& sin,
-                             const Tensor& positions, const Tensor& mask, const Tensor& k_cache, const Tensor& v_cache) {
+// The norms of a half of `model.Block`, before and after it, and what is multiplied with its output.
+struct Surroundings {
+    std::optional<Tensor> before, after;
+    double eps;
+    std::optional<double> offset;
+    double multiplier;
+
+    template <class T>
+    void norm(T* x, const std::optional<Tensor>& weight, int64_t M) const {
+        if (weight) ::rms_norm(x, data<T>(*weight), M, weight->size(weight->dim() - 1), eps, offset);
+    }
+
+    // y = x + what run(x behind its norm, y) writes, for M rows of E values.
+    template <class T, class Run>
+    void around(const T* x, T* y, int64_t M, int64_t E, Run run) const {
+        T* inputs = room<0, T>(M * E);
+        std::memcpy(inputs, x, M * E * sizeof(T));
+        norm(inputs, before, M);
+        run(inputs, y);
+        norm(y, after, M);
+        scale(y, multiplier, M * E);
+        add(y, x, M * E);
+    }
+};
+
+// The halves of `model.Block` on one rank, for a few rows: an operator for each of their steps would take longer than
+// they do. k and v of the new tokens are written into the caches.
+static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
+                              std::optional<double> offset, double multiplier, const Tensors& qkv,
+                              std::optional<Tensor> bias, const Tensors& o, std::optional<Tensor> q_norm,
+                              std::optional<Tensor> k_norm, double query_multiplier, const Tensor& cos, const Tensor& sin,
+                              const Tensor& positions, const Tensor& mask, const Tensor& k_cache, const Tensor& v_cache) {
     Tensor inputs = in_order(x), cosines = in_order(cos), sines = in_order(sin), seen = in_order(mask);
     Tensor places = in_order(positions);
-    const int64_t B = x.size(0), S = x.size(1), M = B * S, N = outputs(qkv), R = cos.size(4);
+    const int64_t B = x.size(0), S = x.size(1), E = x.size(2), M = B * S, N = outputs(qkv), R = cos.size(4);
     const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
     const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1);
-    return with_floats(x, {B, S, outputs(o)}, [&](auto* y) {
+    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier};
+    return with_floats(x, {B, S, E}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
-        T *heads = room<0, T>(M * N), *q = room<1, T>(M * H * D), *values = room<2, T>(M * H * D);
+        T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *values = room<3, T>(M * H * D);
         T *keys = (T*)k_cache.mutable_data_ptr(), *cached = (T*)v_cache.mutable_data_ptr();
-        multiply(like(y, inputs), qkv, heads, M, x.size(2));
-        for (int64_t m = 0; m < M; m++) {
-            T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
-            if (bias) add(row, data<T>(*bias), row, N);
-            if (q_norm) ::rms_norm<T>(row, data<T>(*q_norm), row, H, D, eps, offset);
-            if (k_norm) ::rms_norm<T>(k, data<T>(*k_norm), k, K, D, eps, offset);
-            for (T* head = row; head < v; head += D)
-                rotate(head, data<float>(cosines) + 2 * R * m, data<float>(sines) + 2 * R * m, R);
-            for (int64_t i = 0; i < H * D; i++) set(q[m * H * D + i], widen(row[i]) * float(query_multiplier));
-            const int64_t slot = m / S * batch_stride + data<int64_t>(places)[m] * D;
-            for (int64_t h = 0; h < K; h++) {
-                std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
-                std::memcpy(cached + slot + h * head_stride, v + h * D, D * sizeof(T));
+        surroundings.around(like(y, inputs), y, M, E, [&](const T* normed, T* out) {
+            multiply(normed, qkv, heads, M, E);
+            for (int64_t m = 0; m < M; m++) {
+                T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
+                if (bias) add(row, data<T>(*bias), N);
+                surroundings.norm(row, q_norm, H);
+                surroundings.norm(k, k_norm, K);
+                for (T* head = row; head < v; head += D)
+                    rotate(head, data<float>(cosines) + 2 * R * m, data<float>(sines) + 2 * R * m, R);
+                scale(row, query_multiplier, H * D);
+                std::memcpy(q + m * H * D, row, H * D * sizeof(T));
+                const int64_t slot = m / S * batch_stride + data<int64_t>(places)[m] * D;
+                for (int64_t h = 0; h < K; h++) {
+                    std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
+                    std::memcpy(cached + slot + h * head_stride, v + h * D, D * sizeof(T));
+                }
             }
-        }
-        ::attention<T>(q, keys, cached, data<uint8_t>(seen), values, B, S, H, K, mask.size(2), D, batch_stride, head_stride);
-        multiply<T>(values, o, y, M, H * D);
+            ::attention<T>(q, keys, cached, data<uint8_t>(seen), values, B, S, H, K, mask.size(2), D, batch_stride, head_stride);
+            multiply<T>(values, o, out, M, H * D);
+        });
     });
 }
 
-// As `model.MLP` on one rank, for a few rows.
-static Tensor mlp(const Tensor& x, const Tensors& gate_up, const Tensors& down) {
+static Tensor mlp_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
+                        std::optional<double> offset, double multiplier, const Tensors& gate_up, const Tensors& down,
+                        bool gelu) {
     Tensor inputs = in_order(x);
-    const int64_t M = x.size(0) * x.size(1), F = outputs(gate_up) / 2;
-    return with_floats(x, {x.size(0), x.size(1), outputs(down)}, [&](auto* y) {
+    const int64_t E = x.size(2), M = x.size(0) * x.size(1), F = outputs(gate_up) / 2;
+    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier};
+    return with_floats(x, {x.size(0), x.size(1), E}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
-        T *both = room<0, T>(M * 2 * F), *gated = room<1, T>(M * F);
-        multiply(like(y, inputs), gate_up, both, M, x.size(2));
-        for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F);
-        multiply<T>(gated, down, y, M, F);
+        T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
+        surroundings.around(like(y, inputs), y, M, E, [&](const T* normed, T* out) {
+            multiply(normed, gate_up, both, M, E);
+            for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
+            multiply<T>(gated, down, out, M, F);
+        });
     });
 }
 
@@ -600,7 +628,6 @@ extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("product", TORCH_BOX(&operators::product));
     library.impl("attention", TORCH_BOX(&operators::attention));
-    library.impl("rms_norm", TORCH_BOX(&operators::rms_norm));
-    library.impl("self_attention", TORCH_BOX(&operators::self_attention));
-    library.impl("mlp", TORCH_BOX(&operators::mlp));
+    library.impl("attention_block", TORCH_BOX(&operators::attention_block));
+    library.impl("mlp_block", TORCH_BOX(&operators::mlp_block));
 }

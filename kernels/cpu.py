@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
-from model import MLP, Attention, RMSNorm
+from model import MLP, Block, RMSNorm, Transformer, scaled
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
@@ -199,36 +200,30 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 # [M, A], x is [M, A, K] and weights are stacks, of which each row takes one.
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
+AROUND = "Tensor x, Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier"
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
-    "rms_norm": "(Tensor x, Tensor weight, float eps, float? offset) -> Tensor",
-    "self_attention": "(Tensor x, Tensor[] qkv, Tensor? bias, Tensor[] o, Tensor? q_norm, Tensor? k_norm, float eps,"
-    " float? offset, float query_multiplier, Tensor cos, Tensor sin, Tensor positions, Tensor mask,"
-    " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
-    "mlp": "(Tensor x, Tensor[] gate_up, Tensor[] down) -> Tensor",
+    "attention_block": f"({AROUND}, Tensor[] qkv, Tensor? bias, Tensor[] o, Tensor? q_norm, Tensor? k_norm,"
+    " float query_multiplier, Tensor cos, Tensor sin, Tensor positions, Tensor mask, Tensor(a!) keys,"
+    " Tensor(b!) values) -> Tensor",
+    "mlp_block": f"({AROUND}, Tensor[] gate_up, Tensor[] down, bool gelu) -> Tensor",
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
 
 
-def num_outputs(weight: list[Tensor]) -> int:
-    return weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
-
-
 @torch.library.register_fake("kernels::product")
 def _(x: Tensor, weight: list[Tensor], experts: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs(weight))
+    N = weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
+    return x.new_empty(*x.shape[:-1], N)
 
 
 @torch.library.register_fake("kernels::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.register_fake("kernels::mlp")
-def _(x: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs(down))
+@torch.library.register_fake("kernels::attention_block")
+@torch.library.register_fake("kernels::mlp_block")
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,78 +294,63 @@ class CpuInt4(CpuLinear):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Modules of the model that are an operator each, since their steps take less time than so many calls
+# The blocks
 
 
-def replace_modules_(model: nn.Module) -> None:
-    """Give a model in one of `dtypes` the operators of what stands between its linears."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Attention):
-            module.attend = torch.ops.kernels.attention.default
-        if (fast := fast_module(module)) is not None:
-            model.set_submodule(name, fast)
+def replace_blocks_(model: Transformer) -> None:
+    """Give a model in one of `dtypes` the attention and, where their linears have kernels, the blocks of cpu.cpp."""
+    for i, block in enumerate(model.layers):
+        block.self_attn.attend = torch.ops.kernels.attention.default
+        if type(block) is Block and has_operator(block):
+            cast("nn.ModuleList", model.layers)[i] = CpuBlock(block)
 
 
-def fast_module(module: nn.Module) -> nn.Module | None:
-    """Return what computes a module of a model in one of `dtypes` by an operator; None where there is none."""
-    if isinstance(module, RMSNorm) and module.ranks.count == 1:
-        return CpuNorm(module)
-    if isinstance(module, Attention) and have_kernels(module.qkv_proj, module.o_proj):
-        has_more = module.config.qk_norm_over_heads or module.config.query_scaling_beta
-        return None if has_more else CpuAttention(module)
-    if isinstance(module, MLP) and have_kernels(module.gate_up_proj, module.down_proj):
-        return None if module.gelu or module.gate_up_proj.bias is not None else CpuMLP(module)
-    return None
+def has_operator(block: Block) -> bool:
+    """Say whether attention_block computes the first half of a block."""
+    attn, config = block.self_attn, block.self_attn.config
+    others = attn.ranks.count > 1 or config.qk_norm_over_heads or config.query_scaling_beta != 0
+    return have_kernels(attn.qkv_proj, attn.o_proj) and not others
 
 
 def have_kernels(first: nn.Module, last: nn.Module) -> bool:
     return isinstance(first, CpuLinear) and isinstance(last, CpuLinear) and last.bias is None
 
 
-class CpuNorm(RMSNorm):
-    """A norm in one call; compiled, it is left to inductor, which fuses it with what surrounds it."""
+class CpuBlock(Block):
+    """`Block` on one rank, whose halves are one call each for a few rows: their steps take less than so many calls.
 
-    def __init__(self, norm: RMSNorm):
-        self.__dict__.update(norm.__dict__)
-        self.arguments = (norm.weight, norm.eps, norm.offset)
-        self.operator = torch.ops.kernels.rms_norm.default
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.compiler.is_compiling() else self.operator(x, *self.arguments)
-
-
-class CpuAttention(Attention):
-    """Attention over caches for a few rows in one call.
-
-    Not compiled: torch 2.13 takes no custom operator in a nested region that writes into its arguments.
+    Compiled, they stand in the graph as they are, and not in a nested region, where torch 2.13 takes no operator that
+    writes into its arguments. Experts are not an operator's, and stay in the region.
     """
 
-    def __init__(self, attn: Attention):
-        self.__dict__.update(attn.__dict__)
-        eps, offset = (0, None) if attn.q_norm is None else (attn.q_norm.eps, attn.q_norm.offset)
-        norms = [None if norm is None else norm.weight for norm in (attn.q_norm, attn.k_norm)]
-        qkv, o = attn.qkv_proj, attn.o_proj
+    def __init__(self, block: Block):
+        self.__dict__.update(block.__dict__)  # the modules exist already
+        attn, mlp, config = self.self_attn, self.mlp, self.self_attn.config
+        common = config.rms_norm_eps, config.norm_offset, self.multiplier
         # Found once: to look them up would take a tenth of a small model's step.
-        self.arguments = (qkv.tensors, qkv.bias, o.tensors, *norms, eps, offset, attn.config.query_multiplier)
-        self.operator = torch.ops.kernels.self_attention.default
+        self.attention_arguments = (
+            *map(weight_of, (self.input_layernorm, self.attn_output_norm)), *common,
+            attn.qkv_proj.tensors, attn.qkv_proj.bias, attn.o_proj.tensors,
+            *map(weight_of, (attn.q_norm, attn.k_norm)), config.query_multiplier,
+        )  # fmt: skip
+        self.mlp_arguments: tuple[Any, ...] | None = None
+        if isinstance(mlp, MLP) and have_kernels(mlp.gate_up_proj, mlp.down_proj) and mlp.gate_up_proj.bias is None:
+            norms = map(weight_of, (self.post_attention_layernorm, self.mlp_output_norm))
+            self.mlp_arguments = (*norms, *common, mlp.gate_up_proj.tensors, mlp.down_proj.tensors, mlp.gelu)
+        self.operators = torch.ops.kernels.attention_block.default, torch.ops.kernels.mlp_block.default
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        cache = self.cache
-        if cache is None or x.shape[0] * x.shape[1] > MAX_ROWS or torch.compiler.is_compiling():
+        cache, mlp_arguments = self.self_attn.cache, self.mlp_arguments
+        is_split = mlp_arguments is None and torch.compiler.is_compiling()
+        if cache is None or x.shape[0] * x.shape[1] > MAX_ROWS or is_split:
             return super().forward(x, cos, sin, positions, mask)
-        context = cos, sin, positions, mask, cache.k, cache.v
-        return self.ranks.all_reduce(self.operator(x, *self.arguments, *context))
+        attention_block, mlp_block = self.operators
+        x = attention_block(x, *self.attention_arguments, cos, sin, positions, mask, cache.k, cache.v)
+        if mlp_arguments is not None:
+            return mlp_block(x, *mlp_arguments)
+        y = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))
+        return x + scaled(y, self.multiplier)
 
 
-class CpuMLP(MLP):
-    """A feed-forward for a few rows in one call."""
-
-    def __init__(self, mlp: MLP):
-        self.__dict__.update(mlp.__dict__)
-        self.arguments = (mlp.gate_up_proj.tensors, mlp.down_proj.tensors)
-        self.operator = torch.ops.kernels.mlp.default
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] * x.shape[1] > MAX_ROWS:
-            return super().forward(x)
-        return self.ranks.all_reduce(self.operator(x, *self.arguments))
+def weight_of(norm: nn.Module | None) -> Tensor | None:
+    return norm.weight if isinstance(norm, RMSNorm) else None

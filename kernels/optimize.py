@@ -54,7 +54,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     for block in model.layers:
         block.self_attn.attend = inductor.attention if cuda is None else cuda.attention
     if not on_gpu and dtype in cpu.dtypes():
-        cpu.replace_modules_(model)
+        cpu.replace_blocks_(model)
     if on_gpu and is_llama_block(model.config):
         blocks = nn.ModuleList(FusedBlock(block) if type(block) is Block else block for block in model.layers)
         model.layers = cast("Sequence[Block]", blocks)

@@ -72,7 +72,7 @@ def attentions(at_end: bool) -> int:
     return count
 
 
-def modules(at_end: bool) -> int:
+def blocks(at_end: bool) -> int:
     kernels, count = torch.ops.kernels, 0
     for rows, heads, kv_heads, head_dim in [(1, 4, 2, 32), (3, 2, 2, 80), (MAX_ROWS, 1, 1, 96)]:
         size = 32 * heads
@@ -83,9 +83,9 @@ def modules(at_end: bool) -> int:
         caches = [drawn(1, kv_heads, rows, head_dim) for _ in range(2)]
 
         def run(x: Tensor, weight: Tensor, both: Tensor, back: Tensor, qkv: Tensor, o: Tensor, *rest: Tensor) -> Tensor:
-            x = kernels.rms_norm(x, weight, 1e-5, None)
-            x = kernels.self_attention(x, [qkv], None, [o], None, None, 0, None, 1, *rest)
-            return kernels.mlp(x, [both], [back])
+            around = weight, weight, 1e-5, None, 1
+            x = kernels.attention_block(x, *around, [qkv], None, [o], None, None, 1, *rest)
+            return kernels.mlp_block(x, *around, [both], [back], False)
 
         tensors = [x, weight, both, back, qkv, o, cos, sin, positions, mask, *caches]
         assert torch.equal(run(*(guarded(tensor, at_end) for tensor in tensors)), run(*tensors))
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     assert library() is not None
     torch.manual_seed(0)
     with torch.inference_mode():
-        print(sum(products(at_end) + attentions(at_end) + modules(at_end) for at_end in (True, False)))
+        print(sum(products(at_end) + attentions(at_end) + blocks(at_end) for at_end in (True, False)))

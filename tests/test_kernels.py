@@ -22,18 +22,7 @@ from torch import Tensor
 from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from kernels import cpu, inductor
-from kernels.cpu import (
-    INT4_BLOCK_ROWS,
-    Avx2Bf16,
-    CpuAttention,
-    CpuBf16,
-    CpuInt4,
-    CpuInt8,
-    CpuMLP,
-    CpuNorm,
-    empty_weight,
-    packed_weight,
-)
+from kernels.cpu import INT4_BLOCK_ROWS, Avx2Bf16, CpuBf16, CpuBlock, CpuInt4, CpuInt8, empty_weight, packed_weight
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear
@@ -49,7 +38,7 @@ from linears import (
     quantize_int8,
     quantize_linear,
 )
-from model import Linear, ModelConfig, RMSNorm, Transformer, attention, swiglu
+from model import Linear, ModelConfig, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.test_graphs import RAW
@@ -546,20 +535,20 @@ CONFIG = ModelConfig(
     head_dim=32, vocab_size=64, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
 )  # fmt: skip
 # Each with what the operators take besides a Llama's.
-MODULE_CONFIGS = [
+BLOCK_CONFIGS = [
     CONFIG,
-    replace(CONFIG, qkv_bias=True, partial_rotary_factor=0.75, query_multiplier=0.5),
-    replace(CONFIG, qk_norm=True, norm_offset=1.0, num_key_value_heads=4),
-    replace(CONFIG, qk_norm=True, head_dim=24, num_key_value_heads=1),
+    replace(CONFIG, qkv_bias=True, partial_rotary_factor=0.75, query_multiplier=0.5, residual_multiplier=0.3),
+    replace(CONFIG, qk_norm=True, norm_offset=1.0, norm_outputs=True, num_key_value_heads=4, hidden_act="gelu"),
+    replace(CONFIG, qk_norm=True, norm_inputs=False, norm_outputs=True, head_dim=24, num_key_value_heads=1),
 ]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
 @pytest.mark.parametrize("form", [None, Form(8), Form(4, 32, has_zeros=True)], ids=str)
-@pytest.mark.parametrize("config", MODULE_CONFIGS, ids=range(len(MODULE_CONFIGS)))
-def test_modules_equal_their_twins(config: ModelConfig, form: Form | None, dtype: torch.dtype) -> None:
-    """The twin has the same products and attention, and what is between them step by step."""
+@pytest.mark.parametrize("config", BLOCK_CONFIGS, ids=range(len(BLOCK_CONFIGS)))
+def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype: torch.dtype) -> None:
+    """The twin has the same products and attention, and what is around them step by step."""
     plain = Transformer(config).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in plain.named_parameters():
@@ -571,10 +560,9 @@ def test_modules_equal_their_twins(config: ModelConfig, form: Form | None, dtype
     plain.setup_caches(3, 40)
     plain.layers[0].self_attn.attend = torch.ops.kernels.attention.default
     fast = copy.deepcopy(plain)
-    cpu.replace_modules_(fast)
-    assert [type(module) for name, module in fast.layers[0].named_children() if "output" not in name] == [
-        CpuNorm, CpuAttention, CpuNorm, CpuMLP,
-    ]  # fmt: skip
+    cpu.replace_blocks_(fast)
+    [block] = fast.layers
+    assert isinstance(block, CpuBlock) and block.mlp_arguments is not None
     begin = 0
     for batch, size in ((3, 20), (1, 1), (3, 1), (2, 8), (1, 1)):
         tokens = torch.randint(64, (batch, size), generator=generator)
@@ -586,26 +574,27 @@ def test_modules_equal_their_twins(config: ModelConfig, form: Form | None, dtype
         torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("rows", [1, 5, MAX_ROWS + 4])
-def test_norms_and_gates_of_any_values_equal_their_twins(rows: int) -> None:
-    x = torch.ldexp(normal(rows, 96).float(), torch.arange(rows * 96).view(rows, 96) % 40 - 20).bfloat16()
-    for offset in (None, 1.0):
-        norm = RMSNorm(96, 1e-5, offset)
-        norm.weight = frozen_parameter(normal(96, seed=1))
-        torch.testing.assert_close(CpuNorm(norm)(x), norm(x), rtol=2**-7, atol=0)
-    x[0, 3] = torch.nan
-    assert CpuNorm(norm)(x).isnan().all(dim=1).tolist() == [True] + [False] * (rows - 1)
+def test_blocks_that_an_operator_does_not_take_are_left() -> None:
+    raw = RAW | {"num_hidden_layers": 1}
+    others: list[dict[str, Any]] = [
+        {"hidden_size": 66, "head_dim": 16}, {"attention_bias": True},
+        {"model_type": "olmo2", "num_key_value_heads": 4},
+    ]  # fmt: skip
+    for changes, taken in [({}, True), *((other, False) for other in others)]:
+        model = random_model(raw | changes, dtype=torch.bfloat16)
+        assert isinstance(model.layers[0], CpuBlock) == taken, changes
+    for changes in ({"mlp_bias": True}, {"intermediate_size": 98}):  # attention alone
+        block = random_model(raw | changes, dtype=torch.bfloat16).layers[0]
+        assert isinstance(block, CpuBlock) and block.mlp_arguments is None
+    assert not isinstance(random_model(raw, dtype=torch.float32).layers[0], CpuBlock)
 
 
-def test_gates_of_any_size_equal_their_twins() -> None:
-    one_each = torch.eye(64).bfloat16()
-    gates = (
-        torch.tensor([-1e4, -200.0, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4])
-        .repeat(4)
-        .bfloat16()
-    )
-    y = torch.ops.kernels.mlp(gates.view(1, 1, 64), [one_each.repeat(2, 1)], [one_each])
-    torch.testing.assert_close(y.flatten(), swiglu(gates.repeat(2)), rtol=2**-7, atol=1e-28)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
+    one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
+    x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
+    y = torch.ops.kernels.mlp_block(x, None, None, 0, None, 1, [one_each.repeat(2, 1)], [one_each], gelu)
+    torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
 
 
 def test_a_norm_is_left_to_a_product_on_a_gpu_alone():
