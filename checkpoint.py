@@ -40,7 +40,7 @@ TEXT_FILES = (
     "vocab.json", "merges.txt", "tekken.json",
 )  # fmt: skip
 # All that a text depends on.
-READ_FILES = ("config.json", *OLDER_FILES, *TEXT_FILES, "model*.safetensors*")
+READ_FILES = ("config.json", *OLDER_FILES, *TEXT_FILES, "*.safetensors*")  # an index may name shards as it likes
 # Files beside the weights that are copied with them into another form.
 COMPANIONS = (*TEXT_FILES, "README*", "LICENSE*", "USE_POLICY*")
 

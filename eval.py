@@ -93,8 +93,7 @@ def check(args: argparse.Namespace) -> Job:
     check_device(args.device)
     if args.metrics_path:
         tasks = args.include_path.rglob("*.yaml") if args.include_path else ()
-        shards = args.checkpoint_path.glob("*.safetensors")  # an index may name them as it likes
-        inputs = [*read_files(args.checkpoint_path), *shards, *filter(None, [args.text_file]), *tasks]
+        inputs = [*read_files(args.checkpoint_path), *filter(None, [args.text_file]), *tasks]
         check_writable("--metrics_path", args.metrics_path, inputs)
     if args.include_path and not args.include_path.is_dir():
         raise FileNotFoundError(f"--include_path {args.include_path} is not a folder; expected one with tasks' yaml")

@@ -242,7 +242,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     outputs = {"--metrics_path": args.metrics_path, "--profile": args.profile}
     inputs = [args.prompt_file] if args.prompt_file else []
     for folder in filter(None, (args.checkpoint_path, args.draft_checkpoint_path)):
-        inputs += [*read_files(folder), *folder.glob("*.safetensors")]  # an index may name shards as it likes
+        inputs += read_files(folder)
     for option, path in outputs.items():
         if path:
             check_writable(option, path, inputs)
