@@ -484,25 +484,28 @@ static void values_of(const Tile<bf16, bf16>& tile, int64_t first, int64_t last,
 // Add weights x v of a block of slots to the rows' outputs [rows, width].
 static void accumulate(const Tile<bf16, bf16>& tile, const bf16* weights, const uint32_t* all_pairs, float* out) {
     const int64_t width = tile.width();
-    by_rows<8>(0, tile.rows(), [&](int64_t r0, auto count) {
+    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
         constexpr int R = count;
-        for (int64_t d = 0; d < width; d += 32) {
-            __m512 sums[R][2];
+        auto columns = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
+            constexpr int V = vectors;  // many sums side by side, since adding to one has to wait for itself
+            __m512 sums[R][V];
             for (int i = 0; i < R; i++)
-                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
+                for (int j = 0; j < V; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
             for (int64_t t = 0; t < SLOTS; t += 2) {
-                const uint32_t* pairs = all_pairs + t / 2 * width + d;
-                const __m512bh low = load_bf16((const bf16*)pairs), high = load_bf16((const bf16*)(pairs + 16));
+                __m512bh pairs[V];
+                for (int j = 0; j < V; j++) pairs[j] = load_bf16((const bf16*)(all_pairs + t / 2 * width + d + 16 * j));
                 for (int i = 0; i < R; i++) {
                     int32_t pair;
                     std::memcpy(&pair, weights + (r0 + i) * SLOTS + t, 4);
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
-                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], weight, low);
-                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], weight, high);
+                    for (int j = 0; j < V; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], weight, pairs[j]);
                 }
             }
             for (int i = 0; i < R; i++)
-                for (int j = 0; j < 2; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
-        }
+                for (int j = 0; j < V; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
+        };
+        int64_t d = 0;
+        for (; d + 64 <= width; d += 64) columns(d, std::integral_constant<int, 4>());
+        for (; d < width; d += 32) columns(d, std::integral_constant<int, 2>());
     });
 }

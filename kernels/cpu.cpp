@@ -278,11 +278,11 @@ struct Tile {
     const Q* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
 };
 
-// Call run(row, how many) for rows [row, rows): as many together as MOST says, and the last ones in halves of it.
+// Call run(row, how many) for rows [row, rows): as many together as MOST says, and then those that are left.
 template <int MOST, class Run>
 static void by_rows(int64_t row, int64_t rows, Run run) {
     for (; row + MOST <= rows; row += MOST) run(row, std::integral_constant<int, MOST>());
-    if constexpr (MOST > 1) by_rows<MOST / 2>(row, rows, run);
+    if constexpr (MOST > 1) by_rows<MOST - 1>(row, rows, run);
 }
 
 #if defined(__AVX512BF16__)
@@ -347,8 +347,8 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
     const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
     const int64_t tasks = B * K * tiles, threads = num_threads();
     const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
-    // Where there are fewer tasks than threads, several share the slots of one.
-    const int64_t splits = std::max<int64_t>(1, std::min((threads + tasks - 1) / tasks, slots / (2 * SLOTS)));
+    // The slots of a task are shared out so that all threads have as much to do.
+    const int64_t splits = std::max<int64_t>(1, std::min(threads / std::gcd(threads, tasks), slots / (2 * SLOTS)));
     std::vector<float> parts(tasks * splits * size);
     const auto* all_queries = queries_of(q, B * S * H * D);
     using ATile = Tile<T, std::remove_cv_t<std::remove_pointer_t<decltype(all_queries)>>>;
@@ -531,7 +531,7 @@ static T* room(int64_t count) {
 }
 
 // The norms of a half of `model.Block`, before and after it, and what is multiplied with its output.
-struct Surroundings {
+struct __attribute__((visibility("hidden"))) Surroundings {
     std::optional<Tensor> before, after;
     double eps;
     std::optional<double> offset;

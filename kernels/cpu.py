@@ -90,8 +90,8 @@ def make_library() -> Path | None:
         torch.ops.load_library(str(path))
         return path
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        reason = (said.strip().splitlines() or ["no reason given"])[-1]
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
+        reason = next((line for line in said if "error:" in line), said[-1])  # of a compiler, which also warns
         print(f"cpu.cpp is not used, products will be slower: {reason}", file=sys.stderr)
         return None
 
