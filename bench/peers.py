@@ -95,6 +95,7 @@ def make_contenders(ladder: Ladder, folder: Path, checkout: Path | None) -> Iter
         llama_cpp.write_gguf(ladder.models[""], plain)
     for weights, form in subject.forms.items():
         yield f"ours, {weights or dtype}", weights, ladder.runner("compile", weights, length)
+        yield f"ours eager, {weights or dtype}", weights, ladder.runner("eager", weights, length)
         if kind := counterparts.get(weights):
             file = llama_cpp.quantize_gguf(plain, kind) if weights else plain
             yield f"llama.cpp, {kind}", weights, llama_cpp.LlamaCpp(file, device, length)

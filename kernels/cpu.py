@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.inductor import materialize
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
 from model import MLP, Block, RMSNorm, Transformer, scaled
@@ -344,6 +345,8 @@ class CpuBlock(Block):
         is_split = mlp_arguments is None and torch.compiler.is_compiling()
         if cache is None or x.shape[0] * x.shape[1] > MAX_ROWS or is_split:
             return super().forward(x, cos, sin, positions, mask)
+        if torch.compiler.is_compiling():  # else inductor computes them anew for each layer
+            cos, sin, mask = materialize(cos), materialize(sin), materialize(mask)
         attention_block, mlp_block = self.operators
         x = attention_block(x, *self.attention_arguments, cos, sin, positions, mask, cache.k, cache.v)
         if mlp_arguments is not None:
