@@ -39,7 +39,6 @@ class FirstBlock(Block):
         self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
         self.norm_before_residual = norm_before_residual
 
-    @torch.compiler.nested_compile_region
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         embedding, features = x.chunk(2, dim=-1)
         normed = self.hidden_norm(features)

@@ -145,13 +145,13 @@ def decode(
     return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1
 
 
-def keep_first_layer_guards(guards: Sequence[Any]) -> list[bool]:
-    """Say which guards, the conditions for reusing a graph, to keep: of those of the layers only the first one's.
+def keep_needed_guards(guards: Sequence[Any]) -> list[bool]:
+    """Say which guards, the conditions for reusing a graph, to keep: all are checked at each token.
 
-    The layers are alike, which `check_layers` sees to once for each model, and there are many of them to check at each
-    token.
+    Of the layers only the first one's, since they are alike, which `check_layers` sees to once for each model; and none
+    of globals, functions and constants of modules, which nothing changes while a program runs.
     """
-    return [re.search(r"\['layers'\]\._modules\['[1-9]", guard.name) is None for guard in guards]
+    return [re.search(r"\['layers'\]\._modules\['[1-9]|^(dict\()?G\[", guard.name) is None for guard in guards]
 
 
 def check_layers(model: Transformer) -> None:
@@ -176,7 +176,7 @@ def allow_many_graphs() -> None:
 def compile_options(mode: str | None) -> dict[str, Any]:
     """Return the options of torch.compile for a step; mode: as in `compiled`."""
     return {
-        "guard_filter_fn": keep_first_layer_guards,
+        "guard_filter_fn": keep_needed_guards,
         "triton.cudagraphs": mode == "reduce-overhead",
         # It tunes the tiles of the reductions that stream the weights, and compiles longer. No GPU has measured it yet.
         "coordinate_descent_tuning": mode == "reduce-overhead",

@@ -530,50 +530,52 @@ static T* room(int64_t count) {
     return (T*)lines.data();
 }
 
-// The norms of a half of `model.Block`, before and after it, and what is multiplied with its output.
+// The norms of a half of `model.Block`, before and after it, what is multiplied with its output, and whether its input
+// is added.
 struct __attribute__((visibility("hidden"))) Surroundings {
     std::optional<Tensor> before, after;
     double eps;
     std::optional<double> offset;
     double multiplier;
+    bool residual;
 
     template <class T>
     void norm(T* x, const std::optional<Tensor>& weight, int64_t M) const {
         if (weight) ::rms_norm(x, data<T>(*weight), M, weight->size(weight->dim() - 1), eps, offset);
     }
 
-    // y = x + what run(x behind its norm, y) writes, for M rows of E values.
+    // y [M, N] = x + what run(x [M, K] behind its norm, y) writes.
     template <class T, class Run>
-    void around(const T* x, T* y, int64_t M, int64_t E, Run run) const {
-        T* inputs = room<0, T>(M * E);
-        std::memcpy(inputs, x, M * E * sizeof(T));
+    void around(const T* x, T* y, int64_t M, int64_t K, int64_t N, Run run) const {
+        T* inputs = room<0, T>(M * K);
+        std::memcpy(inputs, x, M * K * sizeof(T));
         norm(inputs, before, M);
         run(inputs, y);
         norm(y, after, M);
-        scale(y, multiplier, M * E);
-        add(y, x, M * E);
+        scale(y, multiplier, M * N);
+        if (residual) add(y, x, M * N);
     }
 };
 
 // The halves of `model.Block` on one rank, for a few rows: an operator for each of their steps would take longer than
 // they do. k and v of the new tokens are written into the caches.
 static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
-                              std::optional<double> offset, double multiplier, const Tensors& qkv,
-                              std::optional<Tensor> bias, const Tensors& o, std::optional<Tensor> q_norm,
+                              std::optional<double> offset, double multiplier, bool residual,
+                              const Tensors& qkv, std::optional<Tensor> bias, const Tensors& o, std::optional<Tensor> q_norm,
                               std::optional<Tensor> k_norm, double query_multiplier, const Tensor& cos, const Tensor& sin,
                               const Tensor& positions, const Tensor& mask, const Tensor& k_cache, const Tensor& v_cache) {
     Tensor inputs = in_order(x), cosines = in_order(cos), sines = in_order(sin), seen = in_order(mask);
     Tensor places = in_order(positions);
-    const int64_t B = x.size(0), S = x.size(1), E = x.size(2), M = B * S, N = outputs(qkv), R = cos.size(4);
+    const int64_t B = x.size(0), S = x.size(1), M = B * S, N = outputs(qkv), E = outputs(o), R = cos.size(4);
     const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
     const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1);
-    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier};
+    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier, residual};
     return with_floats(x, {B, S, E}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
         T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *values = room<3, T>(M * H * D);
         T *keys = (T*)k_cache.mutable_data_ptr(), *cached = (T*)v_cache.mutable_data_ptr();
-        surroundings.around(like(y, inputs), y, M, E, [&](const T* normed, T* out) {
-            multiply(normed, qkv, heads, M, E);
+        surroundings.around(like(y, inputs), y, M, x.size(2), E, [&](const T* normed, T* out) {
+            multiply(normed, qkv, heads, M, x.size(2));
             for (int64_t m = 0; m < M; m++) {
                 T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
                 if (bias) add(row, data<T>(*bias), N);
@@ -596,15 +598,15 @@ static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::
 }
 
 static Tensor mlp_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
-                        std::optional<double> offset, double multiplier, const Tensors& gate_up, const Tensors& down,
-                        bool gelu) {
+                        std::optional<double> offset, double multiplier, bool residual, const Tensors& gate_up,
+                        const Tensors& down, bool gelu) {
     Tensor inputs = in_order(x);
     const int64_t E = x.size(2), M = x.size(0) * x.size(1), F = outputs(gate_up) / 2;
-    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier};
+    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier, residual};
     return with_floats(x, {x.size(0), x.size(1), E}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
         T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
-        surroundings.around(like(y, inputs), y, M, E, [&](const T* normed, T* out) {
+        surroundings.around(like(y, inputs), y, M, E, E, [&](const T* normed, T* out) {
             multiply(normed, gate_up, both, M, E);
             for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
             multiply<T>(gated, down, out, M, F);

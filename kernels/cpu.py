@@ -18,9 +18,9 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from kernels.inductor import materialize
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
-from model import MLP, Block, RMSNorm, Transformer, scaled
+from model import MLP, Attention, Block, RMSNorm, Transformer, scaled
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
@@ -201,7 +201,8 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 # [M, A], x is [M, A, K] and weights are stacks, of which each row takes one.
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
-AROUND = "Tensor x, Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier"
+AROUND = "Tensor x, Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier, bool residual"
+OUTPUT_PROJECTION = 8  # its place behind x in attention_block
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
@@ -214,17 +215,24 @@ for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
 
 
+def num_outputs(weight: list[Tensor]) -> int:
+    return weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
+
+
 @torch.library.register_fake("kernels::product")
 def _(x: Tensor, weight: list[Tensor], experts: Tensor | None = None) -> Tensor:
-    N = weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
-    return x.new_empty(*x.shape[:-1], N)
+    return x.new_empty(*x.shape[:-1], num_outputs(weight))
 
 
 @torch.library.register_fake("kernels::attention")
-@torch.library.register_fake("kernels::attention_block")
 @torch.library.register_fake("kernels::mlp_block")
 def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("kernels::attention_block")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], num_outputs(arguments[OUTPUT_PROJECTION]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,22 +307,83 @@ class CpuInt4(CpuLinear):
 
 
 def replace_blocks_(model: Transformer) -> None:
-    """Give a model in one of `dtypes` the attention and, where their linears have kernels, the blocks of cpu.cpp."""
+    """Give a model in one of `dtypes` the attention and, where their linears have kernels, the blocks of cpu.cpp.
+
+    Of a block of another class, as an EAGLE-3 head has, attention and feed-forward alone.
+    """
     for i, block in enumerate(model.layers):
-        block.self_attn.attend = torch.ops.kernels.attention.default
-        if type(block) is Block and has_operator(block):
+        attn, mlp = block.self_attn, block.mlp
+        attn.attend = torch.ops.kernels.attention.default
+        if type(block) is not Block:
+            block.self_attn = CpuAttention(attn) if has_attention(attn) else attn
+            block.mlp = CpuMLP(mlp) if has_mlp(mlp) else mlp
+        elif has_attention(attn):
             cast("nn.ModuleList", model.layers)[i] = CpuBlock(block)
 
 
-def has_operator(block: Block) -> bool:
-    """Say whether attention_block computes the first half of a block."""
-    attn, config = block.self_attn, block.self_attn.config
+def has_attention(attn: Attention) -> bool:
+    """Say whether attention_block computes an attention."""
+    config = attn.config
     others = attn.ranks.count > 1 or config.qk_norm_over_heads or config.query_scaling_beta != 0
     return have_kernels(attn.qkv_proj, attn.o_proj) and not others
 
 
+def has_mlp(mlp: nn.Module) -> TypeGuard[MLP]:
+    """Say whether mlp_block computes a feed-forward."""
+    return isinstance(mlp, MLP) and mlp.gate_up_proj.bias is None and have_kernels(mlp.gate_up_proj, mlp.down_proj)
+
+
 def have_kernels(first: nn.Module, last: nn.Module) -> bool:
     return isinstance(first, CpuLinear) and isinstance(last, CpuLinear) and last.bias is None
+
+
+def has_few_rows(x: Tensor) -> bool:
+    return x.shape[0] * x.shape[1] <= MAX_ROWS
+
+
+# What the operators take of a module is found once: to look it up at each token would take a tenth of a small step.
+
+
+def attention_arguments(attn: Attention) -> tuple[Any, ...]:
+    norms = map(weight_of, (attn.q_norm, attn.k_norm))
+    return attn.qkv_proj.tensors, attn.qkv_proj.bias, attn.o_proj.tensors, *norms, attn.config.query_multiplier
+
+
+def mlp_arguments(mlp: MLP) -> tuple[Any, ...]:
+    return mlp.gate_up_proj.tensors, mlp.down_proj.tensors, mlp.gelu
+
+
+def stored(*context: Tensor) -> Iterable[Tensor]:
+    """Let inductor compute rotations and mask once for all layers, and not anew for each operator that takes them."""
+    return map(materialize, context) if torch.compiler.is_compiling() else context
+
+
+class CpuAttention(Attention):
+    """Attention on one rank in one call for a few rows; compiled, it must not stand in a nested region."""
+
+    def __init__(self, attn: Attention):
+        self.__dict__.update(attn.__dict__)
+        config = attn.config
+        around = None, None, config.rms_norm_eps, config.norm_offset, 1, False
+        self.arguments = (*around, *attention_arguments(attn))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        if (cache := self.cache) is None or not has_few_rows(x):
+            return super().forward(x, cos, sin, positions, mask)
+        cos, sin, mask = stored(cos, sin, mask)
+        context = cos, sin, positions, mask, cache.k, cache.v
+        return torch.ops.kernels.attention_block.default(x, *self.arguments, *context)
+
+
+class CpuMLP(MLP):
+    """A feed-forward on one rank in one call for a few rows."""
+
+    def __init__(self, mlp: MLP):
+        self.__dict__.update(mlp.__dict__)
+        self.arguments = (None, None, 0, None, 1, False, *mlp_arguments(mlp))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.kernels.mlp_block.default(x, *self.arguments) if has_few_rows(x) else super().forward(x)
 
 
 class CpuBlock(Block):
@@ -326,27 +395,22 @@ class CpuBlock(Block):
 
     def __init__(self, block: Block):
         self.__dict__.update(block.__dict__)  # the modules exist already
-        attn, mlp, config = self.self_attn, self.mlp, self.self_attn.config
-        common = config.rms_norm_eps, config.norm_offset, self.multiplier
-        # Found once: to look them up would take a tenth of a small model's step.
-        self.attention_arguments = (
-            *map(weight_of, (self.input_layernorm, self.attn_output_norm)), *common,
-            attn.qkv_proj.tensors, attn.qkv_proj.bias, attn.o_proj.tensors,
-            *map(weight_of, (attn.q_norm, attn.k_norm)), config.query_multiplier,
-        )  # fmt: skip
+        config = self.self_attn.config
+        common = config.rms_norm_eps, config.norm_offset, self.multiplier, True
+        norms = map(weight_of, (self.input_layernorm, self.attn_output_norm))
+        self.attention_arguments = (*norms, *common, *attention_arguments(self.self_attn))
         self.mlp_arguments: tuple[Any, ...] | None = None
-        if isinstance(mlp, MLP) and have_kernels(mlp.gate_up_proj, mlp.down_proj) and mlp.gate_up_proj.bias is None:
+        if has_mlp(self.mlp):
             norms = map(weight_of, (self.post_attention_layernorm, self.mlp_output_norm))
-            self.mlp_arguments = (*norms, *common, mlp.gate_up_proj.tensors, mlp.down_proj.tensors, mlp.gelu)
+            self.mlp_arguments = (*norms, *common, *mlp_arguments(self.mlp))
         self.operators = torch.ops.kernels.attention_block.default, torch.ops.kernels.mlp_block.default
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         cache, mlp_arguments = self.self_attn.cache, self.mlp_arguments
         is_split = mlp_arguments is None and torch.compiler.is_compiling()
-        if cache is None or x.shape[0] * x.shape[1] > MAX_ROWS or is_split:
+        if cache is None or not has_few_rows(x) or is_split:
             return super().forward(x, cos, sin, positions, mask)
-        if torch.compiler.is_compiling():  # else inductor computes them anew for each layer
-            cos, sin, mask = materialize(cos), materialize(sin), materialize(mask)
+        cos, sin, mask = stored(cos, sin, mask)
         attention_block, mlp_block = self.operators
         x = attention_block(x, *self.attention_arguments, cos, sin, positions, mask, cache.k, cache.v)
         if mlp_arguments is not None:

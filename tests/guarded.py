@@ -83,7 +83,7 @@ def blocks(at_end: bool) -> int:
         caches = [drawn(1, kv_heads, rows, head_dim) for _ in range(2)]
 
         def run(x: Tensor, weight: Tensor, both: Tensor, back: Tensor, qkv: Tensor, o: Tensor, *rest: Tensor) -> Tensor:
-            around = weight, weight, 1e-5, None, 1
+            around = weight, weight, 1e-5, None, 1, True
             x = kernels.attention_block(x, *around, [qkv], None, [o], None, None, 1, *rest)
             return kernels.mlp_block(x, *around, [both], [back], False)
 

@@ -18,7 +18,7 @@ from linears import Form, frozen_parameter
 from model import Transformer
 from random_weights import random_model
 from speculate import draft_and_verify, verify
-from steps import Sampling, compiled, decode, keep_first_layer_guards
+from steps import Sampling, compiled, decode, keep_needed_guards
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -192,7 +192,7 @@ def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, secon
     """Though the guards of the first layer alone are kept."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    options = {"guard_filter_fn": keep_first_layer_guards}
+    options = {"guard_filter_fn": keep_needed_guards}
     run = torch.compile(decode, backend=counter, fullgraph=True, dynamic=False, options=options)
     for raw in (first, first, second):
         model = random_model({**RAW, **raw}, "cpu", torch.float32)

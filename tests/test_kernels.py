@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,8 +21,20 @@ from torch import Tensor
 
 from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
+from eagle import FirstBlock
 from kernels import cpu, inductor
-from kernels.cpu import INT4_BLOCK_ROWS, Avx2Bf16, CpuBf16, CpuBlock, CpuInt4, CpuInt8, empty_weight, packed_weight
+from kernels.cpu import (
+    INT4_BLOCK_ROWS,
+    Avx2Bf16,
+    CpuAttention,
+    CpuBf16,
+    CpuBlock,
+    CpuInt4,
+    CpuInt8,
+    CpuMLP,
+    empty_weight,
+    packed_weight,
+)
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear
@@ -574,6 +586,30 @@ def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype:
         torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
 
 
+@torch.inference_mode()
+def test_the_first_block_of_a_head_equals_its_twin() -> None:
+    """It has a forward of its own, so attention and feed-forward are operators, and what is between them is not."""
+    plain = Transformer(replace(CONFIG, hidden_size=64, vocab_size=8))
+    cast("torch.nn.ModuleList", plain.layers)[0] = FirstBlock(plain.config, norm_before_residual=False)
+    plain.to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm.weight" in name))
+    for name, linear in [(name, child) for name, child in plain.named_modules() if isinstance(child, Linear)]:
+        plain.set_submodule(name, cpu_layer(linear, torch.bfloat16) or linear)
+    plain.setup_caches(2, 40)
+    fast = copy.deepcopy(plain)
+    cpu.replace_blocks_(fast)
+    assert isinstance(fast.layers[0].self_attn, CpuAttention) and isinstance(fast.layers[0].mlp, CpuMLP)
+    begin = 0
+    for size in (20, 1, 5):
+        x, positions = normal(2, size, 128, seed=size), begin + torch.arange(size).expand(2, size)
+        [context] = plain.block_contexts(positions, torch.arange(40))
+        ours, twin = (model.layers[0](x, *context).float() for model in (fast, plain))
+        torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
+        begin += size
+
+
 def test_blocks_that_an_operator_does_not_take_are_left() -> None:
     raw = RAW | {"num_hidden_layers": 1}
     others: list[dict[str, Any]] = [
@@ -593,7 +629,7 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
 def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
     x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
-    y = torch.ops.kernels.mlp_block(x, None, None, 0, None, 1, [one_each.repeat(2, 1)], [one_each], gelu)
+    y = torch.ops.kernels.mlp_block(x, None, None, 0, None, 1, True, [one_each.repeat(2, 1)], [one_each], gelu)
     torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
 
 
