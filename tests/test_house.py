@@ -114,6 +114,10 @@ def test_what_the_engine_and_quantize_reach_is_small():
     assert counts["model"] <= 320
 
 
+def test_what_measures_is_small():
+    assert sum(code_lines(name) for name in MODULES if name.startswith("bench")) <= 2260
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module):
     if module not in ("kernels.cpu", "kernels.cuda"):
