@@ -26,7 +26,7 @@ from compressed import hub_tensors
 from config import OLDER_FILES, parse_config, parse_dtype, read_config
 from files import FLOAT_DTYPES, Spec, TensorFiles, own_file, write_safetensors
 from formats import OTHER_SCALES, Packed, find_packed
-from kernels.cpu import start_to_compile
+from kernels.cpu import release_file_pages, start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
@@ -297,8 +297,7 @@ class ModelReader:
 
 def checkpoint_dtype(path: Path, raw: dict[str, Any], files_class: type[TensorFiles] = TensorFiles) -> torch.dtype:
     """Return the dtype of a checkpoint: config.json's, else its weights', else, without weights, bfloat16."""
-    dtype = parse_dtype(raw)
-    if dtype is None:
+    if (dtype := parse_dtype(raw)) is None:
         with contextlib.suppress(FileNotFoundError):
             dtype = files_class(path).dtype()
     return dtype or torch.bfloat16
@@ -328,6 +327,7 @@ def load_model(
     hidden = True if ranks.rank else None  # None: shown on a terminal
     bar = tqdm(reader.specs, desc="load", unit="tensor", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
     load_parameters_(model, {name: reader.read(name).to(device) for name in bar}, device)
+    release_file_pages(model.embed_tokens.weight)  # it has been looked through, and a text takes a few rows
     if optimize:
         optimize_(model)
     return model

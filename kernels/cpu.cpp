@@ -568,7 +568,11 @@ static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::
     Tensor places = in_order(positions);
     const int64_t B = x.size(0), S = x.size(1), M = B * S, N = outputs(qkv), E = outputs(o), R = cos.size(4);
     const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
-    const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1);
+    const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1), slots = k_cache.size(2);
+    const int64_t* place = data<int64_t>(places);
+    const bool fit = B <= k_cache.size(0) && mask.size(2) <= slots;
+    STD_TORCH_CHECK(fit && std::all_of(place, place + M, [=](int64_t i) { return i >= 0 && i < slots; }),
+                    "rows, positions or slots are outside the caches of ", k_cache.size(0), " rows and ", slots, " slots");
     const Surroundings surroundings{norm, output_norm, eps, offset, multiplier, residual};
     return with_floats(x, {B, S, E}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
@@ -585,7 +589,7 @@ static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::
                     rotate(head, data<float>(cosines) + 2 * R * m, data<float>(sines) + 2 * R * m, R);
                 scale(row, query_multiplier, H * D);
                 std::memcpy(q + m * H * D, row, H * D * sizeof(T));
-                const int64_t slot = m / S * batch_stride + data<int64_t>(places)[m] * D;
+                const int64_t slot = m / S * batch_stride + place[m] * D;
                 for (int64_t h = 0; h < K; h++) {
                     std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
                     std::memcpy(cached + slot + h * head_stride, v + h * D, D * sizeof(T));

@@ -150,7 +150,7 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
 def release_file_pages(tensor: Tensor) -> None:
     """Take the pages of a mapped file out of memory, as which they count, until they are read again.
 
-    A tensor that lies elsewhere is left alone.
+    What has been written to them since is lost. A tensor that lies elsewhere is left alone.
     """
     maps = Path("/proc/self/maps")
     for line in maps.read_text().splitlines() if maps.is_file() else []:

@@ -31,7 +31,6 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
     on_gpu = (device_type or model.device.type) == "cuda"
     dtype = model.embed_tokens.weight.dtype
     cuda = cuda_kernels() if on_gpu else None
-    cpu.release_file_pages(model.embed_tokens.weight)  # it has been looked through, and a text takes a few rows
     # A compiled step needs layers that are alike: what holds for a linear of one layer is taken to hold for those that
     # have the same role in the others.
     roles = {name: name.rpartition(".")[2] for name, child in model.named_modules() if isinstance(child, AnyLinear)}

@@ -426,6 +426,10 @@ def test_an_embedding_that_has_been_looked_through_is_not_in_memory(tmp_path: Pa
     assert int(memory_facts(embedding.data_ptr(), "Rss")[0]) < kilobytes / 8
     assert torch.equal(embedding, model.embed_tokens.weight)
     assert int(memory_facts(embedding.data_ptr(), "Rss")[0]) >= kilobytes - 8
+    changed = load_model(tmp_path, optimize=False)
+    changed.embed_tokens.weight.mul_(2)
+    optimize_(changed)
+    assert torch.equal(changed.embed_tokens.weight, 2 * model.embed_tokens.weight)
     own = normal(1 << 20)
     cpu.release_file_pages(own)
     assert torch.equal(own, normal(1 << 20))
@@ -584,6 +588,16 @@ def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype:
         begin += size
     for ours, twin in zip(fast.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
+
+
+@torch.inference_mode()
+def test_what_is_outside_the_caches_is_an_error() -> None:
+    """And neither read nor written: the plain model's indexing says so too, but of positions below 0."""
+    model, tokens = random_model(RAW, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int64)
+    model.setup_caches(1, 32)
+    for rows, positions, slots in [(1, 0, 34), (1, -1, 32), (2, 0, 32)]:
+        with pytest.raises(RuntimeError, match="outside the caches of 1 rows and 33 slots"):
+            model(tokens.expand(rows, 2), torch.arange(2) + positions, torch.arange(slots))
 
 
 @torch.inference_mode()
