@@ -311,13 +311,15 @@ def replace_blocks_(model: Transformer) -> None:
 
     Of a block of another class, as an EAGLE-3 head has, attention and feed-forward alone.
     """
+    # All or none, since a compiled step takes layers to be alike.
+    fit = all(has_attention(block.self_attn) for block in model.layers if type(block) is Block)
     for i, block in enumerate(model.layers):
         attn, mlp = block.self_attn, block.mlp
         attn.attend = torch.ops.kernels.attention.default
         if type(block) is not Block:
             block.self_attn = CpuAttention(attn) if has_attention(attn) else attn
             block.mlp = CpuMLP(mlp) if has_mlp(mlp) else mlp
-        elif has_attention(attn):
+        elif fit:
             cast("nn.ModuleList", model.layers)[i] = CpuBlock(block)
 
 

@@ -637,6 +637,10 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
         block = random_model(raw | changes, dtype=torch.bfloat16).layers[0]
         assert isinstance(block, CpuBlock) and block.mlp_arguments is None
     assert not isinstance(random_model(raw, dtype=torch.float32).layers[0], CpuBlock)
+    mixed = random_model(RAW, dtype=torch.bfloat16, optimize=False)  # layers of two kinds, which a graph may not have
+    mixed.layers[1].self_attn.o_proj.bias = frozen_parameter(torch.zeros(64))
+    optimize_(mixed)
+    assert not any(isinstance(block, CpuBlock) for block in mixed.layers)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
