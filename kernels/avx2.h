@@ -9,6 +9,9 @@
 
 constexpr char INSTRUCTION_SET[] = "avx2";
 constexpr bool TAKES_HALF = true;  // models in float16
+constexpr bool HAS_BF16 = false;
+constexpr bool UNPACKS = false;    // codes take these products at any number of rows, which are faster than GEMM in fp32
+constexpr int PARALLEL_SUMS = 4, MOST_SUMS = 5;  // of whole numbers, in codes.h
 constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
 using Floats = __m256;
@@ -26,24 +29,6 @@ static inline void store_narrow(T* p, __m256 values) {
     _mm256_store_ps(wide, values);
     for (int i = 0; i < 8; i++) set(p[i], wide[i]);
 }
-
-// Scales, whose type is asked when they are read: a function for each type would take long to compile.
-struct Scales {
-    const void* first;
-    int type;  // 0: bf16, 1: fp16, 2: fp32
-    Scales(const bf16* p) : first(p), type(0) {}
-    Scales(const half* p) : first(p), type(1) {}
-    Scales(const float* p) : first(p), type(2) {}
-    const char* place(int64_t i) const { return (const char*)first + (type == 2 ? 4 : 2) * i; }
-    __m256 eight(int64_t i) const {
-        const void* p = place(i);
-        return type == 0 ? load_wide((const bf16*)p) : type == 1 ? load_wide((const half*)p) : load_wide((const float*)p);
-    }
-    float operator[](int64_t i) const {
-        const void* p = place(i);
-        return type == 0 ? widen(*(const bf16*)p) : type == 1 ? widen(*(const half*)p) : *(const float*)p;
-    }
-};
 
 // Of 8 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
 template <class T>
@@ -65,14 +50,26 @@ static inline Two load_two(const bf16* p) {
 }
 static inline Two load_two(const half* p) { return {load_wide(p), load_wide(p + 8)}; }
 
-// Add the products of pairs of int16.
-static inline void add_products(__m256i& sum, __m256i a, __m256i b) {
+// Bytes with a sign, as many as a vector takes.
+static inline __m256i widen_to_shorts(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+static inline __m256i widen_to_ints(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+
+// Add the products of pairs of int16, one of which all lanes share.
+template <class Ints, class Shorts>
+static inline void add_products(Ints& sum, Shorts a, int32_t pair) {
 #ifdef __AVXVNNI__
-    sum = _mm256_dpwssd_avx_epi32(sum, a, b);
+    sum = (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, _mm256_set1_epi32(pair));
 #else
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    sum += (Ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(pair));
     asm("" : "+x"(sum));  // else GCC adds up many products first, for which there are no registers
 #endif
+}
+
+template <class Ints>
+static inline int32_t largest_of(Ints v) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1));
 }
 
 static inline float sum_of(__m256 v) {
@@ -85,21 +82,6 @@ static inline float largest_of(__m256 v) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
-
-// Write y [M, N] for ROWS rows of w at a time, the last ones fewer: sums_of(rows of x, packed x, first row of w, how
-// many, sums [MAX_M, ROWS]). experts: as `over_rows` has them.
-template <int BLOCK, int ROWS, auto PACK, class T, class Sums>
-static void product(const T* x, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts, Sums sums_of) {
-    over_rows<BLOCK, PACK>(x, M, N, K, experts, [=](const Pass& pass, auto packed, int64_t first, int64_t last) {
-        alignas(32) float sums[MAX_M * ROWS];
-        for (int64_t n = first * BLOCK; n < last * BLOCK; n += ROWS) {
-            const int count = int(std::min<int64_t>(ROWS, last * BLOCK - n));
-            sums_of(pass.rows, packed, n, count, sums);
-            for (int i = 0; i < pass.rows; i++)
-                for (int r = 0; r < count; r++) set(y[pass.out(N) + i * N + n + r], sums[i * ROWS + r]);
-        }
-    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +128,7 @@ static inline void bf16_tile(const float* x, const T* w, int64_t K, int64_t widt
     }
     for (int j = 0; j < R; j++)
         for (int c = 0; c < C; c++)
-            sums[c * INT4_BLOCK_ROWS + j] += sum_of(_mm256_add_ps(parts[j][c][0], parts[j][c][1]));
+            sums[c * SUMMED_ROWS + j] += sum_of(_mm256_add_ps(parts[j][c][0], parts[j][c][1]));
 }
 
 // The sums of `rows` rows of w, an even number: [M, 16]. x is taken in parts of its columns, which stay in the first
@@ -155,7 +137,7 @@ template <int M, class T>
 __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int64_t K, int rows, float* sums) {
     constexpr int R = M > 1 ? 2 : 1, C = M > 5 ? (M + 1) / 2 : M;
     const int64_t pieces = M * K * int64_t(sizeof(float)) / X_PART_BYTES + 1, width = (K / 32 + pieces - 1) / pieces * 32;
-    std::fill(sums, sums + M * INT4_BLOCK_ROWS, 0);
+    std::fill(sums, sums + M * SUMMED_ROWS, 0);
     for (int64_t k = 0; k < K; k += width)
         for (int r = 0; r < rows; r += R) {
             const T* p = w + r * K + k;
@@ -163,202 +145,30 @@ __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int6
             const int64_t ahead = R == 1 && pieces == 1 ? PREFETCH_BYTES / int64_t(sizeof(T)) : R * K;
             bf16_tile<R, C, M>(x + k * M, p, K, columns, ahead, pieces == 1, sums + r);
             if constexpr (M > C)
-                bf16_tile<R, M - C, M>(x + k * M + 16 * C, p, K, columns, ahead, pieces == 1, sums + r + C * INT4_BLOCK_ROWS);
+                bf16_tile<R, M - C, M>(x + k * M + 16 * C, p, K, columns, ahead, pieces == 1, sums + r + C * SUMMED_ROWS);
         }
 }
 
 template <class T>
 static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts) {
     if (M > MAX_ROWS && !experts)
-        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out) {
-            for (int64_t i = 0; i < BLOCK_ROWS * K; i += 8) _mm256_store_ps(out + i, load_wide(w + block * BLOCK_ROWS * K + i));
+        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out, int64_t stride) {
+            for (int64_t r = 0; r < BLOCK_ROWS; r++)
+                for (int64_t k = 0; k < K; k += 8)
+                    _mm256_store_ps(out + r * stride + k, load_wide(w + (block * BLOCK_ROWS + r) * K + k));
         });
-    product<BLOCK_ROWS, INT4_BLOCK_ROWS, pack_wide<T>>(x, y, M, N, K, experts, [=](int rows, const float* packed, int64_t n, int count, float* sums) {
-        WITH_M(rows, bf16_sums<M>(packed, w + n * K, K, count, sums))
+    over_rows<BLOCK_ROWS, pack_wide<T>>(x, M, N, K, experts, [=](const Pass& pass, const float* packed, int64_t first, int64_t last) {
+        alignas(32) float sums[MAX_M * SUMMED_ROWS];
+        for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += SUMMED_ROWS) {
+            const int count = int(std::min<int64_t>(SUMMED_ROWS, last * BLOCK_ROWS - n));
+            WITH_M(pass.rows, bf16_sums<M>(packed, w + n * K, K, count, sums))
+            for (int i = 0; i < pass.rows; i++)
+                for (int r = 0; r < count; r++) set(y[pass.out(N) + i * N + n + r], sums[i * SUMMED_ROWS + r]);
+        }
     });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Fixed point
-
-// Rows of x, of which STEP columns share a scale: [K / STEP, M, STEP] of int16, and [K / STEP, M] each of scales and of
-// sums of values, whole numbers. A scale is a power of two, or NaN where a value is not finite.
-struct Fixed {
-    std::vector<Line> lines;
-    std::vector<float> scales, totals;
-    const int16_t* values() const { return (const int16_t*)lines.data(); }
-};
-
-// Put x [M, K] in fixed point.
-template <int STEP, class T>
-static const Fixed* pack_fixed(const T* x, int64_t M, int64_t K) {
-    static thread_local Fixed fixed;
-    if (int64_t(fixed.scales.size()) < M * K / STEP) {
-        fixed.lines.resize(M * K / 32);
-        fixed.scales.resize(M * K / STEP);
-        fixed.totals.resize(M * K / STEP);
-    }
-    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    for (int64_t i = 0; i < M * K / STEP; i++) {
-        const T* p = x + i % M * K + i / M * STEP;
-        __m256 wide[STEP / 8];
-        __m256i most = _mm256_setzero_si256();  // as integers magnitudes keep their order, and those not finite are above
-        for (int j = 0; j < STEP / 8; j++) {
-            wide[j] = load_wide(p + 8 * j);
-            most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(wide[j]), magnitude));
-        }
-        __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-        const int largest = std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1)) >> 23;  // exponent
-        const int exponent = std::max(largest, 15);  // so that 2^(14 - exponent) and its inverse are normal numbers
-        const __m256 inverse = _mm256_castsi256_ps(_mm256_set1_epi32((268 - exponent) << 23));
-        __m256i whole[STEP / 8], total = _mm256_setzero_si256();
-        for (int j = 0; j < STEP / 8; j++) {
-            whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(wide[j], inverse));
-            total = _mm256_add_epi32(total, whole[j]);
-        }
-        __m256i* values = (__m256i*)fixed.lines.data() + i * STEP / 16;
-        for (int j = 0; j < STEP / 16; j++)
-            _mm256_store_si256(values + j, _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[2 * j], whole[2 * j + 1]), 0xd8));
-        fixed.scales[i] = largest == 255 ? NAN : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((exponent - 14) << 23)));
-        fixed.totals[i] = sum_of(_mm256_cvtepi32_ps(total));
-    }
-    return &fixed;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// int8: the lanes of a vector are columns
-
-// scale: the place of the block's first one.
-template <int M, int STEP, bool ZEROS>
-__attribute__((noinline)) static void int8_sums(const Fixed* x, const int8_t* w, Scales scales, int64_t scale, const int8_t* zeros, int64_t K,
-                      int64_t group, float* sums) {
-    constexpr int R = 2;  // rows of w that share what is loaded of x
-    __m256 parts[BLOCK_ROWS][M] = {}, totals[BLOCK_ROWS][M] = {};
-    const int16_t* values = x->values();
-    const float* x_scales = x->scales.data();
-    int64_t left = group;
-    for (int64_t k = 0; k < K; k += STEP, values += M * STEP, x_scales += M) {
-        const int8_t* p = w + k / 64 * 64 * BLOCK_ROWS + k % 64;
-        for (int r = 0; r < BLOCK_ROWS; r += R, p += R * 64) {
-            __m256i weights[R][STEP / 16];
-            for (int j = 0; j < R; j++) {
-                if (STEP == 64 || k % 64 == 0) fetch(p + 64 * j);
-                for (int i = 0; i < STEP / 16; i++) {
-                    weights[j][i] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 64 * j + 16 * i)));
-                    if (ZEROS) weights[j][i] = _mm256_sub_epi16(weights[j][i], _mm256_set1_epi16(zeros[r + j]));
-                }
-            }
-            for (int m = 0; m < M; m++) {
-                __m256i products[R] = {};
-                for (int i = 0; i < STEP / 16; i++) {
-                    const __m256i inputs = _mm256_load_si256((const __m256i*)(values + m * STEP) + i);
-                    for (int j = 0; j < R; j++)
-                        add_products(products[j], weights[j][i], inputs);
-                }
-                for (int j = 0; j < R; j++)
-                    parts[r + j][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[j]), _mm256_broadcast_ss(x_scales + m), parts[r + j][m]);
-            }
-        }
-        if (left -= STEP) continue;
-        for (int r = 0; r < BLOCK_ROWS; r++)
-            for (int m = 0; m < M; m++) {
-                totals[r][m] = _mm256_fmadd_ps(parts[r][m], _mm256_set1_ps(scales[scale + r]), totals[r][m]);
-                parts[r][m] = _mm256_setzero_ps();
-            }
-        left = group, scale += BLOCK_ROWS;
-        if (ZEROS) zeros += BLOCK_ROWS;
-    }
-    for (int r = 0; r < BLOCK_ROWS; r++)
-        for (int m = 0; m < M; m++) sums[m * BLOCK_ROWS + r] = sum_of(totals[r][m]);
-}
-
-template <class T>
-static void int8_product(const T* x, const int8_t* w, Scales scales, const int8_t* zeros, T* y, int64_t M, int64_t N,
-                         int64_t K, int64_t group, const int64_t* experts) {
-    const int64_t G = K / group;
-    auto in_steps = [=](auto step) {
-        constexpr int STEP = step;
-        product<BLOCK_ROWS, BLOCK_ROWS, pack_fixed<STEP, T>>(x, y, M, N, K, experts, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
-            WITH_M(rows, (zeros ? int8_sums<M, STEP, true> : int8_sums<M, STEP, false>)(
-                             packed, w + n * K, scales, n * G, zeros ? zeros + n * G : nullptr, K, group, sums))
-        });
-    };
-    if (group % 64 == 0) in_steps(std::integral_constant<int, 64>());
-    else in_steps(std::integral_constant<int, 32>());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// int4: the lanes of a vector are rows of w, of which a block has two vectors. Pairs of x are broadcast, and nothing is
-// summed across lanes. Sums of 32 columns are below 2^24, so that they and what zero points take off are exact in fp32.
-
-// The zero points of a block, in two vectors.
-static inline void int4_zeros(const uint8_t* zeros, __m256* wide) {
-    const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros), mask = _mm_set1_epi8(15);
-    wide[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, mask)));
-    wide[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)));
-}
-
-// Add the products of C rows of x, and 32 columns of a block of w, to parts [C, 2].
-template <int C>
-static inline void int4_step(const int16_t* x, const float* scales, const float* totals, const uint8_t* w, const __m256* zero,
-                             __m256 (*parts)[2]) {
-    const __m256i mask = _mm256_set1_epi32(0x000f000f);
-    __m256i sums[C][2] = {};
-    for (int v = 0; v < 4; v++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            __m256i codes[2];
-            for (int h = 0; h < 2; h++)
-                codes[h] = _mm256_and_si256(_mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)(w + 64 * v) + h), 4 * i), mask);
-            for (int c = 0; c < C; c++) {
-                int32_t pair;
-                std::memcpy(&pair, x + c * 32 + 8 * v + 2 * i, 4);
-                for (int h = 0; h < 2; h++) add_products(sums[c][h], codes[h], _mm256_set1_epi32(pair));
-            }
-        }
-    for (int c = 0; c < C; c++)
-        for (int h = 0; h < 2; h++) {
-            const __m256 exact = _mm256_fnmadd_ps(zero[h], _mm256_broadcast_ss(totals + c), _mm256_cvtepi32_ps(sums[c][h]));
-            parts[c][h] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(scales + c), parts[c][h]);
-        }
-}
-
-template <int M>
-__attribute__((noinline)) static void int4_sums(const Fixed* x, const uint8_t* w, Scales scales, int64_t scale, const uint8_t* zeros,
-                                                int64_t K, int64_t group, float* sums) {
-    constexpr int C = M > 5 ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
-    __m256 totals[M][2] = {};
-    const int16_t* values = x->values();
-    const float *x_scales = x->scales.data(), *x_totals = x->totals.data();
-    for (int64_t g = 0; g < K / group; g++, scale += INT4_BLOCK_ROWS, zeros += INT4_BLOCK_ROWS / 2) {
-        // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
-        _mm_prefetch(scales.place(scale) + PREFETCH_BYTES / 4, _MM_HINT_T0);
-        _mm_prefetch((const char*)zeros + PREFETCH_BYTES / 8, _MM_HINT_T0);
-        __m256 parts[M][2] = {}, zero[2];
-        int4_zeros(zeros, zero);
-        for (int64_t k = 0; k < group; k += 32, w += 256, values += M * 32, x_scales += M, x_totals += M) {
-            for (int v = 0; v < 4; v++) fetch(w + 64 * v);
-            int4_step<C>(values, x_scales, x_totals, w, zero, parts);
-            if constexpr (M > C) int4_step<M - C>(values + C * 32, x_scales + C, x_totals + C, w, zero, parts + C);
-        }
-        for (int h = 0; h < 2; h++) {
-            const __m256 eight = scales.eight(scale + 8 * h);
-            for (int m = 0; m < M; m++) totals[m][h] = _mm256_fmadd_ps(parts[m][h], eight, totals[m][h]);
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < 2; h++) _mm256_store_ps(sums + m * INT4_BLOCK_ROWS + 8 * h, totals[m][h]);
-}
-
-template <class T>
-static void int4_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
-                         int64_t K, int64_t group, const int64_t* experts) {
-    const int64_t G = K / group;
-    product<INT4_BLOCK_ROWS, INT4_BLOCK_ROWS, pack_fixed<32, T>>(x, y, M, N, K, experts, [=](int rows, const Fixed* packed, int64_t n, int, float* sums) {
-        WITH_M(rows, int4_sums<M>(packed, w + n * K / 2, scales, n * G, zeros + n * G / 2, K, group, sums))
-    });
-}
+#include "codes.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: parts of a tile, in fp32

@@ -4,7 +4,10 @@
 
 constexpr char INSTRUCTION_SET[] = "avx512";
 constexpr bool TAKES_HALF = false;  // models in float16
+constexpr bool HAS_BF16 = true;
+constexpr bool UNPACKS = true;      // codes above MAX_ROWS, for GEMM
 constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
+constexpr int PARALLEL_SUMS = 20, MOST_SUMS = 8;  // of whole numbers, in codes.h
 
 using Floats = __m512;
 constexpr int LANES = 16;
@@ -26,11 +29,26 @@ static inline __m512bh load_first(const bf16* p, int64_t count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
 }
 
-// Replace each index in 0 to 15 (its higher bits do not count) by that of the 16 values, rounded to bf16.
-static inline __m512bh look_up(__m512 values, __m512i indices) {
-    __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
-    return (__m512bh)_mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half));
+// Bytes with a sign, as many as a vector takes.
+static inline __m512i widen_to_shorts(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+static inline __m512i widen_to_ints(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+
+// Add the products of pairs of int16, one of which all lanes share.
+template <class Ints, class Shorts>
+static inline void add_products(Ints& sum, Shorts a, int32_t pair) {
+    sum = (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(pair));
 }
+
+// The same of bf16.
+template <class Shorts>
+static inline void add_products(__m512& sum, Shorts a, int32_t pair) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(pair));
+}
+
+template <class Ints>
+static inline int32_t largest_of(Ints v) { return _mm512_reduce_max_epi32((__m512i)v); }
+
+static inline float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
 
 // The first half of adding up two vectors, each in itself: what is left of them takes turns in the lanes.
 static inline __m512 sums_of_two(__m512 a, __m512 b) {
@@ -78,9 +96,9 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     // faster than several. A single row of w goes on in its stream; two of x take longer, and are fetched for earlier.
     const int64_t ahead = SHARING > 1 || !whole ? SHARING * K : M * PREFETCH_BYTES / int64_t(sizeof(bf16));
     const int64_t step = whole ? SHARING : 1, gap = whole ? 32 : K;
-    __m512 totals[M][INT4_BLOCK_ROWS / SHARING] = {};
-    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += INT4_BLOCK_ROWS) {
-        const int rows = std::min<int64_t>(INT4_BLOCK_ROWS, last * BLOCK_ROWS - n);
+    __m512 totals[M][SUMMED_ROWS / SHARING] = {};
+    for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += SUMMED_ROWS) {
+        const int rows = std::min<int64_t>(SUMMED_ROWS, last * BLOCK_ROWS - n);
         for (int64_t begin = 0; begin < K; begin += width)
             for (int r = 0; r < rows; r += SHARING) {
                 __m512 sums[SHARING][M][PARTS] = {};
@@ -111,8 +129,8 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
                 }
             }
         for (int m = 0; m < M; m++) {
-            __m512 pairs[INT4_BLOCK_ROWS / 2];
-            for (int i = 0; i < INT4_BLOCK_ROWS / 2; i++) {
+            __m512 pairs[SUMMED_ROWS / 2];
+            for (int i = 0; i < SUMMED_ROWS / 2; i++) {
                 const __m512* two = totals[m] + 2 * i / SHARING;
                 pairs[i] = SHARING == 2 ? two[0] : sums_of_two(two[0], two[1]);
             }
@@ -129,224 +147,7 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
     });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// int8
-
-// Without groups, which are whole rows, the sums are scaled at the end.
-template <int M, bool GROUPS, class Scale>
-static void int8_blocks(const bf16* x, const float* wide_x, const float* totals, const int8_t* w, const Scale* scales,
-                        const int8_t* zeros, bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    const int64_t G = K / group;
-    for (int64_t n = first; n < last; n++) {
-        __m512 sums[BLOCK_ROWS][M] = {}, parts[BLOCK_ROWS][M] = {};
-        const int8_t* p = w + n * BLOCK_ROWS * K;
-        int64_t g = n * G, left = group;
-        auto add = [&](int64_t k, int r, int half) __attribute__((always_inline)) {  // 32 columns of a row
-            __m512 codes[2];
-            for (int i = 0; i < 2; i++)
-                codes[i] = _mm512_cvtepi32_ps(
-                    _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 64 * r + 32 * half + 16 * i))));
-            if constexpr (M == 1) {
-                for (int i = 0; i < 2; i++)
-                    parts[r][0] = _mm512_fmadd_ps(codes[i], _mm512_loadu_ps(wide_x + k + 32 * half + 16 * i), parts[r][0]);
-            } else {  // codes are exact in bf16, and one instruction takes 32 of them
-                const __m512bh weights = _mm512_cvtne2ps_pbh(codes[1], codes[0]);
-                for (int m = 0; m < M; m++)
-                    parts[r][m] = _mm512_dpbf16_ps(parts[r][m], weights, load_bf16(x + (k + 32 * half) * M + m * 32));
-            }
-        };
-        auto end_group = [&]() __attribute__((always_inline)) {
-            for (int r = 0; r < BLOCK_ROWS; r++) {
-                const __m512 scale = _mm512_set1_ps(widen(scales[g * BLOCK_ROWS + r]));
-                const __m512 zero = _mm512_set1_ps(zeros ? zeros[g * BLOCK_ROWS + r] / 16.f : 0);  // in each of 16 lanes
-                for (int m = 0; m < M; m++) {
-                    if (zeros) parts[r][m] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g - n * G]), parts[r][m]);
-                    sums[r][m] = _mm512_fmadd_ps(parts[r][m], scale, sums[r][m]);
-                    parts[r][m] = _mm512_setzero_ps();
-                }
-            }
-            g++, left = group;
-        };
-        for (int64_t k = 0; k < K; k += 64, p += BLOCK_ROWS * 64) {
-            for (int r = 0; r < BLOCK_ROWS; r++) fetch(p + 64 * r);
-            if constexpr (GROUPS) {
-                _mm_prefetch((const char*)(scales + g * BLOCK_ROWS) + PREFETCH_BYTES / 16, _MM_HINT_T0);
-                for (int half = 0; half < 2; half++) {
-                    for (int r = 0; r < BLOCK_ROWS; r++) add(k, r, half);
-                    if (!(left -= 32)) end_group();
-                }
-            } else {
-                for (int r = 0; r < BLOCK_ROWS; r++)
-                    for (int half = 0; half < 2; half++) add(k, r, half);
-            }
-        }
-        if (!GROUPS) end_group();
-        for (int r = 0; r < BLOCK_ROWS; r++)
-            for (int m = 0; m < M; m++) y[m * N + n * BLOCK_ROWS + r] = narrow(_mm512_reduce_add_ps(sums[r][m]));
-    }
-}
-
-template <class Scale>
-static void int8_unpack(const int8_t* w, const Scale* scales, const int8_t* zeros, int64_t K, int64_t group, int64_t block,
-                        bf16* out) {
-    for (int64_t k = 0; k < K; k += 32)
-        for (int r = 0; r < BLOCK_ROWS; r++) {
-            const int8_t* p = w + (block * K + k / 64 * 64) * BLOCK_ROWS + 64 * r + k % 64;
-            const int64_t at = (block * (K / group) + k / group) * BLOCK_ROWS + r;
-            const __m512 scale = _mm512_set1_ps(widen(scales[at]));
-            const __m512i zero = _mm512_set1_epi32(zeros ? zeros[at] : 0);
-            for (int i = 0; i < 32; i += 16) {
-                const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i)));
-                const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, zero)), scale);
-                store_narrow(out + r * K + k + i, values);
-            }
-        }
-}
-
-// The sums of each group of the rows of x: [M, K / group].
-static const float* group_totals(const bf16* x, int64_t M, int64_t K, int64_t group) {
-    static thread_local std::vector<float> buffer;
-    buffer.resize(M * (K / group));
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    for (int64_t i = 0; i < M * (K / group); i++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < group; k += 32) sum = _mm512_dpbf16_ps(sum, load_bf16(x + i * group + k), ones);
-        buffer[i] = _mm512_reduce_add_ps(sum);
-    }
-    return buffer.data();
-}
-
-template <class Scale>
-static void int8_product(const bf16* x, const int8_t* w, const Scale* scales, const int8_t* zeros, bf16* y, int64_t M,
-                         int64_t N, int64_t K, int64_t group, const int64_t* experts) {
-    if (M > MAX_ROWS && !experts)
-        return gemm<BLOCK_ROWS, bf16>(
-            x, y, M, N, K, [=](int64_t block, bf16* out) { int8_unpack(w, scales, zeros, K, group, block, out); });
-    static thread_local std::vector<float> buffer;
-    buffer.resize(M * K);
-    float* wide_x = buffer.data();
-    if (experts || M % MAX_M == 1)  // a pass may have one row; without experts, the last one has
-        for (int64_t k = experts ? 0 : (M - 1) * K; k < M * K; k++) wide_x[k] = widen(x[k]);
-    const int64_t G = K / group;
-    const float* totals = zeros ? group_totals(x, M, K, group) : wide_x;
-    over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(pass.rows, (G == 1 ? int8_blocks<M, false, Scale> : int8_blocks<M, true, Scale>)(
-                              packed, wide_x + pass.row * K, totals + (zeros ? pass.row * G : 0), w, scales, zeros,
-                              y + pass.out(N), N, K, group, first, last))
-    });
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// int4: the lanes of a vector are rows of w, pairs of x are broadcast, and nothing is summed across lanes. What the codes have
-// too much, 16 and the zero point, is taken off the sums: where x is inf, all outputs are NaN.
-
-// The codes number i of each half, as the upper bits of a mantissa: 16 + code.
-static inline __m512bh int4_weights(__m512i words, int i) {
-    const __m512i mantissa = _mm512_set1_epi16(15 << 3), sixteen = _mm512_set1_epi16(0x4180);
-    const __m512i moved = i ? _mm512_srli_epi16(words, 4 * i - 3) : _mm512_slli_epi16(words, 3);
-    return (__m512bh)_mm512_ternarylogic_epi32(moved, mantissa, sixteen, 0xea);  // a & b | c
-}
-
-// 16 + zero of INT4_BLOCK_ROWS rows.
-static inline __m512 int4_zeros(const uint8_t* zeros) {
-    const __m512i mantissa = _mm512_set1_epi32(15 << 19), sixteen = _mm512_set1_epi32(0x41800000);
-    const __m128i bytes = _mm_loadl_epi64((const __m128i*)zeros);
-    const __m512i codes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4)));
-    return (__m512)_mm512_ternarylogic_epi32(_mm512_slli_epi32(codes, 19), mantissa, sixteen, 0xea);
-}
-
-template <int M, class Scale>
-static void int4_blocks(const bf16* x, const float* totals, const uint8_t* w, const Scale* scales, const uint8_t* zeros,
-                        bf16* y, int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    constexpr int PARTS = M == 1 ? 4 : 2;  // sums side by side, since adding to one has to wait for itself
-    const int64_t G = K / group;
-    for (int64_t n = first; n < last; n++) {
-        __m512 sums[M] = {};
-        const uint8_t* p = w + n * INT4_BLOCK_ROWS * K / 2;
-        for (int64_t g = 0; g < G; g++) {
-            // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
-            _mm_prefetch((const char*)(scales + (n * G + g) * INT4_BLOCK_ROWS) + PREFETCH_BYTES / 4, _MM_HINT_T0);
-            _mm_prefetch((const char*)(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2) + PREFETCH_BYTES / 8, _MM_HINT_T0);
-            __m512 parts[M][PARTS] = {};
-            for (int64_t k = g * group; k < (g + 1) * group; k += 32)
-                for (int v = 0; v < 4; v++, p += 64) {
-                    fetch(p);
-                    __m512i words = _mm512_loadu_si512(p);
-                    asm("" : "+v"(words));  // else GCC loads them for each i
-                    for (int i = 0; i < 4; i++) {
-                        const __m512bh weights = int4_weights(words, i);
-                        for (int m = 0; m < M; m++) {
-                            int32_t pair;
-                            std::memcpy(&pair, x + k * M + m * 32 + 8 * v + 2 * i, 4);
-                            __m512& sum = parts[m][i % PARTS];
-                            sum = _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(pair));
-                        }
-                    }
-                }
-            const __m512 zero = int4_zeros(zeros + (n * G + g) * INT4_BLOCK_ROWS / 2);
-            const __m512 scale = load_wide(scales + (n * G + g) * INT4_BLOCK_ROWS);
-            for (int m = 0; m < M; m++) {
-                for (int i = 1; i < PARTS; i++) parts[m][0] = _mm512_add_ps(parts[m][0], parts[m][i]);
-                parts[m][0] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[m * G + g]), parts[m][0]);
-                sums[m] = _mm512_fmadd_ps(parts[m][0], scale, sums[m]);
-            }
-        }
-        for (int m = 0; m < M; m++)
-            store_narrow(y + m * N + n * INT4_BLOCK_ROWS, sums[m]);
-    }
-}
-
-template <class Scale>
-static void int4_unpack(const uint8_t* w, const Scale* scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block,
-                        bf16* out) {
-    // Of four rows, each a quarter of a vector, the word that has a column, and where in the word its code is.
-    alignas(64) uint16_t places[4][32], nibbles[32];
-    for (int column = 0; column < 32; column++) {
-        nibbles[column] = column % 8 / 2 * 4;
-        for (int row = 0; row < 4; row++) places[row][column] = 8 * row + column / 8 * 2 + column % 2;
-    }
-    const __m512 codes = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);  // with 16 added
-    alignas(64) float scale[INT4_BLOCK_ROWS], offset[INT4_BLOCK_ROWS];  // what 16 + zero stands for
-    for (int64_t k = 0; k < K; k += 32) {
-        if (k % group == 0) {
-            const int64_t g = block * (K / group) + k / group;
-            const __m512 wide = load_wide(scales + g * INT4_BLOCK_ROWS);
-            _mm512_store_ps(scale, wide);
-            _mm512_store_ps(offset, _mm512_mul_ps(wide, int4_zeros(zeros + g * INT4_BLOCK_ROWS / 2)));
-        }
-        const __m512i* p = (const __m512i*)(w + (block * K + k) * INT4_BLOCK_ROWS / 2);
-        __m512i twos[4], fours[4];  // the words of rows i, i + 4, i + 8 and i + 12
-        for (int i = 0; i < 2; i++) {
-            twos[2 * i] = _mm512_unpacklo_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
-            twos[2 * i + 1] = _mm512_unpackhi_epi32(_mm512_loadu_si512(p + 2 * i), _mm512_loadu_si512(p + 2 * i + 1));
-        }
-        for (int i = 0; i < 2; i++) {
-            fours[2 * i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
-            fours[2 * i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
-        }
-        for (int r = 0; r < INT4_BLOCK_ROWS; r++) {
-            const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(places[r / 4]), fours[r % 4]);
-            // Exact in fp32 where scales are of 16 bits: codes have 5 bits, scales 11.
-            const __m512 values = _mm512_fmsub_ps(codes, _mm512_set1_ps(scale[r]), _mm512_set1_ps(offset[r]));
-            const __m512i indices = _mm512_srlv_epi16(words, _mm512_load_si512(nibbles));
-            _mm512_storeu_si512(out + r * K + k, (__m512i)look_up(values, indices));
-        }
-    }
-}
-
-template <class Scale>
-static void int4_product(const bf16* x, const uint8_t* w, const Scale* scales, const uint8_t* zeros, bf16* y, int64_t M,
-                             int64_t N, int64_t K, int64_t group, const int64_t* experts) {
-    if (M > MAX_ROWS && !experts)
-        return gemm<INT4_BLOCK_ROWS, bf16>(x, y, M, N, K,
-                                           [=](int64_t block, bf16* out) { int4_unpack(w, scales, zeros, K, group, block, out); });
-    const int64_t G = K / group;
-    const float* totals = group_totals(x, M, K, group);
-    over_rows<INT4_BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(pass.rows, int4_blocks<M, Scale>(packed, totals + pass.row * G, w, scales, zeros, y + pass.out(N), N, K, group,
-                                                first, last))
-    });
-}
+#include "codes.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: parts of a tile. Two values of 16 bits are one cell.
@@ -508,4 +309,39 @@ static void accumulate(const Tile<bf16, bf16>& tile, const bf16* weights, const 
         for (; d + 64 <= width; d += 64) columns(d, std::integral_constant<int, 4>());
         for (; d < width; d += 32) columns(d, std::integral_constant<int, 2>());
     });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Codes, for GEMM
+
+template <int BITS>
+static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block, bf16* out,
+                   int64_t stride) {
+    alignas(64) float scale[CODE_ROWS], zero[CODE_ROWS];
+    for (int64_t k = 0; k < K; k += STEP) {
+        if (k % group == 0) {
+            const int64_t at = (block * (K / group) + k / group) * CODE_ROWS;
+            zeros_of<BITS>(zeros, at, (Floats*)zero);
+            for (int h = 0; h < VECTORS; h++) _mm512_store_ps(scale + LANES * h, scales.vector(at + LANES * h));
+        }
+        __m512i columns[VECTORS][LANES];
+        each_pair<BITS>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+            for (int h = 0; h < VECTORS; h++) columns[h][i] = (__m512i)codes[h];
+        });
+        for (int r = 0; r < CODE_ROWS; r++) {
+            if (r % LANES == 0) transpose(columns[r / LANES]);  // now rows
+            const __m512i codes = columns[r / LANES][r % LANES];
+            bf16* p = out + r * stride + k;
+            if constexpr (BITS == 4) {  // there are 16 values: the codes choose
+                const __m512 all = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
+                const __m256i values = (__m256i)_mm512_cvtneps_pbh((all - zero[r]) * scale[r]);
+                const __m512i places = _mm512_srli_epi16(codes, 3);  // of which four bits count
+                _mm512_storeu_si512(p, _mm512_permutexvar_epi16(places, _mm512_broadcast_i64x4(values)));
+            } else {
+                const __m512 low = (__m512)to_floats((Ints)_mm512_cvtepi16_epi32(_mm512_castsi512_si256(codes)));
+                const __m512 high = (__m512)to_floats((Ints)_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(codes, 1)));
+                _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((high - zero[r]) * scale[r], (low - zero[r]) * scale[r]));
+            }
+        }
+    }
 }

@@ -1,28 +1,28 @@
 // Products of a few rows of activations with a weight that is streamed once from memory.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16 or fp16. cpu.py compiles this file, packs the weights, and has the plain
-// twin of each function. N is a multiple of 4 and K of 32; with int8 weights K is of 64, with int4 N of 16. Of a stack of
-// weights [X, N, K], the experts of a layer, each row of x takes one: those that are chosen are read where they lie.
+// twin of each function. N is a multiple of 4 and K of 32; with int8 and int4 N of CODE_ROWS. Of a stack of weights
+// [X, N, K], the experts of a layer, each row of x takes one: those that are chosen are read where they lie.
 //
 // And attention over the slots of a cache, where the heads that share keys and values read them once; and the halves of
 // a block, which are these with what stands between them.
 //
 // Here is what all instruction sets share: threads, pieces of work, GEMM's frame, attention's, the operators. What
-// computes is in a header for each instruction set, of which the compiler takes one:
+// computes is in a header for each instruction set, of which the compiler takes one, and for int8 and int4 in codes.h:
 //
 //                          avx512.h: AVX-512 with bf16                avx2.h: AVX2, FMA, F16C
 //   x                      bf16                                       bf16, fp16
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
-//   int8, 1 to 8 rows      int8_blocks, codes as bf16; 1 row: fp32    int8_sums, x in 16-bit fixed point
-//   int4, 1 to 8 rows      int4_blocks, codes as bf16                 int4_sums, x in 16-bit fixed point
+//   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
+//   int4, 1 to 8 rows      code_blocks, codes as bf16                 code_blocks, x in 16-bit fixed point
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              score, accumulate: pairs of bf16           score, accumulate: in fp32
 //
-// w of bf16 and fp16 is [N, K] as it is. int8: w [N / 4, K / 64, 4, 64], scales [N / 4, groups, 4], and zeros, int8 or
-// none, as scales; groups are of a multiple of 32 columns. int4: w [N / 16, K / 32, 4, 16] words of 32 bits, each of 8
-// columns of a row: from the low end, the codes of the even ones in its low half and of the odd ones in its high half;
-// scales [N / 16, groups, 16], the zeros as codes too: [N / 16, groups, 8], byte i holds those of rows i and i + 8. A
-// code c stands for (c - zero) * scale.
+// w of bf16 and fp16 is [N, K] as it is. Of int8 and int4, R = CODE_ROWS rows, two vectors of 32 bits, are interleaved:
+// int8 w [N / R, K / 2, R, 2]; int4 w [N / R, K / 8, R] words of 32 bits, each of 8 columns of a row: from the low end,
+// the codes of the even ones in its low half and of the odd ones in its high half. Scales are [N / R, groups, R], in
+// groups of a multiple of 32 columns, and zeros as scales: int8 or none, with int4 codes, [N / R, groups, R / 2], of
+// which byte i holds those of rows i and i + R / 2. A code c stands for (c - zero) * scale.
 //
 // The bytes of w lie in the order in which they are read: one stream a thread, fetched ahead of its use. That is what
 // reaches memory speed; with a stream for each of four rows the same arithmetic reaches half of it.
@@ -47,10 +47,8 @@
 #include "threads.h"
 
 using bf16 = uint16_t;
-constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16 and int8
-// Rows of w in a block of int4; and those of bf16 that are summed up together, since short ones, one by one, would take
-// longer than their product.
-constexpr int INT4_BLOCK_ROWS = 16;
+constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16
+constexpr int SUMMED_ROWS = 16;  // of bf16, together: to sum up short ones one by one would take longer than their product
 constexpr int MAX_M = 8;  // rows of x in one pass; their sums stay in registers
 constexpr int64_t UNPACK_BYTES = 8 << 20;  // of w, which are unpacked together
 constexpr int STEPS_PER_SHARE = 32;  // a thread takes its share of a product in these, and others what is left of it
@@ -174,9 +172,8 @@ struct Pass {
 template <int BLOCK, auto PACK, class T, class Run>
 static void over_passes(const Pass* passes, int64_t count, const T* x, int64_t N, int64_t K, Run run) {
     const int64_t blocks = N / BLOCK, all = count * blocks, threads = num_threads();
-    static_assert(INT4_BLOCK_ROWS % BLOCK == 0);
-    const int64_t several = std::max(N / (threads * STEPS_PER_SHARE), MIN_WEIGHTS_PER_STEP / K) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS;
-    const int64_t step = std::max<int64_t>(INT4_BLOCK_ROWS, several) / BLOCK;
+    const int64_t several = std::max(N / (threads * STEPS_PER_SHARE), MIN_WEIGHTS_PER_STEP / K) / SUMMED_ROWS * SUMMED_ROWS;
+    const int64_t step = std::max<int64_t>({1, SUMMED_ROWS / BLOCK, several / BLOCK});
     static thread_local std::vector<Share> buffer;
     if (int64_t(buffer.size()) < threads) buffer = std::vector<Share>(threads);
     Share* shares = buffer.data();
@@ -221,12 +218,13 @@ static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t
 }
 
 // y = x w^T for many rows of x by GEMM in type W: w is unpacked piece by piece, each used while it is in the cache.
-// unpack(block, out): write the BLOCK rows of a block.
+// unpack(block, out, stride): write the BLOCK rows of a block, so many values apart.
 template <int BLOCK, class W, class T, class Unpack>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
     static thread_local std::vector<Line> buffer;
-    const int64_t most = std::min(N, std::max<int64_t>(INT4_BLOCK_ROWS, UNPACK_BYTES / (K * sizeof(W)) / INT4_BLOCK_ROWS * INT4_BLOCK_ROWS));
-    buffer.resize(most * K * sizeof(W) / sizeof(Line));
+    const int64_t stride = K + 32;  // no power of two, at which rows would share few places of the cache
+    const int64_t most = std::min(N, std::max<int64_t>(BLOCK, UNPACK_BYTES / (K * sizeof(W)) / BLOCK * BLOCK));
+    buffer.resize(most * stride * sizeof(W) / sizeof(Line));
     W* piece = (W*)buffer.data();
     constexpr bool DIRECT = std::is_same_v<T, W>;
     std::vector<W> wide_x(DIRECT ? 0 : M * K), wide_y(DIRECT ? 0 : M * most);
@@ -237,8 +235,8 @@ static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpac
     const Tensor inputs = view(DIRECT ? (const W*)x : wide_x.data(), {M, K}, {K, 1});
     for (int64_t n = 0; n < N; n += most) {
         const int64_t rows = std::min(most, N - n);
-        for_each(rows / BLOCK, [&](int64_t i) { unpack(n / BLOCK + i, piece + i * BLOCK * K); });
-        const Tensor weights = view(piece, {K, rows}, {1, K});
+        for_each(rows / BLOCK, [&](int64_t i) { unpack(n / BLOCK + i, piece + i * BLOCK * stride, stride); });
+        const Tensor weights = view(piece, {K, rows}, {1, stride});
         const Tensor outputs = view(DIRECT ? (const W*)y + n : wide_y.data(), {M, rows}, {DIRECT ? N : rows, 1});
         TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(outputs.get(), inputs.get(), weights.get()));
         if constexpr (!DIRECT)
@@ -451,13 +449,10 @@ static Tensor with_floats(const Tensor& x, const std::vector<int64_t>& sizes, Ru
 template <class T>
 static const T* like(T*, const Tensor& tensor) { return data<T>(tensor); }
 
-// Call run(pointer to the scales, in their type).
-template <class Run>
-static void with_type(const Tensor& scales, Run run) {
+static Scales scales_of(const Tensor& scales) {
     const int32_t type = type_of(scales);
-    if (type == aoti_torch_dtype_float16()) run(data<half>(scales));
-    else if (type == aoti_torch_dtype_float32()) run(data<float>(scales));
-    else run(data<bf16>(scales));
+    if (type == aoti_torch_dtype_float16()) return data<half>(scales);
+    return type == aoti_torch_dtype_float32() ? Scales(data<float>(scales)) : Scales(data<bf16>(scales));
 }
 
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
@@ -476,12 +471,10 @@ static void multiply(const T* x, const Tensors& weight, T* y, int64_t M, int64_t
     const int64_t N = outputs(weight);
     if (weight.size() == 1) return ::bf16_product(x, data<T>(weight[0]), y, M, N, K, experts);
     const int64_t group = K / weight[1].size(weight[1].dim() - 2);
-    with_type(weight[1], [&](auto* scales) {
-        if (type_of(weight[0]) == aoti_torch_dtype_uint8())
-            return ::int4_product(x, data<uint8_t>(weight[0]), scales, data<uint8_t>(weight[2]), y, M, N, K, group, experts);
-        const int8_t* zeros = weight.size() == 3 ? data<int8_t>(weight[2]) : nullptr;
-        ::int8_product(x, data<int8_t>(weight[0]), scales, zeros, y, M, N, K, group, experts);
-    });
+    const auto* codes = (const uint8_t*)weight[0].const_data_ptr();
+    const auto* zeros = weight.size() == 3 ? (const uint8_t*)weight[2].const_data_ptr() : nullptr;
+    if (type_of(weight[0]) == aoti_torch_dtype_uint8()) ::code_product<4>(x, codes, scales_of(weight[1]), zeros, y, M, N, K, group, experts);
+    else ::code_product<8>(x, codes, scales_of(weight[1]), zeros, y, M, N, K, group, experts);
 }
 
 static Tensor product(const Tensor& x, const Tensors& weight, std::optional<Tensor> experts) {

@@ -31,10 +31,10 @@ from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
 from model import MLP, Attention, Block, RMSNorm, Transformer, scaled
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "avx512.h", "avx2.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "codes.h", "avx512.h", "avx2.h")]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
-BLOCK_ROWS, INT4_BLOCK_ROWS = 4, 16  # rows of the weight that the kernels of int8 and int4 interleave
+BLOCK_ROWS = 4  # rows of a bf16 weight that the kernels take together
 
 
 lock = threading.Lock()
@@ -265,23 +265,29 @@ class Avx2Bf16(CpuBf16):
     gemm = CpuLinear.product
 
 
-def interleave(values: Tensor, rows: int) -> Tensor:
-    """Put what so many rows of a weight have for a group beside each other: [N, groups] -> [N / rows, groups, rows]."""
-    return values.unflatten(-2, (-1, rows)).mT
+def code_rows() -> int:
+    """Return R, how many rows of int8 and int4 are interleaved: two vectors of 32 bits."""
+    return 32 if instruction_set() == "avx512" else 16
+
+
+def interleave(values: Tensor) -> Tensor:
+    """Put what `code_rows` rows of a weight have in a column beside each other: [N, C] -> [N / R, C, R]."""
+    return values.unflatten(-2, (-1, code_rows())).mT
 
 
 class CpuInt8(CpuLinear):
-    """codes int8 [N, K], scales and zeros, int8 or None, [N, groups]; codes in tiles of 4 rows and 64 columns."""
+    """codes int8 [N, K]; scales and zeros, int8 or None, [N, groups]. Pairs of codes are interleaved."""
 
     names: tuple[str, ...] = ("weight", "scales")
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None):
         super().__init__(bias)
-        packed = codes.unflatten(-1, (-1, 64)).unflatten(-3, (-1, BLOCK_ROWS)).transpose(-3, -2)
-        self.weight = packed_weight(packed)  # [N / 4, K / 64, 4, 64]
-        self.scales = packed_weight(interleave(scales, BLOCK_ROWS))
+        self.weight = packed_weight(
+            interleave(codes.contiguous().view(torch.int16)), torch.int8
+        )  # [N / R, K / 2, R * 2]
+        self.scales = packed_weight(interleave(scales))
         if zeros is not None:
-            self.zeros, self.names = packed_weight(interleave(zeros, BLOCK_ROWS)), ("weight", "scales", "zeros")
+            self.zeros, self.names = packed_weight(interleave(zeros)), ("weight", "scales", "zeros")
 
 
 class CpuInt4(CpuLinear):
@@ -294,11 +300,11 @@ class CpuInt4(CpuLinear):
         # Eight columns of a row are four bytes: four even ones, two to a byte, then four odd ones.
         first, second = (nibbles[..., i::2].unflatten(-1, (-1, 2)) for i in (0, 1))  # [N, K / 8, 2]
         columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-2)
-        columns = columns.flatten(-2).view(torch.int32).unflatten(-2, (-1, 4))  # [N, K / 32, 4, 1]: moved as numbers
-        packed = columns.unflatten(-4, (-1, INT4_BLOCK_ROWS)).movedim(-4, -2).flatten(-2)
-        self.weight = packed_weight(packed, torch.uint8)  # [N / 16, K / 32, 4, 16 * 4]
-        self.scales = packed_weight(interleave(scales, INT4_BLOCK_ROWS))
-        first, second = interleave(zeros, INT4_BLOCK_ROWS).unflatten(-1, (2, -1)).unbind(-2)
+        self.weight = packed_weight(
+            interleave(columns.flatten(-3).view(torch.int32)), torch.uint8
+        )  # [N / R, K / 8, R * 4]
+        self.scales = packed_weight(interleave(scales))
+        first, second = interleave(zeros).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)
 
 

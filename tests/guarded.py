@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from kernels.cpu import INT4_BLOCK_ROWS, CpuBf16, CpuInt4, CpuInt8, library
+from kernels.cpu import CpuBf16, CpuInt4, CpuInt8, CpuLinear, code_rows, library
 from kernels.layers import MAX_ROWS
 from linears import pack_nibbles, quantize_int4, quantize_int8
 
@@ -37,11 +37,12 @@ def drawn(*shape: int) -> Tensor:
 
 def products(at_end: bool) -> int:
     count = 0
-    for N, K in [(4, 64), (20, 128), (32, 64), (36, 704), (48, 2112)]:
+    for N, K in [(4, 64), (64, 128), (32, 64), (36, 704), (96, 2112)]:
         weight = drawn(N, K)
-        layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None)]
-        layers.append(CpuInt8(*quantize_int8(weight, 32), None, torch.ones(N, K // 32, dtype=torch.int8)))
-        if N % INT4_BLOCK_ROWS == 0:
+        layers: list[CpuLinear] = [CpuBf16(weight, None)]
+        if N % code_rows() == 0:
+            layers.append(CpuInt8(*quantize_int8(weight), None))
+            layers.append(CpuInt8(*quantize_int8(weight, 32), None, torch.ones(N, K // 32, dtype=torch.int8)))
             codes, scales, zeros = quantize_int4(weight, 64)
             layers.append(CpuInt4(pack_nibbles(codes), scales, zeros, None))
         for layer in layers:

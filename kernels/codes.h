@@ -1,0 +1,210 @@
+// Products of x with codes of int8 and int4, for every instruction set: 32 columns at a time, and two vectors of rows.
+//
+// The lanes of a vector are rows of w; pairs of x are broadcast, one instruction multiplies two columns of each lane and
+// adds them up, and nothing is summed across lanes. Pairs are of whole numbers, or, of int4 where there are instructions
+// for it, of bf16, as which its codes are made as fast.
+//
+// In whole numbers, x is in 16-bit fixed point, times a power of two for each STEP columns of a row. Of the largest value
+// there, and of all down to its 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-16 of that largest
+// value at most. The sums of STEP columns, and what zero points take off them, are exact in fp32 with int4, and off by
+// 2^-24 of the largest possible with int8.
+//
+// Vectors are the compiler's own (`vector_size`). Of the instruction set's header it needs Floats, LANES, load_wide,
+// store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of and HAS_BF16.
+
+constexpr int STEP = 32;
+constexpr int VECTORS = 2;  // that hold a number for each row of a block
+constexpr int CODE_ROWS = VECTORS * LANES;
+
+// How x and codes are multiplied, and what x is packed for.
+template <int BITS>
+constexpr bool WHOLE = BITS == 8 || !HAS_BF16;
+
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
+using UnsignedShorts = uint16_t __attribute__((vector_size(4 * LANES)));
+
+template <class Vector>
+static inline Vector load(const void* p) {
+    Vector vector;
+    std::memcpy(&vector, p, sizeof vector);
+    return vector;
+}
+
+static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// Rows of x [K / STEP, M, STEP] as whole numbers or bf16, and [K / STEP, M] each of scales, which STEP columns of whole
+// numbers share, and of sums. A scale is a power of two, or NaN where a value is not finite.
+struct Packed {
+    std::vector<Line> lines;
+    std::vector<float> scales, totals;
+    const int16_t* values() const { return (const int16_t*)lines.data(); }
+};
+
+template <int BITS, class T>
+static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
+    using Narrow = int16_t __attribute__((vector_size(2 * LANES)));
+    static thread_local Packed packed;
+    if (int64_t(packed.scales.size()) < M * K / STEP) {
+        packed.lines.resize(M * K / 32);
+        packed.scales.resize(M * K / STEP);
+        packed.totals.resize(M * K / STEP);
+    }
+    for (int64_t i = 0; i < M * K / STEP; i++) {
+        const T* values = x + i % M * K + i / M * STEP;
+        int16_t* out = (int16_t*)packed.lines.data() + i * STEP;
+        if constexpr (!WHOLE<BITS>) {
+            Floats total = {};
+            for (int j = 0; j < STEP; j += LANES) total += load_wide(values + j);
+            std::memcpy(out, values, STEP * sizeof(T));
+            packed.totals[i] = sum_of(total);
+            continue;
+        }
+        Floats wide[STEP / LANES];
+        Ints most = {}, total = {};  // as integers magnitudes keep their order, and those not finite are above
+        for (int j = 0; j < STEP / LANES; j++) {
+            wide[j] = load_wide(values + LANES * j);
+            const Ints magnitude = (Ints)wide[j] & 0x7fffffff;
+            most = most > magnitude ? most : magnitude;
+        }
+        const int32_t largest = largest_of(most) >> 23;  // exponent
+        const int32_t exponent = std::max(largest, 15);  // so that 2^(14 - exponent) and its inverse are normal numbers
+        const int32_t bits[2] = {(268 - exponent) << 23, (exponent - 14) << 23};
+        float inverse, scale;
+        std::memcpy(&inverse, bits, 4), std::memcpy(&scale, bits + 1, 4);
+        for (int j = 0; j < STEP / LANES; j++) {
+            const Ints whole = (Ints)(wide[j] * inverse + 12582912.f) - 0x4b400000;  // 1.5 * 2^23: rounds, ties to even
+            const Narrow narrow = __builtin_convertvector(whole, Narrow);
+            std::memcpy(out + LANES * j, &narrow, sizeof narrow);
+            total += whole;
+        }
+        packed.scales[i] = largest == 255 ? NAN : scale;
+        packed.totals[i] = sum_of(to_floats(total));
+    }
+    return &packed;
+}
+
+// Scales, whose type is asked when they are read: a function for each type would take long to compile.
+struct Scales {
+    const void* first;
+    int type;  // 0: bf16, 1: fp16, 2: fp32
+    Scales(const bf16* p) : first(p), type(0) {}
+    Scales(const half* p) : first(p), type(1) {}
+    Scales(const float* p) : first(p), type(2) {}
+    const char* place(int64_t i) const { return (const char*)first + (type == 2 ? 4 : 2) * i; }
+    Floats vector(int64_t i) const {
+        const void* p = place(i);
+        return type == 0 ? load_wide((const bf16*)p) : type == 1 ? load_wide((const half*)p) : load_wide((const float*)p);
+    }
+};
+
+// What codes of a block's rows have too much: their zero points, which int8 may not have, and 16 in bf16.
+template <int BITS>
+static inline void zeros_of(const uint8_t* zeros, int64_t i, Floats* wide) {
+    const Ints mask = Ints{} + (BITS == 8 ? -1 : 15);
+    for (int h = 0; h < VECTORS; h++) {
+        const uint8_t* p = zeros + (BITS == 8 ? i + LANES * h : i / 2);
+        const Ints codes = zeros ? (Ints)widen_to_ints(p) : Ints{};
+        wide[h] = to_floats((BITS == 8 ? codes : codes >> 4 * h & mask)) + (WHOLE<BITS> ? 0.f : 16.f);
+    }
+}
+
+// int4's codes number i of each word's halves as bf16, the upper bits of a mantissa: 16 + code.
+static inline Shorts bf16_codes(Shorts words, int i) {
+    return ((i ? (Shorts)((UnsignedShorts)words >> (4 * i - 3)) : words << 3) & (15 << 3)) | 0x4180;
+}
+
+// Call run(i, codes [VECTORS]) for each pair i of the STEP columns of a block of w.
+template <int BITS, class Run>
+static inline void each_pair(const uint8_t* w, Run run) {
+#pragma GCC unroll 4
+    for (int v = 0; v < STEP / 8; v++) {
+        Ints words[VECTORS];
+        for (int h = 0; BITS == 4 && h < VECTORS; h++) {
+            words[h] = load<Ints>(w + 4 * LANES * (VECTORS * v + h));
+            asm("" : "+v"(words[h]));  // else GCC loads them for each i
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            Shorts codes[VECTORS];
+            for (int h = 0; h < VECTORS; h++) {
+                if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
+                else codes[h] = WHOLE<BITS> ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((Shorts)words[h], i);
+            }
+            run(4 * v + i, codes);
+        }
+    }
+}
+
+// Add the products of C rows of x, and STEP columns of a block of w, to sums [C, VECTORS].
+template <int BITS, int C>
+static inline void add_step(const int16_t* x, const float* x_scales, const float* totals, const uint8_t* w, const Floats* scales,
+                            const Floats* zeros, Floats (*sums)[VECTORS]) {
+    constexpr int PARTS = std::max(1, PARALLEL_SUMS / (C * VECTORS));  // side by side, since adding to one waits for itself
+    using Sums = std::conditional_t<WHOLE<BITS>, Ints, Floats>;
+    Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
+    each_pair<BITS>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+        for (int c = 0; c < C; c++) {
+            int32_t pair;
+            std::memcpy(&pair, x + c * STEP + 2 * i, 4);
+            for (int h = 0; h < VECTORS; h++) {
+                if (i < PARTS) parts[c][h][i] = Sums{};
+                add_products(parts[c][h][i % PARTS], codes[h], pair);
+            }
+        }
+    });
+    for (int c = 0; c < C; c++)
+        for (int h = 0; h < VECTORS; h++) {
+            for (int i = 1; i < PARTS; i++) parts[c][h][0] += parts[c][h][i];
+            const Floats exact = __builtin_convertvector(parts[c][h][0], Floats) - zeros[h] * totals[c];
+            sums[c][h] += (WHOLE<BITS> ? exact * x_scales[c] : exact) * scales[h];
+        }
+}
+
+template <int BITS, int M, class T>
+__attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y,
+                                                  int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
+    constexpr int C = M > MOST_SUMS ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
+    constexpr int BYTES = CODE_ROWS * STEP * BITS / 8;
+    w += first * CODE_ROWS * K * BITS / 8;
+    int64_t at = first * (K / group) * CODE_ROWS;
+    for (int64_t n = first; n < last; n++) {
+        Floats sums[M][VECTORS] = {};
+        const int16_t* values = x->values();
+        const float *x_scales = x->scales.data(), *totals = x->totals.data();
+        for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
+            // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
+            _mm_prefetch(scales.place(at) + PREFETCH_BYTES / 4, _MM_HINT_T0);
+            if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + PREFETCH_BYTES / 8, _MM_HINT_T0);
+            Floats zero[VECTORS], scale[VECTORS];
+            zeros_of<BITS>(zeros, at, zero);
+            for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
+            for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
+                for (int i = 0; i < BYTES; i += 64) fetch(w + i);
+                add_step<BITS, C>(values, x_scales, totals, w, scale, zero, sums);
+                if constexpr (M > C)
+                    add_step<BITS, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < VECTORS; h++) store_narrow(y + m * N + n * CODE_ROWS + LANES * h, sums[m][h]);
+    }
+}
+
+// Write the rows of a block, [CODE_ROWS, K], so many values apart.
+template <int BITS>
+static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block, bf16* out,
+                   int64_t stride);
+
+template <int BITS, class T>
+static void code_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
+                         int64_t K, int64_t group, const int64_t* experts) {
+    if constexpr (UNPACKS)
+        if (M > MAX_ROWS && !experts)
+            return gemm<CODE_ROWS, T>(x, y, M, N, K, [=](int64_t block, T* out, int64_t stride) {
+                unpack<BITS>(w, scales, zeros, K, group, block, out, stride);
+            });
+    over_rows<CODE_ROWS, pack_pairs<BITS, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+        WITH_M(pass.rows, code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last))
+    });
+}
