@@ -13,6 +13,8 @@
 // store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of and HAS_BF16.
 
 constexpr int STEP = 32;
+template <int BITS>
+constexpr int AHEAD = 32768 / BITS;  // bytes between the codes that are read and those that are fetched
 constexpr int VECTORS = 2;  // that hold a number for each row of a block
 constexpr int CODE_ROWS = VECTORS * LANES;
 
@@ -122,11 +124,13 @@ static inline void each_pair(const uint8_t* w, Run run) {
         Ints words[VECTORS];
         for (int h = 0; BITS == 4 && h < VECTORS; h++) {
             words[h] = load<Ints>(w + 4 * LANES * (VECTORS * v + h));
+            _mm_prefetch((const char*)w + AHEAD<BITS> + 4 * LANES * (VECTORS * v + h), _MM_HINT_T0);
             asm("" : "+v"(words[h]));  // else GCC loads them for each i
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             Shorts codes[VECTORS];
+            if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), _MM_HINT_T0);
             for (int h = 0; h < VECTORS; h++) {
                 if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
                 else codes[h] = WHOLE<BITS> ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((Shorts)words[h], i);
@@ -140,7 +144,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
 template <int BITS, int C>
 static inline void add_step(const int16_t* x, const float* x_scales, const float* totals, const uint8_t* w, const Floats* scales,
                             const Floats* zeros, Floats (*sums)[VECTORS]) {
-    constexpr int PARTS = std::max(1, PARALLEL_SUMS / (C * VECTORS));  // side by side, since adding to one waits for itself
+    constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side: adding to one waits for itself
     using Sums = std::conditional_t<WHOLE<BITS>, Ints, Floats>;
     Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
     each_pair<BITS>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
@@ -174,13 +178,12 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
         const float *x_scales = x->scales.data(), *totals = x->totals.data();
         for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
             // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
-            _mm_prefetch(scales.place(at) + PREFETCH_BYTES / 4, _MM_HINT_T0);
-            if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + PREFETCH_BYTES / 8, _MM_HINT_T0);
+            _mm_prefetch(scales.place(at) + AHEAD<BITS> / 4, _MM_HINT_T0);
+            if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + AHEAD<BITS> / 8, _MM_HINT_T0);
             Floats zero[VECTORS], scale[VECTORS];
             zeros_of<BITS>(zeros, at, zero);
             for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
             for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
-                for (int i = 0; i < BYTES; i += 64) fetch(w + i);
                 add_step<BITS, C>(values, x_scales, totals, w, scale, zero, sums);
                 if constexpr (M > C)
                     add_step<BITS, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
