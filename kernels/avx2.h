@@ -170,6 +170,11 @@ static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int
 
 #include "codes.h"
 
+template <int BITS, class T>
+static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {
+    return false;  // AMX comes with AVX-512
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention: parts of a tile, in fp32
 

@@ -33,6 +33,14 @@ static inline __m512bh load_first(const bf16* p, int64_t count) {
 static inline __m512i widen_to_shorts(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline __m512i widen_to_ints(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 
+// The same numbers, int16, in bf16, which has 8 bits of them.
+template <class Shorts>
+static inline Shorts to_bf16(Shorts values) {
+    const __m512i v = (__m512i)values;
+    const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(v)), high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(v, 1));
+    return (Shorts)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
+}
+
 // Add the products of pairs of int16, one of which all lanes share.
 template <class Ints, class Shorts>
 static inline void add_products(Ints& sum, Shorts a, int32_t pair) {
@@ -140,8 +148,12 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
     }
 }
 
+// Do the same by tiles, and say whether they are for so many rows.
+static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
+
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
+    if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
     over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
     });
@@ -321,11 +333,11 @@ static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_
     for (int64_t k = 0; k < K; k += STEP) {
         if (k % group == 0) {
             const int64_t at = (block * (K / group) + k / group) * CODE_ROWS;
-            zeros_of<BITS>(zeros, at, (Floats*)zero);
+            zeros_of<BITS, IN_WHOLE<BITS>>(zeros, at, (Floats*)zero);
             for (int h = 0; h < VECTORS; h++) _mm512_store_ps(scale + LANES * h, scales.vector(at + LANES * h));
         }
         __m512i columns[VECTORS][LANES];
-        each_pair<BITS>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+        each_pair<BITS, IN_WHOLE<BITS>>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
             for (int h = 0; h < VECTORS; h++) columns[h][i] = (__m512i)codes[h];
         });
         for (int r = 0; r < CODE_ROWS; r++) {
@@ -345,3 +357,5 @@ static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_
         }
     }
 }
+
+#include "tiles.h"

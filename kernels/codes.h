@@ -10,7 +10,8 @@
 // 2^-24 of the largest possible with int8.
 //
 // Vectors are the compiler's own (`vector_size`). Of the instruction set's header it needs Floats, LANES, load_wide,
-// store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of and HAS_BF16.
+// store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of
+// and HAS_BF16.
 
 constexpr int STEP = 32;
 template <int BITS>
@@ -18,9 +19,9 @@ constexpr int AHEAD = 32768 / BITS;  // bytes between the codes that are read an
 constexpr int VECTORS = 2;  // that hold a number for each row of a block
 constexpr int CODE_ROWS = VECTORS * LANES;
 
-// How x and codes are multiplied, and what x is packed for.
+// Whether codes of so many bits are multiplied in whole numbers, but for tiles (tiles.h), which take bf16.
 template <int BITS>
-constexpr bool WHOLE = BITS == 8 || !HAS_BF16;
+constexpr bool IN_WHOLE = BITS == 8 || !HAS_BF16;
 
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
@@ -43,7 +44,7 @@ struct Packed {
     const int16_t* values() const { return (const int16_t*)lines.data(); }
 };
 
-template <int BITS, class T>
+template <bool WHOLE, class T>
 static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
     using Narrow = int16_t __attribute__((vector_size(2 * LANES)));
     static thread_local Packed packed;
@@ -55,7 +56,7 @@ static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
     for (int64_t i = 0; i < M * K / STEP; i++) {
         const T* values = x + i % M * K + i / M * STEP;
         int16_t* out = (int16_t*)packed.lines.data() + i * STEP;
-        if constexpr (!WHOLE<BITS>) {
+        if constexpr (!WHOLE) {
             Floats total = {};
             for (int j = 0; j < STEP; j += LANES) total += load_wide(values + j);
             std::memcpy(out, values, STEP * sizeof(T));
@@ -100,14 +101,14 @@ struct Scales {
     }
 };
 
-// What codes of a block's rows have too much: their zero points, which int8 may not have, and 16 in bf16.
-template <int BITS>
+// What codes of a block's rows have too much: their zero points, which int8 may not have, and 16 of int4 in bf16.
+template <int BITS, bool WHOLE>
 static inline void zeros_of(const uint8_t* zeros, int64_t i, Floats* wide) {
     const Ints mask = Ints{} + (BITS == 8 ? -1 : 15);
     for (int h = 0; h < VECTORS; h++) {
         const uint8_t* p = zeros + (BITS == 8 ? i + LANES * h : i / 2);
         const Ints codes = zeros ? (Ints)widen_to_ints(p) : Ints{};
-        wide[h] = to_floats((BITS == 8 ? codes : codes >> 4 * h & mask)) + (WHOLE<BITS> ? 0.f : 16.f);
+        wide[h] = to_floats((BITS == 8 ? codes : codes >> 4 * h & mask)) + (BITS == 4 && !WHOLE ? 16.f : 0.f);
     }
 }
 
@@ -116,8 +117,8 @@ static inline Shorts bf16_codes(Shorts words, int i) {
     return ((i ? (Shorts)((UnsignedShorts)words >> (4 * i - 3)) : words << 3) & (15 << 3)) | 0x4180;
 }
 
-// Call run(i, codes [VECTORS]) for each pair i of the STEP columns of a block of w.
-template <int BITS, class Run>
+// Call run(i, codes [VECTORS]) for each pair i of the STEP columns of a block of w; whole numbers, or int4's in bf16.
+template <int BITS, bool WHOLE, class Run>
 static inline void each_pair(const uint8_t* w, Run run) {
 #pragma GCC unroll 4
     for (int v = 0; v < STEP / 8; v++) {
@@ -133,7 +134,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
             if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), _MM_HINT_T0);
             for (int h = 0; h < VECTORS; h++) {
                 if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
-                else codes[h] = WHOLE<BITS> ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((Shorts)words[h], i);
+                if constexpr (BITS == 4) codes[h] = WHOLE ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((Shorts)words[h], i);
             }
             run(4 * v + i, codes);
         }
@@ -145,9 +146,9 @@ template <int BITS, int C>
 static inline void add_step(const int16_t* x, const float* x_scales, const float* totals, const uint8_t* w, const Floats* scales,
                             const Floats* zeros, Floats (*sums)[VECTORS]) {
     constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side: adding to one waits for itself
-    using Sums = std::conditional_t<WHOLE<BITS>, Ints, Floats>;
+    using Sums = std::conditional_t<IN_WHOLE<BITS>, Ints, Floats>;
     Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
-    each_pair<BITS>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+    each_pair<BITS, IN_WHOLE<BITS>>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
         for (int c = 0; c < C; c++) {
             int32_t pair;
             std::memcpy(&pair, x + c * STEP + 2 * i, 4);
@@ -161,7 +162,7 @@ static inline void add_step(const int16_t* x, const float* x_scales, const float
         for (int h = 0; h < VECTORS; h++) {
             for (int i = 1; i < PARTS; i++) parts[c][h][0] += parts[c][h][i];
             const Floats exact = __builtin_convertvector(parts[c][h][0], Floats) - zeros[h] * totals[c];
-            sums[c][h] += (WHOLE<BITS> ? exact * x_scales[c] : exact) * scales[h];
+            sums[c][h] += (IN_WHOLE<BITS> ? exact * x_scales[c] : exact) * scales[h];
         }
 }
 
@@ -181,7 +182,7 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
             _mm_prefetch(scales.place(at) + AHEAD<BITS> / 4, _MM_HINT_T0);
             if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + AHEAD<BITS> / 8, _MM_HINT_T0);
             Floats zero[VECTORS], scale[VECTORS];
-            zeros_of<BITS>(zeros, at, zero);
+            zeros_of<BITS, IN_WHOLE<BITS>>(zeros, at, zero);
             for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
             for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
                 add_step<BITS, C>(values, x_scales, totals, w, scale, zero, sums);
@@ -199,15 +200,21 @@ template <int BITS>
 static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_t K, int64_t group, int64_t block, bf16* out,
                    int64_t stride);
 
+// Do the same by tiles, and say whether they are for so many rows.
+template <int BITS, class T>
+static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
+                           int64_t K, int64_t group);
+
 template <int BITS, class T>
 static void code_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                          int64_t K, int64_t group, const int64_t* experts) {
+    if (!experts && codes_by_tiles<BITS>(x, w, scales, zeros, y, M, N, K, group)) return;
     if constexpr (UNPACKS)
         if (M > MAX_ROWS && !experts)
             return gemm<CODE_ROWS, T>(x, y, M, N, K, [=](int64_t block, T* out, int64_t stride) {
                 unpack<BITS>(w, scales, zeros, K, group, block, out, stride);
             });
-    over_rows<CODE_ROWS, pack_pairs<BITS, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+    over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS>, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last))
     });
 }

@@ -15,6 +15,7 @@
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
 //   int4, 1 to 8 rows      code_blocks, codes as bf16                 code_blocks, x in 16-bit fixed point
+//   4 to 16 rows, AMX      tiles.h: tiles of bf16
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              score, accumulate: pairs of bf16           score, accumulate: in fp32
 //
@@ -159,7 +160,7 @@ struct alignas(64) Share {
     std::atomic<int64_t> next;  // the first block that nobody has taken
 };
 
-// Rows of x that are multiplied together, at most MAX_M, and with which weight of a stack.
+// Rows of x that are multiplied together, and with which weight of a stack.
 struct Pass {
     int64_t row, expert;
     int rows;
@@ -203,13 +204,13 @@ static void over_passes(const Pass* passes, int64_t count, const T* x, int64_t N
 
 // The same for all rows of x [M, K]. experts [M]: which weight of the stack each takes, equal ones beside each other, and
 // all of them are shared out at once; nullptr: there is one weight, which each pass finds in the cache that the one
-// before has filled.
+// before has filled. most: rows of x in one pass.
 template <int BLOCK, auto PACK, class T, class Run>
-static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t* experts, Run run) {
+static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t* experts, Run run, int most = MAX_M) {
     std::vector<Pass> passes;
     for (int64_t m = 0; m < M; m += passes.back().rows) {
         int rows = 1;
-        while (rows < MAX_M && m + rows < M && (!experts || experts[m + rows] == experts[m])) rows++;
+        while (rows < most && m + rows < M && (!experts || experts[m + rows] == experts[m])) rows++;
         passes.push_back({m, experts ? experts[m] : 0, rows});
     }
     const int64_t together = experts ? passes.size() : 1;

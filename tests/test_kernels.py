@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -706,16 +707,28 @@ checkpoint.load_model("checkpoints/demo")
     assert len(result.stderr.splitlines()) == 1, result.stderr  # that the compiler did not work
 
 
-@pytest.mark.parametrize(("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake")])
-def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, march: str) -> None:
-    """This process runs the largest that the CPU has; for a lesser one, what compares with twins runs again."""
+@pytest.mark.parametrize(
+    ("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake"), ("tiles", "sapphirerapids")]
+)
+def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, march: str, tmp_path: Path) -> None:
+    """This process runs the largest that the CPU has; for a lesser one, what compares with twins runs again.
+
+    With AVX-512 it also runs with tiles, which tests/tiles.h computes.
+    """
+    compiler = [os.environ.get("CXX") or "g++"]
     flags = ["-fsyntax-only", "-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).parent / 'include'}"]
     if name == cpu.instruction_set():
         return  # it is what this process runs
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
+    environment = dict(os.environ)
     if name == "avx2":
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "twin or beyond"]
+        command.append("twin or beyond")
+        environment["LLAMA_KERNELS_MARCH"] = march
+    elif name == "tiles" and cpu.instruction_set() == "avx512":
+        command.append("(products or groups) and equal or beyond or alone or share")
+        environment["CXX"] = shlex.join([*compiler, "-include", str(REPO / "tests/tiles.h")])
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
     else:
-        command = [os.environ.get("CXX") or "g++", f"-march={march}", *flags, str(cpu.SOURCES[0])]
-    environment = {**os.environ, "LLAMA_KERNELS_MARCH": march}
+        command = [*compiler, f"-march={march}", *flags, str(cpu.SOURCES[0])]
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stdout + result.stderr

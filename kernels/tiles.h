@@ -1,0 +1,162 @@
+// Products of TILES_FROM to MAX_ROWS rows of x by AMX: tiles of 16 rows of 64 bytes, of which an instruction multiplies
+// two. Its first factor has rows of 32 bf16, its second 16 pairs of columns of 16 rows: w of bf16 lies as the first, and
+// codes as the second.
+//
+// Included by avx512.h. No machine with AMX has measured it yet; tests/tiles.h computes what the instructions do.
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+
+constexpr int TILES_FROM = 4;
+constexpr int AMX_ROWS = 16;
+using TileRow = Line;  // 64 bytes
+
+// Linux lends the tiles' registers to a process that asks for them; a guest or a container may be refused.
+static bool ask_for_tiles() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+static bool tiles_are_for(int64_t M) {
+    static const bool allowed = ask_for_tiles();
+    return allowed && M >= TILES_FROM && M <= MAX_ROWS;
+}
+
+// The shapes of a thread's tiles, while it lives: `rows` rows in the first three tiles, AMX_ROWS in the others. Those that
+// oneDNN has set up come back, since it sets them up only where they are others than its own.
+class Tiles {
+    struct alignas(64) Shapes {
+        uint8_t palette = 0, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } before;
+
+  public:
+    explicit Tiles(int rows) {
+        _tile_storeconfig(&before);
+        Shapes shapes;
+        shapes.palette = 1;
+        for (int i = 0; i < 8; i++) shapes.row_bytes[i] = sizeof(TileRow), shapes.rows[i] = i < 3 ? rows : AMX_ROWS;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() {
+        if (before.palette) _tile_loadconfig(&before);
+        else _tile_release();
+    }
+};
+
+// What a tile is loaded from has been written, and what it is stored to will be read: GCC 12 does not say so itself.
+static inline void tiles_meet_memory() { asm volatile("" ::: "memory"); }
+
+// Put x [M, K] in pairs of columns, [K / 32, 16 pairs, 16 rows]; 0 for rows that x does not have.
+static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
+    static thread_local std::vector<TileRow> buffer;
+    if (int64_t(buffer.size()) < K / 2) buffer.resize(K / 2);
+    for (int64_t k = 0; k < K; k += 32) {
+        __m512i rows[AMX_ROWS];
+        for (int m = 0; m < AMX_ROWS; m++) rows[m] = m < M ? _mm512_loadu_si512(x + m * K + k) : _mm512_setzero_si512();
+        transpose(rows);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(&buffer[k / 2 + i], rows[i]);
+    }
+    return buffer.data();
+}
+
+static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    if (!tiles_are_for(M) || N % AMX_ROWS) return false;
+    over_rows<AMX_ROWS, pack_for_tiles>(x, M, N, K, nullptr, [=](const Pass&, const TileRow* packed, int64_t first, int64_t last) {
+        const Tiles shapes(AMX_ROWS);
+        alignas(64) __m512i sums[4][AMX_ROWS];
+        for (int64_t n = first * AMX_ROWS; n < last * AMX_ROWS; n += AMX_ROWS) {
+            const bf16* p = w + n * K;
+            // Fetched are the rows that come next, in the order of memory.
+#define MULTIPLY(sum, weights, inputs, k)                                                                    \
+    for (int64_t i = 0; i < AMX_ROWS * 32; i += 32) _mm_prefetch((const char*)(p + AMX_ROWS * (K + (k)) + i), _MM_HINT_T1); \
+    _tile_loadd(weights, p + (k), K * sizeof(bf16));                                                         \
+    _tile_loadd(inputs, packed + (k) / 2, sizeof(TileRow));                                                  \
+    _tile_dpbf16ps(sum, weights, inputs)
+            tiles_meet_memory();
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            int64_t k = 0;
+            for (; k + 128 <= K; k += 128) {  // four sums side by side, since adding to one waits for itself
+                MULTIPLY(0, 4, 5, k);
+                MULTIPLY(1, 6, 7, k + 32);
+                MULTIPLY(2, 4, 5, k + 64);
+                MULTIPLY(3, 6, 7, k + 96);
+            }
+            for (; k < K; k += 32) {
+                MULTIPLY(0, 4, 5, k);
+            }
+#undef MULTIPLY
+            _tile_stored(0, sums[0], sizeof(TileRow));
+            _tile_stored(1, sums[1], sizeof(TileRow));
+            _tile_stored(2, sums[2], sizeof(TileRow));
+            _tile_stored(3, sums[3], sizeof(TileRow));
+            tiles_meet_memory();
+            for (int r = 0; r < AMX_ROWS; r++)
+                for (int i = 1; i < 4; i++) sums[0][r] = (__m512i)((__m512)sums[0][r] + (__m512)sums[i][r]);
+            transpose(sums[0]);
+            for (int64_t m = 0; m < M; m++) store_narrow(y + m * N + n, (__m512)sums[0][m]);
+        }
+    }, MAX_ROWS);
+    return true;
+}
+
+template <int BITS, class T>
+static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
+                           int64_t K, int64_t group) {
+    if (!tiles_are_for(M)) return false;
+    over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, [=](const Pass&, const Packed* packed, int64_t first, int64_t last) {
+        const Tiles shapes(M);
+        alignas(64) Shorts codes[VECTORS][AMX_ROWS];
+        alignas(64) Floats parts[VECTORS][AMX_ROWS], sums[VECTORS][AMX_ROWS];
+        const uint8_t* p = w + first * CODE_ROWS * K * BITS / 8;
+        int64_t at = first * (K / group) * CODE_ROWS;
+        for (int64_t n = first; n < last; n++) {
+            for (int h = 0; h < VECTORS; h++) std::fill(sums[h], sums[h] + M, Floats{});
+            const int16_t* values = packed->values();
+            const float* totals = packed->totals.data();
+            for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
+                float total[AMX_ROWS] = {};
+                _tile_zero(0);
+                _tile_zero(1);
+                for (int64_t k = 0; k < group; k += STEP, p += CODE_ROWS * STEP * BITS / 8, values += M * STEP, totals += M) {
+                    each_pair<BITS, false>(p, [&](int i, const Shorts* pair) __attribute__((always_inline)) {
+                        for (int h = 0; h < VECTORS; h++) codes[h][i] = BITS == 8 ? to_bf16(pair[h]) : pair[h];
+                    });
+                    for (int64_t m = 0; m < M; m++) total[m] += totals[m];
+                    tiles_meet_memory();
+                    _tile_loadd(2, values, sizeof(TileRow));
+                    _tile_loadd(3, codes[0], sizeof(TileRow));
+                    _tile_loadd(4, codes[1], sizeof(TileRow));
+                    _tile_dpbf16ps(0, 2, 3);
+                    _tile_dpbf16ps(1, 2, 4);
+                }
+                _tile_stored(0, parts[0], sizeof(TileRow));
+                _tile_stored(1, parts[1], sizeof(TileRow));
+                tiles_meet_memory();
+                Floats zero[VECTORS];
+                zeros_of<BITS, false>(zeros, at, zero);
+                for (int h = 0; h < VECTORS; h++) {
+                    const Floats scale = scales.vector(at + LANES * h);
+                    for (int64_t m = 0; m < M; m++) sums[h][m] += (parts[h][m] - zero[h] * total[m]) * scale;
+                }
+            }
+            for (int64_t m = 0; m < M; m++)
+                for (int h = 0; h < VECTORS; h++) store_narrow(y + m * N + n * CODE_ROWS + LANES * h, sums[h][m]);
+        }
+    }, MAX_ROWS);
+    return true;
+}
+
+#else
+
+static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
+
+template <int BITS, class T>
+static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {
+    return false;
+}
+
+#endif
