@@ -340,7 +340,7 @@ def has_attention(attn: Attention) -> bool:
 
 def has_mlp(mlp: nn.Module) -> TypeGuard[MLP]:
     """Say whether mlp_block computes a feed-forward."""
-    return isinstance(mlp, MLP) and mlp.gate_up_proj.bias is None and have_kernels(mlp.gate_up_proj, mlp.down_proj)
+    return isinstance(mlp, MLP) and have_kernels(mlp.gate_up_proj, mlp.down_proj) and mlp.gate_up_proj.bias is None
 
 
 def have_kernels(first: nn.Module, last: nn.Module) -> bool:

@@ -631,7 +631,7 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
     for changes, taken in [({}, True), *((other, False) for other in others)]:
         model = random_model(raw | changes, dtype=torch.bfloat16)
         assert isinstance(model.layers[0], CpuBlock) == taken, changes
-    for changes in ({"mlp_bias": True}, {"intermediate_size": 98}):  # attention alone
+    for changes in ({"mlp_bias": True}, {"intermediate_size": 98}, {"intermediate_size": 97}):  # attention alone
         block = random_model(raw | changes, dtype=torch.bfloat16).layers[0]
         assert isinstance(block, CpuBlock) and block.mlp_arguments is None
     assert not isinstance(random_model(raw, dtype=torch.float32).layers[0], CpuBlock)
