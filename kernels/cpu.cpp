@@ -10,7 +10,7 @@
 // Here is what all instruction sets share: threads, pieces of work, GEMM's frame, attention's, the operators. What
 // computes is in a header for each instruction set, of which the compiler takes one, and for int8 and int4 in codes.h:
 //
-//                          avx512.h: AVX-512 with bf16                avx2.h: AVX2, FMA, F16C
+//                          avx512.h: AVX-512 with bf16 and VNNI       avx2.h: AVX2, FMA, F16C
 //   x                      bf16                                       bf16, fp16
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
@@ -284,12 +284,12 @@ static void by_rows(int64_t row, int64_t rows, Run run) {
     if constexpr (MOST > 1) by_rows<MOST - 1>(row, rows, run);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
 #else
-#error "kernels for AVX-512 with bf16, or AVX2 with FMA and F16C"
+#error "kernels for AVX-512 with bf16 and VNNI, or AVX2 with FMA and F16C"
 #endif
 
 // Buffers of a thread, for a tile.

@@ -707,6 +707,10 @@ checkpoint.load_model("checkpoints/demo")
     assert len(result.stderr.splitlines()) == 1, result.stderr  # that the compiler did not work
 
 
+COMPILER = os.environ.get("CXX") or "g++"
+FLAGS = ["-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).parent / 'include'}", str(cpu.SOURCES[0])]
+
+
 @pytest.mark.parametrize(
     ("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake"), ("tiles", "sapphirerapids")]
 )
@@ -715,8 +719,6 @@ def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, ma
 
     With AVX-512 it also runs with tiles, which tests/tiles.h computes.
     """
-    compiler = [os.environ.get("CXX") or "g++"]
-    flags = ["-fsyntax-only", "-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).parent / 'include'}"]
     if name == cpu.instruction_set():
         return  # it is what this process runs
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
@@ -726,9 +728,16 @@ def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, ma
         environment["LLAMA_KERNELS_MARCH"] = march
     elif name == "tiles" and cpu.instruction_set() == "avx512":
         command.append("(products or groups) and equal or beyond or alone or share")
-        environment["CXX"] = shlex.join([*compiler, "-include", str(REPO / "tests/tiles.h")])
+        environment["CXX"] = shlex.join([COMPILER, "-include", str(REPO / "tests/tiles.h")])
         environment["XDG_CACHE_HOME"] = str(tmp_path)
     else:
-        command = [*compiler, f"-march={march}", *flags, str(cpu.SOURCES[0])]
+        command = [COMPILER, "-fsyntax-only", f"-march={march}", *FLAGS]
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_without_all_instructions_of_avx512_those_of_avx2_run() -> None:
+    """As where a virtual machine hides some."""
+    command = [COMPILER, "-E", "-march=cooperlake", "-mno-avx512vnni", *FLAGS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert 'INSTRUCTION_SET[] = "avx2"' in result.stdout, result.stderr
