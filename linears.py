@@ -1,8 +1,8 @@
 """int8 and int4 weights: the linears as they are stored, and their arithmetic, plain and the same for every device.
 
 A code c stands for (c - zero) * scale, with a scale for each group of input columns, which may be a whole row. A group
-may have a zero point of its own; else it is 0 in int8 and 8 in int4. Activations stay floats, but for the kernels for
-AVX2, which turn them into 16-bit fixed point. `quantize.py` makes these linears, `formats.py` reads them and
+may have a zero point of its own; else it is 0 in int8 and 8 in int4. Activations stay floats, but for kernels of x86
+CPUs, which turn them into 16-bit fixed point. `quantize.py` makes these linears, `formats.py` reads them and
 `compressed.py` writes them, and `kernels/` repacks them into what a device's kernels read.
 
 Shapes: N outputs, K inputs; a stack of experts has one more dimension in front, [X, N, K].

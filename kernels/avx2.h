@@ -1,9 +1,7 @@
 // What cpu.cpp needs of AVX2 with FMA and F16C, for x in bf16 and fp16.
 //
 // Weights in bf16 and fp16 are multiplied in fp32, above MAX_ROWS rows of x by GEMM. Codes of int8 and int4 are
-// multiplied in integers, which is faster than GEMM in fp32 at any number of rows: each row of x is
-// in 16-bit fixed point, times a power of two for each STEP columns, 32 or 64. Of the largest value there, and of all down to its
-// 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-16 of that largest value at most.
+// multiplied in whole numbers.
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
 
@@ -11,7 +9,8 @@ constexpr char INSTRUCTION_SET[] = "avx2";
 constexpr bool TAKES_HALF = true;  // models in float16
 constexpr bool HAS_BF16 = false;
 constexpr bool UNPACKS = false;    // codes take these products at any number of rows, which are faster than GEMM in fp32
-constexpr int PARALLEL_SUMS = 4, MOST_SUMS = 5;  // of whole numbers, in codes.h
+constexpr int PARALLEL_SUMS = 4;   // vectors of them, in codes.h
+constexpr int REGISTER_ROWS = 5;   // of x, whose sums stay in registers there
 constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
 using Floats = __m256;

@@ -1,4 +1,5 @@
-// What cpu.cpp needs of AVX-512 with bf16: products in fp32 sums of pairs of bf16 (vdpbf16ps), attention likewise.
+// What cpu.cpp needs of AVX-512 with bf16 and VNNI: products in fp32 sums of pairs of bf16 (vdpbf16ps), of int8 in sums
+// of pairs of int16 (vpdpwssd), and attention in fp32 sums.
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
 
@@ -7,7 +8,8 @@ constexpr bool TAKES_HALF = false;  // models in float16
 constexpr bool HAS_BF16 = true;
 constexpr bool UNPACKS = true;      // codes above MAX_ROWS, for GEMM
 constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
-constexpr int PARALLEL_SUMS = 20, MOST_SUMS = 8;  // of whole numbers, in codes.h
+constexpr int PARALLEL_SUMS = 20;   // vectors of them, in codes.h
+constexpr int REGISTER_ROWS = 8;    // of x, whose sums stay in registers there
 
 using Floats = __m512;
 constexpr int LANES = 16;

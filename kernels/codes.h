@@ -5,13 +5,12 @@
 // for it, of bf16, as which its codes are made as fast.
 //
 // In whole numbers, x is in 16-bit fixed point, times a power of two for each STEP columns of a row. Of the largest value
-// there, and of all down to its 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-16 of that largest
+// there, and of all down to its 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-15 of that largest
 // value at most. The sums of STEP columns, and what zero points take off them, are exact in fp32 with int4, and off by
 // 2^-24 of the largest possible with int8.
 //
 // Vectors are the compiler's own (`vector_size`). Of the instruction set's header it needs Floats, LANES, load_wide,
-// store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of
-// and HAS_BF16.
+// store_narrow, widen_to_shorts, widen_to_ints, add_products, largest_of, sum_of and HAS_BF16.
 
 constexpr int STEP = 32;
 template <int BITS>
@@ -106,15 +105,14 @@ template <int BITS, bool WHOLE>
 static inline void zeros_of(const uint8_t* zeros, int64_t i, Floats* wide) {
     const Ints mask = Ints{} + (BITS == 8 ? -1 : 15);
     for (int h = 0; h < VECTORS; h++) {
-        const uint8_t* p = zeros + (BITS == 8 ? i + LANES * h : i / 2);
-        const Ints codes = zeros ? (Ints)widen_to_ints(p) : Ints{};
+        const Ints codes = zeros ? (Ints)widen_to_ints(zeros + (BITS == 8 ? i + LANES * h : i / 2)) : Ints{};
         wide[h] = to_floats((BITS == 8 ? codes : codes >> 4 * h & mask)) + (BITS == 4 && !WHOLE ? 16.f : 0.f);
     }
 }
 
 // int4's codes number i of each word's halves as bf16, the upper bits of a mantissa: 16 + code.
-static inline Shorts bf16_codes(Shorts words, int i) {
-    return ((i ? (Shorts)((UnsignedShorts)words >> (4 * i - 3)) : words << 3) & (15 << 3)) | 0x4180;
+static inline Shorts bf16_codes(UnsignedShorts words, int i) {
+    return (Shorts)(((i ? words >> (4 * i - 3) : words << 3) & (15 << 3)) | 0x4180);
 }
 
 // Call run(i, codes [VECTORS]) for each pair i of the STEP columns of a block of w; whole numbers, or int4's in bf16.
@@ -134,7 +132,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
             if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), _MM_HINT_T0);
             for (int h = 0; h < VECTORS; h++) {
                 if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
-                if constexpr (BITS == 4) codes[h] = WHOLE ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((Shorts)words[h], i);
+                if constexpr (BITS == 4) codes[h] = WHOLE ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((UnsignedShorts)words[h], i);
             }
             run(4 * v + i, codes);
         }
@@ -169,7 +167,7 @@ static inline void add_step(const int16_t* x, const float* x_scales, const float
 template <int BITS, int M, class T>
 __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y,
                                                   int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
-    constexpr int C = M > MOST_SUMS ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
+    constexpr int C = M > REGISTER_ROWS ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
     constexpr int BYTES = CODE_ROWS * STEP * BITS / 8;
     w += first * CODE_ROWS * K * BITS / 8;
     int64_t at = first * (K / group) * CODE_ROWS;
@@ -178,7 +176,7 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
         const int16_t* values = x->values();
         const float *x_scales = x->scales.data(), *totals = x->totals.data();
         for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
-            // A block's scales and zeros have an eighth of its codes' bytes at most, and are fetched at least as early.
+            // Scales have a quarter of the codes' bytes at most, zeros an eighth: they are fetched at least as early.
             _mm_prefetch(scales.place(at) + AHEAD<BITS> / 4, _MM_HINT_T0);
             if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + AHEAD<BITS> / 8, _MM_HINT_T0);
             Floats zero[VECTORS], scale[VECTORS];

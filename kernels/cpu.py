@@ -1,8 +1,8 @@
 """Products with a few rows, and attention, at memory speed on x86 CPUs: cpu.cpp and its layers.
 
-cpu.cpp is compiled when a model first needs it, and kept in the user's cache: for AVX-512 with bf16 where the CPU has
-them, else for AVX2. LLAMA_KERNELS_MARCH holds it to less, as the compiler's -march (x86-64-v3: AVX2). The plain twin of
-each product is `F.linear` with the dequantized weight, that of attention `model.attention`.
+cpu.cpp is compiled when a model first needs it, and kept in the user's cache: for AVX-512 with bf16 and VNNI where the
+CPU has them, else for AVX2. LLAMA_KERNELS_MARCH holds it to less, as the compiler's -march (x86-64-v3: AVX2). The plain
+twin of each product is `F.linear` with the dequantized weight, that of attention `model.attention`.
 """
 
 import contextlib
@@ -284,9 +284,8 @@ class CpuInt8(CpuLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None):
         super().__init__(bias)
-        self.weight = packed_weight(
-            interleave(codes.contiguous().view(torch.int16)), torch.int8
-        )  # [N / R, K / 2, R * 2]
+        pairs = interleave(codes.contiguous().view(torch.int16))  # [N / R, K / 2, R]
+        self.weight = packed_weight(pairs, torch.int8)
         self.scales = packed_weight(interleave(scales))
         if zeros is not None:
             self.zeros, self.names = packed_weight(interleave(zeros)), ("weight", "scales", "zeros")
@@ -302,9 +301,8 @@ class CpuInt4(CpuLinear):
         # Eight columns of a row are four bytes: four even ones, two to a byte, then four odd ones.
         first, second = (nibbles[..., i::2].unflatten(-1, (-1, 2)) for i in (0, 1))  # [N, K / 8, 2]
         columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-2)
-        self.weight = packed_weight(
-            interleave(columns.flatten(-3).view(torch.int32)), torch.uint8
-        )  # [N / R, K / 8, R * 4]
+        words = interleave(columns.flatten(-3).view(torch.int32))  # [N / R, K / 8, R]
+        self.weight = packed_weight(words, torch.uint8)
         self.scales = packed_weight(interleave(scales))
         first, second = interleave(zeros).unflatten(-1, (2, -1)).unbind(-2)
         self.zeros = packed_weight(first | second << 4)

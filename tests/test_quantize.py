@@ -26,7 +26,7 @@ from config import parse_config, read_config
 from engine import generate
 from generate import main
 from gptq import Calibration, gptq, gptq_stack
-from kernels.cpu import CpuInt8, dtypes
+from kernels.cpu import CpuInt4, CpuInt8, code_rows, dtypes
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8
 from kernels.optimize import optimize_
 from linears import (
@@ -232,14 +232,19 @@ def test_layers_stay_alike_where_float16_loses_the_scales_of_one() -> None:
 
 
 def test_the_kernels_run_where_the_shape_allows() -> None:
-    def kind(form: Form, N: int, K: int) -> type:
-        layer = on_this_device(quantize_linear(filled(N, K), form), torch.float32)
+    def kind(form: Form, N: int, K: int, dtype: torch.dtype = torch.float32) -> type:
+        layer = on_this_device(quantize_linear(filled(N, K), form), dtype)
         return type(getattr(layer, "stored", layer))
 
     assert kind(Form(8), 64, 128) is AtenInt8
     assert kind(Form(8), 63, 61) is StoredLinear
     assert kind(Form(4, 32, has_zeros=True), 64, 128) is AtenInt4
     assert kind(Form(4, 32, has_zeros=True), 64, 172) is StoredLinear
+    # 48 outputs are whole blocks of AVX2's kernels, and not of AVX-512's.
+    taken = torch.bfloat16 in dtypes() and 48 % code_rows() == 0
+    assert kind(Form(8), 48, 128, torch.bfloat16) is (CpuInt8 if taken else AtenInt8)
+    assert kind(Form(4, 32, has_zeros=True), 48, 128, torch.bfloat16) is (CpuInt4 if taken else AtenInt4)
+    assert kind(Form(8, 32), 36, 128, torch.bfloat16) is StoredLinear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
