@@ -3,8 +3,8 @@
 #
 # Common belief: minimum and maximum restrict the value, and change nothing about how a number may be written.
 # Behaviour: any bound, one that no answer comes near too, takes the exponent away. A model that writes 1e-5 for a
-# probability between 0 and 1 has «1» when it learns that no e may follow. What is left is the end, or «1.» and zeros: the
-# answer is 1, it is valid, and nothing shows it. With 0.1 and 0.3 as bounds 0.10 may be written and 0.30 may not.
+# probability between 0 and 1 has «1» when it learns that no e may follow. What is left is the end, or «1.» and zeros:
+# the answer is 1, it is valid, and nothing shows it. With 0.1 and 0.3 as bounds 0.10 may be written and 0.30 may not.
 # Seen: «no bound: 1e-5 True, 0.00001 True, after 1 comes e: True», «minimum 0: 1e-5 False, 0.00001 True, after 1 comes
 # e: False», «minimum 0, maximum 1: after 1 come ['.', 'end']», «minimum 0.1, maximum 0.3: 0.10 True, 0.30 False».
 set -eu

@@ -5,8 +5,8 @@
 # Behaviour: the choice's own characters are compared, not those of JSON. A quotation mark ends the string, so of the
 # choice 6" the only answer is "6", which is another value. A line break has to be written raw, which is no JSON. A
 # backslash can be written as it should, or as the start of an escape that changes the text. const does the same.
-# Seen, as Python writes strings: «'6"': '"6\\""' False, '"6"' True», «'a\nb': '"a\\nb"' False, '"a\nb"' True», «'C:\\new':
-# '"C:\\\\new"' True, '"C:\\nnew"' True», the last of which reads as two lines.
+# Seen, as Python writes strings: «'6"': '"6\\""' False, '"6"' True», «'a\nb': '"a\\nb"' False, '"a\nb"' True»,
+# «'C:\\new': '"C:\\\\new"' True, '"C:\\nnew"' True», the last of which reads as two lines.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # tokenizers 0.23.3: the Metaspace decoder and the first token of a text.
 #
-# Common belief: the decoder gives each ▁ back as a space, and takes off the one at the start that the encoder put there.
+# Common belief: the decoder gives each ▁ back as a space, and takes off the one at the start that the encoder put
+# there.
 # Behaviour: of the first token it drops every ▁, wherever it stands. A token of several words, or of an indent, which
 # split=False lets a trainer make, loses its spaces if it comes first, and keeps them anywhere else. Programs that
 # decode token by token see every token first.
-# Seen: «'in the end' -> ['▁in▁the', '▁end'] -> 'inthe end'», «'    x' -> ['▁▁▁▁', 'x'] -> 'x'», «'end in the' -> ['▁end',
-# '▁in▁the'] -> 'end in the'».
+# Seen: «'in the end' -> ['▁in▁the', '▁end'] -> 'inthe end'», «'    x' -> ['▁▁▁▁', 'x'] -> 'x'», «'end in the' ->
+# ['▁end', '▁in▁the'] -> 'end in the'».
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

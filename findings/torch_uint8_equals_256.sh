@@ -3,9 +3,9 @@
 #
 # Common belief: a comparison is one of values: no uint8 equals 256, and every one is below it, as in numpy. At worst
 # the number is refused.
-# Behaviour: the number is wrapped to the tensor's dtype first. So in byte-level ids kept as uint8 «ids == 256», a search
-# for an end-of-text token, finds the byte 0, «ids < 256» is false everywhere, and «ids != -1» is false for 255. A
-# zero-dimensional tensor in place of the number does the same, one of one dimension does not. torch.compile agrees.
+# Behaviour: the number is wrapped to the tensor's dtype first. So in byte-level ids kept as uint8 «ids == 256», a
+# search for an end-of-text token, finds the byte 0, «ids < 256» is false everywhere, and «ids != -1» is false for 255.
+# A zero-dimensional tensor in place of the number does the same, one of one dimension does not. torch.compile agrees.
 # Seen: ids [0, 65, 255], «== 256: torch [True, False, False], numpy [False, False, False]», «< 256: torch [False,
 # False, False], numpy [True, True, True]», «!= -1: torch [True, True, False], numpy [True, True, True]».
 set -eu
