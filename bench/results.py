@@ -91,6 +91,8 @@ def begin(module: str, folder: Path, *names: str, device: str | None = None, **c
     """
     hardware = [name_hardware(device)] if device else []
     path = folder / ("_".join([str(datetime.date.today()), *map(make_slug, hardware), *names]) + ".json")
+    if path.parent != folder:
+        raise ValueError(f"--name {names[-1]} names a folder too; leave out its slashes, and give that as --output_dir")
     if os.path.lexists(path):  # a link to nowhere too
         raise ValueError(f"{path} exists already; remove it, or choose another --name or --output_dir")
     check_folder(folder)

@@ -153,6 +153,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> tuple[Subject, str]:
             raise ValueError(f"--speculate {what}: expected {', '.join(names)} or the folder of a model made for chat")
     if args.speculate is not None and (args.only is not None or args.compare):
         raise ValueError("--speculate measures nothing else; leave out --only and --compare")
+    if args.only == [] and not args.compare:
+        raise ValueError(f"--only names no group; give some of {', '.join(GROUPS)}, or --compare too")
     alone = [name for name in ("speculate", "compare") if getattr(args, name)]
     alone += [f"only {group}" for group in ALONE if group in (args.only or [])]
     if alone and ranks.count > 1:

@@ -499,6 +499,8 @@ def test_a_scheme_that_there_is_not_is_one_line_that_names_the_option(config, ca
         (["--samples", "0"], "--samples"),
         (["--config", "absent.json"], "--config absent.json is no file"),
         (["--speculate", "demo", "--only", "decode"], "leave out --only"),
+        (["--only"], "--only names no group; give some of start, "),
+        (["--only", "decode", "--name", "a/b"], "--name a/b names a folder too; leave out its slashes"),
         (["--speculate", "absent"], "--speculate absent: expected demo, demo-eager, shapes or the folder"),
         (["--gpt_fast", "."], "--gpt_fast is for --compare"),
         (["--compare", "--gpt_fast", "."], "--gpt_fast . is no checkout of gpt-fast"),
