@@ -142,9 +142,12 @@ def template_kwargs(text: str) -> dict[str, Any]:
 
 def read_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt -: the input is not UTF-8: {error}") from None
+    if not text:  # or a first --prompt - has read it all
+        raise ValueError("--prompt -: the input is empty; give a text, or --prompt '' to begin with none")
+    return text.removesuffix("\n")
 
 
 @dataclass(frozen=True)

@@ -727,7 +727,7 @@ def test_a_path_that_is_no_folder_or_has_no_config_is_refused_by_its_path(tmp_pa
     (tmp_path / "file").touch()
     (tmp_path / "odd" / "config.json").mkdir(parents=True)
     for path in (tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(FileNotFoundError, match=f"{path} is not a folder"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not a folder; name one or organization/name"):
             load_model(path)
     for path in (tmp_path, tmp_path / "odd"):
         with pytest.raises(FileNotFoundError, match=f"{path} has no config.json"):
