@@ -81,7 +81,7 @@ def make_library() -> Path | None:
         if not path.is_file():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if sys.stderr.isatty():
-                print("compiling kernels/cpu.cpp for this CPU, once: about 20 s", file=sys.stderr)
+                print("compiling kernels/cpu.cpp for this CPU, once: 5 to 20 s", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:  # other processes may be compiling it too
                 built = Path(temporary, path.name)
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
