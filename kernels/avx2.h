@@ -31,7 +31,7 @@ static inline void store_narrow(T* p, __m256 values) {
 
 // Of 8 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
 template <class T>
-static inline __m256 load_first(const T* p, int64_t count) {
+static inline __m256 load_cells(const T* p, int64_t count) {
     if (count >= 8) return load_wide(p);
     T values[8] = {};
     if (count > 0) std::memcpy(values, p, count * sizeof(T));
@@ -175,12 +175,18 @@ static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention: parts of a tile, in fp32
+// Attention, in fp32
 
-constexpr int SLOTS = 32;
+constexpr int SLOTS = 32;  // taken together
 constexpr int PER_CELL = 1;
+constexpr int VECTORS_OF_SUMS = 2;
 using Cell = float;
+using Cells = __m256;
 using Weight = float;
+
+static inline void add_products(__m256& sum, __m256 a, float b) { sum += a * b; }
+static inline void store_narrow(float* p, __m256 values) { _mm256_storeu_ps(p, values); }
+static inline void pair_up(__m256*) {}
 
 template <class T>
 static const float* queries_of(const T* q, int64_t count) {
@@ -188,18 +194,6 @@ static const float* queries_of(const T* q, int64_t count) {
     buffer.resize(count);
     for (int64_t i = 0; i < count; i++) buffer[i] = widen(q[i]);
     return buffer.data();
-}
-
-// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-static inline __m256 exponential(__m256 x) {
-    x = _mm256_max_ps(_mm256_set1_ps(-87), x);  // below, next to nothing; NaN stays, as the second operand
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    __m256 y = _mm256_set1_ps(1.f / 720);
-    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
 // Transpose 8 x 8 values.
@@ -220,111 +214,8 @@ static inline void transpose(__m256* v) {
     }
 }
 
-// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
-template <class Tile>
-static void columns_of(const Tile& tile, int64_t first, int64_t last, float* keys) {
-    for (int64_t t = 0; t < SLOTS; t += 8)
-        for (int64_t d = 0; d < tile.D; d += 8) {
-            __m256 rows[8];
-            for (int64_t i = 0; i < 8; i++) {
-                const auto* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
-                if (d % 32 == 0) fetch(k + d);
-                rows[i] = load_first(k + d, tile.D - d);
-            }
-            transpose(rows);
-            for (int64_t i = 0; i < 8; i++) _mm256_store_ps(keys + (d + i) * SLOTS + t, rows[i]);
-        }
-}
-
-// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
-template <class Tile>
-static void score(const Tile& tile, int64_t first, int64_t last, const float* keys, float* scores) {
-    const __m256 scale = _mm256_set1_ps(1 / std::sqrt(float(tile.D)));
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
-        constexpr int R = count;
-        const float* queries[R];
-        for (int i = 0; i < R; i++) queries[i] = tile.row(r0 + i);
-        for (int64_t t = 0; t < SLOTS; t += 16) {
-            __m256 sums[R][2] = {};
-            for (int64_t d = 0; d < tile.D; d++) {
-                const __m256 low = _mm256_load_ps(keys + d * SLOTS + t), high = _mm256_load_ps(keys + d * SLOTS + t + 8);
-                for (int i = 0; i < R; i++) {
-                    const __m256 q = _mm256_broadcast_ss(queries[i] + d);
-                    sums[i][0] = _mm256_fmadd_ps(q, low, sums[i][0]);
-                    sums[i][1] = _mm256_fmadd_ps(q, high, sums[i][1]);
-                }
-            }
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < 2; j++) {
-                    const int64_t slot = first + t + 8 * j, left = std::min<int64_t>(8, last - slot);
-                    const uint8_t* mask = tile.mask + (r0 + i) / tile.G * tile.slots + slot;
-                    uint64_t bytes = 0;
-                    if (left == 8) std::memcpy(&bytes, mask, 8);
-                    else if (left > 0) std::memcpy(&bytes, mask, left);
-                    const __m256i seen = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
-                    const __m256 unseen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(seen, _mm256_setzero_si256()));
-                    const __m256 score = _mm256_blendv_ps(_mm256_mul_ps(sums[i][j], scale), _mm256_set1_ps(-INFINITY), unseen);
-                    _mm256_storeu_ps(scores + (r0 + i) * SLOTS + t + 8 * j, score);
-                }
-        }
-    });
-}
-
-// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
-static float soften(const float* scores, float* weights, float& largest, float& total) {
-    __m256 most = _mm256_set1_ps(largest), sum = _mm256_setzero_ps();
-    for (int i = 0; i < SLOTS; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + i));
-    const float now = largest_of(most), shrink = largest == now ? 1 : std::exp(largest - now);
-    for (int i = 0; i < SLOTS; i += 8) {
-        const __m256 score = _mm256_loadu_ps(scores + i);
-        const __m256 seen = _mm256_cmp_ps(score, _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        const __m256 weight = _mm256_and_ps(seen, exponential(_mm256_sub_ps(score, _mm256_set1_ps(now))));
-        _mm256_storeu_ps(weights + i, weight);
-        sum = _mm256_add_ps(sum, weight);
-    }
-    largest = now;
-    total = total * shrink + sum_of(sum);
-    return shrink;
-}
-
 // A bit for each of SLOTS bytes: whether it is not 0.
 static inline uint64_t flags_of(const uint8_t* seen) {
     const __m256i zero = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)seen), _mm256_setzero_si256());
     return uint32_t(~_mm256_movemask_epi8(zero));
-}
-
-// Widen slots [first, first + SLOTS) of v; 0 for those that no query sees: they may hold anything, NaN too.
-// seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
-template <class Tile>
-static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t seen, float* values) {
-    for (int64_t t = 0; t < SLOTS; t++)
-        for (int64_t d = 0; d < tile.width(); d += 8, values += 8) {
-            const auto* p = tile.v + std::min(first + t, last - 1) * tile.D + d;
-            if (d % 32 == 0) fetch(p);
-            _mm256_storeu_ps(values, load_first(p, seen >> t & 1 ? tile.D - d : 0));
-        }
-}
-
-// Add weights x v of a block of slots to the rows' outputs [rows, width].
-template <class Tile>
-static void accumulate(const Tile& tile, const float* weights, const float* values, float* out) {
-    const int64_t width = tile.width();
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
-        constexpr int R = count;
-        for (int64_t d = 0; d < width; d += 16) {
-            __m256 sums[R][2];
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < 2; j++) sums[i][j] = _mm256_loadu_ps(out + (r0 + i) * width + d + 8 * j);
-            for (int64_t t = 0; t < SLOTS; t++) {
-                const __m256 low = _mm256_loadu_ps(values + t * width + d), high = _mm256_loadu_ps(values + t * width + d + 8);
-                for (int i = 0; i < R; i++) {
-                    const __m256 weight = _mm256_broadcast_ss(weights + (r0 + i) * SLOTS + t);
-                    sums[i][0] = _mm256_fmadd_ps(weight, low, sums[i][0]);
-                    sums[i][1] = _mm256_fmadd_ps(weight, high, sums[i][1]);
-                }
-            }
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < 2; j++) _mm256_storeu_ps(out + (r0 + i) * width + d + 8 * j, sums[i][j]);
-        }
-    });
 }

@@ -26,11 +26,6 @@ static inline void store_narrow(bf16* p, __m512 values) {
 
 static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
-static inline __m512bh load_first(const bf16* p, int64_t count) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
-}
-
 // Bytes with a sign, as many as a vector takes.
 static inline __m512i widen_to_shorts(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline __m512i widen_to_ints(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -58,6 +53,7 @@ static inline void add_products(__m512& sum, Shorts a, int32_t pair) {
 template <class Ints>
 static inline int32_t largest_of(Ints v) { return _mm512_reduce_max_epi32((__m512i)v); }
 
+static inline float largest_of(__m512 v) { return _mm512_reduce_max_ps(v); }
 static inline float sum_of(__m512 v) { return _mm512_reduce_add_ps(v); }
 
 // The first half of adding up two vectors, each in itself: what is left of them takes turns in the lanes.
@@ -164,24 +160,20 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
 #include "codes.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention: parts of a tile. Two values of 16 bits are one cell.
+// Attention: two values of 16 bits are one cell
 
 constexpr int SLOTS = 64;  // taken together
 constexpr int PER_CELL = 2;
-using Cell = uint32_t;
+constexpr int VECTORS_OF_SUMS = 4;
+using Cell = int32_t;
+using Cells = __m512i;
 using Weight = bf16;
 
 static const bf16* queries_of(const bf16* q, int64_t) { return q; }
 
-// exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-100), x);  // below, nothing in bf16; NaN stays, as the second operand
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.f / 720);
-    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(y, n);
+// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
+static inline __m512i load_cells(const bf16* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
 }
 
 // Transpose 16 x 16 values of 32 bits.
@@ -209,120 +201,19 @@ static inline void transpose(__m512i* v) {
     }
 }
 
-// Put k of slots [first, first + SLOTS) in columns. Where there is none, `last` - 1 stands for it.
-static void columns_of(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, uint32_t* keys) {
-    for (int64_t t = 0; t < SLOTS; t += 16)
-        for (int64_t d = 0; d < tile.D; d += 32) {
-            __m512i rows[16];
-            for (int64_t i = 0; i < 16; i++) {
-                const bf16* k = tile.k + std::min(first + t + i, last - 1) * tile.D;
-                fetch(k + d);
-                rows[i] = (__m512i)load_first(k + d, tile.D - d);
-            }
-            transpose(rows);
-            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(keys + (d / 2 + i) * SLOTS + t, rows[i]);
-        }
-}
-
-// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
-static void score(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, const uint32_t* keys, float* scores) {
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(tile.D)));
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
-        constexpr int R = count;
-        __m512 sums[R][SLOTS / 16] = {};
-        for (int64_t d = 0; d < tile.D; d += 2)
-            for (int i = 0; i < R; i++) {
-                int32_t pair;
-                std::memcpy(&pair, tile.row(r0 + i) + d, 4);
-                for (int j = 0; j < SLOTS / 16; j++) {
-                    const __m512bh k = load_bf16((const bf16*)(keys + d / 2 * SLOTS + 16 * j));
-                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(pair), k);
-                }
-            }
-        for (int i = 0; i < R; i++)
-            for (int64_t t = first, j = 0; t < first + SLOTS; t += 16, j++) {
-                const int64_t left = std::max<int64_t>(0, last - t);
-                const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
-                __m128i bytes = _mm_maskz_loadu_epi8(there, tile.mask + (r0 + i) / tile.G * tile.slots + t);
-                __m512 score = _mm512_set1_ps(-INFINITY);
-                score = _mm512_mask_mul_ps(score, _mm_test_epi8_mask(bytes, bytes), sums[i][j], scale);
-                _mm512_storeu_ps(scores + (r0 + i) * SLOTS + t - first, score);
-            }
-    });
-}
-
-// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
-static float soften(const float* scores, bf16* weights, float& largest, float& total) {
-    __m512 most = _mm512_set1_ps(largest);
-    for (int i = 0; i < SLOTS; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
-    float now = _mm512_reduce_max_ps(most), shrink = largest == now ? 1 : std::exp(largest - now);
-    __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < SLOTS; i += 16) {
-        __m512 score = _mm512_loadu_ps(scores + i);
-        __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, _mm512_set1_ps(now))));
-        store_narrow(weights + i, weight);
-        sum = _mm512_add_ps(sum, weight);
-    }
-    largest = now;
-    total = total * shrink + _mm512_reduce_add_ps(sum);
-    return shrink;
-}
-
 // A bit for each of 64 bytes: whether it is not 0.
 static inline uint64_t flags_of(const uint8_t* seen) {
     const __m512i flags = _mm512_loadu_si512(seen);
     return _mm512_test_epi8_mask(flags, flags);
 }
 
-// Put slots [first, first + SLOTS) of v in pairs; 0 for those that no query sees: they may hold anything, NaN too.
-// seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
-static void values_of(const Tile<bf16, bf16>& tile, int64_t first, int64_t last, uint64_t seen, uint32_t* pairs) {
-    alignas(64) uint16_t places[2][32];  // of two vectors beside each other: the first halves in turn, and the second ones
-    for (int i = 0; i < 32; i++)
-        for (int half = 0; half < 2; half++) places[half][i] = i / 2 + 16 * half + i % 2 * 32;
-    const __m512i low = _mm512_load_si512(places[0]), high = _mm512_load_si512(places[1]);
-    for (int64_t t = 0; t < SLOTS; t += 2)
-        for (int64_t d = 0; d < tile.D; d += 32) {
-            __m512i v[2];
-            for (int i = 0; i < 2; i++) {
-                const bf16* p = tile.v + std::min(first + t + i, last - 1) * tile.D + d;
-                fetch(p);
-                v[i] = (__m512i)load_first(p, seen >> (t + i) & 1 ? tile.D - d : 0);
-            }
-            _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(v[0], low, v[1]));
-            _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(v[0], high, v[1]));
-            pairs += 32;
-        }
-}
-
-// Add weights x v of a block of slots to the rows' outputs [rows, width].
-static void accumulate(const Tile<bf16, bf16>& tile, const bf16* weights, const uint32_t* all_pairs, float* out) {
-    const int64_t width = tile.width();
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
-        constexpr int R = count;
-        auto columns = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
-            constexpr int V = vectors;  // many sums side by side, since adding to one has to wait for itself
-            __m512 sums[R][V];
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) sums[i][j] = _mm512_loadu_ps(out + (r0 + i) * width + d + 16 * j);
-            for (int64_t t = 0; t < SLOTS; t += 2) {
-                __m512bh pairs[V];
-                for (int j = 0; j < V; j++) pairs[j] = load_bf16((const bf16*)(all_pairs + t / 2 * width + d + 16 * j));
-                for (int i = 0; i < R; i++) {
-                    int32_t pair;
-                    std::memcpy(&pair, weights + (r0 + i) * SLOTS + t, 4);
-                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
-                    for (int j = 0; j < V; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], weight, pairs[j]);
-                }
-            }
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) _mm512_storeu_ps(out + (r0 + i) * width + d + 16 * j, sums[i][j]);
-        };
-        int64_t d = 0;
-        for (; d + 64 <= width; d += 64) columns(d, std::integral_constant<int, 4>());
-        for (; d < width; d += 32) columns(d, std::integral_constant<int, 2>());
-    });
+// Turn two slots' values into pairs: those of the first half of the columns, and those of the second.
+static inline void pair_up(__m512i* slots) {
+    const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008, 0x270007,
+                                         0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), first = slots[0];
+    slots[0] = _mm512_permutex2var_epi16(first, low, slots[1]);
+    slots[1] = _mm512_permutex2var_epi16(first, high, slots[1]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,17 @@ static inline Vector load(const void* p) {
     return vector;
 }
 
+// Hold what has been loaded in a register: else GCC loads it again for each use.
+template <class Vector>
+static inline void keep(Vector& vector) {
+    asm("" : "+v"(vector));
+}
+
+template <class Vector>
+static inline void store(void* p, Vector vector) {
+    std::memcpy(p, &vector, sizeof vector);
+}
+
 static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // Rows of x [K / STEP, M, STEP] as whole numbers or bf16, and [K / STEP, M] each of scales, which STEP columns of whole
@@ -76,8 +87,7 @@ static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
         std::memcpy(&inverse, bits, 4), std::memcpy(&scale, bits + 1, 4);
         for (int j = 0; j < STEP / LANES; j++) {
             const Ints whole = (Ints)(wide[j] * inverse + 12582912.f) - 0x4b400000;  // 1.5 * 2^23: rounds, ties to even
-            const Narrow narrow = __builtin_convertvector(whole, Narrow);
-            std::memcpy(out + LANES * j, &narrow, sizeof narrow);
+            store(out + LANES * j, __builtin_convertvector(whole, Narrow));
             total += whole;
         }
         packed.scales[i] = largest == 255 ? NAN : scale;
@@ -124,7 +134,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
         for (int h = 0; BITS == 4 && h < VECTORS; h++) {
             words[h] = load<Ints>(w + 4 * LANES * (VECTORS * v + h));
             _mm_prefetch((const char*)w + AHEAD<BITS> + 4 * LANES * (VECTORS * v + h), _MM_HINT_T0);
-            asm("" : "+v"(words[h]));  // else GCC loads them for each i
+            keep(words[h]);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {

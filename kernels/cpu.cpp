@@ -7,8 +7,9 @@
 // And attention over the slots of a cache, where the heads that share keys and values read them once; and the halves of
 // a block, which are these with what stands between them.
 //
-// Here is what all instruction sets share: threads, pieces of work, GEMM's frame, attention's, the operators. What
-// computes is in a header for each instruction set, of which the compiler takes one, and for int8 and int4 in codes.h:
+// Here is what all instruction sets share: threads, pieces of work, GEMM's frame, the operators; products of int8 and int4
+// are in codes.h and attention in attention.h, both for all of them. What differs is in a header for each instruction
+// set, of which the compiler takes one:
 //
 //                          avx512.h: AVX-512 with bf16 and VNNI       avx2.h: AVX2, FMA, F16C
 //   x                      bf16                                       bf16, fp16
@@ -17,7 +18,7 @@
 //   int4, 1 to 8 rows      code_blocks, codes as bf16                 code_blocks, x in 16-bit fixed point
 //   4 to 16 rows, AMX      tiles.h: tiles of bf16
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
-//   attention              score, accumulate: pairs of bf16           score, accumulate: in fp32
+//   attention              pairs of bf16                              in fp32
 //
 // w of bf16 and fp16 is [N, K] as it is. Of int8 and int4, R = CODE_ROWS rows, two vectors of 32 bits, are interleaved:
 // int8 w [N / R, K / 2, R, 2]; int4 w [N / R, K / 8, R] words of 32 bits, each of 8 columns of a row: from the low end,
@@ -256,34 +257,6 @@ static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpac
         case 7: { constexpr int M = 7; __VA_ARGS__; break; } case 8: { constexpr int M = 8; __VA_ARGS__; break; } \
     }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Attention: q [B, S, H, D], out the same; of k and v [B, K, slots, D] the first T slots; mask [B, S, T], not 0 where a
-// query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a tile. SLOTS slots are
-// taken together; softmax is carried on from such a block to the next (arXiv:1805.02867).
-
-constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
-
-static inline int64_t whole_vectors(int64_t D) { return (D + 31) / 32 * 32; }
-
-// x's type is T; queries are held as Q, the instruction set's choice.
-template <class T, class Q>
-struct Tile {
-    const Q* q;           // the first query's first head
-    const T *k, *v;       // slot 0
-    const uint8_t* mask;  // of the first query
-    int64_t queries, H, G, D, slots;
-    int64_t rows() const { return queries * G; }
-    int64_t width() const { return whole_vectors(D); }
-    const Q* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
-};
-
-// Call run(row, how many) for rows [row, rows): as many together as MOST says, and then those that are left.
-template <int MOST, class Run>
-static void by_rows(int64_t row, int64_t rows, Run run) {
-    for (; row + MOST <= rows; row += MOST) run(row, std::integral_constant<int, MOST>());
-    if constexpr (MOST > 1) by_rows<MOST - 1>(row, rows, run);
-}
-
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -291,96 +264,7 @@ static void by_rows(int64_t row, int64_t rows, Run run) {
 #else
 #error "kernels for AVX-512 with bf16 and VNNI, or AVX2 with FMA and F16C"
 #endif
-
-// Buffers of a thread, for a tile.
-struct Scratch {
-    std::vector<uint8_t> seen;    // [T], by any query of the tile, and as many zeros as a block may go beyond
-    std::vector<float> scores;    // [rows, SLOTS]
-    std::vector<Weight> weights;  // [rows, SLOTS]
-    std::vector<Line> keys;       // [width / PER_CELL, SLOTS] cells of k
-    std::vector<Cell> values;     // [SLOTS / PER_CELL, width] cells of v
-};
-
-// Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
-// by the total weights, and each row's largest score and total weight.
-template <class Tile>
-static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
-    static thread_local Scratch scratch;
-    scratch.seen.assign(tile.slots + SLOTS, 0);
-    scratch.keys.resize(tile.width() / PER_CELL * SLOTS / 16);
-    scratch.scores.resize(tile.rows() * SLOTS);
-    scratch.weights.resize(tile.rows() * SLOTS);
-    scratch.values.resize(SLOTS / PER_CELL * tile.width());
-    // Found once: where a thread's own variable is takes a call to find out.
-    uint8_t* seen = scratch.seen.data();
-    Cell *keys = (Cell*)scratch.keys.data(), *values = scratch.values.data();
-    float* scores = scratch.scores.data();
-    Weight* weights = scratch.weights.data();
-    for (int64_t s = 0; s < tile.queries; s++)
-        for (int64_t t = 0; t < tile.slots; t++) seen[t] |= tile.mask[s * tile.slots + t];
-    int64_t begin = 0, end = tile.slots;
-    while (end > 0 && !seen[end - 1]) end--;
-    while (begin < end && !seen[begin]) begin++;
-    const int64_t length = end - begin;
-    end = begin + length * (split + 1) / splits;
-    begin += length * split / splits;
-    for (int64_t t = begin; t < end; t += SLOTS) {
-        columns_of(tile, t, end, keys);
-        score(tile, t, end, keys, scores);
-        for (int64_t r = 0; r < tile.rows(); r++) {
-            float shrink = soften(scores + r * SLOTS, weights + r * SLOTS, largest[r], total[r]);
-            if (shrink != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
-        }
-        const uint64_t before_end = end - t < SLOTS ? (1ull << (end - t)) - 1 : ~0ull;  // another split's are not ours
-        values_of(tile, t, end, flags_of(seen + t) & before_end, values);
-        accumulate(tile, weights, values, out);
-    }
-}
-
-template <class T>
-static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T* out, int64_t B,
-                          int64_t S, int64_t H, int64_t K, int64_t slots, int64_t D, int64_t batch_stride,
-                          int64_t head_stride) {
-    if (!B || !S) return;
-    const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
-    const int64_t tasks = B * K * tiles, threads = num_threads();
-    const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
-    // The slots of a task are shared out so that all threads have as much to do.
-    const int64_t splits = std::max<int64_t>(1, std::min(threads / std::gcd(threads, tasks), slots / (2 * SLOTS)));
-    std::vector<float> parts(tasks * splits * size);
-    const auto* all_queries = queries_of(q, B * S * H * D);
-    using ATile = Tile<T, std::remove_cv_t<std::remove_pointer_t<decltype(all_queries)>>>;
-    auto tile_of = [=](int64_t task) {
-        const int64_t b = task / tiles / K, head = task / tiles % K, s = task % tiles * queries;
-        const int64_t at = b * batch_stride + head * head_stride;
-        return ATile{all_queries + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * slots,
-                    std::min(queries, S - s), H, G, D, slots};
-    };
-    auto finish = [=, first_part = parts.data()](int64_t task) {
-        const ATile tile = tile_of(task);
-        float *first = first_part + task * splits * size, *largest = first + queries * G * width;
-        for (int64_t r = 0; r < tile.rows(); r++) {
-            float most = largest[r], total = 0;
-            for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
-            for (int64_t i = 0; i < splits; i++) {
-                const float share = largest[i * size + r] == -INFINITY ? 0 : std::exp(largest[i * size + r] - most);
-                float* sums = first + i * size + r * width;
-                total += share * largest[i * size + queries * G + r];
-                for (int64_t d = 0; d < D; d++) first[r * width + d] = (i ? first[r * width + d] : 0) + share * sums[d];
-            }
-            T* y = out + (tile.row(r) - all_queries);
-            for (int64_t d = 0; d < D; d++) set(y[d], total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
-        }
-    };
-    for_each(tasks * splits, [&](int64_t i) {
-        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
-        std::fill(largest, total, -INFINITY);
-        attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
-        if (splits == 1) finish(i);
-    });
-    if (splits > 1) for_each(tasks, finish);
-}
+#include "attention.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What is between products and attention, rounded where the plain model rounds

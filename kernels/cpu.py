@@ -32,7 +32,7 @@ from linears import frozen_parameter
 from model import MLP, Attention, Block, RMSNorm, Transformer, scaled
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "codes.h", "avx512.h", "tiles.h", "avx2.h")
+    Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "codes.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
 ]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
