@@ -106,7 +106,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     model.py does not have.
     """
     if is_head(raw):
-        raise ValueError("config.json is that of a head, which drafts for a model; give it as --draft_checkpoint_path")
+        raise ValueError("config.json is that of a draft head; give it to generate.py as --draft_checkpoint_path")
     raw = text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:

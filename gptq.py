@@ -1,7 +1,8 @@
-"""GPTQ: int4 codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
+"""GPTQ: codes chosen to keep a layer's products on a calibration text (arXiv:2210.17323).
 
-`quantize.py --mode int4-gptq` is the command. It walks the model block by block: in memory are one block, the Hessians
-of its linears (the sums of x x^T over their inputs x, of length 1), and the hidden states of the calibration text.
+`quantize.py --mode int4-gptq` is the command, or int8-gptq. It walks the model block by block: in memory are one block,
+the Hessians of its linears (the sums of x x^T over their inputs x, of length 1), and the hidden states of the
+calibration text.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linears import Encode, encode_int4, group_parameters, quantizable_linears
+from linears import Encode, Encoded, Form, encode, group_parameters, quantizable_linears
 from model import Block, Transformer
 
 # Columns that are rounded before the rest of the matrix is updated (section 3.3, step 2).
@@ -27,22 +28,23 @@ def gptq(
     hessian: Tensor,
     act_order: bool = True,
     damping: float = DAMPING,
+    bits: int = 4,
     symmetric: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scales and zeros in the form of `quantize_int4`, chosen to keep the products with given inputs.
+) -> Encoded:
+    """Return codes, scales and zeros in the form of `quantize_weight`, chosen to keep the products with given inputs.
 
     hessian [K, K]: the sum of x x^T over the calibration inputs. Columns are rounded one by one, and those not yet
     rounded compensate for the error (algorithm 1). act_order: columns with the largest inputs first; their groups stay
     those of their places in the weight.
     """
     K = weight.shape[1]
-    scales, zeros = group_parameters(weight, group_size, symmetric)
+    scales, zeros = group_parameters(weight, group_size, bits, symmetric)
     order = torch.arange(K, device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
     columns = weight.float().t()[order]  # [K, N]: each column of the weight lies whole in memory
-    codes = torch.empty_like(columns, dtype=torch.uint8)
+    codes = torch.empty_like(columns, dtype=zeros.dtype)
     places = order.tolist()
     for begin in range(0, K, BLOCK_SIZE):
         end = min(begin + BLOCK_SIZE, K)
@@ -50,10 +52,10 @@ def gptq(
         for i in range(begin, end):
             group = places[i] // group_size
             if not act_order and i % group_size == 0:  # by now the group compensates for the errors before it
-                span = group_parameters(columns[i : i + group_size].t(), group_size, symmetric)
+                span = group_parameters(columns[i : i + group_size].t(), group_size, bits, symmetric)
                 scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
             scale, zero = scales[:, group].float(), zeros[:, group].float()
-            codes[i] = encode_int4(columns[i], scale, zero)
+            codes[i] = encode(columns[i], scales[:, group], zeros[:, group])
             error = (columns[i] - (codes[i].float() - zero) * scale) / factor[i, i]
             columns[i + 1 : end] -= factor[i, i + 1 : end, None] * error
             errors[i - begin] = error
@@ -82,18 +84,17 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def gptq_stack(
-    stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], act_order: bool = True, symmetric: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def gptq_stack(stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], **options: Any) -> Encoded:
     """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
 
     counts: the tokens that each expert saw. Fewer tokens than it has inputs say little about other tokens: the fewer,
     the more damping; an expert without any is rounded to nearest. As measured, this is never worse than rounding.
+    options: others of `gptq`.
     """
     K = stack.shape[-1]
     dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
     experts = zip(stack, hessians, dampings, strict=True)
-    encoded = [gptq(weight, group_size, hessian, act_order, damping, symmetric) for weight, hessian, damping in experts]
+    encoded = [gptq(weight, group_size, hessian, damping=damping, **options) for weight, hessian, damping in experts]
     codes, scales, zeros = (torch.stack(values) for values in zip(*encoded, strict=True))
     return codes, scales, zeros
 
@@ -106,26 +107,29 @@ class Calibration:
         model: Transformer,
         table: Tensor,
         windows: Tensor,
+        form: Form,
         act_order: bool = True,
         tick: Callable[[], Any] = lambda: None,
-        symmetric: bool = False,
     ):
-        """model: on the meta device. table: its embedding [V, E]. windows [num, S]: token ids.
+        """model: on the meta device. table: its embedding [V, E]. windows [num, S]: token ids. form: of the codes.
 
         `tick` is called whenever a window has passed through a block, which each does twice.
         """
-        self.options: dict[str, Any] = {"act_order": act_order, "symmetric": symmetric}
+        self.options: dict[str, Any] = {"act_order": act_order, "bits": form.bits, "symmetric": not form.has_zeros}
         self.tick = tick
         self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
         x = model.scale_embedding(F.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
         model.set_rope_(table.device, windows.shape[1])
-        self.contexts = model.block_contexts(positions.unsqueeze(0))
+        self.contexts = [*model.block_contexts(positions.unsqueeze(0)), ()]  # the last is the output head's
         self.layer = 0
 
-    def encoders(self, block: Block) -> dict[str, Encode]:
-        """Run the text through `block` as it is; return, by name of its linears, the functions that choose codes."""
+    def encoders(self, block: nn.Module) -> dict[str, Encode]:
+        """Run the text through `block` as it is; return, by name of its linears, the functions that choose codes.
+
+        block: after all blocks of the model, its norm and output head.
+        """
         children = quantizable_linears(block)
         weights = [(name, child.weight) for name, child in children.items()]
         # Of x x^T of a layer's inputs: [K, K], for a stack [X, K, K].

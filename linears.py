@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from model import Experts, Linear, by_expert
 
-MODES = ("int8", "int4", "int4-gptq")
+MODES = ("int8", "int8-gptq", "int4", "int4-gptq")
 GROUP_SIZES = (32, 64, 128, 256)
 # The least scale, which a row or group of zeros gets, so that nothing is divided by 0.
 MIN_SCALE = 2.0**-40
-# Weight [N, K] and group size to codes [N, K], scales and zeros [N, groups].
-Encode = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+Encoded = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, groups]
+Encode = Callable[[Tensor, int], Encoded]  # of a weight [N, K] and a group size
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,14 @@ def frozen_parameter(tensor: Tensor) -> nn.Parameter:
 # Arithmetic
 
 
-def quantize_int8(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Round weight [N, K] to int8 codes [N, K] and bf16 scales [N, groups], symmetrically; None: a group is a row."""
-    group_size = group_size or weight.shape[-1]
-    weight = weight.float()
-    largest = [group.abs().amax(dim=-1) for group in weight.split(group_size, dim=-1)]
-    scales = (torch.stack(largest, dim=-1) / 127).clamp(min=MIN_SCALE).bfloat16()
-    codes = (weight / spread_groups(scales, weight.shape[-1], group_size).float()).round().clamp(-127, 127)
-    return codes.to(torch.int8), scales
+def quantize_weight(weight: Tensor, group_size: int, bits: int, symmetric: bool = False) -> Encoded:
+    """Round weight [N, K] to the nearest codes, with scales and zeros of `group_parameters`.
 
-
-def quantize_int4(weight: Tensor, group_size: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Round weight [N, K] to codes 0 to 15 [N, K], bf16 scales and zeros 0 to 15 [N, groups].
-
-    A code c stands for (c - zero) * scale; a group's codes span its weights and 0. The last group is shorter where
-    group_size does not divide K.
+    A code c stands for (c - zero) * scale. The last group is shorter where group_size does not divide K.
     """
-    scales, zeros = group_parameters(weight, group_size, symmetric)
+    scales, zeros = group_parameters(weight, group_size, bits, symmetric)
     of_weights = (spread_groups(values, weight.shape[-1], group_size) for values in (scales, zeros))
-    return encode_int4(weight, *of_weights), scales, zeros
+    return encode(weight, *of_weights), scales, zeros
 
 
 def spread_groups(values: Tensor, num_columns: int, group_size: int) -> Tensor:
@@ -98,25 +87,31 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int = 0, group_siz
     return ((groups - zeros) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def group_parameters(weight: Tensor, group_size: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the bf16 scales and uint8 zeros [N, groups] with which the codes span each group's weights and 0.
+def group_parameters(weight: Tensor, group_size: int, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Return bf16 scales and zeros [N, groups] with which the codes span each group's weights and 0.
 
-    symmetric: all zeros are 8, and code 0, the farthest from them, stands for the largest weight: scales have its sign.
+    int8 is symmetric, its zeros are 0. symmetric int4: all zeros are 8, and code 0, the farthest from them, stands for
+    the largest weight: scales have its sign.
     """
     groups = weight.float().split(group_size, dim=-1)
     low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1).clamp(max=0)
     high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1).clamp(min=0)
+    largest = torch.maximum(high, -low)
+    if bits == 8:
+        scales = (largest / 127).clamp(min=MIN_SCALE).bfloat16()
+        return scales, torch.zeros_like(scales, dtype=torch.int8)
     if symmetric:
-        scales = torch.maximum(high, -low).clamp(min=8 * MIN_SCALE) / 8
+        scales = largest.clamp(min=8 * MIN_SCALE) / 8
         scales = torch.where(high > -low, -scales, scales).bfloat16()
         return scales, torch.full_like(scales, 8, dtype=torch.uint8)
     scales = ((high - low) / 15).clamp(min=MIN_SCALE).bfloat16()
     return scales, (-low / scales.float()).round().clamp(0, 15).to(torch.uint8)
 
 
-def encode_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Return the nearest codes, uint8 0 to 15; scales and zeros as large as weight."""
-    return (weight.float() / scales.float() + zeros).round().clamp(0, 15).to(torch.uint8)
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Return the nearest codes: int8 -127 to 127 or int4 0 to 15, in zeros' dtype; all as large as weight."""
+    lowest, highest = (-127, 127) if zeros.dtype == torch.int8 else (0, 15)
+    return (weight.float() / scales.float() + zeros).round().clamp(lowest, highest).to(zeros.dtype)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -188,19 +183,19 @@ def empty_stored(child: Linear | Experts, form: Form) -> StoredLinear:
         return StoredLinear(child.weight.shape, form, getattr(child, "bias", None) is not None)
 
 
-def quantize_linear(child: Linear | Experts, form: Form, encode: Encode | None = None) -> StoredLinear:
+def quantize_linear(child: Linear | Experts, form: Form, choose: Encode | None = None) -> StoredLinear:
     """Return a linear, or a stack of them, quantized; int8 has no zero points here. Its bias is kept.
 
-    encode: chooses the codes of int4; None rounds to nearest.
+    choose: chooses the codes; None rounds to nearest.
     """
     stored = empty_stored(child, form)
-    if form.bits == 8:
-        stored.weight, stored.scales = map(frozen_parameter, quantize_int8(child.weight, form.group_size))
-    else:
-        encode = encode or partial(quantize_int4, symmetric=not form.has_zeros)
-        codes, scales, zeros = encode(child.weight, stored.group_size)
-        stored.weight, stored.scales = frozen_parameter(pack_nibbles(codes)), frozen_parameter(scales)
-        stored.zeros = frozen_parameter(zeros) if form.has_zeros else None
+    choose = choose or partial(quantize_weight, bits=form.bits, symmetric=not form.has_zeros)
+    codes, scales, zeros = choose(child.weight, stored.group_size)
+    stored.weight, stored.scales = (
+        frozen_parameter(codes if form.bits == 8 else pack_nibbles(codes)),
+        frozen_parameter(scales),
+    )
+    stored.zeros = frozen_parameter(zeros) if form.has_zeros else None
     if isinstance(child, Linear):
         stored.bias = child.bias
     return stored

@@ -68,8 +68,11 @@ def quantized_parts(
         yield parameters
         block.to("meta")
     model.lm_head.weight = frozen_parameter(read(head))
-    stored = quantize_linear(model.lm_head, form.head)
-    yield {"norm.weight": read("norm.weight"), **dict(stored.named_parameters("lm_head"))}
+    model.norm.weight, choose = frozen_parameter(read("norm.weight")), None
+    if calibration and form.bits == 8:  # beside int4 blocks rounding the head to nearest does not show
+        [choose] = calibration.encoders(nn.Sequential(model.norm, model.lm_head)).values()
+    stored = quantize_linear(model.lm_head, form.head, choose)
+    yield {"norm.weight": model.norm.weight, **dict(stored.named_parameters("lm_head"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,20 +120,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--symmetric", action="store_true", help="int4 without zero points, which every program reads")
     parser.add_argument("--output_path", type=Path, metavar="DIR", help="default: CHECKPOINT_PATH-int4-g32, say")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
-    gptq = parser.add_argument_group("int4-gptq")
+    gptq = parser.add_argument_group("int4-gptq and int8-gptq")
     gptq.add_argument("--calibration_file", type=Path, metavar="FILE", help="text (what the model itself writes)")
     gptq.add_argument("--calibration_samples", type=number(int, 1), metavar="N", help="windows of that text (64)")
     gptq.add_argument("--calibration_length", type=number(int, 2), metavar="N", help="tokens of a window (512)")
     gptq.add_argument("--act_order", action=argparse.BooleanOptionalAction,
                       help="round the columns with the largest inputs first (yes)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.mode == "int8" and args.symmetric:
-        parser.error("--symmetric does not go with --mode int8, which always is; it is for int4")
+    if args.mode.startswith("int8") and args.symmetric:
+        parser.error(f"--symmetric does not go with --mode {args.mode}, which always is; it is for int4")
     for option in ("calibration_file", "calibration_samples", "calibration_length", "act_order"):
-        if args.mode != "int4-gptq" and getattr(args, option) is not None:
-            parser.error(f"--{option} does not go with --mode {args.mode}; it is for --mode int4-gptq")
+        if not args.mode.endswith("-gptq") and getattr(args, option) is not None:
+            name = option if getattr(args, option) else f"no-{option}"
+            parser.error(f"--{name} does not go with --mode {args.mode}; it is for int4-gptq and int8-gptq")
     args.act_order = args.act_order is not False
-    args.groupsize = args.groupsize or (-1 if args.mode == "int8" else 32)
+    args.groupsize = args.groupsize or (-1 if args.mode.startswith("int8") else 32)
     return args
 
 
@@ -138,7 +142,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     """windows [num, S]: ids for GPTQ in place of those that the options name."""
     check_device(args.device)
     reader = ModelReader(args.checkpoint_path)  # it says at once if layers are missing
-    bits = 8 if args.mode == "int8" else 4
+    bits = 8 if args.mode.startswith("int8") else 4
     form = Form(bits, args.groupsize if args.groupsize > 0 else None, has_zeros=bits == 4 and not args.symmetric)
     if reader.forms:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
@@ -153,15 +157,15 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         return reader.read(name).to(args.device)
 
     with new_folder(output_path) as folder:  # first, since the calibration takes long
-        if args.mode == "int4-gptq" and windows is None:
+        if args.mode.endswith("-gptq") and windows is None:
             windows = calibration_windows(args, source.config)
         num_steps = len(quantizable_linears(source)) - 1
-        num_steps += 0 if windows is None else 2 * len(source.layers) * len(windows)
+        num_steps += 0 if windows is None else (2 * len(source.layers) + (bits == 8)) * len(windows)
         with tqdm(total=num_steps, desc=args.mode, dynamic_ncols=True, disable=None) as bar:
             calibration = None
             if windows is not None:
                 table = read("embed_tokens.weight")
-                calibration = Calibration(source, table, windows, args.act_order, bar.update, args.symmetric)
+                calibration = Calibration(source, table, windows, form, args.act_order, bar.update)
             parts = quantized_parts(source, read, form, calibration, bar.update)
             pending: dict[str, Tensor] = {}
 

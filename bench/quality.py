@@ -39,7 +39,7 @@ from scripts.train_demo import CALIBRATION_MODULES, HELD_OUT, library_text
 from tokenizer import load_tokenizer
 
 INT4 = [f"{mode}-g{size}{sym}" for sym in ("", "-sym") for size in (32, 128) for mode in ("int4", "int4-gptq")]
-NAMES = ["int8", "int8-g128", *INT4]
+NAMES = ["int8", "int8-g128", "int8-gptq-g128", *INT4]
 CHAT_SEED = 1  # the calibration has 0
 ROWS = 2  # windows at a time
 COLUMNS = ("text", "form", "MB a step", "perplexity", "change", "mean KL", "median", "90th percentile", "same top")
@@ -67,7 +67,9 @@ def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + torch.ldexp(torch.rand(x.shape, generator=generator) - 0.5, exponents - 8) * (x != 0)
 
 
-def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iterator[tuple[str, int, Logits]]:
+def make_forms(
+    path: Path, names: list[str], windows: Tensor, folder: Path, compare: bool
+) -> Iterator[tuple[str, int, Logits]]:
     """path: the checkpoint in fp32; windows: what GPTQ is calibrated on; folder: for what is written."""
     plain, size = load_model(path, dtype=torch.float32, optimize=False), step_bytes(path)
     yield "bfloat16", size, plain_logits(plain)
@@ -83,11 +85,11 @@ def make_forms(path: Path, windows: Tensor, folder: Path, compare: bool) -> Iter
             peer = llama_cpp.LlamaCpp(file, "cpu", WINDOW)
             yield f"llama.cpp {name}", llama_cpp.step_bytes(file), peer.all_logits
             peer.close()
-    for name in NAMES:
+    for name in names:
         mode, form = SCHEMES[name]
         options = [*quantize_options(form, path, folder / name, mode), "--device", "cpu"]
         with contextlib.redirect_stdout(io.StringIO()):
-            quantize.run(quantize.parse_args(options), windows if mode == "int4-gptq" else None)
+            quantize.run(quantize.parse_args(options), windows if mode.endswith("-gptq") else None)
         model = load_model(folder / name, dtype=torch.float32, optimize=False)
         yield name, step_bytes(folder / name), plain_logits(model)
 
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         report.content |= {"calibration": list(calibration.shape), "texts": shapes}
         print(results.format_row(COLUMNS), "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
         reference: dict[str, list[Tensor]] = {kind: [] for kind in texts}
-        for name, size, logits in make_forms(source, calibration, folder, args.compare):
+        for name, size, logits in make_forms(source, args.forms, calibration, folder, args.compare):
             for kind, windows in texts.items():
                 parts = []
                 for i, ids in enumerate(tqdm(windows.split(ROWS), desc=f"{name}, {kind}", leave=False, disable=None)):
@@ -192,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=demo, help="(checkpoints/demo)")
     parser.add_argument("--text_files", type=Path, nargs="+", default=[], metavar="FILE",
                         help="to evaluate on, each a kind named after it (held-out modules of the demo)")  # fmt: skip
+    parser.add_argument("--forms", nargs="+", choices=SCHEMES, default=NAMES, metavar="FORM",
+                        help=f"by quantize.py's names ({' '.join(NAMES)})")  # fmt: skip
     parser.add_argument("--num_tokens", type=number(int, 2), default=4096, help="of each kind of text (4096)")
     parser.add_argument("--calibration_samples", type=number(int, 1), default=NUM_WINDOWS, help="windows for GPTQ (64)")
     parser.add_argument("--compare", action="store_true", help="add llama.cpp's Q8_0, Q4_0 and Q4_K_M")

@@ -52,7 +52,9 @@ def make_slug(text: str) -> str:
 
 
 def name_command(module: str) -> str:
-    return shlex.join(["python", "-m", f"bench.{module}", *sys.argv[1:]])
+    """Return the command of this process, but for where it writes to, which is a place on one machine."""
+    command = shlex.join(["python", "-m", f"bench.{module}", *sys.argv[1:]])
+    return re.sub(r" --output_dir[ =]('[^']*'|\S+)", "", command)
 
 
 @dataclass

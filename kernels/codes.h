@@ -153,7 +153,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
 template <int BITS, int C>
 static inline void add_step(const int16_t* x, const float* x_scales, const float* totals, const uint8_t* w, const Floats* scales,
                             const Floats* zeros, Floats (*sums)[VECTORS]) {
-    constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side: adding to one waits for itself
+    constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side, as measured: adding to one waits
     using Sums = std::conditional_t<IN_WHOLE<BITS>, Ints, Floats>;
     Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
     each_pair<BITS, IN_WHOLE<BITS>>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {

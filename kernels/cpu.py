@@ -32,7 +32,8 @@ from linears import frozen_parameter
 from model import MLP, Attention, Block, RMSNorm, Transformer, scaled
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("cpu.cpp", "threads.h", "codes.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
+    Path(__file__).with_name(name)
+    for name in ("cpu.cpp", "threads.h", "codes.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
 ]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
@@ -272,32 +273,58 @@ def code_rows() -> int:
     return 32 if instruction_set() == "avx512" else 16
 
 
+def takes_codes(dtype: torch.dtype, weight: Tensor, columns: int) -> bool:
+    """Say whether cpu.cpp takes codes [N, K] in a model of this dtype: of any N, in a stack of multiples of R."""
+    return has_kernel(dtype, weight, code_rows() if weight.ndim > 2 else 1, columns)
+
+
 def interleave(values: Tensor) -> Tensor:
     """Put what `code_rows` rows of a weight have in a column beside each other: [N, C] -> [N / R, C, R]."""
     return values.unflatten(-2, (-1, code_rows())).mT
 
 
-class CpuInt8(CpuLinear):
+def whole_blocks(*tensors: Tensor) -> list[Tensor]:
+    """Add rows of zeros to tensors [N, ...], so that the kernel has whole blocks of R."""
+    missing = -tensors[0].shape[-2] % code_rows()
+    return [F.pad(tensor, (0, 0, 0, missing)) for tensor in tensors] if missing else list(tensors)
+
+
+class CpuCodes(CpuLinear):
+    """int8 and int4, of any N outputs."""
+
+    def __init__(self, N: int, bias: Tensor | None):
+        missing = -N % code_rows()
+        super().__init__(F.pad(bias, (0, missing)) if bias is not None and missing else bias)
+        self.num_outputs = N if missing else None  # of a weight that has been given more
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.num_outputs is None else y[..., : self.num_outputs]
+
+
+class CpuInt8(CpuCodes):
     """codes int8 [N, K]; scales and zeros, int8 or None, [N, groups]. Pairs of codes are interleaved."""
 
     names: tuple[str, ...] = ("weight", "scales")
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None):
-        super().__init__(bias)
-        pairs = interleave(codes.contiguous().view(torch.int16))  # [N / R, K / 2, R]
-        self.weight = packed_weight(pairs, torch.int8)
+        super().__init__(codes.shape[-2], bias)
+        codes, scales, *points = whole_blocks(codes, scales, *([] if zeros is None else [zeros]))
+        pairs = codes.contiguous().view(torch.int16)
+        self.weight = packed_weight(interleave(pairs), torch.int8)  # [N / R, K / 2, R * 2]
         self.scales = packed_weight(interleave(scales))
-        if zeros is not None:
-            self.zeros, self.names = packed_weight(interleave(zeros)), ("weight", "scales", "zeros")
+        if points:
+            self.zeros, self.names = packed_weight(interleave(points[0])), ("weight", "scales", "zeros")
 
 
-class CpuInt4(CpuLinear):
+class CpuInt4(CpuCodes):
     """nibbles uint8 [N, K / 2], two codes each, the even column in the low half; zeros uint8 and scales [N, groups]."""
 
     names = ("weight", "scales", "zeros")
 
     def __init__(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
-        super().__init__(bias)
+        super().__init__(nibbles.shape[-2], bias)
+        nibbles, scales, zeros = whole_blocks(nibbles, scales, zeros)
         # Eight columns of a row are four bytes: four even ones, two to a byte, then four odd ones.
         first, second = (nibbles[..., i::2].unflatten(-1, (-1, 2)) for i in (0, 1))  # [N, K / 8, 2]
         columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-2)
@@ -342,7 +369,8 @@ def has_mlp(mlp: nn.Module) -> TypeGuard[MLP]:
 
 
 def have_kernels(first: nn.Module, last: nn.Module) -> bool:
-    return isinstance(first, CpuLinear) and isinstance(last, CpuLinear) and last.bias is None
+    fit = (isinstance(layer, CpuLinear) and getattr(layer, "num_outputs", None) is None for layer in (first, last))
+    return all(fit) and last.bias is None
 
 
 def has_few_rows(x: Tensor) -> bool:

@@ -102,7 +102,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
 
 def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    if cpu.has_kernel(dtype, stored.weight, cpu.code_rows(), 32) and has_whole_groups(stored):
+    if cpu.takes_codes(dtype, stored.weight, 32) and has_whole_groups(stored):
         return cpu.CpuInt8(stored.weight, stored.scales, stored.bias, stored.zeros)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
         return None
@@ -114,7 +114,7 @@ def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
     if not has_whole_groups(stored):
         return None
     nibbles, zeros = stored.weight, zero_points(stored)
-    if cpu.has_kernel(dtype, nibbles, cpu.code_rows(), 16):
+    if cpu.takes_codes(dtype, nibbles, 16):
         return cpu.CpuInt4(nibbles, stored.scales, zeros, stored.bias)
     if not exact or nibbles.shape[-2] % 16:
         return None

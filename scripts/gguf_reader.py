@@ -38,7 +38,8 @@ class GgufFile:
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; expected a model's .gguf")
+            inside = next((f", such as {file}" for file in sorted(path.glob("*.gguf"))), "")
+            raise FileNotFoundError(f"{path} is not a file; expected a model's .gguf{inside}")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file: it does not begin with GGUF")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.cpu import CpuBf16, CpuInt4, CpuInt8, CpuLinear, code_rows, library
 from kernels.layers import MAX_ROWS
-from linears import pack_nibbles, quantize_int4, quantize_int8
+from linears import pack_nibbles
+from tests.rounded import quantize_int4, quantize_int8
 
 PROT_NONE = 0
 mprotect = ctypes.CDLL(None).mprotect

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import model
 from kernels import cuda
-from linears import dequantize, quantize_int4, quantize_int8
+from linears import dequantize
+from tests.rounded import quantize_int4, quantize_int8
 
 # No bf16 where a kernel has a `tl.dot`, in which the interpreter takes it for whole numbers (Triton 3.7).
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -601,3 +601,9 @@ def test_the_docs_and_the_results_hold_what_the_projection_gives(capsys, tmp_pat
     assert capsys.readouterr().out in (REPO / "docs" / "gpus.md").read_text()
     found, kept = (json.loads(path.read_text()) for path in (tmp_path / "projection.json", kept))
     assert {**found, "command": None} == {**kept, "command": None}
+
+
+def test_a_result_names_its_command_but_not_where_it_was_written(monkeypatch):
+    for place in (["--output_dir", "/a b"], ["--output_dir=c"], []):
+        monkeypatch.setattr(sys, "argv", ["run.py", *place, "--only", *place, "--name", "n"])
+        assert results.name_command("run") == "python -m bench.run --only --name n"

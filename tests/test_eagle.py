@@ -317,7 +317,7 @@ def test_a_head_is_not_taken_for_a_model(tmp_path):
         (generate_module.main, ("--checkpoint_path", path, "--prompt", "a")),
         (quantize_module.main, ("--checkpoint_path", path, "--mode", "int8")),
     ):
-        assert_user_error(run_forked(main, *options, cwd=tmp_path), "a head", "--draft_checkpoint_path")
+        assert_user_error(run_forked(main, *options, cwd=tmp_path), "a draft head", "--draft_checkpoint_path")
     assert [file.name for file in tmp_path.iterdir()] == ["head"]
 
 

@@ -12,13 +12,14 @@ from torch._dynamo.utils import counters
 from checkpoint import load_model
 from engine import generate
 from kernels.optimize import cuda_kernels, optimize_
-from linears import dequantize, quantize_int4, quantize_int8
+from linears import dequantize
 from model import attention, attention_mask
 from quantize import main as quantize
 from random_weights import random_model
 from speculate import Speculation
 from steps import Sampling, compiled, decode, prefill
 from tests.conftest import REPO
+from tests.rounded import quantize_int4, quantize_int8
 from tests.test_graphs import RAW
 
 pytestmark = [
