@@ -194,8 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=demo, help="(checkpoints/demo)")
     parser.add_argument("--text_files", type=Path, nargs="+", default=[], metavar="FILE",
                         help="to evaluate on, each a kind named after it (held-out modules of the demo)")  # fmt: skip
-    parser.add_argument("--forms", nargs="+", choices=SCHEMES, default=NAMES, metavar="FORM",
-                        help=f"by quantize.py's names ({' '.join(NAMES)})")  # fmt: skip
+    parser.add_argument(
+        "--forms", nargs="+", choices=SCHEMES, default=NAMES, metavar="F", help="by quantize.py's names"
+    )
     parser.add_argument("--num_tokens", type=number(int, 2), default=4096, help="of each kind of text (4096)")
     parser.add_argument("--calibration_samples", type=number(int, 1), default=NUM_WINDOWS, help="windows for GPTQ (64)")
     parser.add_argument("--compare", action="store_true", help="add llama.cpp's Q8_0, Q4_0 and Q4_K_M")
