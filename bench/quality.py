@@ -47,9 +47,10 @@ COLUMNS = ("text", "form", "MB a step", "perplexity", "change", "mean KL", "medi
 STRETCH, RESAMPLES = 64, 200
 
 Logits = Callable[[Tensor], Tensor]  # of ids [B, S]: fp32 [B, S, V]
+Measured = tuple[str, int, Logits]  # a form's name, the bytes that a step reads, and its logits
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The forms: each its name, the bytes that a step reads, and its logits
+# The forms
 
 
 def plain_logits(model: Transformer) -> Logits:
@@ -67,9 +68,7 @@ def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + torch.ldexp(torch.rand(x.shape, generator=generator) - 0.5, exponents - 8) * (x != 0)
 
 
-def make_forms(
-    path: Path, names: list[str], windows: Tensor, folder: Path, compare: bool
-) -> Iterator[tuple[str, int, Logits]]:
+def make_forms(path: Path, windows: Tensor, folder: Path, args: argparse.Namespace) -> Iterator[Measured]:
     """path: the checkpoint in fp32; windows: what GPTQ is calibrated on; folder: for what is written."""
     plain, size = load_model(path, dtype=torch.float32, optimize=False), step_bytes(path)
     yield "bfloat16", size, plain_logits(plain)
@@ -78,14 +77,14 @@ def make_forms(
     yield "noise", size, plain_logits(plain)
     for hook in hooks:
         hook.remove()
-    if compare:
+    if args.compare:
         llama_cpp.write_gguf(plain, folder / "plain.gguf")
         for name in llama_cpp.FILE_TYPES:
             file = llama_cpp.quantize_gguf(folder / "plain.gguf", name)
             peer = llama_cpp.LlamaCpp(file, "cpu", WINDOW)
             yield f"llama.cpp {name}", llama_cpp.step_bytes(file), peer.all_logits
             peer.close()
-    for name in names:
+    for name in args.forms:
         mode, form = SCHEMES[name]
         options = [*quantize_options(form, path, folder / name, mode), "--device", "cpu"]
         with contextlib.redirect_stdout(io.StringIO()):
@@ -173,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         report.content |= {"calibration": list(calibration.shape), "texts": shapes}
         print(results.format_row(COLUMNS), "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
         reference: dict[str, list[Tensor]] = {kind: [] for kind in texts}
-        for name, size, logits in make_forms(source, args.forms, calibration, folder, args.compare):
+        for name, size, logits in make_forms(source, calibration, folder, args):
             for kind, windows in texts.items():
                 parts = []
                 for i, ids in enumerate(tqdm(windows.split(ROWS), desc=f"{name}, {kind}", leave=False, disable=None)):
@@ -194,9 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_path", type=checkpoint_folder, default=demo, help="(checkpoints/demo)")
     parser.add_argument("--text_files", type=Path, nargs="+", default=[], metavar="FILE",
                         help="to evaluate on, each a kind named after it (held-out modules of the demo)")  # fmt: skip
-    parser.add_argument(
-        "--forms", nargs="+", choices=SCHEMES, default=NAMES, metavar="F", help="by quantize.py's names"
-    )
+    parser.add_argument("--forms", nargs="+", choices=SCHEMES, default=NAMES, metavar="F", help="quantize.py's names")
     parser.add_argument("--num_tokens", type=number(int, 2), default=4096, help="of each kind of text (4096)")
     parser.add_argument("--calibration_samples", type=number(int, 1), default=NUM_WINDOWS, help="windows for GPTQ (64)")
     parser.add_argument("--compare", action="store_true", help="add llama.cpp's Q8_0, Q4_0 and Q4_K_M")
