@@ -191,10 +191,8 @@ def quantize_linear(child: Linear | Experts, form: Form, choose: Encode | None =
     stored = empty_stored(child, form)
     choose = choose or partial(quantize_weight, bits=form.bits, symmetric=not form.has_zeros)
     codes, scales, zeros = choose(child.weight, stored.group_size)
-    stored.weight, stored.scales = (
-        frozen_parameter(codes if form.bits == 8 else pack_nibbles(codes)),
-        frozen_parameter(scales),
-    )
+    stored.weight = frozen_parameter(codes if form.bits == 8 else pack_nibbles(codes))
+    stored.scales = frozen_parameter(scales)
     stored.zeros = frozen_parameter(zeros) if form.has_zeros else None
     if isinstance(child, Linear):
         stored.bias = child.bias

@@ -127,14 +127,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gptq.add_argument("--act_order", action=argparse.BooleanOptionalAction,
                       help="round the columns with the largest inputs first (yes)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.mode.startswith("int8") and args.symmetric:
+    args.bits = int(args.mode[3])
+    if args.bits == 8 and args.symmetric:
         parser.error(f"--symmetric does not go with --mode {args.mode}, which always is; it is for int4")
     for option in ("calibration_file", "calibration_samples", "calibration_length", "act_order"):
         if not args.mode.endswith("-gptq") and getattr(args, option) is not None:
             name = option if getattr(args, option) else f"no-{option}"
             parser.error(f"--{name} does not go with --mode {args.mode}; it is for int4-gptq and int8-gptq")
     args.act_order = args.act_order is not False
-    args.groupsize = args.groupsize or (-1 if args.mode.startswith("int8") else 32)
+    args.groupsize = args.groupsize or (-1 if args.bits == 8 else 32)
     return args
 
 
@@ -142,8 +143,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     """windows [num, S]: ids for GPTQ in place of those that the options name."""
     check_device(args.device)
     reader = ModelReader(args.checkpoint_path)  # it says at once if layers are missing
-    bits = 8 if args.mode.startswith("int8") else 4
-    form = Form(bits, args.groupsize if args.groupsize > 0 else None, has_zeros=bits == 4 and not args.symmetric)
+    has_zeros = args.bits == 4 and not args.symmetric
+    form = Form(args.bits, args.groupsize if args.groupsize > 0 else None, has_zeros)
     if reader.forms:
         raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
     source = meta_model(reader.raw, forms={})
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}
     target = meta_model(raw)
     specs = tensor_specs(target, reader.dtype)
-    output_path = args.output_path or sibling(args.checkpoint_path, f"-{form}".replace(f"int{bits}", args.mode))
+    output_path = args.output_path or sibling(args.checkpoint_path, f"-{form}".replace(f"int{args.bits}", args.mode))
 
     def read(name: str) -> Tensor:
         return reader.read(name).to(args.device)
@@ -160,7 +161,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         if args.mode.endswith("-gptq") and windows is None:
             windows = calibration_windows(args, source.config)
         num_steps = len(quantizable_linears(source)) - 1
-        num_steps += 0 if windows is None else (2 * len(source.layers) + (bits == 8)) * len(windows)
+        num_steps += 0 if windows is None else (2 * len(source.layers) + (args.bits == 8)) * len(windows)
         with tqdm(total=num_steps, desc=args.mode, dynamic_ncols=True, disable=None) as bar:
             calibration = None
             if windows is not None:

@@ -245,6 +245,8 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
 class CpuLinear(KernelLinear):
     """A linear whose kernel tells by its tensors what form they have."""
 
+    kept_outputs: int | None = None  # where the weight has been given more rows: so many are its own
+
     @staticmethod
     def product(rows: Tensor, *tensors: Tensor, experts: Tensor | None = None) -> Tensor:
         return torch.ops.kernels.product(rows, tensors, experts=experts)
@@ -279,14 +281,12 @@ def takes_codes(dtype: torch.dtype, weight: Tensor, columns: int) -> bool:
 
 
 def interleave(values: Tensor) -> Tensor:
-    """Put what `code_rows` rows of a weight have in a column beside each other: [N, C] -> [N / R, C, R]."""
-    return values.unflatten(-2, (-1, code_rows())).mT
+    """Put what R rows of a weight have in a column beside each other: [N, C] -> [N / R, C, R].
 
-
-def whole_blocks(*tensors: Tensor) -> list[Tensor]:
-    """Add rows of zeros to tensors [N, ...], so that the kernel has whole blocks of R."""
-    missing = -tensors[0].shape[-2] % code_rows()
-    return [F.pad(tensor, (0, 0, 0, missing)) for tensor in tensors] if missing else list(tensors)
+    Rows of zeros fill the last block.
+    """
+    rows = F.pad(values, (0, 0, 0, -values.shape[-2] % code_rows()))
+    return rows.unflatten(-2, (-1, code_rows())).mT
 
 
 class CpuCodes(CpuLinear):
@@ -294,12 +294,12 @@ class CpuCodes(CpuLinear):
 
     def __init__(self, N: int, bias: Tensor | None):
         missing = -N % code_rows()
-        super().__init__(F.pad(bias, (0, missing)) if bias is not None and missing else bias)
-        self.num_outputs = N if missing else None  # of a weight that has been given more
+        super().__init__(bias if bias is None else F.pad(bias, (0, missing)))
+        self.kept_outputs = N if missing else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y if self.num_outputs is None else y[..., : self.num_outputs]
+        return y if self.kept_outputs is None else y[..., : self.kept_outputs]
 
 
 class CpuInt8(CpuCodes):
@@ -309,12 +309,11 @@ class CpuInt8(CpuCodes):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None):
         super().__init__(codes.shape[-2], bias)
-        codes, scales, *points = whole_blocks(codes, scales, *([] if zeros is None else [zeros]))
         pairs = codes.contiguous().view(torch.int16)
         self.weight = packed_weight(interleave(pairs), torch.int8)  # [N / R, K / 2, R * 2]
         self.scales = packed_weight(interleave(scales))
-        if points:
-            self.zeros, self.names = packed_weight(interleave(points[0])), ("weight", "scales", "zeros")
+        if zeros is not None:
+            self.zeros, self.names = packed_weight(interleave(zeros)), ("weight", "scales", "zeros")
 
 
 class CpuInt4(CpuCodes):
@@ -324,7 +323,6 @@ class CpuInt4(CpuCodes):
 
     def __init__(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None):
         super().__init__(nibbles.shape[-2], bias)
-        nibbles, scales, zeros = whole_blocks(nibbles, scales, zeros)
         # Eight columns of a row are four bytes: four even ones, two to a byte, then four odd ones.
         first, second = (nibbles[..., i::2].unflatten(-1, (-1, 2)) for i in (0, 1))  # [N, K / 8, 2]
         columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-2)
@@ -369,7 +367,7 @@ def has_mlp(mlp: nn.Module) -> TypeGuard[MLP]:
 
 
 def have_kernels(first: nn.Module, last: nn.Module) -> bool:
-    fit = (isinstance(layer, CpuLinear) and getattr(layer, "num_outputs", None) is None for layer in (first, last))
+    fit = (isinstance(layer, CpuLinear) and layer.kept_outputs is None for layer in (first, last))
     return all(fit) and last.bias is None
 
 
