@@ -97,8 +97,7 @@ class Head(Transformer):
             rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1)
             features = self.features(self.target_taps[rows, before])
         x = torch.cat((self.embed_tokens(tokens), features), dim=-1)
-        for block, context in zip(self.layers, self.block_contexts(before, slots), strict=True):
-            x = block(x, *context)
+        x = self.run_blocks(self.layers, self.block_contexts(before, slots), x, 0, len(self.layers))
         return self.norm(x) if self.head_config.norm_output else x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -286,13 +287,10 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias or config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias)
 
-        def norm(size: int, parts: Ranks = ONE_RANK) -> RMSNorm | None:
-            return RMSNorm(size, config.rms_norm_eps, config.norm_offset, parts) if config.qk_norm else None
-
-        if config.qk_norm_over_heads:
-            self.q_norm, self.k_norm = norm(q_size, ranks), norm(kv_size, ranks)
-        else:
-            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+        # Of each head by itself, or of all at once, of which each of several ranks has a part.
+        sizes, parts = ((q_size, kv_size), ranks) if config.qk_norm_over_heads else ((config.head_dim,) * 2, ONE_RANK)
+        norms = [RMSNorm(size, config.rms_norm_eps, config.norm_offset, parts) for size in sizes]
+        self.q_norm, self.k_norm = (norm if config.qk_norm else None for norm in norms)
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attention  # or the device's kernel
         self.cache: KVCache | None = None
 
@@ -311,10 +309,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.split_heads(self.qkv_proj(x), cos, sin, positions)
-        if self.cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            k, v = self.cache.update_(positions, k, v, mask.shape[-1])
+        cache, length = self.cache, mask.shape[-1]
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.update_(positions, k, v, length)
         return self.ranks.all_reduce(self.o_proj(self.attend(q, k, v, mask).flatten(2)))
 
 
@@ -381,6 +377,13 @@ class Block(nn.Module):
         return x + scaled(self.mlp_output_norm(y), self.multiplier)
 
 
+def run_blocks(blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int) -> Tensor:
+    """Run x [B, S, E] through the blocks from `first` on, and before `last`; contexts: of all blocks."""
+    for layer in range(first, last):
+        x = blocks[layer](x, *contexts[layer])
+    return x
+
+
 class Transformer(nn.Module):
     """Token ids in, logits out. Without caches each call stands alone; with them it continues the text they hold.
 
@@ -396,6 +399,7 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Block]", blocks)  # a ModuleList's items are typed as Module
+        self.run_blocks: Callable[..., Tensor] = run_blocks  # or the device's, which has them in one call
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, num_local_ids)
         if config.tie_word_embeddings:
@@ -471,11 +475,10 @@ class Transformer(nn.Module):
         positions = positions.expand(tokens.shape)
         contexts, inputs = self.block_contexts(positions, slots), {}
         x = self.scale_embedding(self.embed_tokens(tokens))
-        for layer, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
-            if layer in self.tap_layers:
-                inputs[layer] = x
-            x = block(x, *context)
-        if inputs:
+        for first, last in pairwise(sorted({0, *self.tap_layers, len(self.layers)})):
+            inputs[first] = x
+            x = self.run_blocks(self.layers, contexts, x, first, last)
+        if self.tap_layers:
             rows = torch.arange(len(x), device=x.device).unsqueeze(-1)
             self.taps[rows, positions] = torch.cat([inputs[layer] for layer in self.tap_layers], dim=-1)
         return x

@@ -149,9 +149,11 @@ def keep_needed_guards(guards: Sequence[Any]) -> list[bool]:
     """Say which guards, the conditions for reusing a graph, to keep: all are checked at each token.
 
     Of the layers only the first one's, since they are alike, which `check_layers` sees to once for each model; and none
-    of globals, functions and constants of modules, which nothing changes while a program runs.
+    of what nothing changes while a program runs: globals, functions, methods and hooks.
     """
-    return [re.search(r"\['layers'\]\._modules\['[1-9]|^(dict\()?G\[", guard.name) is None for guard in guards]
+    code = "CLASS_MATCH|CLOSURE_MATCH|DICT_NOT_CONTAINS|EMPTY_NN_MODULE_HOOKS_DICT|NOT_PRESENT_IN_GENERIC_DICT"
+    dropped = re.compile(rf"({code}) |\S+ (.*\['layers'\]\._modules\['[1-9]|(dict\()?G\[)")
+    return [dropped.match(f"{guard.guard_type} {guard.name}") is None for guard in guards]
 
 
 def check_layers(model: Transformer) -> None:

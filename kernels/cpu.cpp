@@ -340,50 +340,87 @@ static Scales scales_of(const Tensor& scales) {
     return type == aoti_torch_dtype_float32() ? Scales(data<float>(scales)) : Scales(data<bf16>(scales));
 }
 
+static const void* address(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
 // [int4 codes, scales, zeros].
 using Tensors = std::vector<Tensor>;
 
-static int64_t outputs(const Tensors& weight) {
-    if (weight.size() == 1) return weight[0].size(weight[0].dim() - 2);
-    const Tensor& scales = weight[1];  // those of a block's rows lie beside each other
-    return scales.size(scales.dim() - 3) * scales.size(scales.dim() - 1);
+// The same by its addresses.
+struct Weight {
+    int64_t outputs = 0, inputs = 0, group = 0;
+    int bits = 16;  // of a weight; with 16 in the type of x, and then it has no groups
+    const void *values = nullptr, *bias = nullptr;
+    Scales scales = (const bf16*)nullptr;
+    const uint8_t* zeros = nullptr;
+
+    Weight() = default;
+    Weight(const Tensors& tensors, const std::optional<Tensor>& added = std::nullopt)
+        : values(tensors[0].const_data_ptr()), bias(address(added)) {
+        const Tensor& w = tensors[0];
+        if (tensors.size() == 1) {
+            outputs = w.size(w.dim() - 2), inputs = w.size(w.dim() - 1);
+            return;
+        }
+        bits = type_of(w) == aoti_torch_dtype_uint8() ? 4 : 8;
+        inputs = w.size(w.dim() - 2) * (bits == 4 ? 8 : 2);
+        const Tensor& scale = tensors[1];  // those of a block's rows lie beside each other
+        outputs = scale.size(scale.dim() - 3) * scale.size(scale.dim() - 1);
+        group = inputs / scale.size(scale.dim() - 2);
+        scales = scales_of(scale);
+        zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() : nullptr;
+    }
+
+    // y [M, N] = x w^T + bias; experts: as `over_rows` has them.
+    template <class T>
+    void multiply(const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
+        const int64_t N = outputs, K = inputs;
+        const auto* codes = (const uint8_t*)values;
+        if (bits == 16) ::bf16_product(x, (const T*)values, y, M, N, K, experts);
+        else if (bits == 8) ::code_product<8>(x, codes, scales, zeros, y, M, N, K, group, experts);
+        else ::code_product<4>(x, codes, scales, zeros, y, M, N, K, group, experts);
+        for (int64_t m = 0; bias && m < M; m++) add(y + m * N, (const T*)bias, N);
+    }
+};
+
+// Memory for values between two products, which stays from call to call; number: of several.
+template <int NUMBER, class T>
+static T* room(int64_t count) {
+    static thread_local std::vector<Line> lines;
+    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
+    if (lines.size() < needed) lines.resize(needed);
+    return (T*)lines.data();
 }
 
-// y [M, N] = x w^T; experts: as `over_rows` has them.
-template <class T>
-static void multiply(const T* x, const Tensors& weight, T* y, int64_t M, int64_t K, const int64_t* experts = nullptr) {
-    const int64_t N = outputs(weight);
-    if (weight.size() == 1) return ::bf16_product(x, data<T>(weight[0]), y, M, N, K, experts);
-    const int64_t group = K / weight[1].size(weight[1].dim() - 2);
-    const auto* codes = (const uint8_t*)weight[0].const_data_ptr();
-    const auto* zeros = weight.size() == 3 ? (const uint8_t*)weight[2].const_data_ptr() : nullptr;
-    if (type_of(weight[0]) == aoti_torch_dtype_uint8()) ::code_product<4>(x, codes, scales_of(weight[1]), zeros, y, M, N, K, group, experts);
-    else ::code_product<8>(x, codes, scales_of(weight[1]), zeros, y, M, N, K, group, experts);
-}
+// Rows in the order of the experts that they take, so that equal ones are beside each other: row i there is order[i] here.
+struct ByExpert {
+    std::vector<int64_t> order, experts;
 
-static Tensor product(const Tensor& x, const Tensors& weight, std::optional<Tensor> experts) {
-    const int64_t N = outputs(weight);
+    ByExpert(const int64_t* chosen, int64_t count) : order(count), experts(count) {
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
+        std::transform(order.begin(), order.end(), experts.begin(), [=](int64_t i) { return chosen[i]; });
+    }
+};
+
+static Tensor product(const Tensor& x, const Tensors& tensors, std::optional<Tensor> experts) {
+    const Weight weight(tensors);
+    const int64_t N = weight.outputs;
     if (!experts) {
         Tensor rows = in_order(x);
-        return with_floats(x, {x.size(0), N}, [&](auto* y) { multiply(like(y, rows), weight, y, x.size(0), x.size(1)); });
+        return with_floats(x, {x.size(0), N}, [&](auto* y) { weight.multiply(like(y, rows), y, x.size(0)); });
     }
-    // The rows are put in the order of their experts, and the outputs back.
     const int64_t M = experts->size(0), A = experts->size(1), K = x.size(2);
     Tensor ids = in_order(*experts), rows = x.stride(2) == 1 ? x : in_order(x);
-    const int64_t *chosen = data<int64_t>(ids), outer = rows.stride(0), inner = rows.stride(1);
-    std::vector<int64_t> order(M * A), sorted(M * A);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
-    std::transform(order.begin(), order.end(), sorted.begin(), [=](int64_t i) { return chosen[i]; });
+    const int64_t outer = rows.stride(0), inner = rows.stride(1);
+    const ByExpert sorted(data<int64_t>(ids), M * A);
     return with_floats(x, {M, A, N}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
-        std::vector<Line> inputs(M * A * K / 32), outputs((M * A * N + 31) / 32);
-        T *in = (T*)inputs.data(), *out = (T*)outputs.data();
+        T *in = room<0, T>(M * A * K), *out = room<1, T>(M * A * N);
         for (int64_t i = 0; i < M * A; i++)
-            std::memcpy(in + i * K, like(y, rows) + order[i] / A * outer + order[i] % A * inner, K * sizeof(T));
-        multiply<T>(in, weight, out, M * A, K, sorted.data());
-        for (int64_t i = 0; i < M * A; i++) std::memcpy(y + order[i] * N, out + i * N, N * sizeof(T));
+            std::memcpy(in + i * K, like(y, rows) + sorted.order[i] / A * outer + sorted.order[i] % A * inner, K * sizeof(T));
+        weight.multiply<T>(in, out, M * A, sorted.experts.data());
+        for (int64_t i = 0; i < M * A; i++) std::memcpy(y + sorted.order[i] * N, out + i * N, N * sizeof(T));
     });
 }
 
@@ -399,100 +436,208 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     });
 }
 
-// Memory for values between two products, which stays from call to call; number: of several.
-template <int NUMBER, class T>
-static T* room(int64_t count) {
-    static thread_local std::vector<Line> lines;
-    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
-    if (lines.size() < needed) lines.resize(needed);
-    return (T*)lines.data();
-}
+// Tokens of a call, and what the kinds of attention need to know of their positions, as `model.BlockContext` has it.
+struct __attribute__((visibility("hidden"))) Tokens {
+    int64_t B, S;
+    Tensor positions;
+    Tensors cos, sin, masks;
+};
 
-// The norms of a half of `model.Block`, before and after it, what is multiplied with its output, and whether its input
-// is added.
-struct __attribute__((visibility("hidden"))) Surroundings {
-    std::optional<Tensor> before, after;
-    double eps;
-    std::optional<double> offset;
-    double multiplier;
-    bool residual;
+// One of the two halves of `model.Block` on one rank, by the addresses of its weights: attention, a feed-forward, or
+// experts. cpu.py describes those of a model once and runs all of them together, for a few rows: an operator for each of
+// their steps would take longer than they do. What they compute is rounded where the plain model rounds.
+struct Sublayer {
+    // Norms before and after it, and what its output is multiplied with, before x is added.
+    const void *norm, *output_norm;
+    double eps, offset, multiplier;
+    bool has_offset;
+    // Of the first block of an EAGLE-3 head x is an embedding and features, side by side; the norm of these, which are
+    // what is added, behind it or before.
+    const void* feature_norm = nullptr;
+    bool adds_normed = false;
+
+    Weight first, last;  // qkv and o, or gate with up, and down
+
+    // Of attention, and which kind it is; of a feed-forward -1.
+    int64_t kind = -1, q_norm_size = 0, k_norm_size = 0, original_length = 1;
+    const void *q_norm = nullptr, *k_norm = nullptr;
+    double query_multiplier = 1, query_scaling_beta = 0;
+    // Of a feed-forward, and with experts their router, and how many a row takes.
+    bool gelu = false, shares_of_chosen = false;
+    Weight router;
+    int64_t num_chosen = 0;
+
+    Sublayer(const std::optional<Tensor>& norm, const std::optional<Tensor>& output_norm, double eps,
+             std::optional<double> offset, double multiplier, const Weight& first, const Weight& last)
+        : norm(address(norm)), output_norm(address(output_norm)), eps(eps), offset(offset.value_or(0)),
+          multiplier(multiplier), has_offset(offset.has_value()), first(first), last(last) {}
+
+    int64_t width() const { return last.outputs; }
 
     template <class T>
-    void norm(T* x, const std::optional<Tensor>& weight, int64_t M) const {
-        if (weight) ::rms_norm(x, data<T>(*weight), M, weight->size(weight->dim() - 1), eps, offset);
+    void normalize(T* x, const void* weight, int64_t M, int64_t K) const {
+        if (weight) ::rms_norm(x, (const T*)weight, M, K, eps, has_offset ? std::optional(offset) : std::nullopt);
     }
 
-    // y [M, N] = x + what run(x [M, K] behind its norm, y) writes.
-    template <class T, class Run>
-    void around(const T* x, T* y, int64_t M, int64_t K, int64_t N, Run run) const {
+    // y [M, E] of x [M, E], or of [M, 2 E] with features; caches: of its keys and of its values.
+    template <class T>
+    void run(const T* x, T* y, const Tokens& tokens, const Tensor* caches) const {
+        const int64_t M = tokens.B * tokens.S, E = width(), K = feature_norm ? 2 * E : E;
         T* inputs = room<0, T>(M * K);
         std::memcpy(inputs, x, M * K * sizeof(T));
-        norm(inputs, before, M);
-        run(inputs, y);
-        norm(y, after, M);
-        scale(y, multiplier, M * N);
-        if (residual) add(y, x, M * N);
+        if (feature_norm)
+            for (T* row = inputs; row < inputs + M * K; row += K) {
+                normalize(row, norm, 1, E);
+                normalize(row + E, feature_norm, 1, E);
+            }
+        else normalize(inputs, norm, M, E);
+        if (kind >= 0) attend(inputs, y, tokens, caches[0], caches[1]);
+        else if (num_chosen) mix_experts(inputs, y, M);
+        else feed_forward(inputs, y, M);
+        normalize(y, output_norm, M, E);
+        scale(y, multiplier, M * E);
+        for (int64_t m = 0; m < M; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
+    }
+
+    // k and v of the new tokens are written into the caches.
+    template <class T>
+    void attend(const T* x, T* y, const Tokens& tokens, const Tensor& k_cache, const Tensor& v_cache) const {
+        const Tensor &cos = tokens.cos[kind], &sin = tokens.sin[kind], &mask = tokens.masks[kind];
+        const int64_t S = tokens.S, M = tokens.B * S, N = first.outputs, R = cos.size(4);
+        const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
+        const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1), slots = k_cache.size(2);
+        const int64_t* place = data<int64_t>(tokens.positions);
+        const bool fit = tokens.B <= k_cache.size(0) && mask.size(2) <= slots;
+        STD_TORCH_CHECK(fit && std::all_of(place, place + M, [=](int64_t i) { return i >= 0 && i < slots; }),
+                        "rows, positions or slots are outside the caches of ", k_cache.size(0), " rows and ", slots, " slots");
+        T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *attended = room<3, T>(M * H * D);
+        T *keys = (T*)k_cache.mutable_data_ptr(), *values = (T*)v_cache.mutable_data_ptr();
+        first.multiply(x, heads, M);
+        for (int64_t m = 0; m < M; m++) {
+            T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
+            if (q_norm) normalize(row, q_norm, H * D / q_norm_size, q_norm_size);
+            if (k_norm) normalize(k, k_norm, K * D / k_norm_size, k_norm_size);
+            for (T* head = row; head < v; head += D)
+                rotate(head, data<float>(cos) + 2 * R * m, data<float>(sin) + 2 * R * m, R);
+            scale(row, query_multiplier, H * D);
+            if (query_scaling_beta) {
+                T growth;
+                set(growth, 1 + float(query_scaling_beta) * std::log1p(float(place[m] / original_length)));
+                scale(row, widen(growth), H * D);
+            }
+            std::memcpy(q + m * H * D, row, H * D * sizeof(T));
+            const int64_t slot = m / S * batch_stride + place[m] * D;
+            for (int64_t h = 0; h < K; h++) {
+                std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
+                std::memcpy(values + slot + h * head_stride, v + h * D, D * sizeof(T));
+            }
+        }
+        ::attention<T>(q, keys, values, data<uint8_t>(mask), attended, tokens.B, S, H, K, mask.size(2), D, batch_stride, head_stride);
+        last.multiply(attended, y, M);
+    }
+
+    template <class T>
+    void feed_forward(const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
+        const int64_t F = last.inputs;
+        T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
+        first.multiply(x, both, M, experts);
+        for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
+        last.multiply(gated, y, M, experts);
+    }
+
+    // As `model.MoE`. Of equal scores it takes those that ATen's topk does, which sorts in the same way.
+    template <class T>
+    void mix_experts(const T* x, T* y, int64_t M) const {
+        const int64_t X = router.outputs, A = num_chosen, E = width();
+        std::vector<int64_t> chosen(M * A), ids(X);
+        std::vector<float> shares(M * A), sums(E);
+        T *scores = room<3, T>(M * X), *rows = room<4, T>(M * A * E), *outputs = room<5, T>(M * A * E);
+        router.multiply(x, scores, M);
+        for (int64_t m = 0; m < M; m++) {
+            auto score = [=](int64_t i) { return widen(scores[m * X + i]); };
+            std::iota(ids.begin(), ids.end(), 0);
+            auto above = [=](int64_t a, int64_t b) {
+                return score(a) > score(b) || (std::isnan(score(a)) && !std::isnan(score(b)));
+            };
+            const auto last_chosen = ids.begin() + A - 1;
+            if (A * 64 <= X) std::partial_sort(ids.begin(), last_chosen + 1, ids.end(), above);
+            else std::nth_element(ids.begin(), last_chosen, ids.end(), above), std::sort(ids.begin(), last_chosen, above);
+            float sum = 0;
+            for (int64_t i = 0; i < (shares_of_chosen ? A : X); i++) sum += std::exp(score(ids[i]) - score(ids[0]));
+            for (int64_t a = 0; a < A; a++) {
+                chosen[m * A + a] = ids[a];
+                shares[m * A + a] = std::exp(score(ids[a]) - score(ids[0])) / sum;
+            }
+        }
+        const ByExpert sorted(chosen.data(), M * A);
+        for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + i * E, x + sorted.order[i] / A * E, E * sizeof(T));
+        feed_forward(rows, outputs, M * A, sorted.experts.data());
+        for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + sorted.order[i] * E, outputs + i * E, E * sizeof(T));
+        for (int64_t m = 0; m < M; m++, y += E) {
+            std::fill(sums.begin(), sums.end(), 0);
+            for (int64_t i = m * A; i < (m + 1) * A; i++)
+                for (int64_t e = 0; e < E; e++) sums[e] += shares[i] * widen(rows[i * E + e]);
+            for (int64_t e = 0; e < E; e++) set(y[e], sums[e]);
+        }
     }
 };
 
-// The halves of `model.Block` on one rank, for a few rows: an operator for each of their steps would take longer than
-// they do. k and v of the new tokens are written into the caches.
-static Tensor attention_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
-                              std::optional<double> offset, double multiplier, bool residual,
-                              const Tensors& qkv, std::optional<Tensor> bias, const Tensors& o, std::optional<Tensor> q_norm,
-                              std::optional<Tensor> k_norm, double query_multiplier, const Tensor& cos, const Tensor& sin,
-                              const Tensor& positions, const Tensor& mask, const Tensor& k_cache, const Tensor& v_cache) {
-    Tensor inputs = in_order(x), cosines = in_order(cos), sines = in_order(sin), seen = in_order(mask);
-    Tensor places = in_order(positions);
-    const int64_t B = x.size(0), S = x.size(1), M = B * S, N = outputs(qkv), E = outputs(o), R = cos.size(4);
-    const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
-    const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1), slots = k_cache.size(2);
-    const int64_t* place = data<int64_t>(places);
-    const bool fit = B <= k_cache.size(0) && mask.size(2) <= slots;
-    STD_TORCH_CHECK(fit && std::all_of(place, place + M, [=](int64_t i) { return i >= 0 && i < slots; }),
-                    "rows, positions or slots are outside the caches of ", k_cache.size(0), " rows and ", slots, " slots");
-    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier, residual};
-    return with_floats(x, {B, S, E}, [&](auto* y) {
-        using T = std::remove_pointer_t<decltype(y)>;
-        T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *values = room<3, T>(M * H * D);
-        T *keys = (T*)k_cache.mutable_data_ptr(), *cached = (T*)v_cache.mutable_data_ptr();
-        surroundings.around(like(y, inputs), y, M, x.size(2), E, [&](const T* normed, T* out) {
-            multiply(normed, qkv, heads, M, x.size(2));
-            for (int64_t m = 0; m < M; m++) {
-                T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
-                if (bias) add(row, data<T>(*bias), N);
-                surroundings.norm(row, q_norm, H);
-                surroundings.norm(k, k_norm, K);
-                for (T* head = row; head < v; head += D)
-                    rotate(head, data<float>(cosines) + 2 * R * m, data<float>(sines) + 2 * R * m, R);
-                scale(row, query_multiplier, H * D);
-                std::memcpy(q + m * H * D, row, H * D * sizeof(T));
-                const int64_t slot = m / S * batch_stride + place[m] * D;
-                for (int64_t h = 0; h < K; h++) {
-                    std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
-                    std::memcpy(cached + slot + h * head_stride, v + h * D, D * sizeof(T));
-                }
-            }
-            ::attention<T>(q, keys, cached, data<uint8_t>(seen), values, B, S, H, K, mask.size(2), D, batch_stride, head_stride);
-            multiply<T>(values, o, out, M, H * D);
-        });
-    });
+static Tensor bytes_of(const Sublayer& sublayer) {
+    static_assert(std::is_trivially_copyable_v<Sublayer>);
+    Tensor bytes = empty({1, sizeof sublayer}, aoti_torch_dtype_uint8());
+    std::memcpy(bytes.mutable_data_ptr(), &sublayer, sizeof sublayer);
+    return bytes;
 }
 
-static Tensor mlp_block(const Tensor& x, std::optional<Tensor> norm, std::optional<Tensor> output_norm, double eps,
-                        std::optional<double> offset, double multiplier, bool residual, const Tensors& gate_up,
-                        const Tensors& down, bool gelu) {
+using OptionalTensor = std::optional<Tensor>;
+
+static int64_t size_of(const OptionalTensor& norm) { return norm ? norm->size(0) : 0; }
+
+static Tensor describe_attention(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
+                                 double multiplier, const Tensors& qkv, OptionalTensor qkv_bias, const Tensors& o,
+                                 OptionalTensor o_bias, OptionalTensor feature_norm, bool adds_normed, OptionalTensor q_norm,
+                                 OptionalTensor k_norm, double query_multiplier, double query_scaling_beta,
+                                 int64_t original_length, int64_t kind) {
+    Sublayer sublayer(norm, output_norm, eps, offset, multiplier, Weight(qkv, qkv_bias), Weight(o, o_bias));
+    sublayer.feature_norm = address(feature_norm), sublayer.adds_normed = adds_normed;
+    sublayer.q_norm = address(q_norm), sublayer.q_norm_size = size_of(q_norm);
+    sublayer.k_norm = address(k_norm), sublayer.k_norm_size = size_of(k_norm);
+    sublayer.query_multiplier = query_multiplier, sublayer.query_scaling_beta = query_scaling_beta;
+    sublayer.original_length = original_length, sublayer.kind = kind;
+    return bytes_of(sublayer);
+}
+
+static Tensor describe_feed_forward(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
+                                    double multiplier, const Tensors& gate_up, OptionalTensor gate_up_bias,
+                                    const Tensors& down, OptionalTensor down_bias, bool gelu, const Tensors& router,
+                                    int64_t num_chosen, bool shares_of_chosen) {
+    Sublayer sublayer(norm, output_norm, eps, offset, multiplier, Weight(gate_up, gate_up_bias), Weight(down, down_bias));
+    sublayer.gelu = gelu;
+    if (num_chosen) sublayer.router = Weight(router);
+    sublayer.num_chosen = num_chosen, sublayer.shares_of_chosen = shares_of_chosen;
+    return bytes_of(sublayer);
+}
+
+// Run sublayers [count, bytes of one] on x; caches: the keys and the values of each attention.
+static Tensor run_sublayers(const Tensor& x, const Tensor& sublayers, int64_t width, Tensors cos, Tensors sin,
+                            const Tensor& positions, Tensors masks, const Tensors& caches) {
+    for (Tensors* tensors : {&cos, &sin, &masks})
+        for (Tensor& tensor : *tensors) tensor = in_order(tensor);
+    const Tokens tokens{x.size(0), x.size(1), in_order(positions), cos, sin, masks};
+    const int64_t M = tokens.B * tokens.S, count = sublayers.size(0);
+    const auto* sublayer = (const Sublayer*)sublayers.const_data_ptr();
     Tensor inputs = in_order(x);
-    const int64_t E = x.size(2), M = x.size(0) * x.size(1), F = outputs(gate_up) / 2;
-    const Surroundings surroundings{norm, output_norm, eps, offset, multiplier, residual};
-    return with_floats(x, {x.size(0), x.size(1), E}, [&](auto* y) {
+    return with_floats(x, {tokens.B, tokens.S, width}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
-        T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
-        surroundings.around(like(y, inputs), y, M, E, E, [&](const T* normed, T* out) {
-            multiply(normed, gate_up, both, M, E);
-            for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
-            multiply<T>(gated, down, out, M, F);
-        });
+        T* buffers[] = {room<6, T>(M * width), room<7, T>(M * width)};
+        const T* latest = like(y, inputs);
+        const Tensor* cache = caches.data();
+        for (int64_t i = 0; i < count; i++, sublayer++) {
+            T* next = i == count - 1 ? y : buffers[i % 2];
+            sublayer->run(latest, next, tokens, cache);
+            if (sublayer->kind >= 0) cache += 2;
+            latest = next;
+        }
     });
 }
 
@@ -512,6 +657,7 @@ extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("product", TORCH_BOX(&operators::product));
     library.impl("attention", TORCH_BOX(&operators::attention));
-    library.impl("attention_block", TORCH_BOX(&operators::attention_block));
-    library.impl("mlp_block", TORCH_BOX(&operators::mlp_block));
+    library.impl("describe_attention", TORCH_BOX(&operators::describe_attention));
+    library.impl("describe_feed_forward", TORCH_BOX(&operators::describe_feed_forward));
+    library.impl("run_sublayers", TORCH_BOX(&operators::run_sublayers));
 }

@@ -7,7 +7,6 @@ twin of each product is `F.linear` with the dequantized weight, that of attentio
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import mmap
 import os
@@ -19,17 +18,18 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from kernels.inductor import materialize
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
-from model import MLP, Attention, Block, RMSNorm, Transformer, scaled
+from model import MLP, Block, BlockContext, ModelConfig, MoE, RMSNorm, Transformer, run_blocks
 
 SOURCES = [
     Path(__file__).with_name(name)
@@ -57,7 +57,7 @@ def start_to_compile() -> None:
     threading.Thread(target=library, daemon=True).start()
 
 
-@functools.cache
+@cache
 def make_library() -> Path | None:
     compiler, info = shlex.split(os.environ.get("CXX") or "g++"), Path("/proc/cpuinfo")
     cpu = info.read_text() if info.is_file() else ""
@@ -122,7 +122,7 @@ def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
         take_threads(0, num_threads)
 
 
-@functools.cache
+@cache
 def functions() -> ctypes.PyDLL:
     return ctypes.PyDLL(str(library()))
 
@@ -179,7 +179,7 @@ def packed_weight(values: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
 DTYPES = {"avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float16), None: ()}
 
 
-@functools.cache
+@cache
 def instruction_set() -> str | None:
     """Return what cpu.cpp was compiled for, «avx512» or «avx2»; None where there is no library."""
     if library() is None:
@@ -204,38 +204,36 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 # [M, A], x is [M, A, K] and weights are stacks, of which each row takes one.
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
-AROUND = "Tensor x, Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier, bool residual"
-OUTPUT_PROJECTION = 8  # its place behind x in attention_block
+SUBLAYER = "Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier, Tensor[] first,"
+SUBLAYER += " Tensor? first_bias, Tensor[] last, Tensor? last_bias"
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
-    "attention_block": f"({AROUND}, Tensor[] qkv, Tensor? bias, Tensor[] o, Tensor? q_norm, Tensor? k_norm,"
-    " float query_multiplier, Tensor cos, Tensor sin, Tensor positions, Tensor mask, Tensor(a!) keys,"
-    " Tensor(b!) values) -> Tensor",
-    "mlp_block": f"({AROUND}, Tensor[] gate_up, Tensor[] down, bool gelu) -> Tensor",
+    "describe_attention": f"({SUBLAYER}, Tensor? feature_norm, bool adds_normed, Tensor? q_norm, Tensor? k_norm,"
+    " float query_multiplier, float query_scaling_beta, int original_length, int kind) -> Tensor",
+    "describe_feed_forward": f"({SUBLAYER}, bool gelu, Tensor[] router, int num_chosen, bool shares_of_chosen)"
+    " -> Tensor",
+    "run_sublayers": "(Tensor x, Tensor sublayers, int width, Tensor[] cos, Tensor[] sin, Tensor positions,"
+    " Tensor[] masks, Tensor(a!)[] caches) -> Tensor",
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
 
 
-def num_outputs(weight: list[Tensor]) -> int:
-    return weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
-
-
 @torch.library.register_fake("kernels::product")
 def _(x: Tensor, weight: list[Tensor], experts: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs(weight))
+    N = weight[0].shape[-2] if len(weight) == 1 else weight[1].shape[-3] * weight[1].shape[-1]
+    return x.new_empty(*x.shape[:-1], N)
 
 
 @torch.library.register_fake("kernels::attention")
-@torch.library.register_fake("kernels::mlp_block")
-def _(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _(q: Tensor, *_: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("kernels::attention_block")
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], num_outputs(arguments[OUTPUT_PROJECTION]))
+@torch.library.register_fake("kernels::run_sublayers")
+def _(x: Tensor, sublayers: Tensor, width: int, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,121 +335,93 @@ class CpuInt4(CpuCodes):
 # The blocks
 
 
-def replace_blocks_(model: Transformer) -> None:
-    """Give a model in one of `dtypes` the attention and, where their linears have kernels, the blocks of cpu.cpp.
-
-    Of a block of another class, as an EAGLE-3 head has, attention and feed-forward alone.
-    """
-    # All or none, since a compiled step takes layers to be alike.
-    fit = all(has_attention(block.self_attn) for block in model.layers if type(block) is Block)
-    for i, block in enumerate(model.layers):
-        attn, mlp = block.self_attn, block.mlp
-        attn.attend = torch.ops.kernels.attention.default
-        if type(block) is not Block:
-            block.self_attn = CpuAttention(attn) if has_attention(attn) else attn
-            block.mlp = CpuMLP(mlp) if has_mlp(mlp) else mlp
-        elif fit:
-            cast("nn.ModuleList", model.layers)[i] = CpuBlock(block)
+def optimize_blocks_(model: Transformer) -> None:
+    """Give a model in one of `dtypes` the attention of cpu.cpp and, where it has all that they need, the blocks."""
+    for block in model.layers:
+        block.self_attn.attend = torch.ops.kernels.attention.default
+    if takes_blocks(model.layers):
+        model.run_blocks = CpuBlocks(model.config, model.layers)
 
 
-def has_attention(attn: Attention) -> bool:
-    """Say whether attention_block computes an attention."""
-    config = attn.config
-    others = attn.ranks.count > 1 or config.qk_norm_over_heads or config.query_scaling_beta != 0
-    return have_kernels(attn.qkv_proj, attn.o_proj) and not others
+class CpuBlocks:
+    """`model.run_blocks` for one rank, all in one call for a few rows: their steps take less time than so many calls.
 
-
-def has_mlp(mlp: nn.Module) -> TypeGuard[MLP]:
-    """Say whether mlp_block computes a feed-forward."""
-    return isinstance(mlp, MLP) and have_kernels(mlp.gate_up_proj, mlp.down_proj) and mlp.gate_up_proj.bias is None
-
-
-def have_kernels(first: nn.Module, last: nn.Module) -> bool:
-    fit = (isinstance(layer, CpuLinear) and layer.kept_outputs is None for layer in (first, last))
-    return all(fit) and last.bias is None
-
-
-def has_few_rows(x: Tensor) -> bool:
-    return x.shape[0] * x.shape[1] <= MAX_ROWS
-
-
-# What the operators take of a module is found once: to look it up at each token would take a tenth of a small step.
-
-
-def attention_arguments(attn: Attention) -> tuple[Any, ...]:
-    norms = map(weight_of, (attn.q_norm, attn.k_norm))
-    return attn.qkv_proj.tensors, attn.qkv_proj.bias, attn.o_proj.tensors, *norms, attn.config.query_multiplier
-
-
-def mlp_arguments(mlp: MLP) -> tuple[Any, ...]:
-    return mlp.gate_up_proj.tensors, mlp.down_proj.tensors, mlp.gelu
-
-
-def stored(*context: Tensor) -> Iterable[Tensor]:
-    """Let inductor compute rotations and mask once for all layers, and not anew for each operator that takes them."""
-    return map(materialize, context) if torch.compiler.is_compiling() else context
-
-
-class CpuAttention(Attention):
-    """Attention on one rank in one call for a few rows; compiled, it must not stand in a nested region."""
-
-    def __init__(self, attn: Attention):
-        self.__dict__.update(attn.__dict__)
-        config = attn.config
-        around = None, None, config.rms_norm_eps, config.norm_offset, 1, False
-        self.arguments = (*around, *attention_arguments(attn))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        if (cache := self.cache) is None or not has_few_rows(x):
-            return super().forward(x, cos, sin, positions, mask)
-        cos, sin, mask = stored(cos, sin, mask)
-        context = cos, sin, positions, mask, cache.k, cache.v
-        return torch.ops.kernels.attention_block.default(x, *self.arguments, *context)
-
-
-class CpuMLP(MLP):
-    """A feed-forward on one rank in one call for a few rows."""
-
-    def __init__(self, mlp: MLP):
-        self.__dict__.update(mlp.__dict__)
-        self.arguments = (None, None, 0, None, 1, False, *mlp_arguments(mlp))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.kernels.mlp_block.default(x, *self.arguments) if has_few_rows(x) else super().forward(x)
-
-
-class CpuBlock(Block):
-    """`Block` on one rank, whose halves are one call each for a few rows: their steps take less than so many calls.
-
-    Compiled, they stand in the graph as they are, and not in a nested region, where torch 2.13 takes no operator that
-    writes into its arguments. Experts are not an operator's, and stay in the region.
+    The call reads the weights by their addresses, which are described once: to hand over some hundred tensors at each
+    token takes a good part of a small model's step. A weight that is replaced later acts above MAX_ROWS rows alone.
     """
 
-    def __init__(self, block: Block):
-        self.__dict__.update(block.__dict__)  # the modules exist already
-        config = self.self_attn.config
-        common = config.rms_norm_eps, config.norm_offset, self.multiplier, True
-        norms = map(weight_of, (self.input_layernorm, self.attn_output_norm))
-        self.attention_arguments = (*norms, *common, *attention_arguments(self.self_attn))
-        self.mlp_arguments: tuple[Any, ...] | None = None
-        if has_mlp(self.mlp):
-            norms = map(weight_of, (self.post_attention_layernorm, self.mlp_output_norm))
-            self.mlp_arguments = (*norms, *common, *mlp_arguments(self.mlp))
-        self.operators = torch.ops.kernels.attention_block.default, torch.ops.kernels.mlp_block.default
+    def __init__(self, config: ModelConfig, blocks: Sequence[Block]):
+        kinds = [(config.is_local(layer), config.window(layer)) for layer in range(len(blocks))]
+        firsts = {kind: kinds.index(kind) for kind in kinds}
+        self.first_layers = list(firsts.values())  # of each kind of attention
+        self.tensors: list[Tensor] = []  # whose addresses are known
+        sublayers = []
+        for block, kind in zip(blocks, kinds, strict=True):
+            qkv_proj, o_proj, gate_up_proj, down_proj = linears_of(block)
+            attention, feed_forward = attention_of(block, list(firsts).index(kind)), feed_forward_of(block)
+            norms = block.input_layernorm, block.attn_output_norm
+            sublayers.append(self._describe("attention", block, norms, [qkv_proj, o_proj], attention))
+            norms = block.post_attention_layernorm, block.mlp_output_norm
+            sublayers.append(self._describe("feed_forward", block, norms, [gate_up_proj, down_proj], feed_forward))
+        self.sublayers, self.width = torch.cat(sublayers), config.hidden_size
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        cache, mlp_arguments = self.self_attn.cache, self.mlp_arguments
-        is_split = mlp_arguments is None and torch.compiler.is_compiling()
-        if cache is None or not has_few_rows(x) or is_split:
-            return super().forward(x, cos, sin, positions, mask)
-        cos, sin, mask = stored(cos, sin, mask)
-        attention_block, mlp_block = self.operators
-        x = attention_block(x, *self.attention_arguments, cos, sin, positions, mask, cache.k, cache.v)
-        if mlp_arguments is not None:
-            return mlp_block(x, *mlp_arguments)
-        y = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))
-        return x + scaled(y, self.multiplier)
+    def _describe(
+        self, kind: str, block: Block, norms: Iterable[nn.Module], linears: list[Any], rest: tuple[Any, ...]
+    ) -> Tensor:
+        config = block.self_attn.config
+        around = *map(weight_of, norms), config.rms_norm_eps, config.norm_offset, block.multiplier
+        arguments = *around, *(part for linear in linears for part in (linear.tensors, linear.bias)), *rest
+        self.tensors += [leaf.detach() for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        return getattr(torch.ops.kernels, f"describe_{kind}")(*arguments)
+
+    def __call__(
+        self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
+    ) -> Tensor:
+        caches = [block.self_attn.cache for block in blocks]
+        if x.shape[0] * x.shape[1] > MAX_ROWS or caches[0] is None or first == last:
+            return run_blocks(blocks, contexts, x, first, last)
+        sublayers = slice(2 * first, 2 * last)
+        tensors = [tensor for cache in caches if cache is not None for tensor in (cache.k, cache.v)][sublayers]
+        cos, sin, positions, masks = zip(*(contexts[layer] for layer in self.first_layers), strict=True)
+        run = torch.ops.kernels.run_sublayers.default
+        return run(x, self.sublayers[sublayers], self.width, cos, sin, positions[0], masks, tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy of the model, which has other addresses, run its blocks one by one."""
+        return partial, (run_blocks,)
 
 
-def weight_of(norm: nn.Module | None) -> Tensor | None:
+def attention_of(block: Block, kind: int) -> tuple[Any, ...]:
+    """Return what describe_attention takes besides norms and linears."""
+    attn, config, rope = block.self_attn, block.self_attn.config, block.self_attn.config.rope_scaling
+    of_a_head = weight_of(getattr(block, "hidden_norm", None)), getattr(block, "norm_before_residual", False)
+    norms = weight_of(attn.q_norm), weight_of(attn.k_norm)
+    scaling = (config.query_scaling_beta, rope.original_max_position_embeddings) if rope else (0, 1)
+    return *of_a_head, *norms, config.query_multiplier, *scaling, kind
+
+
+def feed_forward_of(block: Block) -> tuple[Any, ...]:
+    """Return what describe_feed_forward takes besides norms and linears."""
+    mlp = block.mlp
+    if isinstance(mlp, MoE):
+        return False, [mlp.gate.weight], mlp.config.num_experts_per_tok, mlp.config.norm_topk_prob
+    return mlp.gelu, [], 0, False
+
+
+def linears_of(block: Block) -> list[nn.Module]:
+    attn, mlp = block.self_attn, cast("MLP", block.mlp)
+    linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+    return [getattr(linear, "stack", linear) for linear in linears]
+
+
+def takes_blocks(blocks: Sequence[Block]) -> bool:
+    """Say whether `CpuBlocks` has all that these blocks need."""
+    linears = [linear for block in blocks for linear in linears_of(block)]
+    routers = [block.mlp.gate.weight for block in blocks if isinstance(block.mlp, MoE)]
+    fit = all(isinstance(linear, CpuLinear) and linear.kept_outputs is None for linear in linears)
+    fit = fit and all(has_kernel(router.dtype, router, BLOCK_ROWS, 32) and router.is_contiguous() for router in routers)
+    return fit and blocks[0].self_attn.ranks.count == 1
+
+
+def weight_of(norm: object) -> Tensor | None:
     return norm.weight if isinstance(norm, RMSNorm) else None

@@ -35,17 +35,17 @@ def _(x: Tensor, experts: Tensor, layer_class: str, stacks: list[Tensor]) -> Ten
 
 
 class KernelExperts(nn.Module):
-    """A stack of experts that share a kernel; layer: holds their tensors, stacked."""
+    """A stack of experts that share a kernel; stack: holds their tensors, stacked."""
 
-    def __init__(self, layer: KernelLinear):
+    def __init__(self, stack: KernelLinear):
         super().__init__()
-        self.layer = layer
+        self.stack = stack
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        if x.shape[0] <= MAX_ROWS and isinstance(self.layer, CpuLinear):
+        if x.shape[0] <= MAX_ROWS and isinstance(self.stack, CpuLinear):
             # One call for all that are chosen: with one each, of small ones, threads would start and stop too often.
-            return self.layer.product(x, *self.layer.tensors, experts=experts)
-        return torch.ops.kernels.by_expert(x, experts, type(self.layer).__name__, self.layer.tensors)
+            return self.stack.product(x, *self.stack.tensors, experts=experts)
+        return torch.ops.kernels.by_expert(x, experts, type(self.stack).__name__, self.stack.tensors)
 
 
 class CompiledExperts(nn.Module):

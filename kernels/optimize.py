@@ -48,12 +48,12 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
             layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     layers = [model.get_submodule(name) for name in roles if not is_router(name)]
-    if all(isinstance(getattr(layer, "layer", layer), cpu.CpuLinear) for layer in layers):
+    if all(isinstance(getattr(layer, "stack", getattr(layer, "layer", layer)), cpu.CpuLinear) for layer in layers):
         cpu.served.add(model)
     for block in model.layers:
         block.self_attn.attend = inductor.attention if cuda is None else cuda.attention
     if not on_gpu and dtype in cpu.dtypes():
-        cpu.replace_blocks_(model)
+        cpu.optimize_blocks_(model)
     if on_gpu and is_llama_block(model.config):
         blocks = nn.ModuleList(FusedBlock(block) if type(block) is Block else block for block in model.layers)
         model.layers = cast("Sequence[Block]", blocks)

@@ -85,9 +85,15 @@ def blocks(at_end: bool) -> int:
         caches = [drawn(1, kv_heads, rows, head_dim) for _ in range(2)]
 
         def run(x: Tensor, weight: Tensor, both: Tensor, back: Tensor, qkv: Tensor, o: Tensor, *rest: Tensor) -> Tensor:
-            around = weight, weight, 1e-5, None, 1, True
-            x = kernels.attention_block(x, *around, [qkv], None, [o], None, None, 1, *rest)
-            return kernels.mlp_block(x, *around, [both], [back], False)
+            around = weight, weight, 1e-5, None, 1
+            cos, sin, positions, mask, *caches = rest
+            sublayers = [
+                kernels.describe_attention(
+                    *around, [qkv], None, [o], None, None, False, weight[: 2 * cos.shape[-1]], None, 1, 0, 1, 0
+                ),
+                kernels.describe_feed_forward(*around, [both], None, [back], None, False, [], 0, False),
+            ]
+            return kernels.run_sublayers(x, torch.cat(sublayers), o.shape[0], [cos], [sin], positions, [mask], caches)
 
         tensors = [x, weight, both, back, qkv, o, cos, sin, positions, mask, *caches]
         assert torch.equal(run(*(guarded(tensor, at_end) for tensor in tensors)), run(*tensors))

@@ -296,13 +296,12 @@ def test_without_matplotlib_the_ladder_is_measured_and_not_drawn(tmp_path, monke
 
 
 def test_what_a_step_is_made_of_is_counted_a_step(capsys):
-    """As many calls as the two blocks have halves, or linears, and the head; the longest is named first."""
+    """One call for all blocks, or as many as the two have linears, and the head; the longest is named first."""
     model = random_model(RAW, "cpu", torch.bfloat16)
     runner = Runner(model, make_steps("eager", "cpu"), 192)
     kernels = ladder.profile_step(runner.step_at(128), "cpu")
     calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
-    halves = {"kernels::attention_block": 2, "kernels::mlp_block": 2, "kernels::product": 1}
-    expected = halves if library() else {"aten::mm": 2 * 4 + 1}
+    expected = {"kernels::run_sublayers": 1, "kernels::product": 1} if library() else {"aten::mm": 2 * 4 + 1}
     assert {name: calls[name] for name in expected} == expected
     whole = runner.time_step(128) * 1e3
     assert whole / 10 < sum(kernel["us"] for kernel in kernels) < whole * 10  # the profiler takes time too

@@ -24,24 +24,22 @@ from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from eagle import FirstBlock
 from kernels import cpu, inductor
-from kernels.cpu import (
-    Avx2Bf16,
-    CpuAttention,
-    CpuBf16,
-    CpuBlock,
-    CpuInt4,
-    CpuInt8,
-    CpuMLP,
-    code_rows,
-    empty_weight,
-    packed_weight,
-)
+from kernels.cpu import Avx2Bf16, CpuBf16, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
-from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear
+from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear, Reordered
 from kernels.optimize import FusedBlock, cpu_layer, optimize_
-from linears import GROUP_SIZES, Form, StoredLinear, dequantize, frozen_parameter, pack_nibbles, quantize_linear
-from model import Linear, ModelConfig, Transformer, attention, swiglu
+from linears import (
+    GROUP_SIZES,
+    Form,
+    StoredLinear,
+    dequantize,
+    frozen_parameter,
+    is_router,
+    pack_nibbles,
+    quantize_linear,
+)
+from model import Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.rounded import quantize_int4, quantize_int8
@@ -535,16 +533,41 @@ def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
 
 
 CONFIG = ModelConfig(
-    hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, vocab_size=64, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4,
 )  # fmt: skip
+YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=16, frequencies=((0.1,) * 16,) * 2)
+MIXTURE = replace(CONFIG, intermediate_size=64, num_local_experts=8, num_experts_per_tok=3)
 # Each with what the operators take besides a Llama's.
 BLOCK_CONFIGS = [
     CONFIG,
+    replace(CONFIG, attention_bias=True, mlp_bias=True, sliding_window=8, full_attention_layers=(1,)),
     replace(CONFIG, qkv_bias=True, partial_rotary_factor=0.75, query_multiplier=0.5, residual_multiplier=0.3),
     replace(CONFIG, qk_norm=True, norm_offset=1.0, norm_outputs=True, num_key_value_heads=4, hidden_act="gelu"),
     replace(CONFIG, qk_norm=True, norm_inputs=False, norm_outputs=True, head_dim=24, num_key_value_heads=1),
+    replace(CONFIG, qk_norm=True, qk_norm_over_heads=True, query_scaling_beta=0.5, rope_scaling=YARN),
+    MIXTURE,
+    replace(MIXTURE, norm_topk_prob=False, num_experts_per_tok=1),
 ]
+
+
+def with_kernels(model: Transformer, form: Form | None = None) -> tuple[Transformer, Transformer]:
+    """Draw a model's weights; return it with kernels for its products and attention, and once more with its blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm.weight" in name))
+    dtype = model.embed_tokens.weight.dtype
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear | Experts)]:
+        fits = all(size % 32 == 0 for size in linear.weight.shape[-2:]) and not is_router(name)
+        stored = quantize_linear(linear, form) if form is not None and fits else linear
+        model.set_submodule(name, cpu_layer(stored, dtype) or stored)
+    model.setup_caches(3, 40)
+    fast = copy.deepcopy(model)
+    cpu.optimize_blocks_(fast)
+    assert isinstance(fast.run_blocks, CpuBlocks)
+    for block in model.layers:
+        block.self_attn.attend = torch.ops.kernels.attention.default
+    return model, fast
 
 
 @torch.inference_mode()
@@ -553,20 +576,11 @@ BLOCK_CONFIGS = [
 @pytest.mark.parametrize("config", BLOCK_CONFIGS, ids=range(len(BLOCK_CONFIGS)))
 def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype: torch.dtype) -> None:
     """The twin has the same products and attention, and what is around them step by step."""
-    plain = Transformer(config).to(dtype)
+    plain, fast = with_kernels(Transformer(config).to(dtype), form)
+    plain.tap_layers = fast.tap_layers = (1, 0)
+    for model in (plain, fast):
+        model.setup_caches(3, 40)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in plain.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm.weight" in name))
-    for name, linear in [(name, child) for name, child in plain.named_modules() if isinstance(child, Linear)]:
-        fits = all(size % 32 == 0 for size in linear.weight.shape)
-        stored = quantize_linear(linear, form) if form is not None and fits else linear
-        plain.set_submodule(name, cpu_layer(stored, dtype) or stored)
-    plain.setup_caches(3, 40)
-    plain.layers[0].self_attn.attend = torch.ops.kernels.attention.default
-    fast = copy.deepcopy(plain)
-    cpu.replace_blocks_(fast)
-    [block] = fast.layers
-    assert isinstance(block, CpuBlock) and block.mlp_arguments is not None
     begin = 0
     for batch, size in ((3, 20), (1, 1), (3, 1), (2, 8), (1, 1)):
         tokens = torch.randint(64, (batch, size), generator=generator)
@@ -576,6 +590,22 @@ def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype:
         begin += size
     for ours, twin in zip(fast.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_the_first_block_of_a_head_equals_its_twin(norm_before_residual: bool) -> None:
+    config = replace(CONFIG, hidden_size=64, vocab_size=8)
+    model = Transformer(config)
+    cast("torch.nn.ModuleList", model.layers)[0] = FirstBlock(config, norm_before_residual)
+    plain, fast = with_kernels(model.to(torch.bfloat16))
+    begin = 0
+    for size in (20, 1, 5):
+        x, positions = normal(2, size, 128, seed=size), begin + torch.arange(size).expand(2, size)
+        contexts = plain.block_contexts(positions, torch.arange(40))
+        ours, twin = (model.run_blocks(model.layers, contexts, x, 0, 2).float() for model in (fast, plain))
+        torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
+        begin += size
 
 
 @torch.inference_mode()
@@ -589,53 +619,54 @@ def test_what_is_outside_the_caches_is_an_error() -> None:
 
 
 @torch.inference_mode()
-def test_the_first_block_of_a_head_equals_its_twin() -> None:
-    """It has a forward of its own, so attention and feed-forward are operators, and what is between them is not."""
-    plain = Transformer(replace(CONFIG, hidden_size=64, vocab_size=8))
-    cast("torch.nn.ModuleList", plain.layers)[0] = FirstBlock(plain.config, norm_before_residual=False)
-    plain.to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in plain.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm.weight" in name))
-    for name, linear in [(name, child) for name, child in plain.named_modules() if isinstance(child, Linear)]:
-        plain.set_submodule(name, cpu_layer(linear, torch.bfloat16) or linear)
-    plain.setup_caches(2, 40)
-    fast = copy.deepcopy(plain)
-    cpu.replace_blocks_(fast)
-    assert isinstance(fast.layers[0].self_attn, CpuAttention) and isinstance(fast.layers[0].mlp, CpuMLP)
-    begin = 0
-    for size in (20, 1, 5):
-        x, positions = normal(2, size, 128, seed=size), begin + torch.arange(size).expand(2, size)
-        [context] = plain.block_contexts(positions, torch.arange(40))
-        ours, twin = (model.layers[0](x, *context).float() for model in (fast, plain))
-        torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
-        begin += size
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 1), (8, 3), (8, 8), (128, 2), (128, 8)])
+def test_of_equal_scores_the_same_experts_are_chosen(num_experts: int, num_chosen: int) -> None:
+    config = replace(MIXTURE, num_local_experts=num_experts, num_experts_per_tok=num_chosen, norm_topk_prob=False)
+    plain, fast = with_kernels(Transformer(config).bfloat16())
+    tokens, generator = torch.arange(16)[None], torch.Generator().manual_seed(0)
+    for model in (plain, fast):
+        router = model.get_parameter("layers.0.mlp.gate.weight")
+        router.copy_(torch.randint(2, (num_experts, 1), generator=generator.manual_seed(0)).expand_as(router))
+    ours, twin = (model(tokens, torch.arange(16)).float() for model in (fast, plain))
+    torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
+    router.fill_(torch.nan)  # of the fast one
+    assert fast(tokens, torch.arange(16)).isnan().all()
+
+
+@torch.inference_mode()
+def test_a_copy_of_a_model_has_weights_of_its_own() -> None:
+    """The addresses are the original's, so the copy runs its blocks one by one."""
+    model = random_model(RAW, dtype=torch.bfloat16)
+    copied = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    del model
+    copied.setup_caches(1, 32)
+    assert copied(torch.zeros(1, 1, dtype=torch.int64), torch.arange(1)).isfinite().all()
 
 
 def test_blocks_that_an_operator_does_not_take_are_left() -> None:
-    raw = RAW | {"num_hidden_layers": 1}
     others: list[dict[str, Any]] = [
-        {"hidden_size": 66, "head_dim": 16}, {"attention_bias": True},
-        {"model_type": "olmo2", "num_key_value_heads": 4},
+        {"hidden_size": 66, "head_dim": 16}, {"intermediate_size": 98}, {"intermediate_size": 97},
+        {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
     ]  # fmt: skip
-    for changes, taken in [({}, True), *((other, False) for other in others)]:
-        model = random_model(raw | changes, dtype=torch.bfloat16)
-        assert isinstance(model.layers[0], CpuBlock) == taken, changes
-    for changes in ({"mlp_bias": True}, {"intermediate_size": 98}, {"intermediate_size": 97}):  # attention alone
-        block = random_model(raw | changes, dtype=torch.bfloat16).layers[0]
-        assert isinstance(block, CpuBlock) and block.mlp_arguments is None
-    assert not isinstance(random_model(raw, dtype=torch.float32).layers[0], CpuBlock)
-    mixed = random_model(RAW, dtype=torch.bfloat16, optimize=False)  # layers of two kinds, which a graph may not have
-    mixed.layers[1].self_attn.o_proj.bias = frozen_parameter(torch.zeros(64))
-    optimize_(mixed)
-    assert not any(isinstance(block, CpuBlock) for block in mixed.layers)
+    for changes, taken in [({}, True), ({"attention_bias": True}, True), *((other, False) for other in others)]:
+        model = random_model(RAW | changes, dtype=torch.bfloat16)
+        assert isinstance(model.run_blocks, CpuBlocks) == taken, changes
+    assert not isinstance(random_model(RAW, dtype=torch.float32).run_blocks, CpuBlocks)
+    in_order = random_model(RAW, dtype=torch.bfloat16)
+    attn = in_order.layers[1].self_attn
+    attn.set_submodule("o_proj", Reordered(attn.o_proj, torch.arange(64)))
+    assert not cpu.takes_blocks(in_order.layers)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
     x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
-    y = torch.ops.kernels.mlp_block(x, None, None, 0, None, 1, True, [one_each.repeat(2, 1)], [one_each], gelu)
+    both, kernels = one_each.repeat(2, 1), torch.ops.kernels
+    sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, [both], None, [one_each], None, gelu, [], 0, False)
+    y = kernels.run_sublayers(x, sublayer, 64, [], [], torch.zeros(1, 1, dtype=torch.int64), [], [])
     torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
 
 
