@@ -378,7 +378,7 @@ class CpuBlocks:
         self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
     ) -> Tensor:
         caches = [block.self_attn.cache for block in blocks]
-        if x.shape[0] * x.shape[1] > MAX_ROWS or caches[0] is None or first == last:
+        if x.shape[0] * x.shape[1] > MAX_ROWS or caches[0] is None:
             return run_blocks(blocks, contexts, x, first, last)
         sublayers = slice(2 * first, 2 * last)
         tensors = [tensor for cache in caches if cache is not None for tensor in (cache.k, cache.v)][sublayers]

@@ -13,6 +13,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from compressed import quantization_config
 from eagle import Head
 from eagle_checkpoint import random_head
+from kernels.cpu import CpuBlocks
 from kernels.optimize import optimize_
 from linears import Form, frozen_parameter
 from model import Transformer
@@ -176,6 +177,7 @@ MIXED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
 INT8 = {"quantization_config": quantization_config(Form(8))}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -188,18 +190,19 @@ INT8 = {"quantization_config": quantization_config(Form(8))}
         ({}, INT8),
     ],
 )
-def test_a_graph_is_never_used_for_a_model_of_another_depth_or_form(first, second):
-    """Though the guards of the first layer alone are kept."""
+def test_a_graph_is_never_used_for_a_model_that_it_is_not_of(first, second, dtype):
+    """Though the guards of the first layer alone are kept; one call for all blocks serves all forms of weights."""
     torch._dynamo.reset()
     counter = CompileCounter()
     options = {"guard_filter_fn": keep_needed_guards}
     run = torch.compile(decode, backend=counter, fullgraph=True, dynamic=False, options=options)
+    rest = torch.arange(16), torch.full((16,), 3), torch.arange(64), GREEDY, None
     for raw in (first, first, second):
-        model = random_model({**RAW, **raw}, "cpu", torch.float32)
-        model.setup_caches(1, 64)
+        model = random_model({**RAW, **raw}, "cpu", dtype)
+        model.setup_caches(16, 64)
         with torch.inference_mode():
-            run(model, torch.tensor([1]), torch.tensor([3]), torch.arange(64), GREEDY, None)
-    assert counter.frame_count == 2
+            assert torch.equal(run(model, *rest)[0], decode(model, *rest)[0])
+    assert counter.frame_count == 2 or isinstance(model.run_blocks, CpuBlocks)
 
 
 def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
