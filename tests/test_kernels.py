@@ -625,8 +625,9 @@ def test_of_equal_scores_the_same_experts_are_chosen(num_experts: int, num_chose
     plain, fast = with_kernels(Transformer(config).bfloat16())
     tokens, generator = torch.arange(16)[None], torch.Generator().manual_seed(0)
     for model in (plain, fast):
-        router = model.get_parameter("layers.0.mlp.gate.weight")
-        router.copy_(torch.randint(2, (num_experts, 1), generator=generator.manual_seed(0)).expand_as(router))
+        for layer in (0, 1):
+            router = model.get_parameter(f"layers.{layer}.mlp.gate.weight")
+            router.copy_(torch.randint(2, (num_experts, 1), generator=generator.manual_seed(0)).expand_as(router))
     ours, twin = (model(tokens, torch.arange(16)).float() for model in (fast, plain))
     torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
     router[-1] = torch.nan  # of the fast one: it counts as the largest
