@@ -126,20 +126,22 @@ static inline Shorts bf16_codes(UnsignedShorts words, int i) {
 }
 
 // Call run(i, codes [VECTORS]) for each pair i of the STEP columns of a block of w; whole numbers, or int4's in bf16.
-template <int BITS, bool WHOLE, class Run>
+// ONCE: no other pass over w follows, so that the second cache need not keep it: one row is 1.03 to 1.05 times as fast.
+template <int BITS, bool WHOLE, bool ONCE = false, class Run>
 static inline void each_pair(const uint8_t* w, Run run) {
+    constexpr auto HINT = ONCE ? _MM_HINT_NTA : _MM_HINT_T0;
 #pragma GCC unroll 4
     for (int v = 0; v < STEP / 8; v++) {
         Ints words[VECTORS];
         for (int h = 0; BITS == 4 && h < VECTORS; h++) {
             words[h] = load<Ints>(w + 4 * LANES * (VECTORS * v + h));
-            _mm_prefetch((const char*)w + AHEAD<BITS> + 4 * LANES * (VECTORS * v + h), _MM_HINT_T0);
+            _mm_prefetch((const char*)w + AHEAD<BITS> + 4 * LANES * (VECTORS * v + h), HINT);
             keep(words[h]);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             Shorts codes[VECTORS];
-            if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), _MM_HINT_T0);
+            if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), HINT);
             for (int h = 0; h < VECTORS; h++) {
                 if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
                 if constexpr (BITS == 4) codes[h] = WHOLE ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((UnsignedShorts)words[h], i);
@@ -156,7 +158,7 @@ static inline void add_step(const int16_t* x, const float* x_scales, const float
     constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side, as measured: adding to one waits
     using Sums = std::conditional_t<IN_WHOLE<BITS>, Ints, Floats>;
     Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
-    each_pair<BITS, IN_WHOLE<BITS>>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+    each_pair<BITS, IN_WHOLE<BITS>, C == 1>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
         for (int c = 0; c < C; c++) {
             int32_t pair;
             std::memcpy(&pair, x + c * STEP + 2 * i, 4);
