@@ -405,7 +405,8 @@ struct ByExpert {
 
 static Tensor product(const Tensor& x, const Tensors& tensors, std::optional<Tensor> experts) {
     const Weight weight(tensors);
-    const int64_t N = weight.outputs;
+    const int64_t N = weight.outputs, columns = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(columns == weight.inputs, "x has ", columns, " columns and the weight ", weight.inputs);
     if (!experts) {
         Tensor rows = in_order(x);
         return with_floats(x, {x.size(0), N}, [&](auto* y) { weight.multiply(like(y, rows), y, x.size(0)); });
@@ -626,6 +627,8 @@ static Tensor run_sublayers(const Tensor& x, const Tensor& sublayers, int64_t wi
     const Tokens tokens{x.size(0), x.size(1), in_order(positions), cos, sin, masks};
     const int64_t M = tokens.B * tokens.S, count = sublayers.size(0);
     const auto* sublayer = (const Sublayer*)sublayers.const_data_ptr();
+    const int64_t columns = sublayer->feature_norm ? 2 * width : width;
+    STD_TORCH_CHECK(x.size(2) == columns, "x has ", x.size(2), " columns and the blocks ", columns);
     Tensor inputs = in_order(x);
     return with_floats(x, {tokens.B, tokens.S, width}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;

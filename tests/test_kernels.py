@@ -619,6 +619,17 @@ def test_what_is_outside_the_caches_is_an_error() -> None:
 
 
 @torch.inference_mode()
+def test_x_of_another_width_is_an_error() -> None:
+    model = random_model(RAW, dtype=torch.bfloat16)
+    model.setup_caches(1, 32)
+    contexts = model.block_contexts(torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="x has 96 columns and the blocks 64"):
+        model.run_blocks(model.layers, contexts, normal(1, 1, 96), 0, 2)
+    with pytest.raises(RuntimeError, match="x has 96 columns and the weight 64"):
+        model.lm_head(normal(1, 1, 96))
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 1), (8, 3), (8, 8), (128, 2), (128, 8)])
 def test_of_equal_scores_the_same_experts_are_chosen(num_experts: int, num_chosen: int) -> None:
     config = replace(MIXTURE, num_local_experts=num_experts, num_experts_per_tok=num_chosen)
