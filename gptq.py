@@ -27,17 +27,18 @@ def gptq(
     group_size: int,
     hessian: Tensor,
     act_order: bool = True,
-    damping: float = DAMPING,
     bits: int = 4,
     symmetric: bool = False,
 ) -> Encoded:
     """Return codes, scales and zeros in the form of `quantize_weight`, chosen to keep the products with given inputs.
 
-    hessian [K, K]: the sum of x x^T over the calibration inputs. Columns are rounded one by one, and those not yet
-    rounded compensate for the error (algorithm 1). act_order: columns with the largest inputs first; their groups stay
-    those of their places in the weight.
+    hessian [K, K]: the sum of x x^T over the calibration inputs x, of length 1, so that its trace is how many they are.
+    Fewer than K say little about other inputs: the fewer, the more damping; without any it is rounding to nearest.
+    Columns are rounded one by one, and those not yet rounded compensate for the error (algorithm 1). act_order: columns
+    with the largest inputs first; their groups stay those of their places in the weight.
     """
-    K = weight.shape[1]
+    K, count = weight.shape[1], float(hessian.trace())
+    damping = DAMPING if count >= K else K / max(1, count)
     scales, zeros = group_parameters(weight, group_size, bits, symmetric)
     order = torch.arange(K, device=weight.device)
     if act_order:
@@ -84,17 +85,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def gptq_stack(stack: Tensor, group_size: int, hessians: Tensor, counts: list[int], **options: Any) -> Encoded:
-    """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian [X, K, K].
+def gptq_stack(stack: Tensor, group_size: int, hessian: Tensor, **options: Any) -> Encoded:
+    """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own of the hessians [X, K, K].
 
-    counts: the tokens that each expert saw. Fewer tokens than it has inputs say little about other tokens: the fewer,
-    the more damping; an expert without any is rounded to nearest. As measured, this is never worse than rounding.
     options: others of `gptq`.
     """
-    K = stack.shape[-1]
-    dampings = [DAMPING if count >= K else K / max(1, count) for count in counts]
-    experts = zip(stack, hessians, dampings, strict=True)
-    encoded = [gptq(weight, group_size, hessian, damping=damping, **options) for weight, hessian, damping in experts]
+    encoded = [gptq(weight, group_size, own, **options) for weight, own in zip(stack, hessian, strict=True)]
     codes, scales, zeros = (torch.stack(values) for values in zip(*encoded, strict=True))
     return codes, scales, zeros
 
@@ -154,15 +150,11 @@ class Calibration:
             self.tick()
         for hook in hooks:
             hook.remove()
-        encoders: dict[str, Encode] = {}
-        for name, total in sums.items():
-            if name not in counts:
-                encoders[name] = partial(gptq, hessian=total, **self.options)
-                continue
-            encoders[name] = partial(gptq_stack, hessians=total, counts=counts[name], **self.options)
-            few = {(self.layer, i): count for i, count in enumerate(counts[name]) if count < total.shape[-1]}
+        for name, tokens in counts.items():
+            few = {(self.layer, i): count for i, count in enumerate(tokens) if count < sums[name].shape[-1]}
             self.scarce.update(few)
-        return encoders
+        choices = {name: gptq_stack if name in counts else gptq for name in sums}
+        return {name: partial(choices[name], hessian=total, **self.options) for name, total in sums.items()}
 
     def advance(self, block: Block) -> None:
         """Run the text through `block`, which is quantized by now: the next block gets its outputs."""

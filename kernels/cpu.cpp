@@ -340,23 +340,25 @@ static Scales scales_of(const Tensor& scales) {
     return type == aoti_torch_dtype_float32() ? Scales(data<float>(scales)) : Scales(data<bf16>(scales));
 }
 
-static const void* address(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+// Values in the type of x.
+template <class T>
+static const T* values_of(const Tensor& tensor) {
+    STD_TORCH_CHECK(type_of(tensor) == type_of<T>(), "norms, biases, weights and caches have another dtype than x");
+    return data<T>(tensor);
+}
 
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
 // [int4 codes, scales, zeros].
-using Tensors = std::vector<Tensor>;
+struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
+    Tensors tensors;
+    OptionalTensor bias;
+    int64_t outputs, inputs, group = 0;
+    int bits = 16;
 
-// The same by its addresses.
-struct Weight {
-    int64_t outputs = 0, inputs = 0, group = 0;
-    int bits = 16;  // of a weight; with 16 in the type of x, and then it has no groups
-    const void *values = nullptr, *bias = nullptr;
-    Scales scales = (const bf16*)nullptr;
-    const uint8_t* zeros = nullptr;
-
-    Weight() = default;
-    Weight(const Tensors& tensors, const std::optional<Tensor>& added = std::nullopt)
-        : values(tensors[0].const_data_ptr()), bias(address(added)) {
+    explicit Weight(Tensors of_layer, OptionalTensor added = std::nullopt) : tensors(std::move(of_layer)), bias(added) {
         const Tensor& w = tensors[0];
         if (tensors.size() == 1) {
             outputs = w.size(w.dim() - 2), inputs = w.size(w.dim() - 1);
@@ -367,19 +369,20 @@ struct Weight {
         const Tensor& scale = tensors[1];  // those of a block's rows lie beside each other
         outputs = scale.size(scale.dim() - 3) * scale.size(scale.dim() - 1);
         group = inputs / scale.size(scale.dim() - 2);
-        scales = scales_of(scale);
-        zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() : nullptr;
     }
 
     // y [M, N] = x w^T + bias; experts: as `over_rows` has them.
     template <class T>
     void multiply(const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
         const int64_t N = outputs, K = inputs;
-        const auto* codes = (const uint8_t*)values;
-        if (bits == 16) ::bf16_product(x, (const T*)values, y, M, N, K, experts);
-        else if (bits == 8) ::code_product<8>(x, codes, scales, zeros, y, M, N, K, group, experts);
-        else ::code_product<4>(x, codes, scales, zeros, y, M, N, K, group, experts);
-        for (int64_t m = 0; bias && m < M; m++) add(y + m * N, (const T*)bias, N);
+        if (bits == 16) ::bf16_product(x, values_of<T>(tensors[0]), y, M, N, K, experts);
+        else {
+            const auto* codes = (const uint8_t*)tensors[0].const_data_ptr();
+            const auto* zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() : nullptr;
+            if (bits == 8) ::code_product<8>(x, codes, scales_of(tensors[1]), zeros, y, M, N, K, group, experts);
+            else ::code_product<4>(x, codes, scales_of(tensors[1]), zeros, y, M, N, K, group, experts);
+        }
+        for (int64_t m = 0; bias && m < M; m++) add(y + m * N, values_of<T>(*bias), N);
     }
 };
 
@@ -403,8 +406,8 @@ struct ByExpert {
     }
 };
 
-static Tensor product(const Tensor& x, const Tensors& tensors, std::optional<Tensor> experts) {
-    const Weight weight(tensors);
+static Tensor product(const Tensor& x, Tensors tensors, OptionalTensor experts) {
+    const Weight weight(std::move(tensors));
     const int64_t N = weight.outputs, columns = x.size(x.dim() - 1);
     STD_TORCH_CHECK(columns == weight.inputs, "x has ", columns, " columns and the weight ", weight.inputs);
     if (!experts) {
@@ -427,6 +430,7 @@ static Tensor product(const Tensor& x, const Tensors& tensors, std::optional<Ten
 
 // As `model.attention`.
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
+    STD_TORCH_CHECK(mask.size(2) == k.size(2), "a mask of ", mask.size(2), " slots, and keys of ", k.size(2));
     bool cached = k.stride(2) == k.size(3) && k.stride(3) == 1;  // the first slots of a cache
     for (int64_t i = 0; i < 4; i++) cached &= k.stride(i) == v.stride(i);
     Tensor queries = in_order(q), keys = cached ? k : in_order(k), values = cached ? v : in_order(v), seen = in_order(mask);
@@ -444,58 +448,54 @@ struct __attribute__((visibility("hidden"))) Tokens {
     Tensors cos, sin, masks;
 };
 
-// One of the two halves of `model.Block` on one rank, by the addresses of its weights: attention, a feed-forward, or
-// experts. cpu.py describes those of a model once and runs all of them together, for a few rows: an operator for each of
-// their steps would take longer than they do. What they compute is rounded where the plain model rounds.
-struct Sublayer {
-    // Norms before and after it, and what its output is multiplied with, before x is added.
-    const void *norm, *output_norm;
-    double eps, offset, multiplier;
-    bool has_offset;
-    // Of the first block of an EAGLE-3 head x is an embedding and features, side by side; the norm of these, which are
-    // what is added, behind it or before.
-    const void* feature_norm = nullptr;
-    bool adds_normed = false;
-
+// One of the two halves of `model.Block` on one rank: attention, a feed-forward, or experts. cpu.py describes those of a
+// model once and then runs all of them together, for a few rows: an operator for each of their steps would take longer
+// than they do. What they compute is rounded where the plain model rounds.
+struct __attribute__((visibility("hidden"))) Sublayer {
+    OptionalTensor norm, output_norm;
+    double eps;
+    std::optional<double> offset;
+    double multiplier;  // of its output, before x is added
     Weight first, last;  // qkv and o, or gate with up, and down
 
-    // Of attention, and which kind it is; of a feed-forward -1.
-    int64_t kind = -1, q_norm_size = 0, k_norm_size = 0, original_length = 1;
-    const void *q_norm = nullptr, *k_norm = nullptr;
+    // Of attention, and with which of the tokens' contexts; a feed-forward has none.
+    std::optional<int64_t> context;
+    OptionalTensor q_norm, k_norm;
     double query_multiplier = 1, query_scaling_beta = 0;
-    // Of a feed-forward, and with experts their router, and how many a row takes.
-    bool gelu = false, shares_of_chosen = false;
-    Weight router;
-    int64_t num_chosen = 0;
+    int64_t original_length = 1;  // in which query_scaling_beta counts positions
+    // Of the first attention of an EAGLE-3 head, whose x is an embedding and features, side by side: the norm of these,
+    // which are what is added, behind it or before.
+    OptionalTensor feature_norm;
+    bool adds_normed = false;
 
-    Sublayer(const std::optional<Tensor>& norm, const std::optional<Tensor>& output_norm, double eps,
-             std::optional<double> offset, double multiplier, const Weight& first, const Weight& last)
-        : norm(address(norm)), output_norm(address(output_norm)), eps(eps), offset(offset.value_or(0)),
-          multiplier(multiplier), has_offset(offset.has_value()), first(first), last(last) {}
+    bool gelu = false;
+    // Of a feed-forward with experts, of which a row takes so many.
+    std::optional<Weight> router;
+    int64_t num_chosen = 0;
+    bool shares_of_chosen = false;
 
     int64_t width() const { return last.outputs; }
 
+    // M rows of x, or parts of a row, in place.
     template <class T>
-    void normalize(T* x, const void* weight, int64_t M, int64_t K) const {
-        if (weight) ::rms_norm(x, (const T*)weight, M, K, eps, has_offset ? std::optional(offset) : std::nullopt);
+    void normalize(T* x, const OptionalTensor& weight, int64_t M) const {
+        if (weight) ::rms_norm(x, values_of<T>(*weight), M, weight->size(0), eps, offset);
     }
 
-    // y [M, E] of x [M, E], or of [M, 2 E] with features; caches: of its keys and of its values.
+    // y [M, E] of x [M, E], or of [M, 2 E] with features; caches: of keys and of values.
     template <class T>
     void run(const T* x, T* y, const Tokens& tokens, const Tensor* caches) const {
         const int64_t M = tokens.B * tokens.S, E = width(), K = feature_norm ? 2 * E : E;
         T* inputs = room<0, T>(M * K);
         std::memcpy(inputs, x, M * K * sizeof(T));
-        if (feature_norm)
-            for (T* row = inputs; row < inputs + M * K; row += K) {
-                normalize(row, norm, 1, E);
-                normalize(row + E, feature_norm, 1, E);
-            }
-        else normalize(inputs, norm, M, E);
-        if (kind >= 0) attend(inputs, y, tokens, caches[0], caches[1]);
-        else if (num_chosen) mix_experts(inputs, y, M);
+        for (int64_t m = 0; m < M; m++) {
+            normalize(inputs + m * K, norm, 1);
+            normalize(inputs + m * K + E, feature_norm, 1);
+        }
+        if (context) attend(inputs, y, tokens, caches[0], caches[1]);
+        else if (router) mix_experts(inputs, y, M);
         else feed_forward(inputs, y, M);
-        normalize(y, output_norm, M, E);
+        normalize(y, output_norm, M);
         scale(y, multiplier, M * E);
         for (int64_t m = 0; m < M; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
     }
@@ -503,21 +503,22 @@ struct Sublayer {
     // k and v of the new tokens are written into the caches.
     template <class T>
     void attend(const T* x, T* y, const Tokens& tokens, const Tensor& k_cache, const Tensor& v_cache) const {
-        const Tensor &cos = tokens.cos[kind], &sin = tokens.sin[kind], &mask = tokens.masks[kind];
+        const Tensor &cos = tokens.cos[*context], &sin = tokens.sin[*context], &mask = tokens.masks[*context];
         const int64_t S = tokens.S, M = tokens.B * S, N = first.outputs, R = cos.size(4);
         const int64_t K = k_cache.size(1), D = k_cache.size(3), H = N / D - 2 * K;
         const int64_t batch_stride = k_cache.stride(0), head_stride = k_cache.stride(1), slots = k_cache.size(2);
         const int64_t* place = data<int64_t>(tokens.positions);
         const bool fit = tokens.B <= k_cache.size(0) && mask.size(2) <= slots;
+        STD_TORCH_CHECK(N + last.inputs == 2 * (H + K) * D, "the caches have ", K, " heads, which are not the model's");
         STD_TORCH_CHECK(fit && std::all_of(place, place + M, [=](int64_t i) { return i >= 0 && i < slots; }),
                         "rows, positions or slots are outside the caches of ", k_cache.size(0), " rows and ", slots, " slots");
         T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *attended = room<3, T>(M * H * D);
-        T *keys = (T*)k_cache.mutable_data_ptr(), *values = (T*)v_cache.mutable_data_ptr();
+        T *keys = (T*)values_of<T>(k_cache), *values = (T*)values_of<T>(v_cache);
         first.multiply(x, heads, M);
         for (int64_t m = 0; m < M; m++) {
             T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
-            if (q_norm) normalize(row, q_norm, H * D / q_norm_size, q_norm_size);
-            if (k_norm) normalize(k, k_norm, K * D / k_norm_size, k_norm_size);
+            if (q_norm) normalize(row, q_norm, H * D / q_norm->size(0));
+            if (k_norm) normalize(k, k_norm, K * D / k_norm->size(0));
             for (T* head = row; head < v; head += D)
                 rotate(head, data<float>(cos) + 2 * R * m, data<float>(sin) + 2 * R * m, R);
             scale(row, query_multiplier, H * D);
@@ -549,11 +550,11 @@ struct Sublayer {
     // As `model.MoE`. Of equal scores it takes those that ATen's topk does, which sorts in the same way.
     template <class T>
     void mix_experts(const T* x, T* y, int64_t M) const {
-        const int64_t X = router.outputs, A = num_chosen, E = width();
+        const int64_t X = router->outputs, A = num_chosen, E = width();
         std::vector<int64_t> chosen(M * A), ids(X);
         std::vector<float> shares(M * A), sums(E);
         T *scores = room<3, T>(M * X), *rows = room<4, T>(M * A * E), *outputs = room<5, T>(M * A * E);
-        router.multiply(x, scores, M);
+        router->multiply(x, scores, M);
         for (int64_t m = 0; m < M; m++) {
             auto score = [=](int64_t i) { return widen(scores[m * X + i]); };
             std::iota(ids.begin(), ids.end(), 0);
@@ -583,62 +584,65 @@ struct Sublayer {
     }
 };
 
-static Tensor bytes_of(const Sublayer& sublayer) {
-    static_assert(std::is_trivially_copyable_v<Sublayer>);
-    Tensor bytes = empty({1, sizeof sublayer}, aoti_torch_dtype_uint8());
-    std::memcpy(bytes.mutable_data_ptr(), &sublayer, sizeof sublayer);
-    return bytes;
+// Return a sublayer's address, [1].
+static Tensor address_of(Sublayer sublayer) {
+    Tensor address = empty({1}, aoti_torch_dtype_int64());
+    *(Sublayer**)address.mutable_data_ptr() = new Sublayer(std::move(sublayer));
+    return address;
 }
 
-using OptionalTensor = std::optional<Tensor>;
-
-static int64_t size_of(const OptionalTensor& norm) { return norm ? norm->size(0) : 0; }
-
 static Tensor describe_attention(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
-                                 double multiplier, const Tensors& qkv, OptionalTensor qkv_bias, const Tensors& o,
-                                 OptionalTensor o_bias, OptionalTensor feature_norm, bool adds_normed, OptionalTensor q_norm,
-                                 OptionalTensor k_norm, double query_multiplier, double query_scaling_beta,
-                                 int64_t original_length, int64_t kind) {
-    Sublayer sublayer(norm, output_norm, eps, offset, multiplier, Weight(qkv, qkv_bias), Weight(o, o_bias));
-    sublayer.feature_norm = address(feature_norm), sublayer.adds_normed = adds_normed;
-    sublayer.q_norm = address(q_norm), sublayer.q_norm_size = size_of(q_norm);
-    sublayer.k_norm = address(k_norm), sublayer.k_norm_size = size_of(k_norm);
+                                 double multiplier, Tensors qkv, OptionalTensor qkv_bias, Tensors o, OptionalTensor o_bias,
+                                 int64_t context, OptionalTensor q_norm, OptionalTensor k_norm, double query_multiplier,
+                                 double query_scaling_beta, int64_t original_length, OptionalTensor feature_norm,
+                                 bool adds_normed) {
+    Sublayer sublayer{norm, output_norm, eps, offset, multiplier, Weight(qkv, qkv_bias), Weight(o, o_bias)};
+    sublayer.context = context;
+    sublayer.q_norm = q_norm, sublayer.k_norm = k_norm;
     sublayer.query_multiplier = query_multiplier, sublayer.query_scaling_beta = query_scaling_beta;
-    sublayer.original_length = original_length, sublayer.kind = kind;
-    return bytes_of(sublayer);
+    sublayer.original_length = original_length;
+    sublayer.feature_norm = feature_norm, sublayer.adds_normed = adds_normed;
+    return address_of(std::move(sublayer));
 }
 
 static Tensor describe_feed_forward(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
-                                    double multiplier, const Tensors& gate_up, OptionalTensor gate_up_bias,
-                                    const Tensors& down, OptionalTensor down_bias, bool gelu, const Tensors& router,
-                                    int64_t num_chosen, bool shares_of_chosen) {
-    Sublayer sublayer(norm, output_norm, eps, offset, multiplier, Weight(gate_up, gate_up_bias), Weight(down, down_bias));
+                                    double multiplier, Tensors gate_up, OptionalTensor gate_up_bias, Tensors down,
+                                    OptionalTensor down_bias, bool gelu, OptionalTensor router, int64_t num_chosen,
+                                    bool shares_of_chosen) {
+    Sublayer sublayer{norm, output_norm, eps, offset, multiplier, Weight(gate_up, gate_up_bias), Weight(down, down_bias)};
     sublayer.gelu = gelu;
-    if (num_chosen) sublayer.router = Weight(router);
+    if (router) sublayer.router.emplace(Tensors{*router});
     sublayer.num_chosen = num_chosen, sublayer.shares_of_chosen = shares_of_chosen;
-    return bytes_of(sublayer);
+    return address_of(std::move(sublayer));
 }
 
-// Run sublayers [count, bytes of one] on x; caches: the keys and the values of each attention.
-static Tensor run_sublayers(const Tensor& x, const Tensor& sublayers, int64_t width, Tensors cos, Tensors sin,
+static void forget_sublayers(const Tensor& addresses) {
+    auto* const* sublayers = (Sublayer* const*)addresses.const_data_ptr();
+    for (int64_t i = 0; i < addresses.size(0); i++) delete sublayers[i];
+}
+
+// Run sublayers [count] on x; caches: the keys and the values of each attention.
+static Tensor run_sublayers(const Tensor& x, const Tensor& addresses, int64_t width, Tensors cos, Tensors sin,
                             const Tensor& positions, Tensors masks, const Tensors& caches) {
     for (Tensors* tensors : {&cos, &sin, &masks})
         for (Tensor& tensor : *tensors) tensor = in_order(tensor);
     const Tokens tokens{x.size(0), x.size(1), in_order(positions), cos, sin, masks};
-    const int64_t M = tokens.B * tokens.S, count = sublayers.size(0);
-    const auto* sublayer = (const Sublayer*)sublayers.const_data_ptr();
-    const int64_t columns = sublayer->feature_norm ? 2 * width : width;
+    const int64_t M = tokens.B * tokens.S, count = addresses.size(0);
+    auto* const* sublayers = (Sublayer* const*)addresses.const_data_ptr();
+    const int64_t columns = sublayers[0]->feature_norm ? 2 * width : width;
     STD_TORCH_CHECK(x.size(2) == columns, "x has ", x.size(2), " columns and the blocks ", columns);
+    const auto attentions = std::count_if(sublayers, sublayers + count, [](Sublayer* s) { return bool(s->context); });
+    STD_TORCH_CHECK(2 * attentions == int64_t(caches.size()), attentions, " attentions have ", caches.size(), " caches");
     Tensor inputs = in_order(x);
     return with_floats(x, {tokens.B, tokens.S, width}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
         T* buffers[] = {room<6, T>(M * width), room<7, T>(M * width)};
-        const T* latest = like(y, inputs);
+        const T* latest = values_of<T>(inputs);
         const Tensor* cache = caches.data();
-        for (int64_t i = 0; i < count; i++, sublayer++) {
+        for (int64_t i = 0; i < count; i++) {
             T* next = i == count - 1 ? y : buffers[i % 2];
-            sublayer->run(latest, next, tokens, cache);
-            if (sublayer->kind >= 0) cache += 2;
+            sublayers[i]->run(latest, next, tokens, cache);
+            if (sublayers[i]->context) cache += 2;
             latest = next;
         }
     });
@@ -662,5 +666,6 @@ STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("attention", TORCH_BOX(&operators::attention));
     library.impl("describe_attention", TORCH_BOX(&operators::describe_attention));
     library.impl("describe_feed_forward", TORCH_BOX(&operators::describe_feed_forward));
+    library.impl("forget_sublayers", TORCH_BOX(&operators::forget_sublayers));
     library.impl("run_sublayers", TORCH_BOX(&operators::run_sublayers));
 }

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from kernels.layers import MAX_ROWS, KernelLinear
 from linears import frozen_parameter
@@ -209,10 +208,11 @@ SUBLAYER += " Tensor? first_bias, Tensor[] last, Tensor? last_bias"
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
-    "describe_attention": f"({SUBLAYER}, Tensor? feature_norm, bool adds_normed, Tensor? q_norm, Tensor? k_norm,"
-    " float query_multiplier, float query_scaling_beta, int original_length, int kind) -> Tensor",
-    "describe_feed_forward": f"({SUBLAYER}, bool gelu, Tensor[] router, int num_chosen, bool shares_of_chosen)"
+    "describe_attention": f"({SUBLAYER}, int context, Tensor? q_norm, Tensor? k_norm, float query_multiplier,"
+    " float query_scaling_beta, int original_length, Tensor? feature_norm, bool adds_normed) -> Tensor",
+    "describe_feed_forward": f"({SUBLAYER}, bool gelu, Tensor? router, int num_chosen, bool shares_of_chosen)"
     " -> Tensor",
+    "forget_sublayers": "(Tensor sublayers) -> ()",
     "run_sublayers": "(Tensor x, Tensor sublayers, int width, Tensor[] cos, Tensor[] sin, Tensor positions,"
     " Tensor[] masks, Tensor(a!)[] caches) -> Tensor",
 }
@@ -346,66 +346,79 @@ def optimize_blocks_(model: Transformer) -> None:
 class CpuBlocks:
     """`model.run_blocks` for one rank, all in one call for a few rows: their steps take less time than so many calls.
 
-    The call reads the weights by their addresses, which are described once: to hand over some hundred tensors at each
-    token takes a good part of a small model's step. A weight that is replaced later acts above MAX_ROWS rows alone.
+    The call is told once which modules and tensors there are: to hand over some hundred at each token takes a good part
+    of a small model's step. So a parameter that is replaced by another one acts above MAX_ROWS rows alone, and hooks of
+    the blocks run there alone; what is written into a parameter, or its `data`, always counts.
     """
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block]):
+        self.blocks, self.width = list(blocks), config.hidden_size
         kinds = [(config.is_local(layer), config.window(layer)) for layer in range(len(blocks))]
         firsts = {kind: kinds.index(kind) for kind in kinds}
-        self.first_layers = list(firsts.values())  # of each kind of attention
-        self.tensors: list[Tensor] = []  # whose addresses are known
+        self.context_layers = list(firsts.values())  # the first layers of each kind of attention
         sublayers = []
         for block, kind in zip(blocks, kinds, strict=True):
-            qkv_proj, o_proj, gate_up_proj, down_proj = linears_of(block)
-            attention, feed_forward = attention_of(block, list(firsts).index(kind)), feed_forward_of(block)
-            norms = block.input_layernorm, block.attn_output_norm
-            sublayers.append(self._describe("attention", block, norms, [qkv_proj, o_proj], attention))
-            norms = block.post_attention_layernorm, block.mlp_output_norm
-            sublayers.append(self._describe("feed_forward", block, norms, [gate_up_proj, down_proj], feed_forward))
-        self.sublayers, self.width = torch.cat(sublayers), config.hidden_size
-
-    def _describe(
-        self, kind: str, block: Block, norms: Iterable[nn.Module], linears: list[Any], rest: tuple[Any, ...]
-    ) -> Tensor:
-        config = block.self_attn.config
-        around = *map(weight_of, norms), config.rms_norm_eps, config.norm_offset, block.multiplier
-        arguments = *around, *(part for linear in linears for part in (linear.tensors, linear.bias)), *rest
-        self.tensors += [leaf.detach() for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        return getattr(torch.ops.kernels, f"describe_{kind}")(*arguments)
+            sublayers.append(describe_attention(block, list(firsts).index(kind)))
+            sublayers.append(describe_feed_forward(block))
+        self.sublayers = torch.cat(sublayers)  # by their addresses
+        weakref.finalize(self, torch.ops.kernels.forget_sublayers, self.sublayers).atexit = False
 
     def __call__(
         self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
     ) -> Tensor:
         caches = [block.self_attn.cache for block in blocks]
-        if x.shape[0] * x.shape[1] > MAX_ROWS or caches[0] is None:
+        others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
+        if x.shape[0] * x.shape[1] > MAX_ROWS or None in caches or others:
             return run_blocks(blocks, contexts, x, first, last)
         sublayers = slice(2 * first, 2 * last)
-        tensors = [tensor for cache in caches if cache is not None for tensor in (cache.k, cache.v)][sublayers]
-        cos, sin, positions, masks = zip(*(contexts[layer] for layer in self.first_layers), strict=True)
+        tensors = [tensor for cache in caches for tensor in (cache.k, cache.v)][sublayers]  # type: ignore[union-attr]
+        kinds = [contexts[layer] for layer in self.context_layers]
+        # In fp32, also where the whole model has been moved to another dtype.
+        cos, sin = [kind.cos.float() for kind in kinds], [kind.sin.float() for kind in kinds]
+        positions, masks = kinds[0].positions.long(), [kind.mask for kind in kinds]
         run = torch.ops.kernels.run_sublayers.default
-        return run(x, self.sublayers[sublayers], self.width, cos, sin, positions[0], masks, tensors)
+        return run(x, self.sublayers[sublayers], self.width, cos, sin, positions, masks, tensors)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a copy of the model, which has other addresses, run its blocks one by one."""
+        """Let a copy of the model run its blocks one by one: this object knows the original's, and no other process."""
         return partial, (run_blocks,)
 
 
-def attention_of(block: Block, kind: int) -> tuple[Any, ...]:
-    """Return what describe_attention takes besides norms and linears."""
+def describe_attention(block: Block, context: int) -> Tensor:
+    """context: which of the contexts that the call gets is this layer's."""
     attn, config, rope = block.self_attn, block.self_attn.config, block.self_attn.config.rope_scaling
-    of_a_head = weight_of(getattr(block, "hidden_norm", None)), getattr(block, "norm_before_residual", False)
-    norms = weight_of(attn.q_norm), weight_of(attn.k_norm)
     scaling = (config.query_scaling_beta, rope.original_max_position_embeddings) if rope else (0, 1)
-    return *of_a_head, *norms, config.query_multiplier, *scaling, kind
+    return torch.ops.kernels.describe_attention(
+        **common(block, block.input_layernorm, block.attn_output_norm, linears_of(block)[:2]),
+        context=context,
+        q_norm=weight_of(attn.q_norm),
+        k_norm=weight_of(attn.k_norm),
+        query_multiplier=config.query_multiplier,
+        query_scaling_beta=scaling[0],
+        original_length=scaling[1],
+        feature_norm=weight_of(getattr(block, "hidden_norm", None)),
+        adds_normed=getattr(block, "norm_before_residual", False),
+    )
 
 
-def feed_forward_of(block: Block) -> tuple[Any, ...]:
-    """Return what describe_feed_forward takes besides norms and linears."""
-    mlp = block.mlp
-    if isinstance(mlp, MoE):
-        return False, [mlp.gate.weight], mlp.config.num_experts_per_tok, mlp.config.norm_topk_prob
-    return mlp.gelu, [], 0, False
+def describe_feed_forward(block: Block) -> Tensor:
+    mlp, config = block.mlp, block.self_attn.config
+    experts = mlp.gate.weight if isinstance(mlp, MoE) else None
+    return torch.ops.kernels.describe_feed_forward(
+        **common(block, block.post_attention_layernorm, block.mlp_output_norm, linears_of(block)[2:]),
+        gelu=isinstance(mlp, MLP) and mlp.gelu,
+        router=experts,
+        num_chosen=config.num_experts_per_tok,
+        shares_of_chosen=config.norm_topk_prob,
+    )
+
+
+def common(block: Block, norm: nn.Module, output_norm: nn.Module, linears: list[Any]) -> dict[str, Any]:
+    """Return what both halves of a block are described by."""
+    config, (first, last) = block.self_attn.config, linears
+    weights = {"first": first.tensors, "first_bias": first.bias, "last": last.tensors, "last_bias": last.bias}
+    norms = {"norm": weight_of(norm), "output_norm": weight_of(output_norm)}
+    return norms | weights | {"eps": config.rms_norm_eps, "offset": config.norm_offset, "multiplier": block.multiplier}
 
 
 def linears_of(block: Block) -> list[nn.Module]:
@@ -420,7 +433,14 @@ def takes_blocks(blocks: Sequence[Block]) -> bool:
     routers = [block.mlp.gate.weight for block in blocks if isinstance(block.mlp, MoE)]
     fit = all(isinstance(linear, CpuLinear) and linear.kept_outputs is None for linear in linears)
     fit = fit and all(has_kernel(router.dtype, router, BLOCK_ROWS, 32) and router.is_contiguous() for router in routers)
-    return fit and blocks[0].self_attn.ranks.count == 1
+    return fit and blocks[0].self_attn.ranks.count == 1 and all(map(has_known_forward, blocks))
+
+
+def has_known_forward(block: Block) -> bool:
+    """Say whether a block is `model.Block`, or the first of an EAGLE-3 head, which norms and adds as Llama's."""
+    config = block.self_attn.config
+    plain = config.norm_inputs and not config.norm_outputs and config.norm_offset is None and block.multiplier == 1
+    return type(block) is Block or (hasattr(block, "hidden_norm") and plain)
 
 
 def weight_of(norm: object) -> Tensor | None:

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import ctypes
+import gc
 import mmap
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
     """More threads than cores, beside busy loops: many lose their core with a piece, and stay away."""
     x, weight = normal(rows, 2048), normal(4384, 2048, seed=1)
     q, k, v = normal(1, 3, 4, 64), normal(1, 2, 700, 64, seed=1), normal(1, 2, 700, 64, seed=2)
-    mask = torch.ones(1, 1, 3, 700, dtype=torch.bool).tril(600)
+    mask = torch.ones(1, 3, 700, dtype=torch.bool).tril(600)
     layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None), cpu_int4(*quantize_int4(weight, 32), None)]
     loops = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(2)]
     try:
@@ -647,7 +648,7 @@ def test_of_equal_scores_the_same_experts_are_chosen(num_experts: int, num_chose
 
 @torch.inference_mode()
 def test_a_copy_of_a_model_has_weights_of_its_own() -> None:
-    """The addresses are the original's, so the copy runs its blocks one by one."""
+    """It has other modules than the original's call knows, so it runs its blocks one by one."""
     model = random_model(RAW, dtype=torch.bfloat16)
     copied = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -655,6 +656,60 @@ def test_a_copy_of_a_model_has_weights_of_its_own() -> None:
     del model
     copied.setup_caches(1, 32)
     assert copied(torch.zeros(1, 1, dtype=torch.int64), torch.arange(1)).isfinite().all()
+
+
+def move_data(model: Transformer) -> None:
+    for parameter in model.parameters():
+        parameter.data = -parameter.data
+
+
+def drop_the_first_layer(model: Transformer) -> None:
+    model.layers = model.layers[1:]
+
+
+CHANGES: list[Callable[[Transformer], object]] = [
+    move_data, Transformer.share_memory, Transformer.bfloat16, drop_the_first_layer,
+    lambda model: model.load_state_dict({name: -value for name, value in model.state_dict().items()}),
+]  # fmt: skip
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+def test_what_is_changed_of_a_model_counts(change: Callable[[Transformer], object]) -> None:
+    """Its memory may be another one, and what was there before freed and used for something else."""
+    model = random_model(RAW, dtype=torch.bfloat16)
+    plain = copy.deepcopy(model)
+    outputs = []
+    for either in (model, plain):
+        either.setup_caches(1, 32)
+        change(either)
+    rest = [torch.full((1 << 12,), torch.nan, dtype=torch.bfloat16) for _ in range(200)]
+    outputs = [either(torch.ones(1, 1, dtype=torch.int64), torch.arange(1)) for either in (model, plain)]
+    torch.testing.assert_close(*outputs, rtol=2**-6, atol=2**-6)
+    assert len(rest) == 200
+
+
+@torch.inference_mode()
+def test_caches_of_another_form_are_an_error() -> None:
+    model, tokens = random_model(RAW, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
+    for heads, dtype, message in [(1, torch.bfloat16, "have 1 heads"), (2, torch.float32, "another dtype than x")]:
+        model.setup_caches(1, 32)
+        cache = model.layers[1].self_attn.cache
+        assert cache is not None
+        cache.k, cache.v = (torch.nn.Buffer(torch.zeros(1, heads, 33, 16, dtype=dtype)) for _ in range(2))
+        with pytest.raises(RuntimeError, match=message):
+            model(tokens, torch.arange(1))
+    model.layers[1].self_attn.cache = None
+    with pytest.raises(RuntimeError, match="a mask of 32 slots, and keys of 1"):
+        model(tokens, torch.arange(1))
+
+
+def test_weights_are_freed_with_their_model() -> None:
+    model = random_model(RAW, dtype=torch.bfloat16)
+    weights = [parameter.untyped_storage() for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert {torch._C._storage_Use_Count(storage._cdata) for storage in weights} == {1}
 
 
 INT8 = quantization_config(Form(8))
@@ -681,7 +736,8 @@ def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
     x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
     both, kernels = one_each.repeat(2, 1), torch.ops.kernels
-    sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, [both], None, [one_each], None, gelu, [], 0, False)
+    weights = [both], None, [one_each], None
+    sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, *weights, gelu, None, 0, False)
     y = kernels.run_sublayers(x, sublayer, 64, [], [], torch.zeros(1, 1, dtype=torch.int64), [], [])
     torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
 
