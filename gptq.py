@@ -23,12 +23,7 @@ DAMPING = 0.01
 
 
 def gptq(
-    weight: Tensor,
-    group_size: int,
-    hessian: Tensor,
-    act_order: bool = True,
-    bits: int = 4,
-    symmetric: bool = False,
+    weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = True, bits: int = 4, symmetric: bool = False
 ) -> Encoded:
     """Return codes, scales and zeros in the form of `quantize_weight`, chosen to keep the products with given inputs.
 

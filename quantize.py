@@ -97,7 +97,10 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
 
 def chat_opening(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the ids before a user's first message; [] where there is no chat template, or it takes no such message."""
-    template, mark = load_template(path, tokenizer, eos_token_ids(path, tokenizer.named_eos_id)), "QUESTION"
+    try:
+        template, mark = load_template(path, tokenizer, eos_token_ids(path, tokenizer.named_eos_id)), "QUESTION"
+    except ValueError as error:
+        raise ValueError(f"{error}; with --calibration_file it is not needed") from error
     if template is None:
         return []
     with contextlib.suppress(ValueError):

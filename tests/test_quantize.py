@@ -708,6 +708,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
             assert not list(disk.iterdir())
 
 
+def test_a_broken_chat_template_is_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(REPO / "checkpoints/demo", source)
+    (source / "chat_template.jinja").write_text("{{")
+    with pytest.raises(SystemExit) as exit:
+        quantized(source, tmp_path / "out", "--mode", "int8-gptq")
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "chat_template.jinja" in error and "with --calibration_file it is not needed" in error
+
+
 @pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "layers.0.input_layernorm", "embed_tokens", "norm"])
 def test_a_weight_that_is_not_finite_is_refused_by_name(
     hub_checkpoint: GetCheckpoint, gqa_tensors: dict[str, Tensor], tmp_path: Path, capsys: Any, name: str
