@@ -40,7 +40,7 @@ from linears import (
     pack_nibbles,
     quantize_linear,
 )
-from model import Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
+from model import Block, Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.rounded import quantize_int4, quantize_int8
@@ -679,12 +679,11 @@ def test_what_is_changed_of_a_model_counts(change: Callable[[Transformer], objec
     """Its memory may be another one, and what was there before freed and used for something else."""
     model = random_model(RAW, dtype=torch.bfloat16)
     plain = copy.deepcopy(model)
-    outputs = []
     for either in (model, plain):
         either.setup_caches(1, 32)
         change(either)
     rest = [torch.full((1 << 12,), torch.nan, dtype=torch.bfloat16) for _ in range(200)]
-    outputs = [either(torch.ones(1, 1, dtype=torch.int64), torch.arange(1)) for either in (model, plain)]
+    outputs = [either(torch.ones(1, 1, dtype=torch.int64), torch.tensor([5])) for either in (model, plain)]
     torch.testing.assert_close(*outputs, rtol=2**-6, atol=2**-6)
     assert len(rest) == 200
 
@@ -729,6 +728,9 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
     attn = in_order.layers[1].self_attn
     attn.set_submodule("o_proj", Reordered(attn.o_proj, torch.arange(64)))
     assert not cpu.takes_blocks(in_order.layers)
+    others_forward = random_model(RAW, dtype=torch.bfloat16)
+    others_forward.layers[1].__class__ = type("Other", (Block,), {})
+    assert not cpu.takes_blocks(others_forward.layers)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
