@@ -350,15 +350,25 @@ static const T* values_of(const Tensor& tensor) {
     return data<T>(tensor);
 }
 
+// Memory for values between two products, which stays from call to call; number: of several.
+template <int NUMBER, class T>
+static T* room(int64_t count) {
+    static thread_local std::vector<Line> lines;
+    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
+    if (lines.size() < needed) lines.resize(needed);
+    return (T*)lines.data();
+}
+
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
 // [int4 codes, scales, zeros].
 struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
     Tensors tensors;
-    OptionalTensor bias;
+    OptionalTensor bias, order;  // order [K], int32: of the columns, into which x is put first
     int64_t outputs, inputs, group = 0;
     int bits = 16;
 
-    explicit Weight(Tensors of_layer, OptionalTensor added = std::nullopt) : tensors(std::move(of_layer)), bias(added) {
+    explicit Weight(Tensors of_layer, OptionalTensor added = std::nullopt, OptionalTensor of_columns = std::nullopt)
+        : tensors(std::move(of_layer)), bias(added), order(of_columns) {
         const Tensor& w = tensors[0];
         if (tensors.size() == 1) {
             outputs = w.size(w.dim() - 2), inputs = w.size(w.dim() - 1);
@@ -375,6 +385,11 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
     template <class T>
     void multiply(const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
         const int64_t N = outputs, K = inputs;
+        if (order) {
+            T* ordered = room<8, T>(M * K);
+            for (int64_t i = 0; i < M * K; i++) ordered[i] = x[i / K * K + data<int32_t>(*order)[i % K]];
+            x = ordered;
+        }
         if (bits == 16) ::bf16_product(x, values_of<T>(tensors[0]), y, M, N, K, experts);
         else {
             const auto* codes = (const uint8_t*)tensors[0].const_data_ptr();
@@ -385,15 +400,6 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
         for (int64_t m = 0; bias && m < M; m++) add(y + m * N, values_of<T>(*bias), N);
     }
 };
-
-// Memory for values between two products, which stays from call to call; number: of several.
-template <int NUMBER, class T>
-static T* room(int64_t count) {
-    static thread_local std::vector<Line> lines;
-    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
-    if (lines.size() < needed) lines.resize(needed);
-    return (T*)lines.data();
-}
 
 // Rows in the order of the experts that they take, so that equal ones are beside each other: row i there is order[i] here.
 struct ByExpert {
@@ -592,11 +598,12 @@ static Tensor address_of(Sublayer sublayer) {
 }
 
 static Tensor describe_attention(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
-                                 double multiplier, Tensors qkv, OptionalTensor qkv_bias, Tensors o, OptionalTensor o_bias,
-                                 int64_t context, OptionalTensor q_norm, OptionalTensor k_norm, double query_multiplier,
+                                 double multiplier, Tensors qkv, OptionalTensor qkv_bias, OptionalTensor qkv_order,
+                                 Tensors o, OptionalTensor o_bias, OptionalTensor o_order, int64_t context, OptionalTensor q_norm, OptionalTensor k_norm, double query_multiplier,
                                  double query_scaling_beta, int64_t original_length, OptionalTensor feature_norm,
                                  bool adds_normed) {
-    Sublayer sublayer{norm, output_norm, eps, offset, multiplier, Weight(qkv, qkv_bias), Weight(o, o_bias)};
+    Sublayer sublayer{norm, output_norm, eps, offset, multiplier,
+                      Weight(qkv, qkv_bias, qkv_order), Weight(o, o_bias, o_order)};
     sublayer.context = context;
     sublayer.q_norm = q_norm, sublayer.k_norm = k_norm;
     sublayer.query_multiplier = query_multiplier, sublayer.query_scaling_beta = query_scaling_beta;
@@ -606,10 +613,12 @@ static Tensor describe_attention(OptionalTensor norm, OptionalTensor output_norm
 }
 
 static Tensor describe_feed_forward(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
-                                    double multiplier, Tensors gate_up, OptionalTensor gate_up_bias, Tensors down,
-                                    OptionalTensor down_bias, bool gelu, OptionalTensor router, int64_t num_chosen,
+                                    double multiplier, Tensors gate_up, OptionalTensor gate_up_bias,
+                                    OptionalTensor gate_up_order, Tensors down, OptionalTensor down_bias,
+                                    OptionalTensor down_order, bool gelu, OptionalTensor router, int64_t num_chosen,
                                     bool shares_of_chosen) {
-    Sublayer sublayer{norm, output_norm, eps, offset, multiplier, Weight(gate_up, gate_up_bias), Weight(down, down_bias)};
+    Sublayer sublayer{norm, output_norm, eps, offset, multiplier,
+                      Weight(gate_up, gate_up_bias, gate_up_order), Weight(down, down_bias, down_order)};
     sublayer.gelu = gelu;
     if (router) sublayer.router.emplace(Tensors{*router});
     sublayer.num_chosen = num_chosen, sublayer.shares_of_chosen = shares_of_chosen;

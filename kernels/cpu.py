@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.layers import MAX_ROWS, KernelLinear
+from kernels.layers import MAX_ROWS, KernelLinear, Reordered
 from linears import frozen_parameter
 from model import MLP, Block, BlockContext, ModelConfig, MoE, RMSNorm, Transformer, run_blocks
 
@@ -204,7 +204,7 @@ def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> b
 # `torch.library.custom_op` would import the compiler at the first call: an eager run's first token came a second later.
 
 SUBLAYER = "Tensor? norm, Tensor? output_norm, float eps, float? offset, float multiplier, Tensor[] first,"
-SUBLAYER += " Tensor? first_bias, Tensor[] last, Tensor? last_bias"
+SUBLAYER += " Tensor? first_bias, Tensor? first_order, Tensor[] last, Tensor? last_bias, Tensor? last_order"
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
@@ -413,25 +413,37 @@ def describe_feed_forward(block: Block) -> Tensor:
     )
 
 
-def common(block: Block, norm: nn.Module, output_norm: nn.Module, linears: list[Any]) -> dict[str, Any]:
+def common(block: Block, norm: nn.Module, output_norm: nn.Module, linears: list[nn.Module]) -> dict[str, Any]:
     """Return what both halves of a block are described by."""
-    config, (first, last) = block.self_attn.config, linears
-    weights = {"first": first.tensors, "first_bias": first.bias, "last": last.tensors, "last_bias": last.bias}
-    norms = {"norm": weight_of(norm), "output_norm": weight_of(output_norm)}
-    return norms | weights | {"eps": config.rms_norm_eps, "offset": config.norm_offset, "multiplier": block.multiplier}
+    config = block.self_attn.config
+    described: dict[str, Any] = {
+        "norm": weight_of(norm),
+        "output_norm": weight_of(output_norm),
+        "eps": config.rms_norm_eps,
+    }
+    described |= {"offset": config.norm_offset, "multiplier": block.multiplier}
+    for name, linear in zip(("first", "last"), linears, strict=True):
+        layer = cast("CpuLinear", layer_of(linear))
+        order = linear.order.int() if isinstance(linear, Reordered) else None
+        described |= {name: layer.tensors, f"{name}_bias": layer.bias, f"{name}_order": order}
+    return described
 
 
 def linears_of(block: Block) -> list[nn.Module]:
     attn, mlp = block.self_attn, cast("MLP", block.mlp)
-    linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
-    return [getattr(linear, "stack", linear) for linear in linears]
+    return [attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj]
+
+
+def layer_of(linear: nn.Module) -> nn.Module:
+    """Return the layer that holds the tensors of a linear, or of a stack of experts."""
+    return linear.layer if isinstance(linear, Reordered) else getattr(linear, "stack", linear)
 
 
 def takes_blocks(blocks: Sequence[Block]) -> bool:
     """Say whether `CpuBlocks` has all that these blocks need."""
-    linears = [linear for block in blocks for linear in linears_of(block)]
+    layers = [layer_of(linear) for block in blocks for linear in linears_of(block)]
     routers = [block.mlp.gate.weight for block in blocks if isinstance(block.mlp, MoE)]
-    fit = all(isinstance(linear, CpuLinear) and linear.kept_outputs is None for linear in linears)
+    fit = all(isinstance(layer, CpuLinear) and layer.kept_outputs is None for layer in layers)
     fit = fit and all(has_kernel(router.dtype, router, BLOCK_ROWS, 32) and router.is_contiguous() for router in routers)
     return fit and blocks[0].self_attn.ranks.count == 1 and all(map(has_known_forward, blocks))
 

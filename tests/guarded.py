@@ -89,9 +89,23 @@ def blocks(at_end: bool) -> int:
             cos, sin, positions, mask, *caches = rest
             sublayers = [
                 kernels.describe_attention(
-                    *around, [qkv], None, [o], None, 0, weight[: 2 * cos.shape[-1]], None, 1, 0, 1, None, False
+                    *around,
+                    [qkv],
+                    None,
+                    None,
+                    [o],
+                    None,
+                    None,
+                    0,
+                    weight[: 2 * cos.shape[-1]],
+                    None,
+                    1,
+                    0,
+                    1,
+                    None,
+                    False,
                 ),
-                kernels.describe_feed_forward(*around, [both], None, [back], None, False, None, 0, False),
+                kernels.describe_feed_forward(*around, [both], None, None, [back], None, None, False, None, 0, False),
             ]
             return kernels.run_sublayers(x, torch.cat(sublayers), o.shape[0], [cos], [sin], positions, [mask], caches)
 

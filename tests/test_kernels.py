@@ -40,7 +40,7 @@ from linears import (
     pack_nibbles,
     quantize_linear,
 )
-from model import Block, Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
+from model import MLP, Block, Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.rounded import quantize_int4, quantize_int8
@@ -610,6 +610,20 @@ def test_the_first_block_of_a_head_equals_its_twin(norm_before_residual: bool) -
 
 
 @torch.inference_mode()
+def test_columns_in_an_order_of_their_own_are_taken() -> None:
+    plain, fast = with_kernels(Transformer(CONFIG).bfloat16())
+    for model in (plain, fast):
+        attn, mlp = model.layers[1].self_attn, cast("MLP", model.layers[1].mlp)
+        attn.set_submodule("qkv_proj", Reordered(attn.qkv_proj, torch.arange(127, -1, -1).int()))
+        mlp.set_submodule("down_proj", Reordered(mlp.down_proj, torch.arange(192).roll(7)))
+    cpu.optimize_blocks_(fast)
+    assert isinstance(fast.run_blocks, CpuBlocks)
+    tokens = torch.arange(6).view(2, 3)
+    ours, twin = (model(tokens, torch.arange(3)).float() for model in (fast, plain))
+    torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
+
+
+@torch.inference_mode()
 def test_what_is_outside_the_caches_is_an_error() -> None:
     """And neither read nor written: the plain model's indexing says so too, but of positions below 0."""
     model, tokens = random_model(RAW, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int64)
@@ -724,10 +738,6 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
         model = random_model(RAW | changes, dtype=torch.bfloat16)
         assert isinstance(model.run_blocks, CpuBlocks) == taken, changes
     assert not isinstance(random_model(RAW, dtype=torch.float32).run_blocks, CpuBlocks)
-    in_order = random_model(RAW, dtype=torch.bfloat16)
-    attn = in_order.layers[1].self_attn
-    attn.set_submodule("o_proj", Reordered(attn.o_proj, torch.arange(64)))
-    assert not cpu.takes_blocks(in_order.layers)
     others_forward = random_model(RAW, dtype=torch.bfloat16)
     others_forward.layers[1].__class__ = type("Other", (Block,), {})
     assert not cpu.takes_blocks(others_forward.layers)
@@ -738,7 +748,7 @@ def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
     x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
     both, kernels = one_each.repeat(2, 1), torch.ops.kernels
-    weights = [both], None, [one_each], None
+    weights = [both], None, None, [one_each], None, None
     sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, *weights, gelu, None, 0, False)
     y = kernels.run_sublayers(x, sublayer, 64, [], [], torch.zeros(1, 1, dtype=torch.int64), [], [])
     torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
