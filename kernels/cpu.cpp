@@ -599,7 +599,8 @@ static Tensor address_of(Sublayer sublayer) {
 
 static Tensor describe_attention(OptionalTensor norm, OptionalTensor output_norm, double eps, std::optional<double> offset,
                                  double multiplier, Tensors qkv, OptionalTensor qkv_bias, OptionalTensor qkv_order,
-                                 Tensors o, OptionalTensor o_bias, OptionalTensor o_order, int64_t context, OptionalTensor q_norm, OptionalTensor k_norm, double query_multiplier,
+                                 Tensors o, OptionalTensor o_bias, OptionalTensor o_order, int64_t context,
+                                 OptionalTensor q_norm, OptionalTensor k_norm, double query_multiplier,
                                  double query_scaling_beta, int64_t original_length, OptionalTensor feature_norm,
                                  bool adds_normed) {
     Sublayer sublayer{norm, output_norm, eps, offset, multiplier,
@@ -635,7 +636,7 @@ static Tensor run_sublayers(const Tensor& x, const Tensor& addresses, int64_t wi
                             const Tensor& positions, Tensors masks, const Tensors& caches) {
     for (Tensors* tensors : {&cos, &sin, &masks})
         for (Tensor& tensor : *tensors) tensor = in_order(tensor);
-    const Tokens tokens{x.size(0), x.size(1), in_order(positions), cos, sin, masks};
+    const Tokens tokens{x.size(0), x.size(1), in_order(positions), std::move(cos), std::move(sin), std::move(masks)};
     const int64_t M = tokens.B * tokens.S, count = addresses.size(0);
     auto* const* sublayers = (Sublayer* const*)addresses.const_data_ptr();
     const int64_t columns = sublayers[0]->feature_norm ? 2 * width : width;

@@ -48,7 +48,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
             layer = gpu_layer(linear, dtype, cuda, exact) if on_gpu else cpu_layer(linear, dtype, exact)
         model.set_submodule(name, layer or compiled_layer(linear, on_gpu))
     layers = [model.get_submodule(name) for name in roles if not is_router(name)]
-    if all(isinstance(getattr(layer, "stack", getattr(layer, "layer", layer)), cpu.CpuLinear) for layer in layers):
+    if all(isinstance(cpu.layer_of(layer), cpu.CpuLinear) for layer in layers):
         cpu.served.add(model)
     for block in model.layers:
         block.self_attn.attend = inductor.attention if cuda is None else cuda.attention

@@ -634,7 +634,7 @@ def test_what_is_outside_the_caches_is_an_error() -> None:
 
 
 @torch.inference_mode()
-def test_x_of_another_width_is_an_error() -> None:
+def test_x_of_another_width_and_missing_caches_are_an_error() -> None:
     model = random_model(RAW, dtype=torch.bfloat16)
     model.setup_caches(1, 32)
     contexts = model.block_contexts(torch.zeros(1, 1, dtype=torch.int64))
@@ -642,6 +642,11 @@ def test_x_of_another_width_is_an_error() -> None:
         model.run_blocks(model.layers, contexts, normal(1, 1, 96), 0, 2)
     with pytest.raises(RuntimeError, match="x has 96 columns and the weight 64"):
         model.lm_head(normal(1, 1, 96))
+    cos, sin, positions, mask = contexts[0]
+    assert isinstance(model.run_blocks, CpuBlocks)
+    with pytest.raises(RuntimeError, match="2 attentions have 0 caches"):
+        run = torch.ops.kernels.run_sublayers
+        run(normal(1, 1, 64), model.run_blocks.sublayers, 64, [cos], [sin], positions, [mask], [])
 
 
 @torch.inference_mode()
