@@ -3,22 +3,22 @@
 // tile. SLOTS slots are taken together; softmax is carried on from such a block to the next (arXiv:1805.02867).
 //
 // In the vectors of codes.h. Of the instruction set's header it needs Cell, what is multiplied at once: a value, or a pair
-// of bf16; Cells, a vector of them; load_cells, transpose, pair_up and add_products; Weight, queries_of and flags_of.
+// of bf16; Cells, a vector of them; load_cells, transpose, pair_up and add_products; Weight and flags_of.
 
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 
 static inline int64_t whole_vectors(int64_t D) { return (D + 31) / 32 * 32; }
+static inline int64_t whole_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
 
-// x's type is T; queries are held as Q, the instruction set's choice.
-template <class T, class Q>
+template <class T>
 struct Tile {
-    const Q* q;           // the first query's first head
+    const T* q;           // the first query's first head
     const T *k, *v;       // slot 0
     const uint8_t* mask;  // of the first query
     int64_t queries, H, G, D, slots;
     int64_t rows() const { return queries * G; }
     int64_t width() const { return whole_vectors(D); }
-    const Q* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
+    const T* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
 };
 
 // Call run(row, how many) for rows [row, rows): as many together as MOST says, and then those that are left.
@@ -55,43 +55,16 @@ static void columns_of(const Tile& tile, int64_t first, int64_t last, Cell* keys
         }
 }
 
-// Write the scores of rows x slots [first, first + SLOTS), -inf where masked or not below `last`.
-template <class Tile>
-static void score(const Tile& tile, int64_t first, int64_t last, const Cell* keys, float* scores) {
-    const float scale = 1 / std::sqrt(float(tile.D));
-    const int64_t there = std::min<int64_t>(SLOTS, last - first);
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
-        constexpr int R = count, V = VECTORS_OF_SUMS;
-        for (int64_t t = 0; t < SLOTS; t += V * LANES) {
-            Floats sums[R][V] = {};
-            for (int64_t c = 0; c < tile.D / PER_CELL; c++) {
-                Cells k[V];
-                for (int j = 0; j < V; j++) k[j] = load<Cells>(keys + c * SLOTS + t + LANES * j), keep(k[j]);
-                for (int i = 0; i < R; i++) {
-                    Cell q;
-                    std::memcpy(&q, tile.row(r0 + i) + c * PER_CELL, sizeof q);
-                    for (int j = 0; j < V; j++) add_products(sums[i][j], k[j], q);
-                }
-            }
-            for (int i = 0; i < R; i++) {
-                const uint8_t* mask = tile.mask + (r0 + i) / tile.G * tile.slots + first;
-                uint8_t part[SLOTS] = {};
-                if (there < SLOTS) mask = (const uint8_t*)std::memcpy(part, mask, there);
-                for (int j = 0; j < V; j++) {
-                    const Ints seen = (Ints)widen_to_ints(mask + t + LANES * j);
-                    const Floats score = seen != 0 ? sums[i][j] * scale : Floats{} - INFINITY;
-                    store(scores + (r0 + i) * SLOTS + t + LANES * j, score);
-                }
-            }
-        }
-    });
-}
-
-// Turn a row's scores into weights, relative to the largest score so far. Returns what earlier weights shrink by.
-static float soften(const float* scores, Weight* weights, float& largest, float& total) {
+// Turn a row's scores into weights, relative to the largest score so far; mask: of the first `there` slots, from which on
+// none is seen. Returns what earlier weights shrink by.
+static float soften(float* scores, const uint8_t* mask, int64_t there, float scale, Weight* weights, float& largest, float& total) {
+    uint8_t part[SLOTS] = {};
+    if (there < SLOTS) mask = (const uint8_t*)std::memcpy(part, mask, there);
     Floats most = Floats{} + largest, sum = {};
     for (int i = 0; i < SLOTS; i += LANES) {
-        const Floats score = load<Floats>(scores + i);
+        const Ints seen = (Ints)widen_to_ints(mask + i);
+        const Floats score = seen != 0 ? load<Floats>(scores + i) * scale : Floats{} - INFINITY;
+        store(scores + i, score);
         most = most > score ? most : score;
     }
     const float now = largest_of(most), shrink = largest == now ? 1 : std::exp(largest - now);
@@ -123,28 +96,27 @@ static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t se
         }
 }
 
-// Add weights x v of a block of slots to the rows' outputs [rows, width].
-template <class Tile>
-static void accumulate(const Tile& tile, const Weight* weights, const Cell* cells, float* out) {
-    const int64_t width = tile.width();
-    by_rows<4>(0, tile.rows(), [&](int64_t r0, auto count) {
+// Add a x b to sums [rows, width]; a [rows, cells], b [cells, width] in cells.
+static void add_product(const Weight* a, const Cell* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
+    if (add_by_tiles(a, b, sums, rows, cells, width)) return;
+    by_rows<4>(0, rows, [&](int64_t r0, auto count) {
         constexpr int R = count;
         auto columns = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
             constexpr int V = vectors;  // many sums side by side, since adding to one has to wait for itself
-            Floats sums[R][V];
+            Floats parts[R][V];
             for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) sums[i][j] = load<Floats>(out + (r0 + i) * width + d + LANES * j);
-            for (int64_t c = 0; c < SLOTS / PER_CELL; c++) {
+                for (int j = 0; j < V; j++) parts[i][j] = load<Floats>(sums + (r0 + i) * width + d + LANES * j);
+            for (int64_t c = 0; c < cells; c++) {
                 Cells values[V];
-                for (int j = 0; j < V; j++) values[j] = load<Cells>(cells + c * width + d + LANES * j), keep(values[j]);
+                for (int j = 0; j < V; j++) values[j] = load<Cells>(b + c * width + d + LANES * j), keep(values[j]);
                 for (int i = 0; i < R; i++) {
-                    Cell weight;
-                    std::memcpy(&weight, weights + (r0 + i) * SLOTS + c * PER_CELL, sizeof weight);
-                    for (int j = 0; j < V; j++) add_products(sums[i][j], values[j], weight);
+                    Cell cell;
+                    std::memcpy(&cell, a + ((r0 + i) * cells + c) * PER_CELL, sizeof cell);
+                    for (int j = 0; j < V; j++) add_products(parts[i][j], values[j], cell);
                 }
             }
             for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) store(out + (r0 + i) * width + d + LANES * j, sums[i][j]);
+                for (int j = 0; j < V; j++) store(sums + (r0 + i) * width + d + LANES * j, parts[i][j]);
         };
         int64_t d = 0;
         for (; d + VECTORS_OF_SUMS * LANES <= width; d += VECTORS_OF_SUMS * LANES)
@@ -153,49 +125,67 @@ static void accumulate(const Tile& tile, const Weight* weights, const Cell* cell
     });
 }
 
+// Memory of a thread for so many values, from call to call; of rows, those that tiles (tiles.h) have more, too.
+template <class T>
+struct Room {
+    std::vector<Line> lines;
+    T* of(int64_t count) {
+        const size_t needed = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+        if (lines.size() < needed) lines.resize(needed);
+        return (T*)lines.data();
+    }
+};
+
 // Buffers of a thread, for a tile.
 struct Scratch {
-    std::vector<uint8_t> seen;    // [T], by any query of the tile, and as many zeros as a block may go beyond
-    std::vector<float> scores;    // [rows, SLOTS]
-    std::vector<Weight> weights;  // [rows, SLOTS]
-    std::vector<Line> keys;       // [width / PER_CELL, SLOTS] cells of k
-    std::vector<Cell> values;     // [SLOTS / PER_CELL, width] cells of v
+    Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
+    Room<Weight> queries, weights;  // [rows, width], [rows, SLOTS]
+    Room<float> scores;             // [rows, SLOTS]
+    Room<Cell> keys, values;        // [width / PER_CELL, SLOTS] of k, [SLOTS / PER_CELL, width] of v
 };
 
 // Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
 // by the total weights, and each row's largest score and total weight.
-template <class Tile>
-static void attend(const Tile& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
+template <class T>
+static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
     static thread_local Scratch scratch;
-    scratch.seen.assign(tile.slots + SLOTS, 0);
-    scratch.keys.resize(tile.width() / PER_CELL * SLOTS / 16);
-    scratch.scores.resize(tile.rows() * SLOTS);
-    scratch.weights.resize(tile.rows() * SLOTS);
-    scratch.values.resize(SLOTS / PER_CELL * tile.width());
     // Found once: where a thread's own variable is takes a call to find out.
-    uint8_t* seen = scratch.seen.data();
-    Cell *keys = (Cell*)scratch.keys.data(), *values = scratch.values.data();
-    float* scores = scratch.scores.data();
-    Weight* weights = scratch.weights.data();
-    for (int64_t s = 0; s < tile.queries; s++)
-        for (int64_t t = 0; t < tile.slots; t++) seen[t] |= tile.mask[s * tile.slots + t];
+    const int64_t rows = tile.rows(), width = tile.width(), room = whole_tiles(rows);
+    uint8_t* seen = scratch.seen.of(tile.slots + SLOTS);
+    Weight *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
+    float* scores = scratch.scores.of(room * SLOTS);
+    Cell *keys = scratch.keys.of(width / PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / PER_CELL * width);
+    std::fill(queries, queries + rows * width, 0);
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = tile.row(r);
+        for (int64_t d = 0; d < tile.D; d++) set(queries[r * width + d], row[d]);
+    }
+    std::fill(seen, seen + tile.slots + SLOTS, 0);
+    for (int64_t s = 0; s < tile.queries; s++) {
+        const uint8_t* __restrict mask = tile.mask + s * tile.slots;
+        uint8_t* __restrict any = seen;
+        for (int64_t t = 0; t < tile.slots; t++) any[t] |= mask[t];
+    }
     int64_t begin = 0, end = tile.slots;
     while (end > 0 && !seen[end - 1]) end--;
     while (begin < end && !seen[begin]) begin++;
     const int64_t length = end - begin;
     end = begin + length * (split + 1) / splits;
     begin += length * split / splits;
+    const float scale = 1 / std::sqrt(float(tile.D));
     for (int64_t t = begin; t < end; t += SLOTS) {
+        const int64_t there = std::min<int64_t>(SLOTS, end - t);  // another split's are not ours
         columns_of(tile, t, end, keys);
-        score(tile, t, end, keys, scores);
-        for (int64_t r = 0; r < tile.rows(); r++) {
-            float shrink = soften(scores + r * SLOTS, weights + r * SLOTS, largest[r], total[r]);
+        std::fill(scores, scores + rows * SLOTS, 0);
+        add_product(queries, keys, scores, rows, width / PER_CELL, SLOTS);
+        for (int64_t r = 0; r < rows; r++) {
+            const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
+            const float shrink = soften(scores + r * SLOTS, mask, there, scale, weights + r * SLOTS, largest[r], total[r]);
             if (shrink != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * tile.width() + d] *= shrink;
+                for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= shrink;
         }
-        const uint64_t before_end = end - t < SLOTS ? (1ull << (end - t)) - 1 : ~0ull;  // another split's are not ours
-        values_of(tile, t, end, flags_of(seen + t) & before_end, values);
-        accumulate(tile, weights, values, out);
+        values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
+        add_product(weights, values, out, rows, SLOTS / PER_CELL, width);
     }
 }
 
@@ -206,36 +196,34 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
     if (!B || !S) return;
     const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
     const int64_t tasks = B * K * tiles, threads = num_threads();
-    const int64_t width = whole_vectors(D), size = queries * G * (width + 2);
+    const int64_t width = whole_vectors(D), rows = whole_tiles(queries * G), size = rows * (width + 2);
     // The slots of a task are shared out so that all threads have as much to do.
     const int64_t splits = std::max<int64_t>(1, std::min(threads / std::gcd(threads, tasks), slots / (2 * SLOTS)));
     std::vector<float> parts(tasks * splits * size);
-    const auto* all_queries = queries_of(q, B * S * H * D);
-    using ATile = Tile<T, std::remove_cv_t<std::remove_pointer_t<decltype(all_queries)>>>;
     auto tile_of = [=](int64_t task) {
         const int64_t b = task / tiles / K, head = task / tiles % K, s = task % tiles * queries;
         const int64_t at = b * batch_stride + head * head_stride;
-        return ATile{all_queries + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * slots,
+        return Tile<T>{q + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * slots,
                     std::min(queries, S - s), H, G, D, slots};
     };
     auto finish = [=, first_part = parts.data()](int64_t task) {
-        const ATile tile = tile_of(task);
-        float *first = first_part + task * splits * size, *largest = first + queries * G * width;
+        const Tile<T> tile = tile_of(task);
+        float *first = first_part + task * splits * size, *largest = first + rows * width;
         for (int64_t r = 0; r < tile.rows(); r++) {
             float most = largest[r], total = 0;
             for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
             for (int64_t i = 0; i < splits; i++) {
                 const float share = largest[i * size + r] == -INFINITY ? 0 : std::exp(largest[i * size + r] - most);
                 float* sums = first + i * size + r * width;
-                total += share * largest[i * size + queries * G + r];
+                total += share * largest[i * size + rows + r];
                 for (int64_t d = 0; d < D; d++) first[r * width + d] = (i ? first[r * width + d] : 0) + share * sums[d];
             }
-            T* y = out + (tile.row(r) - all_queries);
+            T* y = out + (tile.row(r) - q);
             for (int64_t d = 0; d < D; d++) set(y[d], total == 0 ? 0 : first[r * width + d] / total);  // 0 where nothing is seen
         }
     };
     for_each(tasks * splits, [&](int64_t i) {
-        float *sums = parts.data() + i * size, *largest = sums + queries * G * width, *total = largest + queries * G;
+        float *sums = parts.data() + i * size, *largest = sums + rows * width, *total = largest + rows;
         std::fill(largest, total, -INFINITY);
         attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
         if (splits == 1) finish(i);

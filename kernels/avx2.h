@@ -173,6 +173,7 @@ template <int BITS, class T>
 static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {
     return false;  // AMX comes with AVX-512
 }
+static bool add_by_tiles(...) { return false; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention, in fp32
@@ -189,12 +190,7 @@ static inline void store_narrow(float* p, __m256 values) { _mm256_storeu_ps(p, v
 static inline void pair_up(__m256*) {}
 
 template <class T>
-static const float* queries_of(const T* q, int64_t count) {
-    static thread_local std::vector<float> buffer;
-    buffer.resize(count);
-    for (int64_t i = 0; i < count; i++) buffer[i] = widen(q[i]);
-    return buffer.data();
-}
+static inline void set(float& place, T value) { place = widen(value); }
 
 // Transpose 8 x 8 values.
 static inline void transpose(__m256* v) {

@@ -169,7 +169,7 @@ using Cell = int32_t;
 using Cells = __m512i;
 using Weight = bf16;
 
-static const bf16* queries_of(const bf16* q, int64_t) { return q; }
+static inline void set(bf16& place, bf16 value) { place = value; }
 
 // Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
 static inline __m512i load_cells(const bf16* p, int64_t count) {
@@ -226,11 +226,11 @@ static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_
     for (int64_t k = 0; k < K; k += STEP) {
         if (k % group == 0) {
             const int64_t at = (block * (K / group) + k / group) * CODE_ROWS;
-            zeros_of<BITS, IN_WHOLE<BITS>>(zeros, at, (Floats*)zero);
+            zeros_of<BITS, BITS == 8>(zeros, at, (Floats*)zero);
             for (int h = 0; h < VECTORS; h++) _mm512_store_ps(scale + LANES * h, scales.vector(at + LANES * h));
         }
         __m512i columns[VECTORS][LANES];
-        each_pair<BITS, IN_WHOLE<BITS>>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+        each_pair<BITS, BITS == 8>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
             for (int h = 0; h < VECTORS; h++) columns[h][i] = (__m512i)codes[h];
         });
         for (int r = 0; r < CODE_ROWS; r++) {

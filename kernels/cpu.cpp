@@ -15,8 +15,8 @@
 //   x                      bf16                                       bf16, fp16
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
-//   int4, 1 to 8 rows      code_blocks, codes as bf16                 code_blocks, x in 16-bit fixed point
-//   4 to 16 rows, AMX      tiles.h: tiles of bf16
+//   int4, 1 to 8 rows      the same; on AMD's, codes as bf16          the same
+//   with AMX, tiles.h      w as x, 4 to 16 rows; codes, 8 to 64; attention
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              pairs of bf16                              in fp32
 //
@@ -47,6 +47,12 @@
 #include <vector>
 
 #include "threads.h"
+
+#ifdef MADE_BY_AMD  // the processor: what it does fast is not what Intel's do
+constexpr bool IS_AMD = true;
+#else
+constexpr bool IS_AMD = false;
+#endif
 
 using bf16 = uint16_t;
 constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16

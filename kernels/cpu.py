@@ -70,6 +70,7 @@ def make_library() -> Path | None:
     version = Path(program).stat()  # of the link's target; to ask the compiler would take a process
     home = Path(torch.__file__).parent
     command = [*compiler, "-O3", f"-march={march}", "-fopenmp", "-shared", "-fPIC", "-std=c++17", STABLE_ABI]
+    command += ["-DMADE_BY_AMD"] * ("AuthenticAMD" in cpu)
     command += [f"-I{home / 'include'}", str(SOURCES[0]), f"-L{home / 'lib'}", "-ltorch_cpu"]
     features = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags"))})
     made_by = [program, str(version.st_size), str(version.st_mtime_ns), torch.__version__]

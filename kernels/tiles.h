@@ -1,12 +1,13 @@
-// Products of TILES_FROM to MAX_ROWS rows of x by AMX: tiles of 16 rows of 64 bytes, of which an instruction multiplies
-// two. Its first factor has rows of 32 bf16, its second 16 pairs of columns of 16 rows: w of bf16 lies as the first, and
-// codes as the second.
+// Products of several rows of x, and those of attention, by AMX: tiles of 16 rows of 64 bytes, of which an instruction
+// multiplies two. Its first factor has rows of 32 bf16, its second 16 pairs of columns of 16 rows: w of bf16 lies as the
+// first, and codes as the second.
 //
-// Included by avx512.h. No machine with AMX has measured it yet; tests/tiles.h computes what the instructions do.
+// Included by avx512.h. For machines without AMX, tests/tiles.h computes what the instructions do.
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
-constexpr int TILES_FROM = 4;
+constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
+constexpr int CODE_TILES_TO = 64;  // rows of x; above, GEMM is faster
 constexpr int AMX_ROWS = 16;
 using TileRow = Line;  // 64 bytes
 
@@ -16,9 +17,9 @@ static bool ask_for_tiles() {
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-static bool tiles_are_for(int64_t M) {
+static bool has_tiles() {
     static const bool allowed = ask_for_tiles();
-    return allowed && M >= TILES_FROM && M <= MAX_ROWS;
+    return allowed;
 }
 
 // The shapes of a thread's tiles, while it lives: `rows` rows in the first three tiles, AMX_ROWS in the others. Those that
@@ -61,7 +62,7 @@ static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
 }
 
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    if (!tiles_are_for(M) || N % AMX_ROWS) return false;
+    if (M < TILES_FROM || M > MAX_ROWS || !has_tiles() || N % AMX_ROWS) return false;
     over_rows<AMX_ROWS, pack_for_tiles>(x, M, N, K, nullptr, [=](const Pass&, const TileRow* packed, int64_t first, int64_t last) {
         const Tiles shapes(AMX_ROWS);
         alignas(64) __m512i sums[4][AMX_ROWS];
@@ -103,11 +104,37 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
+// As `add_product` (attention.h): rows come in whole tiles, 16 each, and a, b and sums have room for them.
+static bool add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
+    if (!has_tiles()) return false;
+    const Tiles shapes(AMX_ROWS);
+    const int64_t stride = width * sizeof(float);
+    tiles_meet_memory();
+    for (int64_t r = 0; r < rows; r += AMX_ROWS)
+        for (int64_t d = 0; d < width; d += 32) {
+            float* out = sums + r * width + d;
+            _tile_loadd(0, out, stride);
+            _tile_loadd(1, out + 16, stride);
+            for (int64_t c = 0; c < cells; c += 16) {
+                _tile_loadd(4, a + (r * cells + c) * 2, cells * 2 * sizeof(bf16));
+                _tile_loadd(5, b + c * width + d, stride);
+                _tile_loadd(6, b + c * width + d + 16, stride);
+                _tile_dpbf16ps(0, 4, 5);
+                _tile_dpbf16ps(1, 4, 6);
+            }
+            _tile_stored(0, out, stride);
+            _tile_stored(1, out + 16, stride);
+        }
+    tiles_meet_memory();
+    return true;
+}
+
 template <int BITS, class T>
 static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                            int64_t K, int64_t group) {
-    if (!tiles_are_for(M)) return false;
-    over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, [=](const Pass&, const Packed* packed, int64_t first, int64_t last) {
+    if (M < MAX_M || M > CODE_TILES_TO || !has_tiles()) return false;
+    over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+        const int64_t M = pass.rows;
         const Tiles shapes(M);
         alignas(64) Shorts codes[VECTORS][AMX_ROWS];
         alignas(64) Floats parts[VECTORS][AMX_ROWS], sums[VECTORS][AMX_ROWS];
@@ -144,15 +171,16 @@ static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const ui
                 }
             }
             for (int64_t m = 0; m < M; m++)
-                for (int h = 0; h < VECTORS; h++) store_narrow(y + m * N + n * CODE_ROWS + LANES * h, sums[h][m]);
+                for (int h = 0; h < VECTORS; h++) store_narrow(y + pass.out(N) + m * N + n * CODE_ROWS + LANES * h, sums[h][m]);
         }
-    }, MAX_ROWS);
+    }, AMX_ROWS);
     return true;
 }
 
 #else
 
 static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
+static bool add_by_tiles(...) { return false; }
 
 template <int BITS, class T>
 static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {
