@@ -174,6 +174,10 @@ static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*,
     return false;  // AMX comes with AVX-512
 }
 static bool add_by_tiles(...) { return false; }
+static bool has_tiles() { return false; }
+
+template <class T, class RowsOf>
+static bool gemm_by_tiles(const T*, T*, int64_t, int64_t, int64_t, RowsOf) { return false; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention, in fp32

@@ -148,10 +148,12 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 
 // Do the same by tiles, and say whether they are for so many rows.
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
+static bool bf16_gemm_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
     if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
+    if (M > MAX_ROWS && !experts && bf16_gemm_by_tiles(x, w, y, M, N, K)) return;
     over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
     });

@@ -225,12 +225,22 @@ static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t
         over_passes<BLOCK, PACK>(passes.data() + i, together, x, N, K, run);
 }
 
+// The same by tiles (tiles.h), where there are some; rows_of(first, count): rows of w, and how many values they lie apart.
+template <class T, class RowsOf>
+static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of);
+
 // y = x w^T for many rows of x by GEMM in type W: w is unpacked piece by piece, each used while it is in the cache.
 // unpack(block, out, stride): write the BLOCK rows of a block, so many values apart.
 template <int BLOCK, class W, class T, class Unpack>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
     static thread_local std::vector<Line> buffer;
     const int64_t stride = K + 32;  // no power of two, at which rows would share few places of the cache
+    if (gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
+            buffer.resize(count * stride * sizeof(W) / sizeof(Line));
+            for (int64_t i = 0; i < count; i += BLOCK) unpack((first + i) / BLOCK, (W*)buffer.data() + i * stride, stride);
+            return std::pair((const W*)buffer.data(), stride);
+        }))
+        return;
     const int64_t most = std::min(N, std::max<int64_t>(BLOCK, UNPACK_BYTES / (K * sizeof(W)) / BLOCK * BLOCK));
     buffer.resize(most * stride * sizeof(W) / sizeof(Line));
     W* piece = (W*)buffer.data();
@@ -675,7 +685,7 @@ extern "C" int take_threads(int own, int others) {
     return before;
 }
 
-extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
+extern "C" const char* instruction_set() { return has_tiles() ? "amx" : INSTRUCTION_SET; }
 
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("product", TORCH_BOX(&operators::product));

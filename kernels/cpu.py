@@ -176,12 +176,12 @@ def packed_weight(values: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
 
 
 # Of the models that are served, by instruction set.
-DTYPES = {"avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float16), None: ()}
+DTYPES = {"amx": (torch.bfloat16,), "avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float16), None: ()}
 
 
 @cache
 def instruction_set() -> str | None:
-    """Return what cpu.cpp was compiled for, «avx512» or «avx2»; None where there is no library."""
+    """Return what cpu.cpp uses: «amx» (AVX-512 and tiles), «avx512» or «avx2»; None where there is no library."""
     if library() is None:
         return None
     functions().instruction_set.restype = ctypes.c_char_p
@@ -263,15 +263,15 @@ class CpuBf16(CpuLinear):
     gemm: Callable[..., Tensor] = staticmethod(F.linear)
 
 
-class Avx2Bf16(CpuBf16):
-    """The same without instructions for bf16: many rows are multiplied in fp32, since ATen's GEMM of bf16 is slow."""
+class CpuBf16Gemm(CpuBf16):
+    """The same with a GEMM of our own: with AMX, and in fp32 with AVX2, where ATen's GEMM of bf16 is slow."""
 
     gemm = CpuLinear.product
 
 
 def code_rows() -> int:
     """Return R, how many rows of int8 and int4 are interleaved: two vectors of 32 bits."""
-    return 32 if instruction_set() == "avx512" else 16
+    return 16 if instruction_set() == "avx2" else 32
 
 
 def takes_codes(dtype: torch.dtype, weight: Tensor, columns: int) -> bool:

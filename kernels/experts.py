@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cpu import Avx2Bf16, CpuBf16, CpuInt4, CpuInt8, CpuLinear
+from kernels.cpu import CpuBf16, CpuBf16Gemm, CpuInt4, CpuInt8, CpuLinear
 from kernels.inductor import num_partial_sums, streamed_product
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import StoredLinear
 from model import Experts, by_expert
 
-LAYER_CLASSES = (CpuBf16, Avx2Bf16, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
+LAYER_CLASSES = (CpuBf16, CpuBf16Gemm, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
 # By the name of a layer's class, what multiplies rows with the tensors of one layer.
 MATMULS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{cls.__name__: cls.matmul for cls in LAYER_CLASSES}}
 

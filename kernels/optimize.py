@@ -93,8 +93,8 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
         if layer is not None and stored.order is not None:
             return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
-        layer_class = cpu.CpuBf16 if cpu.instruction_set() == "avx512" else cpu.Avx2Bf16
-        layer = layer_class(stored.weight, getattr(stored, "bias", None))
+        has_gemm = {"amx": stored.weight.shape[-2] % 16 == 0, "avx2": True}.get(str(cpu.instruction_set()), False)
+        layer = (cpu.CpuBf16Gemm if has_gemm else cpu.CpuBf16)(stored.weight, getattr(stored, "bias", None))
     else:
         return None
     return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer

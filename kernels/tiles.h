@@ -7,8 +7,9 @@
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
 constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
-constexpr int CODE_TILES_TO = 64;  // rows of x; above, GEMM is faster
+constexpr int TILES_TO = 32;       // with codes; above, GEMM is faster
 constexpr int AMX_ROWS = 16;
+constexpr int64_t BLOCK_BYTES = 1 << 20;  // of rows of w that many rows of x are multiplied with: about half of the second cache
 using TileRow = Line;  // 64 bytes
 
 // Linux lends the tiles' registers to a process that asks for them; a guest or a container may be refused.
@@ -49,16 +50,73 @@ class Tiles {
 static inline void tiles_meet_memory() { asm volatile("" ::: "memory"); }
 
 // Put x [M, K] in pairs of columns, [K / 32, 16 pairs, 16 rows]; 0 for rows that x does not have.
-static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
-    static thread_local std::vector<TileRow> buffer;
-    if (int64_t(buffer.size()) < K / 2) buffer.resize(K / 2);
+static void pack_pairs_of_columns(const bf16* x, int64_t M, int64_t K, TileRow* out) {
     for (int64_t k = 0; k < K; k += 32) {
         __m512i rows[AMX_ROWS];
         for (int m = 0; m < AMX_ROWS; m++) rows[m] = m < M ? _mm512_loadu_si512(x + m * K + k) : _mm512_setzero_si512();
         transpose(rows);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(&buffer[k / 2 + i], rows[i]);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(out + k / 2 + i, rows[i]);
     }
+}
+
+static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
+    static thread_local std::vector<TileRow> buffer;
+    if (int64_t(buffer.size()) < K / 2) buffer.resize(K / 2);
+    pack_pairs_of_columns(x, M, K, buffer.data());
     return buffer.data();
+}
+
+template <class T, class RowsOf>
+static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
+    if (!has_tiles() || N % AMX_ROWS) return false;
+    static thread_local std::vector<TileRow> buffer;
+    const int64_t groups = (M + AMX_ROWS - 1) / AMX_ROWS, lines = K / 2;  // of rows of x, and of each
+    if (int64_t(buffer.size()) < groups * lines) buffer.resize(groups * lines);
+    TileRow* const packed = buffer.data();
+    for_each(groups, [=](int64_t g) {
+        pack_pairs_of_columns(x + g * AMX_ROWS * K, std::min<int64_t>(AMX_ROWS, M - g * AMX_ROWS), K, packed + g * lines);
+    });
+    const int64_t most = std::max<int64_t>(2 * AMX_ROWS, std::min<int64_t>(BLOCK_BYTES / (K * sizeof(bf16)), N / (4 * num_threads())) / 32 * 32);
+    for_each((N + most - 1) / most, [=](int64_t block) {
+        const Tiles shapes(AMX_ROWS);
+        alignas(64) __m512i sums[2][2][AMX_ROWS];
+        const int64_t first = block * most, count = std::min(most, N - first);
+        const auto [w, stride] = rows_of(first, count);
+        const int64_t apart = stride * sizeof(bf16);
+        for (int64_t g = 0; g < groups; g += 2)
+            for (int64_t r = 0; r < count; r += 2 * AMX_ROWS) {
+                const bool two_groups = g + 1 < groups, two_parts = r + AMX_ROWS < count;  // else the same twice
+                const TileRow *inputs = packed + g * lines, *more_inputs = inputs + two_groups * lines;
+                const bf16 *weights = w + r * stride, *more_weights = weights + two_parts * AMX_ROWS * stride;
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                for (int64_t k = 0; k < K; k += 32) {
+                    _tile_loadd(4, weights + k, apart);
+                    _tile_loadd(5, more_weights + k, apart);
+                    _tile_loadd(6, inputs + k / 2, sizeof(TileRow));
+                    _tile_loadd(7, more_inputs + k / 2, sizeof(TileRow));
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_stored(0, sums[0][0], sizeof(TileRow));
+                _tile_stored(1, sums[0][1], sizeof(TileRow));
+                _tile_stored(2, sums[1][0], sizeof(TileRow));
+                _tile_stored(3, sums[1][1], sizeof(TileRow));
+                tiles_meet_memory();
+                for (int i = 0; i <= two_parts; i++)
+                    for (int j = 0; j <= two_groups; j++) {
+                        const int64_t m = (g + j) * AMX_ROWS;
+                        bf16* out = y + m * N + first + r + i * AMX_ROWS;
+                        transpose(sums[i][j]);
+                        for (int64_t n = 0; n < std::min<int64_t>(AMX_ROWS, M - m); n++) store_narrow(out + n * N, (__m512)sums[i][j][n]);
+                    }
+            }
+    });
+    return true;
 }
 
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
@@ -104,6 +162,18 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
+static bool bf16_gemm_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
+    return gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
+        if (M <= 4 * AMX_ROWS) return std::pair(w + first * K, K);  // read too seldom for a copy to pay
+        static thread_local std::vector<Line> buffer;
+        const int64_t stride = K + 32;  // as in `gemm`
+        buffer.resize(count * stride / 32);
+        bf16* copy = buffer[0].values;
+        for (int64_t r = 0; r < count; r++) std::memcpy(copy + r * stride, w + (first + r) * K, K * sizeof(bf16));
+        return std::pair<const bf16*, int64_t>(copy, stride);
+    });
+}
+
 // As `add_product` (attention.h): rows come in whole tiles, 16 each, and a, b and sums have room for them.
 static bool add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
     if (!has_tiles()) return false;
@@ -132,7 +202,7 @@ static bool add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t r
 template <int BITS, class T>
 static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                            int64_t K, int64_t group) {
-    if (M < MAX_M || M > CODE_TILES_TO || !has_tiles()) return false;
+    if (M < MAX_M || M > TILES_TO || !has_tiles()) return false;
     over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
         const int64_t M = pass.rows;
         const Tiles shapes(M);
@@ -180,7 +250,12 @@ static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const ui
 #else
 
 static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
+static bool bf16_gemm_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
 static bool add_by_tiles(...) { return false; }
+static bool has_tiles() { return false; }
+
+template <class T, class RowsOf>
+static bool gemm_by_tiles(const T*, T*, int64_t, int64_t, int64_t, RowsOf) { return false; }
 
 template <int BITS, class T>
 static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {

@@ -25,7 +25,7 @@ from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from eagle import FirstBlock
 from kernels import cpu, inductor
-from kernels.cpu import Avx2Bf16, CpuBf16, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
+from kernels.cpu import CpuBf16, CpuBf16Gemm, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear, Reordered
@@ -162,7 +162,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert (result.returncode, result.stdout) == (0, f"{2 * (14 * (MAX_ROWS + 1) + 4 + 3)}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{2 * (14 * (MAX_ROWS + 3) + 4 + 3)}\n"), result.stderr
 
 
 @pytest.mark.parametrize("rows", [1, 6, 11])
@@ -321,11 +321,22 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
 
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     x, weight = normal(40, 1024), normal(4192, 1024, seed=1)  # pieces are of 8 MiB in bf16 or fp32
-    assert_product(Avx2Bf16(weight, None), x, weight, None)
+    assert_product(CpuBf16Gemm(weight, None), x, weight, None)
     codes, scales = quantize_int8(weight)
     assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
     quantized = quantize_int4(weight, 32)
     assert_product(cpu_int4(*quantized, None), x, dequantize(*quantized, 32), None)
+
+
+@pytest.mark.parametrize("rows", [17, 31, 33, 48, 64, 65, 130])
+def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int) -> None:
+    for N, K in ((16, 32), (48, 608), (224, 96)):
+        x, weight = normal(rows, K), normal(N, K, seed=1)
+        assert_product(CpuBf16Gemm(weight, None), x, weight, None)
+        codes, scales = quantize_int8(weight)
+        assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
+        quantized = quantize_int4(weight, 32)
+        assert_product(cpu_int4(*quantized, None), x, dequantize(*quantized, 32), None)
 
 
 def test_no_rows_are_no_outputs() -> None:
@@ -822,22 +833,23 @@ FLAGS = ["-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).par
 
 
 @pytest.mark.parametrize(
-    ("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake"), ("tiles", "sapphirerapids")]
+    ("name", "march"), [("avx2", "x86-64-v3"), ("avx512", "cooperlake"), ("amx", "sapphirerapids")]
 )
 def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, march: str, tmp_path: Path) -> None:
     """This process runs the largest that the CPU has; for a lesser one, what compares with twins runs again.
 
     With AVX-512 it also runs with tiles, which tests/tiles.h computes.
     """
-    if name == cpu.instruction_set():
+    here = cpu.instruction_set()
+    if name == here:
         return  # it is what this process runs
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
     environment = dict(os.environ)
-    if name == "avx2":
+    if name == "avx2" or here == "amx":
         command.append("twin or beyond")
         environment["LLAMA_KERNELS_MARCH"] = march
-    elif name == "tiles" and cpu.instruction_set() == "avx512":
-        command.append("(products or groups) and equal or beyond or alone or share")
+    elif name == "amx" and here == "avx512":
+        command.append("twin or beyond or alone or share or unpacked or pieces")
         environment["CXX"] = shlex.join([COMPILER, "-include", str(REPO / "tests/tiles.h")])
         environment["XDG_CACHE_HOME"] = str(tmp_path)
     else:
