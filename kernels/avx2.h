@@ -169,15 +169,7 @@ static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int
 
 #include "codes.h"
 
-template <int BITS, class T>
-static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {
-    return false;  // AMX comes with AVX-512
-}
-static bool add_by_tiles(...) { return false; }
-static bool has_tiles() { return false; }
-
-template <class T, class RowsOf>
-static bool gemm_by_tiles(const T*, T*, int64_t, int64_t, int64_t, RowsOf) { return false; }
+#include "tiles.h"  // where there are none
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention, in fp32

@@ -2,14 +2,16 @@
 // multiplies two. Its first factor has rows of 32 bf16, its second 16 pairs of columns of 16 rows: w of bf16 lies as the
 // first, and codes as the second.
 //
-// Included by avx512.h. For machines without AMX, tests/tiles.h computes what the instructions do.
+// Included by the instruction sets' headers, of which AVX2 has no tiles. For machines without AMX, tests/tiles.h computes
+// what the instructions do.
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
 constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
 constexpr int TILES_TO = 32;       // with codes; above, GEMM is faster
 constexpr int AMX_ROWS = 16;
-constexpr int64_t BLOCK_BYTES = 1 << 20;  // of rows of w that many rows of x are multiplied with: about half of the second cache
+constexpr int64_t BLOCK_BYTES = 1 << 20;  // of w, in GEMM: half of the second cache
+constexpr int64_t ROWS_TOGETHER = 1024;   // of x, in GEMM, of which a copy is made
 using TileRow = Line;  // 64 bytes
 
 // Linux lends the tiles' registers to a process that asks for them; a guest or a container may be refused.
@@ -66,9 +68,12 @@ static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
     return buffer.data();
 }
 
+// BLOCK_BYTES of w stay in the second cache while all of x passes by, 32 rows with 32 of w at a time.
 template <class T, class RowsOf>
 static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
     if (!has_tiles() || N % AMX_ROWS) return false;
+    for (; M > ROWS_TOGETHER; M -= ROWS_TOGETHER, x += ROWS_TOGETHER * K, y += ROWS_TOGETHER * N)
+        gemm_by_tiles(x, y, ROWS_TOGETHER, N, K, rows_of);
     static thread_local std::vector<TileRow> buffer;
     const int64_t groups = (M + AMX_ROWS - 1) / AMX_ROWS, lines = K / 2;  // of rows of x, and of each
     if (int64_t(buffer.size()) < groups * lines) buffer.resize(groups * lines);
@@ -76,7 +81,8 @@ static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, Row
     for_each(groups, [=](int64_t g) {
         pack_pairs_of_columns(x + g * AMX_ROWS * K, std::min<int64_t>(AMX_ROWS, M - g * AMX_ROWS), K, packed + g * lines);
     });
-    const int64_t most = std::max<int64_t>(2 * AMX_ROWS, std::min<int64_t>(BLOCK_BYTES / (K * sizeof(bf16)), N / (4 * num_threads())) / 32 * 32);
+    const int64_t in_cache = BLOCK_BYTES / (K * sizeof(bf16)), fair = N / (4 * num_threads());  // rows of w
+    const int64_t most = std::max<int64_t>(32, std::min(in_cache, fair) / 32 * 32);
     for_each((N + most - 1) / most, [=](int64_t block) {
         const Tiles shapes(AMX_ROWS);
         alignas(64) __m512i sums[2][2][AMX_ROWS];
