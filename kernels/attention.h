@@ -8,7 +8,7 @@
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 
 static inline int64_t whole_vectors(int64_t D) { return (D + 31) / 32 * 32; }
-static inline int64_t whole_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
+static inline int64_t padded(int64_t rows) { return has_tiles() ? (rows + 15) / 16 * 16 : rows; }  // for tiles.h
 
 template <class T>
 struct Tile {
@@ -38,16 +38,16 @@ static inline Floats exponential(Floats x) {
     return y * (Floats)(((Ints)shifted << 23) + (127 << 23));
 }
 
-// Put k of slots [first, first + SLOTS) in columns of cells, [D / PER_CELL, SLOTS]. Where there is none, `last` - 1 stands
-// for it.
+// Put k of slots [first, first + SLOTS) in columns of cells, [width / PER_CELL, SLOTS]; beyond D they are 0. Where there is
+// no slot, `last` - 1 stands for it.
 template <class Tile>
 static void columns_of(const Tile& tile, int64_t first, int64_t last, Cell* keys) {
     for (int64_t t = 0; t < SLOTS; t += LANES)
-        for (int64_t d = 0; d < tile.D; d += LANES * PER_CELL) {
+        for (int64_t d = 0; d < tile.width(); d += LANES * PER_CELL) {
             Cells rows[LANES];
             for (int64_t i = 0; i < LANES; i++) {
                 const auto* k = tile.k + std::min(first + t + i, last - 1) * tile.D + d;
-                if (d % 32 == 0) fetch(k);
+                if (d % 32 == 0 && d < tile.D) fetch(k);
                 rows[i] = load_cells(k, tile.D - d);
             }
             transpose(rows);
@@ -57,7 +57,8 @@ static void columns_of(const Tile& tile, int64_t first, int64_t last, Cell* keys
 
 // Turn a row's scores into weights, relative to the largest score so far; mask: of the first `there` slots, from which on
 // none is seen. Returns what earlier weights shrink by.
-static float soften(float* scores, const uint8_t* mask, int64_t there, float scale, Weight* weights, float& largest, float& total) {
+static float soften(float* scores, const uint8_t* mask, int64_t there, float scale, Weight* weights, float& largest,
+                    float& total) {
     uint8_t part[SLOTS] = {};
     if (there < SLOTS) mask = (const uint8_t*)std::memcpy(part, mask, there);
     Floats most = Floats{} + largest, sum = {};
@@ -96,9 +97,9 @@ static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t se
         }
 }
 
-// Add a x b to sums [rows, width]; a [rows, cells], b [cells, width] in cells.
-static void add_product(const Weight* a, const Cell* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
-    if (add_by_tiles(a, b, sums, rows, cells, width)) return;
+// Add a x b to sums [rows, width]; a [rows, cells], b [cells, width] in cells, 16 or a multiple, and width of 32.
+static void multiply_add(const Weight* a, const Cell* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
+    if (multiply_add_by_tiles(a, b, sums, rows, cells, width)) return;
     by_rows<4>(0, rows, [&](int64_t r0, auto count) {
         constexpr int R = count;
         auto columns = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
@@ -125,18 +126,7 @@ static void add_product(const Weight* a, const Cell* b, float* sums, int64_t row
     });
 }
 
-// Memory of a thread for so many values, from call to call; of rows, those that tiles (tiles.h) have more, too.
-template <class T>
-struct Room {
-    std::vector<Line> lines;
-    T* of(int64_t count) {
-        const size_t needed = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
-        if (lines.size() < needed) lines.resize(needed);
-        return (T*)lines.data();
-    }
-};
-
-// Buffers of a thread, for a tile.
+// Buffers of a thread, for a tile; rows are padded.
 struct Scratch {
     Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
     Room<Weight> queries, weights;  // [rows, width], [rows, SLOTS]
@@ -150,15 +140,15 @@ template <class T>
 static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
     static thread_local Scratch scratch;
     // Found once: where a thread's own variable is takes a call to find out.
-    const int64_t rows = tile.rows(), width = tile.width(), room = whole_tiles(rows);
+    const int64_t rows = tile.rows(), width = tile.width(), room = padded(rows);
     uint8_t* seen = scratch.seen.of(tile.slots + SLOTS);
     Weight *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
     float* scores = scratch.scores.of(room * SLOTS);
     Cell *keys = scratch.keys.of(width / PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / PER_CELL * width);
-    std::fill(queries, queries + rows * width, 0);
+    std::fill(queries, queries + rows * width, Weight(0));
     for (int64_t r = 0; r < rows; r++) {
         const T* row = tile.row(r);
-        for (int64_t d = 0; d < tile.D; d++) set(queries[r * width + d], row[d]);
+        for (int64_t d = 0; d < tile.D; d++) queries[r * width + d] = weight_of(row[d]);
     }
     std::fill(seen, seen + tile.slots + SLOTS, 0);
     for (int64_t s = 0; s < tile.queries; s++) {
@@ -177,7 +167,7 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
         const int64_t there = std::min<int64_t>(SLOTS, end - t);  // another split's are not ours
         columns_of(tile, t, end, keys);
         std::fill(scores, scores + rows * SLOTS, 0);
-        add_product(queries, keys, scores, rows, width / PER_CELL, SLOTS);
+        multiply_add(queries, keys, scores, rows, width / PER_CELL, SLOTS);
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
             const float shrink = soften(scores + r * SLOTS, mask, there, scale, weights + r * SLOTS, largest[r], total[r]);
@@ -185,7 +175,7 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
                 for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= shrink;
         }
         values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
-        add_product(weights, values, out, rows, SLOTS / PER_CELL, width);
+        multiply_add(weights, values, out, rows, SLOTS / PER_CELL, width);
     }
 }
 
@@ -196,7 +186,7 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
     if (!B || !S) return;
     const int64_t G = H / K, queries = std::min(S, std::max<int64_t>(1, TILE_ROWS / G)), tiles = (S + queries - 1) / queries;
     const int64_t tasks = B * K * tiles, threads = num_threads();
-    const int64_t width = whole_vectors(D), rows = whole_tiles(queries * G), size = rows * (width + 2);
+    const int64_t width = whole_vectors(D), rows = padded(queries * G), size = rows * (width + 2);
     // The slots of a task are shared out so that all threads have as much to do.
     const int64_t splits = std::max<int64_t>(1, std::min(threads / std::gcd(threads, tasks), slots / (2 * SLOTS)));
     std::vector<float> parts(tasks * splits * size);

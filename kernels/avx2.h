@@ -89,9 +89,8 @@ static inline float largest_of(__m256 v) {
 // Put x [M, K] in the order in which it is read, in fp32: [K / 16, M, 16].
 template <class T>
 static const float* pack_wide(const T* x, int64_t M, int64_t K) {
-    static thread_local std::vector<Line> buffer;
-    if (int64_t(buffer.size()) < M * K / 16) buffer.resize(M * K / 16);
-    float* packed = (float*)buffer.data();
+    static thread_local Room<float> room;
+    float* packed = room.of(M * K);
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k += 16) {
             const Two two = load_two(x + m * K + k);
@@ -186,7 +185,7 @@ static inline void store_narrow(float* p, __m256 values) { _mm256_storeu_ps(p, v
 static inline void pair_up(__m256*) {}
 
 template <class T>
-static inline void set(float& place, T value) { place = widen(value); }
+static inline Weight weight_of(T value) { return widen(value); }
 
 // Transpose 8 x 8 values.
 static inline void transpose(__m256* v) {

@@ -1,4 +1,4 @@
-// What cpu.cpp needs of AVX-512 with bf16 and VNNI: products in fp32 sums of pairs of bf16 (vdpbf16ps), of int8 in sums
+// What cpu.cpp needs of AVX-512 with bf16 and VNNI: products in fp32 sums of pairs of bf16 (vdpbf16ps), of codes in sums
 // of pairs of int16 (vpdpwssd), and attention in fp32 sums.
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
@@ -79,9 +79,8 @@ static inline __m512 sums_of_pairs(const __m512* pairs) {
 // first cache. Each thread does so for itself: what another has written takes longer to read than to make.
 static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
     if (M == 1) return x;
-    static thread_local std::vector<Line> buffer;
-    if (int64_t(buffer.size()) < M * K / 32) buffer.resize(M * K / 32);
-    bf16* packed = buffer.data()->values;
+    static thread_local Room<bf16> room;
+    bf16* packed = room.of(M * K);
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k += 32) std::memcpy(packed + k * M + m * 32, x + m * K + k, 32 * sizeof(bf16));
     return packed;
@@ -148,12 +147,19 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 
 // Do the same by tiles, and say whether they are for so many rows.
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
-static bool bf16_gemm_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
 
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
     if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
-    if (M > MAX_ROWS && !experts && bf16_gemm_by_tiles(x, w, y, M, N, K)) return;
+    if (M > MAX_ROWS && !experts && gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
+            if (M <= 64) return std::pair(w + first * K, K);  // they are read too seldom for a copy to pay
+            static thread_local Room<bf16> room;
+            const int64_t stride = K + 32;  // as in `gemm`
+            bf16* copy = room.of(count * stride);
+            for (int64_t r = 0; r < count; r++) std::memcpy(copy + r * stride, w + (first + r) * K, K * sizeof(bf16));
+            return std::pair<const bf16*, int64_t>(copy, stride);
+        }))
+        return;
     over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
     });
@@ -171,7 +177,7 @@ using Cell = int32_t;
 using Cells = __m512i;
 using Weight = bf16;
 
-static inline void set(bf16& place, bf16 value) { place = value; }
+static inline Weight weight_of(bf16 value) { return value; }
 
 // Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
 static inline __m512i load_cells(const bf16* p, int64_t count) {
@@ -232,7 +238,8 @@ static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_
             for (int h = 0; h < VECTORS; h++) _mm512_store_ps(scale + LANES * h, scales.vector(at + LANES * h));
         }
         __m512i columns[VECTORS][LANES];
-        each_pair<BITS, BITS == 8>(w + (block * K + k) * CODE_ROWS * BITS / 8, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+        const uint8_t* p = w + (block * K + k) * CODE_ROWS * BITS / 8;
+        each_pair<BITS, BITS == 8>(p, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
             for (int h = 0; h < VECTORS; h++) columns[h][i] = (__m512i)codes[h];
         });
         for (int r = 0; r < CODE_ROWS; r++) {

@@ -1,8 +1,8 @@
 // Products of x with codes of int8 and int4, for every instruction set: 32 columns at a time, and two vectors of rows.
 //
 // The lanes of a vector are rows of w; pairs of x are broadcast, one instruction multiplies two columns of each lane and
-// adds them up, and nothing is summed across lanes. Pairs are of whole numbers, or, of int4 where there are instructions
-// for it, of bf16, as which its codes are made as fast.
+// adds them up, and nothing is summed across lanes. Pairs are of whole numbers, or, of int4 on AMD's processors with
+// instructions for it, of bf16, as which its codes are made as fast.
 //
 // In whole numbers, x is in 16-bit fixed point, times a power of two for each STEP columns of a row. Of the largest value
 // there, and of all down to its 128th part, no bit of a bf16 is lost; what is smaller is off by 2^-15 of that largest

@@ -15,10 +15,11 @@
 //   x                      bf16                                       bf16, fp16
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
-//   int4, 1 to 8 rows      the same; on AMD's, codes as bf16          the same
-//   with AMX, tiles.h      w as x, 4 to 16 rows; codes, 8 to 64; attention
+//   int4, 1 to 8 rows      the same; AMD's processors, codes as bf16  the same
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              pairs of bf16                              in fp32
+//
+// With AMX, tiles.h has w as x from 4 rows on and codes from 8 on, both GEMMs too, and attention from 6 rows on.
 //
 // w of bf16 and fp16 is [N, K] as it is. Of int8 and int4, R = CODE_ROWS rows, two vectors of 32 bits, are interleaved:
 // int8 w [N / R, K / 2, R, 2]; int4 w [N / R, K / 8, R] words of 32 bits, each of 8 columns of a row: from the low end,
@@ -138,6 +139,17 @@ struct alignas(64) Line {
     bf16 values[32];
 };
 
+// Memory for values that stays from call to call, and grows. What it has held may be lost.
+template <class T>
+struct Room {
+    std::vector<Line> lines;
+    T* of(int64_t count) {
+        const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
+        if (lines.size() < needed) lines = std::vector<Line>(needed);
+        return (T*)lines.data();
+    }
+};
+
 // While a step runs, torch works on one thread, and our products on so many of our own; 0: on torch's, as GEMM does.
 static thread_local int own_threads = 0;
 
@@ -233,17 +245,16 @@ static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, Row
 // unpack(block, out, stride): write the BLOCK rows of a block, so many values apart.
 template <int BLOCK, class W, class T, class Unpack>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
-    static thread_local std::vector<Line> buffer;
+    static thread_local Room<W> room;
     const int64_t stride = K + 32;  // no power of two, at which rows would share few places of the cache
     if (gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
-            buffer.resize(count * stride * sizeof(W) / sizeof(Line));
-            for (int64_t i = 0; i < count; i += BLOCK) unpack((first + i) / BLOCK, (W*)buffer.data() + i * stride, stride);
-            return std::pair((const W*)buffer.data(), stride);
+            W* rows = room.of(count * stride);
+            for (int64_t i = 0; i < count; i += BLOCK) unpack((first + i) / BLOCK, rows + i * stride, stride);
+            return std::pair<const W*, int64_t>(rows, stride);
         }))
         return;
     const int64_t most = std::min(N, std::max<int64_t>(BLOCK, UNPACK_BYTES / (K * sizeof(W)) / BLOCK * BLOCK));
-    buffer.resize(most * stride * sizeof(W) / sizeof(Line));
-    W* piece = (W*)buffer.data();
+    W* piece = room.of(most * stride);
     constexpr bool DIRECT = std::is_same_v<T, W>;
     std::vector<W> wide_x(DIRECT ? 0 : M * K), wide_y(DIRECT ? 0 : M * most);
     if constexpr (!DIRECT)
@@ -369,10 +380,8 @@ static const T* values_of(const Tensor& tensor) {
 // Memory for values between two products, which stays from call to call; number: of several.
 template <int NUMBER, class T>
 static T* room(int64_t count) {
-    static thread_local std::vector<Line> lines;
-    const size_t needed = count * sizeof(T) / sizeof(Line) + 1;
-    if (lines.size() < needed) lines.resize(needed);
-    return (T*)lines.data();
+    static thread_local Room<T> room;
+    return room.of(count);
 }
 
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or

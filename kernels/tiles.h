@@ -5,13 +5,14 @@
 // Included by the instruction sets' headers, of which AVX2 has no tiles. For machines without AMX, tests/tiles.h computes
 // what the instructions do.
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
 constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
 constexpr int TILES_TO = 32;       // with codes; above, GEMM is faster
 constexpr int AMX_ROWS = 16;
+constexpr int ATTENTION_TILES_FROM = 6;  // heads that share keys, times queries: the padding costs as much as rows
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of w, in GEMM: half of the second cache
-constexpr int64_t ROWS_TOGETHER = 1024;   // of x, in GEMM, of which a copy is made
+constexpr int64_t ROWS_TOGETHER = 1024;   // of x, in GEMM, which are copied: what that takes is kept
 using TileRow = Line;  // 64 bytes
 
 // Linux lends the tiles' registers to a process that asks for them; a guest or a container may be refused.
@@ -37,9 +38,11 @@ class Tiles {
   public:
     explicit Tiles(int rows) {
         _tile_storeconfig(&before);
+        asm volatile("" : : "r"(&before) : "memory");  // GCC 12 knows of their first bytes alone
         Shapes shapes;
         shapes.palette = 1;
         for (int i = 0; i < 8; i++) shapes.row_bytes[i] = sizeof(TileRow), shapes.rows[i] = i < 3 ? rows : AMX_ROWS;
+        asm volatile("" : : "r"(&shapes) : "memory");
         _tile_loadconfig(&shapes);
     }
     ~Tiles() {
@@ -48,8 +51,8 @@ class Tiles {
     }
 };
 
-// What a tile is loaded from has been written, and what it is stored to will be read: GCC 12 does not say so itself.
-static inline void tiles_meet_memory() { asm volatile("" ::: "memory"); }
+// What a tile is loaded from has been written: GCC 12 does not say so itself.
+static inline void before_tiles_load() { asm volatile("" ::: "memory"); }
 
 // Put x [M, K] in pairs of columns, [K / 32, 16 pairs, 16 rows]; 0 for rows that x does not have.
 static void pack_pairs_of_columns(const bf16* x, int64_t M, int64_t K, TileRow* out) {
@@ -62,34 +65,46 @@ static void pack_pairs_of_columns(const bf16* x, int64_t M, int64_t K, TileRow* 
 }
 
 static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
-    static thread_local std::vector<TileRow> buffer;
-    if (int64_t(buffer.size()) < K / 2) buffer.resize(K / 2);
-    pack_pairs_of_columns(x, M, K, buffer.data());
-    return buffer.data();
+    static thread_local Room<TileRow> room;
+    TileRow* packed = room.of(K / 2);
+    pack_pairs_of_columns(x, M, K, packed);
+    return packed;
 }
 
-// BLOCK_BYTES of w stay in the second cache while all of x passes by, 32 rows with 32 of w at a time.
+// The room of a calling thread for x of all GEMMs.
+static TileRow* room_for_x(int64_t lines) {
+    static thread_local Room<TileRow> room;
+    return room.of(lines);
+}
+
+// BLOCK_BYTES of w stay in the second cache while x passes by, 32 rows with 32 of w at a time.
 template <class T, class RowsOf>
 static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
     if (!has_tiles() || N % AMX_ROWS) return false;
-    for (; M > ROWS_TOGETHER; M -= ROWS_TOGETHER, x += ROWS_TOGETHER * K, y += ROWS_TOGETHER * N)
-        gemm_by_tiles(x, y, ROWS_TOGETHER, N, K, rows_of);
-    static thread_local std::vector<TileRow> buffer;
+    if (M > ROWS_TOGETHER) {
+        const int64_t half = (M / 2 + 31) / 32 * 32;
+        gemm_by_tiles(x, y, half, N, K, rows_of);
+        return gemm_by_tiles(x + half * K, y + half * N, M - half, N, K, rows_of);
+    }
     const int64_t groups = (M + AMX_ROWS - 1) / AMX_ROWS, lines = K / 2;  // of rows of x, and of each
-    if (int64_t(buffer.size()) < groups * lines) buffer.resize(groups * lines);
-    TileRow* const packed = buffer.data();
+    TileRow* const packed = room_for_x(groups * lines);
     for_each(groups, [=](int64_t g) {
         pack_pairs_of_columns(x + g * AMX_ROWS * K, std::min<int64_t>(AMX_ROWS, M - g * AMX_ROWS), K, packed + g * lines);
     });
-    const int64_t in_cache = BLOCK_BYTES / (K * sizeof(bf16)), fair = N / (4 * num_threads());  // rows of w
-    const int64_t most = std::max<int64_t>(32, std::min(in_cache, fair) / 32 * 32);
-    for_each((N + most - 1) / most, [=](int64_t block) {
+    // Four pieces for each thread, so that it ends with the others. With many threads each piece has a part of x besides:
+    // with fewer rows of w than 128 reading x would take longer than multiplying.
+    const int64_t pieces = 4 * num_threads(), in_cache = BLOCK_BYTES / (K * sizeof(bf16));
+    const int64_t most = std::max<int64_t>(32, std::min(in_cache, std::max<int64_t>(128, N / pieces)) / 32 * 32);  // rows of w
+    const int64_t blocks = (N + most - 1) / most, pairs = (groups + 1) / 2;
+    const int64_t parts = std::min((pieces + blocks - 1) / blocks, pairs);  // of x
+    for_each(blocks * parts, [=](int64_t piece) {
         const Tiles shapes(AMX_ROWS);
         alignas(64) __m512i sums[2][2][AMX_ROWS];
-        const int64_t first = block * most, count = std::min(most, N - first);
+        const int64_t first = piece / parts * most, count = std::min(most, N - first), part = piece % parts;
         const auto [w, stride] = rows_of(first, count);
-        const int64_t apart = stride * sizeof(bf16);
-        for (int64_t g = 0; g < groups; g += 2)
+        const int64_t apart = stride * sizeof(bf16), end = std::min(groups, 2 * (pairs * (part + 1) / parts));
+        before_tiles_load();
+        for (int64_t g = 2 * (pairs * part / parts); g < end; g += 2)
             for (int64_t r = 0; r < count; r += 2 * AMX_ROWS) {
                 const bool two_groups = g + 1 < groups, two_parts = r + AMX_ROWS < count;  // else the same twice
                 const TileRow *inputs = packed + g * lines, *more_inputs = inputs + two_groups * lines;
@@ -112,13 +127,13 @@ static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, Row
                 _tile_stored(1, sums[0][1], sizeof(TileRow));
                 _tile_stored(2, sums[1][0], sizeof(TileRow));
                 _tile_stored(3, sums[1][1], sizeof(TileRow));
-                tiles_meet_memory();
                 for (int i = 0; i <= two_parts; i++)
                     for (int j = 0; j <= two_groups; j++) {
                         const int64_t m = (g + j) * AMX_ROWS;
                         bf16* out = y + m * N + first + r + i * AMX_ROWS;
                         transpose(sums[i][j]);
-                        for (int64_t n = 0; n < std::min<int64_t>(AMX_ROWS, M - m); n++) store_narrow(out + n * N, (__m512)sums[i][j][n]);
+                        for (int64_t n = 0; n < std::min<int64_t>(AMX_ROWS, M - m); n++)
+                            store_narrow(out + n * N, (__m512)sums[i][j][n]);
                     }
             }
     });
@@ -138,7 +153,7 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     _tile_loadd(weights, p + (k), K * sizeof(bf16));                                                         \
     _tile_loadd(inputs, packed + (k) / 2, sizeof(TileRow));                                                  \
     _tile_dpbf16ps(sum, weights, inputs)
-            tiles_meet_memory();
+            before_tiles_load();
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -158,7 +173,6 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
             _tile_stored(1, sums[1], sizeof(TileRow));
             _tile_stored(2, sums[2], sizeof(TileRow));
             _tile_stored(3, sums[3], sizeof(TileRow));
-            tiles_meet_memory();
             for (int r = 0; r < AMX_ROWS; r++)
                 for (int i = 1; i < 4; i++) sums[0][r] = (__m512i)((__m512)sums[0][r] + (__m512)sums[i][r]);
             transpose(sums[0]);
@@ -168,24 +182,12 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
-static bool bf16_gemm_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    return gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
-        if (M <= 4 * AMX_ROWS) return std::pair(w + first * K, K);  // read too seldom for a copy to pay
-        static thread_local std::vector<Line> buffer;
-        const int64_t stride = K + 32;  // as in `gemm`
-        buffer.resize(count * stride / 32);
-        bf16* copy = buffer[0].values;
-        for (int64_t r = 0; r < count; r++) std::memcpy(copy + r * stride, w + (first + r) * K, K * sizeof(bf16));
-        return std::pair<const bf16*, int64_t>(copy, stride);
-    });
-}
-
-// As `add_product` (attention.h): rows come in whole tiles, 16 each, and a, b and sums have room for them.
-static bool add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
-    if (!has_tiles()) return false;
+// As `multiply_add` (attention.h), in whole tiles of 16 rows, for which a and sums have room.
+static bool multiply_add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
+    if (rows < ATTENTION_TILES_FROM || !has_tiles()) return false;
     const Tiles shapes(AMX_ROWS);
     const int64_t stride = width * sizeof(float);
-    tiles_meet_memory();
+    before_tiles_load();
     for (int64_t r = 0; r < rows; r += AMX_ROWS)
         for (int64_t d = 0; d < width; d += 32) {
             float* out = sums + r * width + d;
@@ -201,7 +203,6 @@ static bool add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t r
             _tile_stored(0, out, stride);
             _tile_stored(1, out + 16, stride);
         }
-    tiles_meet_memory();
     return true;
 }
 
@@ -209,27 +210,28 @@ template <int BITS, class T>
 static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                            int64_t K, int64_t group) {
     if (M < MAX_M || M > TILES_TO || !has_tiles()) return false;
-    over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
-        const int64_t M = pass.rows;
-        const Tiles shapes(M);
+    auto run = [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+        const int64_t rows = pass.rows;
+        T* const out = y + pass.out(N);
+        const Tiles shapes(rows);
         alignas(64) Shorts codes[VECTORS][AMX_ROWS];
         alignas(64) Floats parts[VECTORS][AMX_ROWS], sums[VECTORS][AMX_ROWS];
         const uint8_t* p = w + first * CODE_ROWS * K * BITS / 8;
         int64_t at = first * (K / group) * CODE_ROWS;
         for (int64_t n = first; n < last; n++) {
-            for (int h = 0; h < VECTORS; h++) std::fill(sums[h], sums[h] + M, Floats{});
+            for (int h = 0; h < VECTORS; h++) std::fill(sums[h], sums[h] + rows, Floats{});
             const int16_t* values = packed->values();
             const float* totals = packed->totals.data();
             for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
                 float total[AMX_ROWS] = {};
                 _tile_zero(0);
                 _tile_zero(1);
-                for (int64_t k = 0; k < group; k += STEP, p += CODE_ROWS * STEP * BITS / 8, values += M * STEP, totals += M) {
+                for (int64_t k = 0; k < group; k += STEP, p += CODE_ROWS * STEP * BITS / 8, values += rows * STEP, totals += rows) {
                     each_pair<BITS, false>(p, [&](int i, const Shorts* pair) __attribute__((always_inline)) {
                         for (int h = 0; h < VECTORS; h++) codes[h][i] = BITS == 8 ? to_bf16(pair[h]) : pair[h];
                     });
-                    for (int64_t m = 0; m < M; m++) total[m] += totals[m];
-                    tiles_meet_memory();
+                    for (int64_t m = 0; m < rows; m++) total[m] += totals[m];
+                    before_tiles_load();
                     _tile_loadd(2, values, sizeof(TileRow));
                     _tile_loadd(3, codes[0], sizeof(TileRow));
                     _tile_loadd(4, codes[1], sizeof(TileRow));
@@ -238,27 +240,28 @@ static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const ui
                 }
                 _tile_stored(0, parts[0], sizeof(TileRow));
                 _tile_stored(1, parts[1], sizeof(TileRow));
-                tiles_meet_memory();
                 Floats zero[VECTORS];
                 zeros_of<BITS, false>(zeros, at, zero);
                 for (int h = 0; h < VECTORS; h++) {
                     const Floats scale = scales.vector(at + LANES * h);
-                    for (int64_t m = 0; m < M; m++) sums[h][m] += (parts[h][m] - zero[h] * total[m]) * scale;
+                    for (int64_t m = 0; m < rows; m++) sums[h][m] += (parts[h][m] - zero[h] * total[m]) * scale;
                 }
             }
-            for (int64_t m = 0; m < M; m++)
-                for (int h = 0; h < VECTORS; h++) store_narrow(y + pass.out(N) + m * N + n * CODE_ROWS + LANES * h, sums[h][m]);
+            for (int64_t m = 0; m < rows; m++)
+                for (int h = 0; h < VECTORS; h++) store_narrow(out + m * N + n * CODE_ROWS + LANES * h, sums[h][m]);
         }
-    }, AMX_ROWS);
+    };
+    over_rows<CODE_ROWS, pack_pairs<false, T>>(x, M, N, K, nullptr, run, AMX_ROWS);
     return true;
 }
 
 #else
 
 static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
-static bool bf16_gemm_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
-static bool add_by_tiles(...) { return false; }
 static bool has_tiles() { return false; }
+
+template <class A, class B>
+static bool multiply_add_by_tiles(const A*, const B*, float*, int64_t, int64_t, int64_t) { return false; }
 
 template <class T, class RowsOf>
 static bool gemm_by_tiles(const T*, T*, int64_t, int64_t, int64_t, RowsOf) { return false; }

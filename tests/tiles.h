@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#undef MADE_BY_AMD  // whose processors have no AMX
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
 #undef SYS_arch_prctl
