@@ -37,7 +37,7 @@ def make_parser(description: str, device: bool = False, ranks: bool = False) -> 
 def name_processor(cpuinfo: str) -> str:
     """Return the processor's name from /proc/cpuinfo, which on ARM has none: then its kind, such as aarch64."""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return re.sub(r"\((R|TM)\)| Processor", "", names[0]) if names else platform.processor() or platform.machine()
 
 
 def name_hardware(device: str) -> str:
