@@ -6,7 +6,8 @@ since there each kernel launch saved counts.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import cast
 
@@ -105,8 +106,9 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
 
 def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    if cpu.takes_codes(dtype, stored.weight, 32) and has_whole_groups(stored):
-        return cpu.CpuInt8(stored.weight, stored.scales, stored.bias, stored.zeros)
+    if cpu.takes_codes(dtype, stored.weight, 32) and (size := even_size(stored)) % 32 == 0:
+        zeros = None if stored.zeros is None else split_groups(stored, size, stored.zeros)
+        return cpu.CpuInt8(stored.weight, split_groups(stored, size, stored.scales), stored.bias, zeros)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
         return None
     # ATen's kernels crash on sizes that are not multiples of their tiles.
@@ -114,31 +116,37 @@ def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
 
 
 def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
-    if not has_whole_groups(stored):
+    if (size := even_size(stored)) % 32:
         return None
-    nibbles, zeros = stored.weight, zero_points(stored)
-    if cpu.takes_codes(dtype, nibbles, 16):
-        return cpu.CpuInt4(nibbles, stored.scales, zeros, stored.bias)
-    if not exact or nibbles.shape[-2] % 16:
+    zeros = zero_points(stored)
+    if cpu.takes_codes(dtype, stored.weight, 16):
+        scales, zeros = (split_groups(stored, size, values) for values in (stored.scales, zeros))
+        return cpu.CpuInt4(stored.weight, scales, zeros, stored.bias)
+    if not exact or stored.weight.shape[-2] % 16:
         return None
-    scales, zeros = split_groups(stored.group_size, stored.scales.to(dtype), zeros)
+    scales, zeros = (split_groups(stored, power_of_2(size), values) for values in (stored.scales.to(dtype), zeros))
     return AtenInt4(stored.codes(), scales, zeros, stored.bias)
 
 
-def has_whole_groups(stored: StoredLinear) -> bool:
-    """Say whether the groups are such as the kernels take: of whole vectors, and none of them shorter."""
-    return stored.in_features % stored.group_size == 0 and stored.group_size % 32 == 0
+def even_size(stored: StoredLinear) -> int:
+    """Return the size in which all groups can be split, the last one too, which may be shorter."""
+    return math.gcd(stored.group_size, stored.in_features)
+
+
+def power_of_2(size: int) -> int:
+    """Return the largest size of those that all kernels take in which groups of a size can be split."""
+    return max(power for power in GROUP_SIZES if size % power == 0)
+
+
+def split_groups(stored: StoredLinear, size: int, values: Tensor) -> Tensor:
+    """Repeat what groups have for the smaller ones that they are split in."""
+    repeated = values.repeat_interleave(stored.group_size // size, dim=-1)
+    return repeated[..., : stored.in_features // size].contiguous()
 
 
 def zero_points(stored: StoredLinear) -> Tensor:
     """Return the zero points of int4, which are 8 where it has none."""
     return torch.full_like(stored.scales, 8, dtype=torch.uint8) if stored.zeros is None else stored.zeros
-
-
-def split_groups(group_size: int, *values: Tensor) -> Iterator[Tensor]:
-    """Repeat what larger groups have for groups that all kernels take: powers of 2, of which ATen has these."""
-    size = max(size for size in GROUP_SIZES if group_size % size == 0)
-    return (tensor.repeat_interleave(group_size // size, dim=-1) for tensor in values)
 
 
 def cuda_kernels() -> ModuleType | None:
@@ -157,10 +165,10 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
     if stored.order is not None or stored.form.scale_dtype != torch.bfloat16:  # as which the kernels hold them
         return None
     if stored.form.bits == 4:
-        if not has_whole_groups(stored):
+        if even_size(stored) % 32:
             return None
-        scales, zeros = split_groups(stored.group_size, stored.scales.to(dtype), zero_points(stored))
-        return cuda.CudaInt4(stored.codes(), scales, zeros, stored.bias)
+        size, both = power_of_2(even_size(stored)), (stored.scales.to(dtype), zero_points(stored))
+        return cuda.CudaInt4(stored.codes(), *(split_groups(stored, size, values) for values in both), stored.bias)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None:
         return None
     return cuda.CudaInt8(stored.weight, stored.scales.to(dtype), stored.bias)
