@@ -140,6 +140,8 @@ def power_of_2(size: int) -> int:
 
 def split_groups(stored: StoredLinear, size: int, values: Tensor) -> Tensor:
     """Repeat what groups have for the smaller ones that they are split in."""
+    if size == stored.group_size:
+        return values
     repeated = values.repeat_interleave(stored.group_size // size, dim=-1)
     return repeated[..., : stored.in_features // size].contiguous()
 

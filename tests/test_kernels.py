@@ -856,7 +856,10 @@ def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, ma
         if name == "avx512":  # as AMD's processors have it, which have no AMX
             environment["CXX"] = f"{COMPILER} -DMADE_BY_AMD"
     elif name == "amx" and here == "avx512":
-        command.append("(products or groups or many or attention) and (equal or twin) or beyond or pieces or unpacked")
+        command.append(
+            "(products or groups or many or attention) and (equal or twin)"
+            " or beyond or alone or share or pieces or unpacked"
+        )
         environment["CXX"] = shlex.join([COMPILER, "-include", str(REPO / "tests/tiles.h")])
         environment["XDG_CACHE_HOME"] = str(tmp_path)
     else:
