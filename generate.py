@@ -34,7 +34,7 @@ from cli.chat import Conversation, chat
 from cli.errors import outlive_readers, user_errors
 from cli.options import Job, check, parse_args
 from cli.ranks import check_copies, from_rank_0, process_group, together
-from cli.report import TextPrinter, report_rows, report_run, run_batch, run_metrics
+from cli.report import TextPrinter, report_plain_linears, report_rows, report_run, run_batch, run_metrics
 from collectives import draft_ranks
 from config import is_head, quantization_form, read_config
 from drafters import DraftModel
@@ -244,6 +244,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     model, speculation = together(partial(load, args, job, ranks), ranks)
     gc.freeze()  # the collector searches nothing that is there by now: else it may begin in the midst of a first token
     loaded = time.perf_counter()
+    if ranks.rank == 0:
+        report_plain_linears(model)
 
     engine = make_engine(args, job, model, speculation)
     compiles = args.compile or args.compile_prefill

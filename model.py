@@ -410,7 +410,8 @@ class Transformer(nn.Module):
     def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
         """Compute the frequencies of the rotary embeddings, for texts of at most `length` tokens."""
         frequencies = (rope_frequencies(self.config, length, local).to(device) for local in (False, True))
-        self.inv_freq, self.local_inv_freq = (nn.Buffer(values, persistent=False) for values in frequencies)
+        # [2, rotary_dim / 2], negated and not, as `rotate` needs their angles.
+        self.inv_freq, self.local_inv_freq = (nn.Buffer(torch.stack((-f, f)), persistent=False) for f in frequencies)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate empty KV caches, and taps, in the embedding's dtype and on its device."""
@@ -446,7 +447,7 @@ class Transformer(nn.Module):
     def block_context(self, positions: Tensor, slots: Tensor, local: bool, window: int | None) -> BlockContext:
         """Return what the layers of a kind need to know of positions [B, S]."""
         inv_freq, scaling = (self.local_inv_freq, None) if local else (self.inv_freq, self.config.rope_scaling)
-        angles = positions[:, :, None, None, None] * torch.stack((-inv_freq, inv_freq))  # [B, S, 1, 2, rotary_dim / 2]
+        angles = positions.view(*positions.shape, 1, 1, 1) * inv_freq  # [B, S, 1, 2, rotary_dim / 2]
         factor = scaling.attention_factor if scaling else 1.0
         mask = attention_mask(positions.unsqueeze(-1), slots, window)
         return BlockContext(scaled(angles.cos(), factor), scaled(angles.sin(), factor), positions, mask)

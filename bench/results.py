@@ -35,9 +35,13 @@ def make_parser(description: str, device: bool = False, ranks: bool = False) -> 
 
 
 def name_processor(cpuinfo: str) -> str:
-    """Return the processor's name from /proc/cpuinfo, which on ARM has none: then its kind, such as aarch64."""
-    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return re.sub(r"\((R|TM)\)| Processor", "", names[0]) if names else platform.processor() or platform.machine()
+    """Return the processor's name from /proc/cpuinfo, with family and model, which a virtual machine's name may hide.
+
+    On ARM it has no name: then its kind, such as aarch64.
+    """
+    facts = dict(re.findall(r"^(?:cpu )?(model name|family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    name = re.sub(r"\((R|TM)\)| Processor", "", facts.pop("model name", ""))
+    return " ".join([name, *(f"{key} {number}" for key, number in facts.items())]) or platform.machine()
 
 
 def name_hardware(device: str) -> str:

@@ -9,6 +9,9 @@ import torch
 
 from eagle import Head
 from engine import Engine
+from kernels.experts import CompiledExperts
+from kernels.inductor import CompiledLinear
+from linears import StoredLinear
 from model import MoE, Transformer
 from rows import Row
 from speculate import Speculation
@@ -93,6 +96,19 @@ def run_batch(
             printer.begin(row)
         printer.show((rest if alone else row.text) + "\n")
     return rows
+
+
+def report_plain_linears(model: Transformer) -> None:
+    """Say so where quantized linears have no kernel: that can be slow by a factor of 40."""
+    layers = [child for child in model.modules() if isinstance(child, CompiledLinear | CompiledExperts)]
+    if plain := [layer.stored for layer in layers if isinstance(layer.stored, StoredLinear)]:
+        forms = ", ".join(sorted({str(stored.form) for stored in plain}))
+        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        print(
+            f"{len(plain)} linears in {forms} have no kernel in {dtype} here and are dequantized at every step, which "
+            "is slow; docs/quantize.md says which kernels there are",
+            file=sys.stderr,
+        )
 
 
 def format_count(count: int) -> str:

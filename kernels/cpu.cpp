@@ -472,6 +472,24 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     });
 }
 
+// As `model.RMSNorm`.
+static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::optional<double> offset) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
+    const int64_t K = sizes.back(), M = x.numel() / std::max<int64_t>(1, K);
+    STD_TORCH_CHECK(K == weight.size(0), "x has ", K, " columns and the norm ", weight.size(0));
+    Tensor rows = in_order(x);
+    return with_floats(x, sizes, [&](auto* y) {
+        const auto *in = like(y, rows), *factors = values_of<std::remove_pointer_t<decltype(y)>>(weight);
+        auto normalize = [=](int64_t m) {
+            std::memcpy(y + m * K, in + m * K, K * sizeof(*y));
+            ::rms_norm(y + m * K, factors, 1, K, eps, offset);
+        };
+        if (M > MAX_ROWS) for_each(M, normalize);
+        else for (int64_t m = 0; m < M; m++) normalize(m);
+    });
+}
+
 // Tokens of a call, and what the kinds of attention need to know of their positions, as `model.BlockContext` has it.
 struct __attribute__((visibility("hidden"))) Tokens {
     int64_t B, S;
@@ -699,6 +717,7 @@ extern "C" const char* instruction_set() { return has_tiles() ? "amx" : INSTRUCT
 STABLE_TORCH_LIBRARY_IMPL(kernels, CPU, library) {
     library.impl("product", TORCH_BOX(&operators::product));
     library.impl("attention", TORCH_BOX(&operators::attention));
+    library.impl("rms_norm", TORCH_BOX(&operators::rms_norm));
     library.impl("describe_attention", TORCH_BOX(&operators::describe_attention));
     library.impl("describe_feed_forward", TORCH_BOX(&operators::describe_feed_forward));
     library.impl("forget_sublayers", TORCH_BOX(&operators::forget_sublayers));

@@ -209,6 +209,7 @@ SUBLAYER += " Tensor? first_bias, Tensor? first_order, Tensor[] last, Tensor? la
 OPERATORS = {
     "product": "(Tensor x, Tensor[] weight, *, Tensor? experts=None) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps, float? offset) -> Tensor",
     "describe_attention": f"({SUBLAYER}, int context, Tensor? q_norm, Tensor? k_norm, float query_multiplier,"
     " float query_scaling_beta, int original_length, Tensor? feature_norm, bool adds_normed) -> Tensor",
     "describe_feed_forward": f"({SUBLAYER}, bool gelu, Tensor? router, int num_chosen, bool shares_of_chosen)"
@@ -336,8 +337,25 @@ class CpuInt4(CpuCodes):
 # The blocks
 
 
+class CpuRMSNorm(RMSNorm):
+    """A norm in one call, where the plain one is eight; compiled, inductor makes one loop of these."""
+
+    def __init__(self, norm: RMSNorm):
+        nn.Module.__init__(self)  # not RMSNorm's: the weight exists already
+        self.weight, self.eps, self.offset, self.ranks = norm.weight, norm.eps, norm.offset, norm.ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype not in dtypes():
+            return super().forward(x)
+        return torch.ops.kernels.rms_norm(x, self.weight, self.eps, self.offset)
+
+
 def optimize_blocks_(model: Transformer) -> None:
-    """Give a model in one of `dtypes` the attention of cpu.cpp and, where it has all that they need, the blocks."""
+    """Give a model in one of `dtypes` norms and attention of cpu.cpp and, where it has all that they need, the blocks."""
+    norms = [(name, norm) for name, norm in model.named_modules() if isinstance(norm, RMSNorm)]
+    for name, norm in norms:
+        if norm.ranks.count == 1:
+            model.set_submodule(name, CpuRMSNorm(norm))
     for block in model.layers:
         block.self_attn.attend = torch.ops.kernels.attention.default
     if takes_blocks(model.layers):
@@ -354,6 +372,7 @@ class CpuBlocks:
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block]):
         self.blocks, self.width = list(blocks), config.hidden_size
+        self.attentions = [block.self_attn for block in blocks]
         kinds = [(config.is_local(layer), config.window(layer)) for layer in range(len(blocks))]
         firsts = {kind: kinds.index(kind) for kind in kinds}
         self.context_layers = list(firsts.values())  # the first layers of each kind of attention
@@ -367,12 +386,13 @@ class CpuBlocks:
     def __call__(
         self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
     ) -> Tensor:
-        caches = [block.self_attn.cache for block in blocks]
+        # Not `attention.cache.k`: for each tensor a module looks in three places, which takes a microsecond.
+        caches = [attention._modules["cache"] for attention in self.attentions]
         others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
         if x.shape[0] * x.shape[1] > MAX_ROWS or None in caches or others:
             return run_blocks(blocks, contexts, x, first, last)
         sublayers = slice(2 * first, 2 * last)
-        tensors = [tensor for cache in caches for tensor in (cache.k, cache.v)][sublayers]  # type: ignore[union-attr]
+        tensors = [cache._buffers[name] for cache in caches for name in ("k", "v")][sublayers]  # type: ignore[union-attr]
         kinds = [contexts[layer] for layer in self.context_layers]
         # In fp32, also where the whole model has been moved to another dtype.
         cos, sin = [kind.cos.float() for kind in kinds], [kind.sin.float() for kind in kinds]

@@ -540,7 +540,8 @@ def test_a_link_to_nowhere_is_a_result_that_exists(tmp_path):
 
 
 def test_a_processor_without_a_name_is_called_by_its_kind():
-    assert results.name_processor("processor : 0\nmodel name\t: AMD EPYC 9B45\nflags : x\n") == "AMD EPYC 9B45"
+    facts = "processor : 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9B45\nflags : x\n"
+    assert results.name_processor(facts) == "AMD EPYC 9B45 family 26 model 2"
     assert results.name_processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
     assert results.name_processor("")
 

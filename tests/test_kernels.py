@@ -41,7 +41,7 @@ from linears import (
     pack_nibbles,
     quantize_linear,
 )
-from model import MLP, Block, Experts, Linear, ModelConfig, RopeScaling, Transformer, attention, swiglu
+from model import MLP, Block, Experts, Linear, ModelConfig, RMSNorm, RopeScaling, Transformer, attention, swiglu
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.rounded import quantize_int4, quantize_int8
@@ -762,6 +762,25 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
     others_forward = random_model(RAW, dtype=torch.bfloat16)
     others_forward.layers[1].__class__ = type("Other", (Block,), {})
     assert not cpu.takes_blocks(others_forward.layers)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 5, 32), (1, MAX_ROWS + 1, 100), (3, 70, 576)], ids=str)
+def test_norms_of_any_size_equal_their_twins(shape: tuple[int, ...], offset: float | None, dtype: torch.dtype) -> None:
+    norm = RMSNorm(shape[-1], 1e-5, offset).to(dtype)
+    norm.weight.copy_(normal(shape[-1], seed=1))
+    fast = cpu.CpuRMSNorm(norm)
+    for x in (normal(*shape, dtype=dtype) * 3, normal(*shape, 2, dtype=dtype)[..., 0]):  # of which one is scattered
+        torch.testing.assert_close(fast(x), norm(x), rtol=2**-7, atol=1e-6)
+    assert torch.equal(fast(x.float()), norm(x.float()))  # another dtype is the plain one's
+    assert not fast(torch.full(shape, torch.nan, dtype=dtype)).isfinite().any()
+
+
+def test_a_norm_of_another_width_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="x has 32 columns and the norm 16"):
+        cpu.CpuRMSNorm(RMSNorm(16, 1e-5).bfloat16())(torch.zeros(1, 32, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("gelu", [False, True])

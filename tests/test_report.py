@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from checkpoint import load_model
-from cli.report import TextPrinter, bytes_per_step, run_batch, step_weight_bytes
+from cli.report import TextPrinter, bytes_per_step, report_plain_linears, run_batch, step_weight_bytes
+from compressed import quantization_config
 from engine import Engine
+from kernels import cpu
+from linears import Form
+from random_weights import random_model
 from rows import Row, num_pending
 from steps import Sampling, decode
 from tests.conftest import assert_user_error, run_command
+from tests.test_graphs import RAW
 from tokenizer import TextStream, load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "checkpoints" / "demo"
@@ -74,3 +79,13 @@ def test_a_handler_that_the_user_has_named_is_taken(tmp_path):
     result = run_command("generate.py", *args, cwd=tmp_path, PYTHONIOENCODING="ascii:backslashreplace")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(r"# caf\xe9")
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="the CPU has no AVX2, or there is no C++ compiler")
+def test_quantized_linears_without_a_kernel_are_named(capsys):
+    for size, said in ((32, ""), (16, "8 linears in int4-g16 have no kernel in bfloat16 here")):
+        form = quantization_config(Form(4, size, has_zeros=True))
+        report_plain_linears(random_model(RAW | {"quantization_config": form}, dtype=torch.bfloat16))
+        assert (said in capsys.readouterr().err) if said else not capsys.readouterr().err
+    report_plain_linears(random_model(RAW, dtype=torch.float32))  # is not quantized
+    assert not capsys.readouterr().err
