@@ -351,7 +351,7 @@ class CpuRMSNorm(RMSNorm):
 
 
 def optimize_blocks_(model: Transformer) -> None:
-    """Give a model in one of `dtypes` norms and attention of cpu.cpp and, where it has all that they need, the blocks."""
+    """Give a model in one of `dtypes` norms and attention of cpu.cpp and, where it takes them, all of the blocks."""
     norms = [(name, norm) for name, norm in model.named_modules() if isinstance(norm, RMSNorm)]
     for name, norm in norms:
         if norm.ranks.count == 1:
