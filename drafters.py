@@ -166,7 +166,7 @@ class DraftModel:
         """Prefill the caches with the ids of each row, from place `starts` on."""
         last_id = self.model.config.vocab_size - 1
         missing = [ids[start:] for ids, start in zip(texts, starts, strict=True)]
-        for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device):
+        for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device, self.prefill):
             slots = visible_slots(self.slots, length)
             self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
 

@@ -205,7 +205,7 @@ class Engine:
     def _prefill(self, batch: Batch, cached: int) -> list[list[int]]:
         """Run the prompts but for their first `cached` ids; return the id that follows each."""
         new = [text.ids[cached:] for text in batch.texts]
-        for tokens, positions, length in prompt_chunks(new, [cached] * len(new), self.model.device):
+        for tokens, positions, length in prompt_chunks(new, [cached] * len(new), self.model.device, self.prefill):
             ids = self._forward(self.prefill, batch, tokens, positions, length)
         return [[token] for token in ids.tolist()]
 

@@ -247,15 +247,15 @@ def visible_slots(slots: Tensor, length: int) -> Tensor:
 
 
 def prompt_chunks(
-    prompts: list[list[int]], starts: list[int], device: torch.device
+    prompts: list[list[int]], starts: list[int], device: torch.device, step: Callable[..., Any] = prefill
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield tokens [B, S], positions [B, S] and the length to which they fill the longest row's cache.
 
     Each row continues its first `starts` slots. Rows end together: a shorter one is padded on the left with its first
-    token at its first position, which only writes that slot again. Very short prompts are padded too: up to MAX_ROWS
-    columns take the kernels of decode, which would be another graph.
+    token at its first position, which only writes that slot again. For a compiled step very short prompts are padded
+    too: up to MAX_ROWS columns take the kernels of decode, which would be another graph.
     """
-    shortest = MAX_ROWS + 1
+    shortest = 1 if step is prefill else MAX_ROWS + 1
     length = max(shortest, *map(len, prompts))
     tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
     ends = [start + len(p) for start, p in zip(starts, prompts, strict=True)]

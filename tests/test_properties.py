@@ -105,11 +105,13 @@ def test_chunks_write_each_prompt_to_its_own_slots_and_end_together(
     starts = [start for _, start in rows]
     caches: list[dict[int, int]] = [{} for _ in rows]
     columns: tuple[Tensor, Tensor] | None = None
+    is_compiled = data.draw(st.booleans())
+    step, shortest = (steps.compiled(steps.prefill), MAX_ROWS + 1) if is_compiled else (steps.prefill, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "PREFILL_CHUNK", chunk)
-        for tokens, positions, filled in prompt_chunks(prompts, starts, torch.device("cpu")):
+        for tokens, positions, filled in prompt_chunks(prompts, starts, torch.device("cpu"), step):
             assert tokens.shape == positions.shape and tokens.is_contiguous() and positions.is_contiguous()
-            assert MAX_ROWS < tokens.shape[1] <= max(chunk, MAX_ROWS + 1) + MAX_ROWS
+            assert shortest <= tokens.shape[1] <= max(chunk, MAX_ROWS + 1) + MAX_ROWS
             assert filled == positions.max() + 1
             for cache, ids, places in zip(caches, tokens.tolist(), positions.tolist(), strict=True):
                 assert places == sorted(places)

@@ -83,9 +83,10 @@ def test_a_handler_that_the_user_has_named_is_taken(tmp_path):
 
 @pytest.mark.skipif(cpu.library() is None, reason="the CPU has no AVX2, or there is no C++ compiler")
 def test_quantized_linears_without_a_kernel_are_named(capsys):
-    for size, said in ((32, ""), (16, "8 linears in int4-g16 have no kernel in bfloat16 here")):
+    for size, dtype, count in ((32, torch.bfloat16, 0), (16, torch.bfloat16, 8), (32, torch.float32, 9)):
         form = quantization_config(Form(4, size, has_zeros=True))
-        report_plain_linears(random_model(RAW | {"quantization_config": form}, dtype=torch.bfloat16))
-        assert (said in capsys.readouterr().err) if said else not capsys.readouterr().err
+        report_plain_linears(random_model(RAW | {"quantization_config": form}, dtype=dtype))
+        name, said = str(dtype).removeprefix("torch."), capsys.readouterr().err
+        assert said.startswith(f"{count} quantized linears have no fast kernel in {name} here") if count else not said
     report_plain_linears(random_model(RAW, dtype=torch.float32))  # is not quantized
     assert not capsys.readouterr().err
