@@ -245,7 +245,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     gc.freeze()  # the collector searches nothing that is there by now: else it may begin in the midst of a first token
     loaded = time.perf_counter()
     if ranks.rank == 0:
-        report_plain_linears(model)
+        report_plain_linears(model, speculation)
 
     engine = make_engine(args, job, model, speculation)
     compiles = args.compile or args.compile_prefill

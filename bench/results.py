@@ -40,8 +40,8 @@ def name_processor(cpuinfo: str) -> str:
     On ARM it has no name: then its kind, such as aarch64.
     """
     facts = dict(re.findall(r"^(?:cpu )?(model name|family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
-    name = re.sub(r"\((R|TM)\)| Processor", "", facts.pop("model name", ""))
-    return " ".join([name, *(f"{key} {number}" for key, number in facts.items())]) or platform.machine()
+    name = re.sub(r"\((R|TM)\)| Processor", "", facts.pop("model name", platform.machine()))
+    return " ".join([name, *(f"{key} {number}" for key, number in facts.items())])
 
 
 def name_hardware(device: str) -> str:

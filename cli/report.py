@@ -98,17 +98,18 @@ def run_batch(
     return rows
 
 
-def report_plain_linears(model: Transformer) -> None:
+def report_plain_linears(model: Transformer, speculation: Speculation | None = None) -> None:
     """Say so where quantized linears have no fast kernel: that can be slow by a factor of 40.
 
     ATen's are the fast ones only where cpu.cpp serves no dtype.
     """
-    plain = [m for m in model.modules() if isinstance(getattr(m, "stored", None), StoredLinear)]
-    plain += [m for m in model.modules() if isinstance(m, AtenInt8 | AtenInt4) and dtypes()]
-    if plain:
+    draft_model = speculation.draft_model if speculation else None
+    layers = [*model.modules(), *(draft_model.modules() if draft_model else ())]
+    plain = [layer for layer in layers if isinstance(getattr(layer, "stored", None), StoredLinear)]
+    if plain := plain + [layer for layer in layers if isinstance(layer, AtenInt8 | AtenInt4) and dtypes()]:
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         print(
-            f"{len(plain)} quantized linears have no fast kernel in {dtype} here, and take many times as long; "
+            f"{len(plain)} quantized weights have no fast kernel in {dtype} here, and take many times as long; "
             "docs/quantize.md says which kernels there are",
             file=sys.stderr,
         )

@@ -476,11 +476,12 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::optional<double> offset) {
     std::vector<int64_t> sizes;
     for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
+    STD_TORCH_CHECK(x.dim() && weight.dim() == 1, "x has no columns, or the norm several dimensions");
     const int64_t K = sizes.back(), M = x.numel() / std::max<int64_t>(1, K);
     STD_TORCH_CHECK(K == weight.size(0), "x has ", K, " columns and the norm ", weight.size(0));
-    Tensor rows = in_order(x);
+    Tensor rows = in_order(x), scales = in_order(weight);
     return with_floats(x, sizes, [&](auto* y) {
-        const auto *in = like(y, rows), *factors = values_of<std::remove_pointer_t<decltype(y)>>(weight);
+        const auto *in = like(y, rows), *factors = values_of<std::remove_pointer_t<decltype(y)>>(scales);
         auto normalize = [=](int64_t m) {
             std::memcpy(y + m * K, in + m * K, K * sizeof(*y));
             ::rms_norm(y + m * K, factors, 1, K, eps, offset);

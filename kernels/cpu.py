@@ -233,6 +233,11 @@ def _(q: Tensor, *_: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("kernels::rms_norm")
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("kernels::run_sublayers")
 def _(x: Tensor, sublayers: Tensor, width: int, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
@@ -342,20 +347,21 @@ class CpuRMSNorm(RMSNorm):
 
     def __init__(self, norm: RMSNorm):
         nn.Module.__init__(self)  # not RMSNorm's: the weight exists already
-        self.weight, self.eps, self.offset, self.ranks = norm.weight, norm.eps, norm.offset, norm.ranks
+        self.__dict__.update(norm.__dict__)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype not in dtypes():
+        weight = self.weight
+        plain = torch.compiler.is_compiling() or x.requires_grad or x.device.type != "cpu"
+        if plain or x.dtype != weight.dtype or x.dtype not in dtypes():
             return super().forward(x)
-        return torch.ops.kernels.rms_norm(x, self.weight, self.eps, self.offset)
+        return torch.ops.kernels.rms_norm(x, weight, self.eps, self.offset)
 
 
 def optimize_blocks_(model: Transformer) -> None:
     """Give a model in one of `dtypes` norms and attention of cpu.cpp and, where it takes them, all of the blocks."""
-    norms = [(name, norm) for name, norm in model.named_modules() if isinstance(norm, RMSNorm)]
-    for name, norm in norms:
-        if norm.ranks.count == 1:
-            model.set_submodule(name, CpuRMSNorm(norm))
+    norms = {name: norm for name, norm in model.named_modules() if type(norm) is RMSNorm and norm.ranks.count == 1}
+    for name, norm in norms.items():
+        model.set_submodule(name, CpuRMSNorm(norm))
     for block in model.layers:
         block.self_attn.attend = torch.ops.kernels.attention.default
     if takes_blocks(model.layers):
@@ -386,8 +392,9 @@ class CpuBlocks:
     def __call__(
         self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
     ) -> Tensor:
-        # Not `attention.cache.k`: for each tensor a module looks in three places, which takes a microsecond.
-        caches = [attention._modules["cache"] for attention in self.attentions]
+        # Not `attention.cache.k`: for each tensor a module looks in three places, which takes a microsecond. There is
+        # no module of that name before the first setup_caches.
+        caches = [attention._modules.get("cache") for attention in self.attentions]
         others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
         if x.shape[0] * x.shape[1] > MAX_ROWS or None in caches or others:
             return run_blocks(blocks, contexts, x, first, last)

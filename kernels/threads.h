@@ -3,8 +3,8 @@
 // At the end of a parallel region OpenMP waits for every thread, and a thread whose core is busy with other work comes
 // to it some milliseconds late: beside one busy program, a step of 200 regions takes half a second. Here a region is over
 // when its work is: a thread takes pieces as long as there are some, one that comes late finds none, and the caller
-// waits only for pieces that are being worked on. So that a thread loses its core between pieces and not in the midst of
-// one, it yields by itself before its time slice is over: so it has its share of a core that another program wants too.
+// waits only for pieces that are being worked on. So that a thread loses its core between regions and not in the midst of
+// a piece, it yields there before its time slice is over: so it has its share of a core that another program wants too.
 // One that lost its core with a piece nevertheless stays away for a while, four times as long each time.
 
 #include <linux/futex.h>
@@ -26,7 +26,7 @@
 namespace threads {
 
 constexpr int64_t SPIN = 2'000'000;   // ns that a thread looks for work before it sleeps: longer than a step's end takes
-constexpr int64_t SLICE = 1'000'000;  // ns until a thread yields by itself: Linux takes its core from it after 3 or 4 ms
+constexpr int64_t SLICE = 1'000'000;  // ns until a thread yields by itself: Linux was seen to take its core after 4 ms
 constexpr int64_t LATE = 100'000;     // ns, besides twice a usual piece's time, after which a piece has lost its core
 constexpr int64_t FIRST_ABSENCE = 4'000'000, LONGEST_ABSENCE = 256'000'000;  // ns
 constexpr int64_t GOOD = 20'000'000;  // ns without being late, after which a thread's absences are short again
@@ -97,13 +97,13 @@ class Pool {
     }
 
     void serve(Helper& helper, int thread) {
-        int64_t slice = now();  // when it began
+        int64_t slice_began = now();
         for (uint32_t seen = 0;;) {
-            seen = next_round(seen, slice);
+            seen = next_round(seen, slice_began);
             const int64_t away = helper.back - now();
             if (away > 0) {
                 std::this_thread::sleep_for(std::chrono::nanoseconds(away));
-                slice = now();
+                slice_began = now();
                 continue;
             }
             helper.inside = true;  // before it looks whether the round is open, as the caller closes it before it looks
@@ -112,12 +112,12 @@ class Pool {
         }
     }
 
-    uint32_t next_round(uint32_t seen, int64_t& slice) {
+    uint32_t next_round(uint32_t seen, int64_t& slice_began) {
         const int64_t begin = now();
         for (int64_t time = begin; time - begin < SPIN; time = now()) {
-            if (time - slice > SLICE || core == sched_getcpu()) {  // the caller may be waiting for this very core
+            if (time - slice_began > SLICE || core == sched_getcpu()) {  // the caller may be waiting for this very core
                 sched_yield();
-                slice = now();
+                slice_began = now();
             }
             for (int i = 0; i < 32; i++) {  // so that most of the time goes into looking
                 if (round != seen) return round;
@@ -127,7 +127,7 @@ class Pool {
         sleeping++;
         while (round == seen) syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
         sleeping--;
-        slice = now();
+        slice_began = now();
         return round;
     }
 };

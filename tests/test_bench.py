@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -543,7 +544,7 @@ def test_a_processor_without_a_name_is_called_by_its_kind():
     facts = "processor : 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9B45\nflags : x\n"
     assert results.name_processor(facts) == "AMD EPYC 9B45 family 26 model 2"
     assert results.name_processor("processor : 0\nBogoMIPS : 50.00\nCPU implementer : 0x41\n")
-    assert results.name_processor("")
+    assert results.name_processor("") == platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

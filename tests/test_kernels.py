@@ -770,7 +770,7 @@ def test_blocks_that_an_operator_does_not_take_are_left() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 3, 5, 32), (1, MAX_ROWS + 1, 100), (3, 70, 576)], ids=str)
 def test_norms_of_any_size_equal_their_twins(shape: tuple[int, ...], offset: float | None, dtype: torch.dtype) -> None:
     norm = RMSNorm(shape[-1], 1e-5, offset).to(dtype)
-    norm.weight.copy_(normal(shape[-1], seed=1))
+    norm.weight = frozen_parameter(normal(shape[-1], 2, seed=1, dtype=dtype)[:, 0])  # scattered too
     fast = cpu.CpuRMSNorm(norm)
     for x in (normal(*shape, dtype=dtype) * 3, normal(*shape, 2, dtype=dtype)[..., 0]):  # of which one is scattered
         torch.testing.assert_close(fast(x), norm(x), rtol=2**-7, atol=1e-6)
@@ -781,6 +781,33 @@ def test_norms_of_any_size_equal_their_twins(shape: tuple[int, ...], offset: flo
 def test_a_norm_of_another_width_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="x has 32 columns and the norm 16"):
         cpu.CpuRMSNorm(RMSNorm(16, 1e-5).bfloat16())(torch.zeros(1, 32, dtype=torch.bfloat16))
+    for x, weight in ((torch.tensor(1.0), torch.ones(1)), (torch.ones(2, 8), torch.ones(8, 1))):
+        with pytest.raises(RuntimeError, match="x has no columns, or the norm several dimensions"):
+            torch.ops.kernels.rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5, None)
+
+
+def test_a_norm_that_is_another_or_wants_gradients_is_left() -> None:
+    model = random_model(RAW, dtype=torch.bfloat16, optimize=False)
+    model.norm = type("Other", (RMSNorm,), {})(RAW["hidden_size"], 1e-5).bfloat16()
+    other = model.norm
+    optimize_(model)
+    norm = model.layers[0].input_layernorm
+    assert model.norm is other and isinstance(norm, cpu.CpuRMSNorm) and not norm.training
+    x = normal(2, RAW["hidden_size"]).requires_grad_()
+    norm(x).sum().backward()
+    assert x.grad is not None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
+def test_a_model_without_caches_equals_its_twin(dtype: torch.dtype) -> None:
+    """It has never had any, which a call with caches must not be the first to find."""
+    fast, plain = (random_model(RAW, dtype=dtype, optimize=optimize) for optimize in (True, False))
+    assert isinstance(fast.run_blocks, CpuBlocks)
+    for length in (3, MAX_ROWS + 4):
+        tokens, positions = torch.arange(length)[None], torch.arange(length)
+        ours, twin = (model(tokens, positions).float() for model in (fast, plain))
+        torch.testing.assert_close(ours, twin, rtol=2**-5, atol=2**-5 * twin.abs().max().item())
 
 
 @pytest.mark.parametrize("gelu", [False, True])

@@ -87,6 +87,6 @@ def test_quantized_linears_without_a_kernel_are_named(capsys):
         form = quantization_config(Form(4, size, has_zeros=True))
         report_plain_linears(random_model(RAW | {"quantization_config": form}, dtype=dtype))
         name, said = str(dtype).removeprefix("torch."), capsys.readouterr().err
-        assert said.startswith(f"{count} quantized linears have no fast kernel in {name} here") if count else not said
+        assert said.startswith(f"{count} quantized weights have no fast kernel in {name} here") if count else not said
     report_plain_linears(random_model(RAW, dtype=torch.float32))  # is not quantized
     assert not capsys.readouterr().err
