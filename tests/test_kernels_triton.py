@@ -161,7 +161,7 @@ def launched(tmp_path_factory):
     [path] = folder.glob("*-launches.json")
     steps = json.loads(path.read_text())["steps"]
     head = "reduction 256 x 1024"
-    assert all(len(step["besides"]) == 8 and head in step["besides"] for step in steps if step["step"] == "decode")
+    assert all(len(step["besides"]) == 7 and head in step["besides"] for step in steps if step["step"] == "decode")
     assert all(step["launches"] == 32 * len(step["a_layer"]) + len(step["besides"]) for step in steps)
     return {(step["weights"], step["step"]): step["a_layer"] for step in steps}
 
