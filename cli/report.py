@@ -99,7 +99,7 @@ def run_batch(
 
 
 def report_plain_linears(model: Transformer, speculation: Speculation | None = None) -> None:
-    """Say so where quantized linears have no fast kernel: that can be slow by a factor of 40.
+    """Say so where quantized linears have no fast kernel: that is slower, at times by far.
 
     ATen's are the fast ones only where cpu.cpp serves no dtype.
     """
@@ -109,7 +109,7 @@ def report_plain_linears(model: Transformer, speculation: Speculation | None = N
     if plain := plain + [layer for layer in layers if isinstance(layer, AtenInt8 | AtenInt4) and dtypes()]:
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         print(
-            f"{len(plain)} quantized weights have no fast kernel in {dtype} here, and take many times as long; "
+            f"{len(plain)} quantized weights have no fast kernel in {dtype} here, which is slower, at times by far; "
             "docs/quantize.md says which kernels there are",
             file=sys.stderr,
         )

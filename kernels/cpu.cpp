@@ -486,7 +486,7 @@ static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::o
             std::memcpy(y + m * K, in + m * K, K * sizeof(*y));
             ::rms_norm(y + m * K, factors, 1, K, eps, offset);
         };
-        if (M > MAX_ROWS) for_each(M, normalize);
+        if (M > MAX_ROWS) for_each(M, normalize);  // a few are done before other threads have begun
         else for (int64_t m = 0; m < M; m++) normalize(m);
     });
 }
