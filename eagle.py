@@ -9,7 +9,6 @@ Its keys and values, and its rotary embeddings, are numbered by the token before
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ONE_RANK, Block, Linear, ModelConfig, RMSNorm, Transformer
@@ -62,8 +61,8 @@ class Head(Transformer):
         self.fc = Linear(num_taps * config.target_hidden_size, size)
         self.layers[0] = FirstBlock(config.layers, config.norm_before_residual)  # type: ignore[index]  # a ModuleList
         self.lm_head = Linear(size, config.draft_vocab_size)
-        # [V], where the head's logits have each id of the target: at draft_vocab_size those it lacks.
-        self.places: Tensor = nn.Buffer(torch.arange(config.layers.vocab_size), persistent=False)
+        # [draft_vocab_size], the target's ids that the head's logits are of.
+        self.ids: Tensor = nn.Buffer(torch.arange(config.draft_vocab_size), persistent=False)
         self.target_taps: Tensor = nn.Buffer(torch.empty(0), persistent=False)
 
     def follow_(self, target: Transformer) -> None:
@@ -97,12 +96,9 @@ class Head(Transformer):
             rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1)
             features = self.features(self.target_taps[rows, before])
         x = torch.cat((self.embed_tokens(tokens), features), dim=-1)
-        x = self.run_blocks(self.layers, self.block_contexts(before, slots), x, 0, len(self.layers))
+        [x] = self.run_blocks(self.layers, self.block_contexts(before, slots), x, ())
         return self.norm(x) if self.head_config.norm_output else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits of the target's ids, -inf for those that the head lacks."""
-        logits = self.lm_head(hidden if self.head_config.norm_output else self.norm(hidden))
-        if self.head_config.draft_vocab_size == self.config.vocab_size:
-            return logits[..., self.places]
-        return F.pad(logits, (0, 1), value=-torch.inf)[..., self.places]
+        """Return logits of the `ids` that the head knows."""
+        return self.lm_head(hidden if self.head_config.norm_output else self.norm(hidden))

@@ -156,8 +156,8 @@ class HeadReader:
             raise ValueError(f"{self.path}: {name} has values that are not finite in {dtype}; the head is damaged")
         return value
 
-    def places(self) -> Tensor:
-        """Return where the head's logits have each id of the target. Raises ValueError where d2t does not say it."""
+    def ids(self) -> Tensor:
+        """Return which ids of the target the head's logits are of. Raises ValueError where d2t does not say it."""
         count, vocab_size = self.config.draft_vocab_size, self.config.layers.vocab_size
         if "d2t" not in self.files.files:
             if count != vocab_size:
@@ -172,7 +172,7 @@ class HeadReader:
                 f"{self.path}: d2t maps to ids from {ids.min()} to {ids.max()}, {len(ids.unique())} of them; expected "
                 f"{count} from 0 to {vocab_size - 1}"
             )
-        return torch.full((vocab_size,), count).scatter(0, ids, torch.arange(count))
+        return ids
 
 
 def load_head(path: str | Path, target: Transformer, optimize: bool = True) -> Head:
@@ -182,7 +182,7 @@ def load_head(path: str | Path, target: Transformer, optimize: bool = True) -> H
     """
     reader, like = HeadReader(Path(path), target.config), target.embed_tokens.weight
     parameters = {name: reader.read(name, like.dtype).to(like.device) for name in reader.specs}
-    return make_head(reader.config, parameters, reader.places(), target, optimize)
+    return make_head(reader.config, parameters, reader.ids(), target, optimize)
 
 
 def random_head(raw: dict[str, Any], target: Transformer, optimize: bool = True) -> Head:
@@ -194,12 +194,11 @@ def random_head(raw: dict[str, Any], target: Transformer, optimize: bool = True)
     if config.target_hidden_size == config.layers.hidden_size:
         del specs["embed_tokens.weight"]
     parameters = {name: random_parameter(name, spec, generator, like.device) for name, spec in specs.items()}
-    places = torch.arange(config.layers.vocab_size).clamp(max=config.draft_vocab_size)
-    return make_head(config, parameters, places, target, optimize)
+    return make_head(config, parameters, torch.arange(config.draft_vocab_size), target, optimize)
 
 
 def make_head(
-    config: HeadConfig, parameters: dict[str, Tensor], places: Tensor, target: Transformer, optimize: bool
+    config: HeadConfig, parameters: dict[str, Tensor], ids: Tensor, target: Transformer, optimize: bool
 ) -> Head:
     with torch.device("meta"):
         head = Head(config)
@@ -208,7 +207,7 @@ def make_head(
         parameters["embed_tokens.weight"] = target.embed_tokens.weight
     head.load_state_dict(parameters, assign=True)
     head.set_rope_(target.device)
-    head.places = places.to(target.device)
+    head.ids = ids.to(target.device)
     head.eval().requires_grad_(False)
     target.tap_layers = config.tap_layers
     if optimize:

@@ -14,7 +14,6 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -377,11 +376,14 @@ class Block(nn.Module):
         return x + scaled(self.mlp_output_norm(y), self.multiplier)
 
 
-def run_blocks(blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int) -> Tensor:
-    """Run x [B, S, E] through the blocks from `first` on, and before `last`; contexts: of all blocks."""
-    for layer in range(first, last):
-        x = blocks[layer](x, *contexts[layer])
-    return x
+def run_blocks(blocks: Sequence[Block], contexts: list[BlockContext], x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    """Run x [B, S, E] through the blocks, each in its context; return it, and what enters each layer of taps."""
+    inputs = {}
+    for layer, (block, context) in enumerate(zip(blocks, contexts, strict=True)):
+        if layer in taps:
+            inputs[layer] = x
+        x = block(x, *context)
+    return [x, *(inputs[layer] for layer in taps)]
 
 
 class Transformer(nn.Module):
@@ -399,7 +401,7 @@ class Transformer(nn.Module):
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
         blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.layers = cast("Sequence[Block]", blocks)  # a ModuleList's items are typed as Module
-        self.run_blocks: Callable[..., Tensor] = run_blocks  # or the device's, which has them in one call
+        self.run_blocks: Callable[..., list[Tensor]] = run_blocks  # or the device's, which has them in one call
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, num_local_ids)
         if config.tie_word_embeddings:
@@ -474,14 +476,11 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Run all layers but the last norm and the head; arguments as in `forward`. Returns [B, S, E], for `logits`."""
         positions = positions.expand(tokens.shape)
-        contexts, inputs = self.block_contexts(positions, slots), {}
         x = self.scale_embedding(self.embed_tokens(tokens))
-        for first, last in pairwise(sorted({0, *self.tap_layers, len(self.layers)})):
-            inputs[first] = x
-            x = self.run_blocks(self.layers, contexts, x, first, last)
-        if self.tap_layers:
+        x, *taps = self.run_blocks(self.layers, self.block_contexts(positions, slots), x, self.tap_layers)
+        if taps:
             rows = torch.arange(len(x), device=x.device).unsqueeze(-1)
-            self.taps[rows, positions] = torch.cat([inputs[layer] for layer in self.tap_layers], dim=-1)
+            self.taps[rows, positions] = torch.cat(taps, dim=-1)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

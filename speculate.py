@@ -43,25 +43,32 @@ def draft(
     that both models have are proposed.
     """
     tokens = tokens.clamp(max=model.config.vocab_size - 1)  # the last id stands for those that only the target has
+    known = model.ids if isinstance(model, Head) else None  # of the target's ids, those that the logits are of
     ids: list[Tensor] = []
     q: list[Tensor] = []
     features: tuple[Tensor, ...] = ()  # of a head, at first from the target's taps
     for i in range(k):
         hidden = model.hidden_states(tokens, positions, slots, *features)
-        features = (hidden[:, -1:],) if isinstance(model, Head) else ()
-        logits = model.logits(hidden[:, -1])
-        if logits.shape[-1] != vocab_size:
-            logits = F.pad(logits[:, :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=-torch.inf)
+        features = (hidden[:, -1:],) if known is not None else ()
+        logits = model.logits(hidden[:, -1])[:, :vocab_size]
         if noise is None:
             # Where logits are not finite, any id is a valid guess. On a CPU argmax takes three times as long as max.
             chosen = logits.max(dim=-1, keepdim=True).indices
         else:
             q.append(probabilities(logits, sampling))
-            chosen = draw(q[-1], noise[:, i]).unsqueeze(-1).clamp(min=0)
+            chosen = draw(q[-1], noise[:, i, : logits.shape[-1]]).unsqueeze(-1).clamp(min=0)
+        chosen = chosen if known is None else known[chosen]
         # The ranks that share the embedding take the same id into the next step: a head has its target's, or its own.
         ids.append(model.embed_tokens.ranks.broadcast(chosen))
         tokens, positions = ids[-1], positions[:, -1:] + 1
-    return torch.cat(ids, dim=1), torch.stack(q, dim=1) if q else None
+    return torch.cat(ids, dim=1), over_all_ids(torch.stack(q, dim=1), known, vocab_size) if q else None
+
+
+def over_all_ids(q: Tensor, known: Tensor | None, vocab_size: int) -> Tensor:
+    """Spread q [B, k, N] of the known ids [N], or of the first ones, over all: [B, k, vocab_size]."""
+    if known is None:
+        return F.pad(q, (0, vocab_size - q.shape[-1]))
+    return q.new_zeros(*q.shape[:-1], vocab_size).index_copy(-1, known, q)
 
 
 def accept(

@@ -152,7 +152,7 @@ def keep_needed_guards(guards: Sequence[Any]) -> list[bool]:
     of what nothing changes while a program runs: globals, functions, methods and hooks.
     """
     code = "CLASS_MATCH|CLOSURE_MATCH|DICT_NOT_CONTAINS|EMPTY_NN_MODULE_HOOKS_DICT|NOT_PRESENT_IN_GENERIC_DICT"
-    dropped = re.compile(rf"({code}) |\S+ (.*\['layers'\]\._modules\['[1-9]|(dict\()?G\[)")
+    dropped = re.compile(rf"({code}) |\S+ (.*(\['layers'\]\._modules\['|\.attentions\[)[1-9]|(dict\()?G\[)")
     return [dropped.match(f"{guard.guard_type} {guard.name}") is None for guard in guards]
 
 

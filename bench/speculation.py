@@ -157,8 +157,8 @@ class Way:
             if isinstance(draft_model, Head):
                 draft_model.follow_(runner.model)
             latest = runner.last(end, k + 1 if isinstance(draft_model, Head) else 2, k)
-            vocab_size = runner.model.config.vocab_size
-            parts["draft_ms"] = partial(runner.steps["draft"], draft_model, *latest, GREEDY, None, k, vocab_size)
+            rest = *latest, GREEDY, None, k, runner.model.config.vocab_size
+            parts["draft_ms"] = replace(runner, model=draft_model).as_engine("draft", k + 1, *rest)
         return {name: time_median(part, runner.device, count) for name, part in parts.items()}
 
     def figures(self, sample: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:

@@ -675,9 +675,11 @@ static void forget_sublayers(const Tensor& addresses) {
     for (int64_t i = 0; i < addresses.size(0); i++) delete sublayers[i];
 }
 
-// Run sublayers [count] on x; caches: the keys and the values of each attention.
-static Tensor run_sublayers(const Tensor& x, const Tensor& addresses, int64_t width, Tensors cos, Tensors sin,
-                            const Tensor& positions, Tensors masks, const Tensors& caches) {
+// Run sublayers [count] on x, and return what the last one gives, and [taps, B, S, E] of what enters those that `taps`
+// counts; caches: the keys and the values of each attention.
+static std::tuple<Tensor, Tensor> run_sublayers(const Tensor& x, const Tensor& addresses, int64_t width,
+                                                const std::vector<int64_t>& taps, Tensors cos, Tensors sin,
+                                                const Tensor& positions, Tensors masks, const Tensors& caches) {
     for (Tensors* tensors : {&cos, &sin, &masks})
         for (Tensor& tensor : *tensors) tensor = in_order(tensor);
     const Tokens tokens{x.size(0), x.size(1), in_order(positions), std::move(cos), std::move(sin), std::move(masks)};
@@ -687,19 +689,24 @@ static Tensor run_sublayers(const Tensor& x, const Tensor& addresses, int64_t wi
     STD_TORCH_CHECK(x.size(2) == columns, "x has ", x.size(2), " columns and the blocks ", columns);
     const auto attentions = std::count_if(sublayers, sublayers + count, [](Sublayer* s) { return bool(s->context); });
     STD_TORCH_CHECK(2 * attentions == int64_t(caches.size()), attentions, " attentions have ", caches.size(), " caches");
-    Tensor inputs = in_order(x);
-    return with_floats(x, {tokens.B, tokens.S, width}, [&](auto* y) {
+    STD_TORCH_CHECK(std::all_of(taps.begin(), taps.end(), [=](int64_t i) { return i >= (columns > width) && i < count; }),
+                    "there are ", count, " halves of blocks, and a tap is at another");
+    Tensor inputs = in_order(x), tapped = empty({int64_t(taps.size()), tokens.B, tokens.S, width}, type_of(x));
+    Tensor outputs = with_floats(x, {tokens.B, tokens.S, width}, [&](auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
         T* buffers[] = {room<6, T>(M * width), room<7, T>(M * width)};
         const T* latest = values_of<T>(inputs);
         const Tensor* cache = caches.data();
         for (int64_t i = 0; i < count; i++) {
+            for (size_t t = 0; t < taps.size(); t++)
+                if (taps[t] == i) std::memcpy((T*)tapped.mutable_data_ptr() + t * M * width, latest, M * width * sizeof(T));
             T* next = i == count - 1 ? y : buffers[i % 2];
             sublayers[i]->run(latest, next, tokens, cache);
             if (sublayers[i]->context) cache += 2;
             latest = next;
         }
     });
+    return {outputs, tapped};
 }
 
 }  // namespace operators

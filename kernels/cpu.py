@@ -215,8 +215,8 @@ OPERATORS = {
     "describe_feed_forward": f"({SUBLAYER}, bool gelu, Tensor? router, int num_chosen, bool shares_of_chosen)"
     " -> Tensor",
     "forget_sublayers": "(Tensor sublayers) -> ()",
-    "run_sublayers": "(Tensor x, Tensor sublayers, int width, Tensor[] cos, Tensor[] sin, Tensor positions,"
-    " Tensor[] masks, Tensor(a!)[] caches) -> Tensor",
+    "run_sublayers": "(Tensor x, Tensor sublayers, int width, int[] taps, Tensor[] cos, Tensor[] sin, Tensor positions,"
+    " Tensor[] masks, Tensor(a!)[] caches) -> (Tensor, Tensor)",
 }
 for name, schema in OPERATORS.items():
     torch.library.define(f"kernels::{name}", schema)
@@ -239,8 +239,8 @@ def _(x: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.register_fake("kernels::run_sublayers")
-def _(x: Tensor, sublayers: Tensor, width: int, *_: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], width)
+def _(x: Tensor, sublayers: Tensor, width: int, taps: list[int], *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(len(taps), *x.shape[:-1], width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,22 +390,23 @@ class CpuBlocks:
         weakref.finalize(self, torch.ops.kernels.forget_sublayers, self.sublayers).atexit = False
 
     def __call__(
-        self, blocks: Sequence[Block], contexts: Sequence[BlockContext], x: Tensor, first: int, last: int
-    ) -> Tensor:
+        self, blocks: Sequence[Block], contexts: list[BlockContext], x: Tensor, taps: Sequence[int]
+    ) -> list[Tensor]:
         # Not `attention.cache.k`: for each tensor a module looks in three places, which takes a microsecond. There is
         # no module of that name before the first setup_caches.
         caches = [attention._modules.get("cache") for attention in self.attentions]
         others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
         if x.shape[0] * x.shape[1] > MAX_ROWS or None in caches or others:
-            return run_blocks(blocks, contexts, x, first, last)
-        sublayers = slice(2 * first, 2 * last)
-        tensors = [cache._buffers[name] for cache in caches for name in ("k", "v")][sublayers]  # type: ignore[union-attr]
+            return run_blocks(blocks, contexts, x, taps)
+        tensors = [cache._buffers[name] for cache in caches for name in ("k", "v")]  # type: ignore[union-attr]
         kinds = [contexts[layer] for layer in self.context_layers]
         # In fp32, also where the whole model has been moved to another dtype.
         cos, sin = [kind.cos.float() for kind in kinds], [kind.sin.float() for kind in kinds]
         positions, masks = kinds[0].positions.long(), [kind.mask for kind in kinds]
+        halves = [2 * layer for layer in taps]
         run = torch.ops.kernels.run_sublayers.default
-        return run(x, self.sublayers[sublayers], self.width, cos, sin, positions, masks, tensors)
+        x, tapped = run(x, self.sublayers, self.width, halves, cos, sin, positions, masks, tensors)
+        return [x, *tapped] if taps else [x]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a copy of the model run its blocks one by one: this object knows the original's, and no other process."""

@@ -107,7 +107,8 @@ def blocks(at_end: bool) -> int:
                 ),
                 kernels.describe_feed_forward(*around, [both], None, None, [back], None, None, False, None, 0, False),
             ]
-            return kernels.run_sublayers(x, torch.cat(sublayers), o.shape[0], [cos], [sin], positions, [mask], caches)
+            whole = torch.cat(sublayers)
+            return kernels.run_sublayers(x, whole, o.shape[0], [], [cos], [sin], positions, [mask], caches)[0]
 
         tensors = [x, weight, both, back, qkv, o, cos, sin, positions, mask, *caches]
         assert torch.equal(run(*(guarded(tensor, at_end) for tensor in tensors)), run(*tensors))

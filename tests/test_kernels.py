@@ -620,7 +620,7 @@ def test_the_first_block_of_a_head_equals_its_twin(norm_before_residual: bool) -
     for size in (20, 1, 5):
         x, positions = normal(2, size, 128, seed=size), begin + torch.arange(size).expand(2, size)
         contexts = plain.block_contexts(positions, torch.arange(40))
-        ours, twin = (model.run_blocks(model.layers, contexts, x, 0, 2).float() for model in (fast, plain))
+        ours, twin = (model.run_blocks(model.layers, contexts, x, ())[0].float() for model in (fast, plain))
         torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
         begin += size
 
@@ -655,14 +655,14 @@ def test_x_of_another_width_and_missing_caches_are_an_error() -> None:
     model.setup_caches(1, 32)
     contexts = model.block_contexts(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="x has 96 columns and the blocks 64"):
-        model.run_blocks(model.layers, contexts, normal(1, 1, 96), 0, 2)
+        model.run_blocks(model.layers, contexts, normal(1, 1, 96), ())
     with pytest.raises(RuntimeError, match="x has 96 columns and the weight 64"):
         model.lm_head(normal(1, 1, 96))
     cos, sin, positions, mask = contexts[0]
     assert isinstance(model.run_blocks, CpuBlocks)
     with pytest.raises(RuntimeError, match="2 attentions have 0 caches"):
         run = torch.ops.kernels.run_sublayers
-        run(normal(1, 1, 64), model.run_blocks.sublayers, 64, [cos], [sin], positions, [mask], [])
+        run(normal(1, 1, 64), model.run_blocks.sublayers, 64, [], [cos], [sin], positions, [mask], [])
 
 
 @torch.inference_mode()
@@ -817,7 +817,7 @@ def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     both, kernels = one_each.repeat(2, 1), torch.ops.kernels
     weights = [both], None, None, [one_each], None, None
     sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, *weights, gelu, None, 0, False)
-    y = kernels.run_sublayers(x, sublayer, 64, [], [], torch.zeros(1, 1, dtype=torch.int64), [], [])
+    y, _ = kernels.run_sublayers(x, sublayer, 64, [], [], [], torch.zeros(1, 1, dtype=torch.int64), [], [])
     torch.testing.assert_close(y, x + swiglu(x.repeat(1, 1, 2), gelu), rtol=2**-6, atol=1e-28)
 
 

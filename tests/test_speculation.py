@@ -210,7 +210,7 @@ def small_head():
     head = Head(config)
     for name, parameter in head.named_parameters():
         parameter.data.fill_(1) if name.endswith("norm.weight") else parameter.data.normal_(0, 0.2)
-    head.places = torch.tensor([9, 0, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8])
+    head.ids = torch.tensor([1, 2, 3, 4, 6, 7, 9, 10, 11])
     return head.requires_grad_(requires_grad=False)
 
 
