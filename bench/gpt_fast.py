@@ -1,6 +1,7 @@
 """gpt-fast beside us, for bench.run --compare: the model and the quantized linears of a checkout, random weights.
 
-A step of decoding is compiled as its generate.py does it, and its token is the likeliest, as everyone's is.
+The checkout is of 2025, whose model takes a mask for FlexAttention. A step of decoding is compiled as its generate.py
+does it, and prefill is not, as there by default. A step's token is the likeliest, as everyone's is.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from bench.runner import Peer, decode_mode
 from linears import Form
@@ -83,22 +84,33 @@ class GptFast(Peer):
         with torch.device(device):
             self.model.setup_caches(1, length)
             self.at = torch.zeros(1, dtype=torch.long)
+        self.mask = self.causal_mask(self.model.max_seq_length)
         on_cuda = decode_mode(device) is not None
         options: dict[str, Any] = {"triton.cudagraphs": on_cuda, "coordinate_descent_tuning": on_cuda}
-        self.compiled = torch.compile(self.likeliest, fullgraph=True, options=options)
+        self.compiled = torch.compile(self.decode_one, fullgraph=True, options=options)
 
-    def likeliest(self, ids: Tensor, at: Tensor) -> Tensor:
-        return self.model(ids, at)[:, -1].argmax(dim=-1, keepdim=True)
+    def causal_mask(self, num_queries: int) -> BlockMask:
+        def is_seen(b: Any, head: Any, query: Tensor, slot: Tensor) -> Tensor:
+            return query >= slot
+
+        return create_block_mask(is_seen, 1, 1, num_queries, self.model.max_seq_length, device=self.device)
+
+    def likeliest(self, ids: Tensor, at: Tensor, mask: BlockMask) -> Tensor:
+        return self.model(mask, ids, at)[:, -1].argmax(dim=-1, keepdim=True)
+
+    def decode_one(self, ids: Tensor, at: Tensor) -> Tensor:
+        mask = self.mask[:, :, at // self.mask.BLOCK_SIZE[0]]
+        mask.mask_mod, mask.seq_lengths = self.mask.mask_mod, (1, self.model.max_seq_length)
+        return self.likeliest(ids, at, mask)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
-        first, self.num_filled = self.num_filled, self.num_filled + ids.shape[1]
-        return self.likeliest(ids, torch.arange(first, self.num_filled, device=self.device))
+        self.num_filled = ids.shape[1]  # its masks for several tokens begin at position 0
+        return self.likeliest(ids, torch.arange(self.num_filled, device=self.device), self.causal_mask(self.num_filled))
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        with sdpa_kernel(SDPBackend.MATH):  # which inductor fuses
-            chosen = self.compiled(ids, self.at.fill_(self.num_filled)).clone()
+        chosen: Tensor = self.compiled(ids, self.at.fill_(self.num_filled)).clone()
         self.num_filled += 1
         return chosen

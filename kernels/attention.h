@@ -55,29 +55,31 @@ static void columns_of(const Tile& tile, int64_t first, int64_t last, Cell* keys
         }
 }
 
-// Turn a row's scores into weights, relative to the largest score so far; mask: of the first `there` slots, from which on
-// none is seen. Returns what earlier weights shrink by.
-static float soften(float* scores, const uint8_t* mask, int64_t there, float scale, Weight* weights, float& largest,
-                    float& total) {
+// Scale a row's scores; those of slots that mask hides, and of those from `there` on, become -inf. Returns the largest, or
+// `largest` where that is larger.
+static float mask_scores(float* scores, const uint8_t* mask, int64_t there, float scale, float largest) {
     uint8_t part[SLOTS] = {};
     if (there < SLOTS) mask = (const uint8_t*)std::memcpy(part, mask, there);
-    Floats most = Floats{} + largest, sum = {};
+    Floats most = Floats{} + largest;
     for (int i = 0; i < SLOTS; i += LANES) {
         const Ints seen = (Ints)widen_to_ints(mask + i);
         const Floats score = seen != 0 ? load<Floats>(scores + i) * scale : Floats{} - INFINITY;
         store(scores + i, score);
         most = most > score ? most : score;
     }
-    const float now = largest_of(most), shrink = largest == now ? 1 : std::exp(largest - now);
+    return largest_of(most);
+}
+
+// Turn a row's scores into weights, relative to the largest score, and return their sum.
+static float weigh(const float* scores, float largest, Weight* weights) {
+    Floats sum = {};
     for (int i = 0; i < SLOTS; i += LANES) {
         const Floats score = load<Floats>(scores + i);
-        const Floats weight = score != -INFINITY ? exponential(score - now) : Floats{};
+        const Floats weight = score != -INFINITY ? exponential(score - largest) : Floats{};
         store_narrow(weights + i, weight);
         sum += weight;
     }
-    largest = now;
-    total = total * shrink + sum_of(sum);
-    return shrink;
+    return sum_of(sum);
 }
 
 // Put slots [first, first + SLOTS) of v in cells; 0 for those that no query sees: they may hold anything, NaN too.
@@ -131,6 +133,7 @@ struct Scratch {
     Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
     Room<Weight> queries, weights;  // [rows, width], [rows, SLOTS]
     Room<float> scores;             // [rows, SLOTS]
+    Room<float> now, shrink;        // [rows], of the largest score and of what it does to earlier sums
     Room<Cell> keys, values;        // [width / PER_CELL, SLOTS] of k, [SLOTS / PER_CELL, width] of v
 };
 
@@ -143,7 +146,7 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
     const int64_t rows = tile.rows(), width = tile.width(), room = padded(rows);
     uint8_t* seen = scratch.seen.of(tile.slots + SLOTS);
     Weight *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
-    float* scores = scratch.scores.of(room * SLOTS);
+    float *scores = scratch.scores.of(room * SLOTS), *now = scratch.now.of(rows + LANES), *shrink = scratch.shrink.of(rows + LANES);
     Cell *keys = scratch.keys.of(width / PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / PER_CELL * width);
     std::fill(queries, queries + rows * width, Weight(0));
     for (int64_t r = 0; r < rows; r++) {
@@ -170,9 +173,17 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
         multiply_add(queries, keys, scores, rows, width / PER_CELL, SLOTS);
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
-            const float shrink = soften(scores + r * SLOTS, mask, there, scale, weights + r * SLOTS, largest[r], total[r]);
-            if (shrink != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= shrink;
+            shrink[r] = largest[r];
+            now[r] = largest[r] = mask_scores(scores + r * SLOTS, mask, there, scale, largest[r]);
+        }
+        for (int64_t r = 0; r < rows; r += LANES) {  // by what earlier sums shrink, of several rows at once
+            const Floats before = load<Floats>(shrink + r), after = load<Floats>(now + r);
+            store(shrink + r, before == after ? 1.f : exponential(before - after));
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            total[r] = total[r] * shrink[r] + weigh(scores + r * SLOTS, now[r], weights + r * SLOTS);
+            if (shrink[r] != 1)
+                for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= shrink[r];
         }
         values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
         multiply_add(weights, values, out, rows, SLOTS / PER_CELL, width);

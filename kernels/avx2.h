@@ -10,7 +10,7 @@ constexpr bool TAKES_HALF = true;  // models in float16
 constexpr bool HAS_BF16 = false;
 constexpr bool UNPACKS = false;    // codes take these products at any number of rows, which are faster than GEMM in fp32
 constexpr int PARALLEL_SUMS = 4;   // vectors of them, in codes.h
-constexpr int REGISTER_ROWS = 5;   // of x, whose sums stay in registers there
+constexpr int REGISTER_ROWS = 4;   // of x, whose sums stay in registers there; with 5 GCC keeps some on the stack
 constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
 using Floats = __m256;
