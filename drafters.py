@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle import Head
+from kernels.cpu import own_threads
 from model import Transformer
 from steps import Sampling, Text, prefill, prompt_chunks, visible_slots
 from suffix import Suffixes
@@ -168,7 +169,8 @@ class DraftModel:
         missing = [ids[start:] for ids, start in zip(texts, starts, strict=True)]
         for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device, self.prefill):
             slots = visible_slots(self.slots, length)
-            self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
+            with own_threads(self.model, tokens.numel()):
+                self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,25 @@ def load_api() -> Any:
     return llama_cpp
 
 
+def name_build() -> str:
+    """Return its version and what it is built for: pip takes a wheel that it has built once, whatever CMAKE_ARGS says.
+
+    "" where it is not installed.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return ""
+    api = load_api()
+    features = re.findall(r"(\w+) = 1", api.llama_print_system_info().decode())
+    return " ".join([api.__version__, *features])
+
+
 def find_obstacle(device: str, config: ModelConfig) -> str:
     """Return what llama.cpp lacks to be compared, "" where it is there."""
     if missing := [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         return f"pip install {' '.join(missing)}"
     if device.startswith("cuda") and not load_api().llama_supports_gpu_offload():
-        return "llama-cpp-python is built without CUDA; CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
+        built = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        return f"llama-cpp-python is built without CUDA; {built}"
     special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
     needed = [f"{name} {value}" for name in special if (value := getattr(config, name))]
     if config.model_type not in ("llama", "mistral"):

@@ -4,6 +4,7 @@ bench.run --compare measures it. None of them is required. Each is called a forw
 is timed; the argmax over the logits is, everywhere.
 """
 
+import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,13 @@ class CompiledTransformers(Transformers):
         self.num_filled = length
         for layer in self.cache.layers:  # what is behind it is masked, and written before it is seen
             layer.cumulative_length.fill_(length)
+
+
+def name_versions() -> dict[str, str]:
+    """Return those of who is installed beside us."""
+    installed = importlib.util.find_spec("transformers") is not None
+    others = {"transformers": importlib.metadata.version("transformers")} if installed else {}
+    return others | ({"llama.cpp": build} if (build := llama_cpp.name_build()) else {})
 
 
 def make_transformers(subject: Subject, device: str) -> Any:

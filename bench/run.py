@@ -26,6 +26,7 @@ from cli.arguments import check_device, number
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, local_device, process_group, together
 from drafters import MODEL_K
+from kernels.cpu import instruction_set
 from model import Ranks
 
 PROCESS_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
@@ -92,6 +93,8 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
 
 
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
+    if device == "cpu":
+        report.content["versions"]["kernels"] = instruction_set() or "none"
     if args.speculate is not None:
         report.content["speculation"] = []
         options = subject, device, args.new_tokens, args.speculate_k or [4]
@@ -111,6 +114,7 @@ def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Rank
             rungs = getattr(processes if group in PROCESS_GROUPS else ladder, group)()
             measure_group(group, list(rungs), args.samples, report, device)
         if args.compare:
+            report.content["versions"] |= peers.name_versions()
             rungs = peers.make_rungs(ladder, Path(name), args.gpt_fast)
             measure_group("compare", list(rungs), args.samples, report, device)
 

@@ -115,7 +115,7 @@ def test_what_the_engine_and_quantize_reach_is_small():
 
 
 def test_what_measures_is_small():
-    assert sum(code_lines(name) for name in MODULES if name.startswith("bench")) <= 2270
+    assert sum(code_lines(name) for name in MODULES if name.startswith("bench")) <= 2290
 
 
 @pytest.mark.parametrize("module", MODULES)
