@@ -8,6 +8,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.output_code import CompiledFxGraph
 
 from compressed import quantization_config
@@ -19,7 +21,7 @@ from linears import Form, frozen_parameter
 from model import Transformer
 from random_weights import random_model
 from speculate import draft_and_verify, verify
-from steps import Sampling, compiled, decode, keep_needed_guards
+from steps import Sampling, compile_options, compiled, decode, keep_needed_guards
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -219,3 +221,14 @@ def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
         _, columns, rest = STEPS["round"]
         with pytest.raises(ValueError, match=message):
             compiled(draft_and_verify)(model, *arguments(columns, 4), torch.arange(64), odd, *rest[1:])
+
+
+def test_the_compile_cache_tells_lengths_of_vectors_apart():
+    """Torch 2.13's key does not, but has all settings: code for AVX2 from a cache wrote beyond tensors with AVX-512."""
+    options = compile_options(None)
+    length = options["cpp.simdlen"]
+    if length is None:
+        pytest.skip("inductor has its vectors' length from this CPU alone")
+    with inductor.patch(options):
+        assert pick_vec_isa().bit_width() == length
+        assert inductor.save_config_portable()["cpp.simdlen"] == length
