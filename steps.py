@@ -187,8 +187,8 @@ def compile_options(mode: str | None) -> dict[str, Any]:
         "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes time at each token
         # With fewer iterations per thread, a loop is over before another thread has started.
         "cpp.min_chunk_size": 4096,
-        # Inductor's cache keeps code for vectors of one length, by which torch 2.13 does not look it up, but by settings:
-        # code that was made for AVX2, on another CPU or by ATEN_CPU_CAPABILITY, wrote beyond its tensors with AVX-512.
+        # Inductor's cache keeps code for vectors of one length. In torch 2.13 its key has not that, but all settings:
+        # code for AVX2, made on another CPU or with ATEN_CPU_CAPABILITY, wrote beyond its tensors with AVX-512.
         "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability()),
         # Inductor would compile a test program for each vector instruction set; kernels/cpu.py has shown that it works.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
