@@ -479,8 +479,7 @@ class Transformer(nn.Module):
         x = self.scale_embedding(self.embed_tokens(tokens))
         x, *taps = self.run_blocks(self.layers, self.block_contexts(positions, slots), x, self.tap_layers)
         if taps:
-            rows = torch.arange(len(x), device=x.device).unsqueeze(-1)
-            self.taps[rows, positions] = torch.cat(taps, dim=-1)
+            self.taps[torch.arange(len(x), device=x.device).unsqueeze(-1), positions] = torch.cat(taps, dim=-1)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

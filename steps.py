@@ -175,6 +175,15 @@ def allow_many_graphs() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
+def vector_bits() -> int | None:
+    """Return how long this CPU's vectors are, for inductor's setting `cpp.simdlen`; None leaves it to inductor.
+
+    Its cache keeps code for vectors of one length. In torch 2.13 the key has not that, but all settings: code for AVX2,
+    made on another CPU or with ATEN_CPU_CAPABILITY, wrote beyond its tensors with AVX-512.
+    """
+    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+
+
 def compile_options(mode: str | None) -> dict[str, Any]:
     """Return the options of torch.compile for a step; mode: as in `compiled`."""
     return {
@@ -187,9 +196,7 @@ def compile_options(mode: str | None) -> dict[str, Any]:
         "size_asserts": False,  # they check the sizes of each tensor of each layer, which takes time at each token
         # With fewer iterations per thread, a loop is over before another thread has started.
         "cpp.min_chunk_size": 4096,
-        # Inductor's cache keeps code for vectors of one length. In torch 2.13 its key has not that, but all settings:
-        # code for AVX2, made on another CPU or with ATEN_CPU_CAPABILITY, wrote beyond its tensors with AVX-512.
-        "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability()),
+        "cpp.simdlen": vector_bits(),
         # Inductor would compile a test program for each vector instruction set; kernels/cpu.py has shown that it works.
         "cpp.vec_isa_ok": True if mode is None and library() is not None else None,
     }

@@ -38,7 +38,7 @@ def name_build() -> str:
     if importlib.util.find_spec("llama_cpp") is None:
         return ""
     api = load_api()
-    features = re.findall(r"(\w+) = 1", api.llama_print_system_info().decode())
+    features = re.findall(r"(\w+) = 1\b", api.llama_print_system_info().decode())
     return " ".join([api.__version__, *features])
 
 

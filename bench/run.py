@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch._inductor.config
+
 from bench import peers, results, speculation
 from bench.ladder import Ladder
 from bench.process import Processes
@@ -28,6 +30,7 @@ from cli.ranks import from_rank_0, local_device, process_group, together
 from drafters import MODEL_K
 from kernels.cpu import instruction_set
 from model import Ranks
+from steps import vector_bits
 
 PROCESS_GROUPS = ("start", "memory", "compile")  # first, while this process holds no model
 WARM_GROUPS = ("products", "positions", "kernels", "options", "verify")  # whose rungs warm up themselves, each time
@@ -93,6 +96,7 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
 
 
 def measure(args: argparse.Namespace, subject: Subject, device: str, ranks: Ranks, report: Report) -> None:
+    torch._inductor.config.cpp.simdlen = vector_bits()  # for whoever compiles beside us too
     if device == "cpu":
         report.content["versions"]["kernels"] = instruction_set() or "none"
     if args.speculate is not None:

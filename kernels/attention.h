@@ -133,7 +133,8 @@ struct Scratch {
     Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
     Room<Weight> queries, weights;  // [rows, width], [rows, SLOTS]
     Room<float> scores;             // [rows, SLOTS]
-    Room<float> now, shrink;        // [rows], of the largest score and of what it does to earlier sums
+    Room<float> before, now;        // [rows], the largest scores without and with a block
+    Room<float> shrink;             // [rows], the factor of what was summed up before it
     Room<Cell> keys, values;        // [width / PER_CELL, SLOTS] of k, [SLOTS / PER_CELL, width] of v
 };
 
@@ -146,7 +147,8 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
     const int64_t rows = tile.rows(), width = tile.width(), room = padded(rows);
     uint8_t* seen = scratch.seen.of(tile.slots + SLOTS);
     Weight *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
-    float *scores = scratch.scores.of(room * SLOTS), *now = scratch.now.of(rows + LANES), *shrink = scratch.shrink.of(rows + LANES);
+    float *scores = scratch.scores.of(room * SLOTS), *before = scratch.before.of(rows + LANES);
+    float *now = scratch.now.of(rows + LANES), *shrink = scratch.shrink.of(rows + LANES);
     Cell *keys = scratch.keys.of(width / PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / PER_CELL * width);
     std::fill(queries, queries + rows * width, Weight(0));
     for (int64_t r = 0; r < rows; r++) {
@@ -173,17 +175,19 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
         multiply_add(queries, keys, scores, rows, width / PER_CELL, SLOTS);
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
-            shrink[r] = largest[r];
+            before[r] = largest[r];
             now[r] = largest[r] = mask_scores(scores + r * SLOTS, mask, there, scale, largest[r]);
         }
-        for (int64_t r = 0; r < rows; r += LANES) {  // by what earlier sums shrink, of several rows at once
-            const Floats before = load<Floats>(shrink + r), after = load<Floats>(now + r);
-            store(shrink + r, before == after ? 1.f : exponential(before - after));
+        for (int64_t r = 0; r < rows; r += LANES) {  // of several rows at once
+            const Floats earlier = load<Floats>(before + r), fall = earlier - load<Floats>(now + r);
+            const Floats factor = fall < -87 ? Floats{} : exponential(fall);  // 0: what was summed up may be large
+            store(shrink + r, earlier == load<Floats>(now + r) ? 1.f : factor);
         }
         for (int64_t r = 0; r < rows; r++) {
-            total[r] = total[r] * shrink[r] + weigh(scores + r * SLOTS, now[r], weights + r * SLOTS);
-            if (shrink[r] != 1)
-                for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= shrink[r];
+            const float factor = shrink[r];
+            total[r] = total[r] * factor + weigh(scores + r * SLOTS, now[r], weights + r * SLOTS);
+            if (factor != 1)
+                for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= factor;
         }
         values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
         multiply_add(weights, values, out, rows, SLOTS / PER_CELL, width);

@@ -38,6 +38,7 @@ from cli.errors import user_errors
 from config import parse_config
 from files import new_folder
 from model import Transformer
+from steps import vector_bits
 
 # Never trained on. On the first GPTQ is calibrated where the demo is measured, on the rest perplexity is taken.
 CALIBRATION_MODULES = ("calendar.py", "colorsys.py", "csv.py", "fractions.py", "graphlib.py", "heapq.py", "json")
@@ -203,7 +204,8 @@ def train(
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers.")]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or not n.startswith("layers.")]
     optimizers, schedules = make_optimizers(matrices, others, 3e-3, steps)
-    compiled = torch.compile(model)
+    options: dict[str, Any] = {"cpp.simdlen": vector_bits()}
+    compiled = torch.compile(model, options=options)
     losses = []
     bar = tqdm(data, total=steps, desc=name, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, start=1):

@@ -208,6 +208,24 @@ def test_a_graph_is_never_used_for_a_model_that_it_is_not_of(first, second, dtyp
     assert counter.frame_count == 2 - shared
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_condition_of_a_later_layer_is_checked_at_each_token(dtype):
+    model = random_model(RAW, "cpu", dtype)
+    model.setup_caches(1, 64)
+    checked = []
+
+    def keep(guards):
+        kept = keep_needed_guards(guards)
+        checked.extend(guard.name for guard, is_kept in zip(guards, kept, strict=True) if is_kept)
+        return kept
+
+    run = torch.compile(decode, backend="eager", fullgraph=True, dynamic=False, options={"guard_filter_fn": keep})
+    with torch.inference_mode():
+        run(model, torch.tensor([1]), torch.tensor([3]), torch.arange(64), GREEDY, None)
+    assert any("cache" in name for name in checked)
+    assert not [name for name in checked if ("['1']" in name or "[1]" in name) and "__mro__" not in name]
+
+
 def test_a_compiled_step_refuses_a_model_whose_layers_differ(model):
     """A graph of the same first layer would read the weights of the second as if they had other sizes."""
     odd = random_model(RAW, "cpu", torch.float32)

@@ -594,7 +594,7 @@ def with_kernels(model: Transformer, form: Form | None = None) -> tuple[Transfor
 def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype: torch.dtype) -> None:
     """The twin has the same products and attention, and what is around them step by step."""
     plain, fast = with_kernels(Transformer(config).to(dtype), form)
-    plain.tap_layers = fast.tap_layers = (1, 0)
+    plain.tap_layers = fast.tap_layers = (1, 0, 1)
     for model in (plain, fast):
         model.setup_caches(3, 40)
     generator = torch.Generator().manual_seed(0)
@@ -660,8 +660,10 @@ def test_x_of_another_width_and_missing_caches_are_an_error() -> None:
         model.lm_head(normal(1, 1, 96))
     cos, sin, positions, mask = contexts[0]
     assert isinstance(model.run_blocks, CpuBlocks)
+    run = torch.ops.kernels.run_sublayers
+    with pytest.raises(RuntimeError, match="4 halves of blocks, and a tap is at another"):
+        model.run_blocks(model.layers, contexts, normal(1, 1, 64), (2,))
     with pytest.raises(RuntimeError, match="2 attentions have 0 caches"):
-        run = torch.ops.kernels.run_sublayers
         run(normal(1, 1, 64), model.run_blocks.sublayers, 64, [], [cos], [sin], positions, [mask], [])
 
 
