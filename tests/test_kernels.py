@@ -812,6 +812,16 @@ def test_a_model_without_caches_equals_its_twin(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, twin, rtol=2**-5, atol=2**-5 * twin.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
+def test_nothing_is_left_of_large_values_with_small_scores(dtype: torch.dtype) -> None:
+    """Also of a block of slots before the one with the largest score, whose sums shrink."""
+    q, k, v = torch.ones(1, 1, 1, 32), torch.full((1, 1, 128, 32), -100.0), torch.full((1, 1, 128, 32), 0.01)
+    k[:, :, 64:], v[:, :, :64] = 100, torch.finfo(dtype).max / 256
+    mask = torch.ones(1, 1, 128, dtype=torch.bool)
+    y = torch.ops.kernels.attention(q.to(dtype), k.to(dtype), v.to(dtype), mask)
+    torch.testing.assert_close(y.float(), torch.full((1, 1, 1, 32), 0.01), rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
