@@ -2,8 +2,7 @@
 // [B, S, T], not 0 where a query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a
 // tile. SLOTS slots are taken together; softmax is carried on from such a block to the next (arXiv:1805.02867).
 //
-// In the vectors of codes.h. Of the instruction set's header it needs Cell, what is multiplied at once: a value, or a pair
-// of bf16; Cells, a vector of them; load_cells, transpose, pair_up and add_products; Weight and flags_of.
+// In the vectors of codes.h and the products of gemm.h. Of the instruction set's header it needs pair_up, weight_of and flags_of.
 
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 
@@ -20,13 +19,6 @@ struct Tile {
     int64_t width() const { return whole_vectors(D); }
     const T* row(int64_t r) const { return q + (r / G * H + r % G) * D; }
 };
-
-// Call run(row, how many) for rows [row, rows): as many together as MOST says, and then those that are left.
-template <int MOST, class Run>
-static void by_rows(int64_t row, int64_t rows, Run run) {
-    for (; row + MOST <= rows; row += MOST) run(row, std::integral_constant<int, MOST>());
-    if constexpr (MOST > 1) by_rows<MOST - 1>(row, rows, run);
-}
 
 // exp(x) for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline Floats exponential(Floats x) {
@@ -99,35 +91,6 @@ static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t se
         }
 }
 
-// Add a x b to sums [rows, width]; a [rows, cells], b [cells, width] in cells, 16 or a multiple, and width of 32.
-static void multiply_add(const Weight* a, const Cell* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
-    if (multiply_add_by_tiles(a, b, sums, rows, cells, width)) return;
-    by_rows<4>(0, rows, [&](int64_t r0, auto count) {
-        constexpr int R = count;
-        auto columns = [&](int64_t d, auto vectors) __attribute__((always_inline)) {
-            constexpr int V = vectors;  // many sums side by side, since adding to one has to wait for itself
-            Floats parts[R][V];
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) parts[i][j] = load<Floats>(sums + (r0 + i) * width + d + LANES * j);
-            for (int64_t c = 0; c < cells; c++) {
-                Cells values[V];
-                for (int j = 0; j < V; j++) values[j] = load<Cells>(b + c * width + d + LANES * j), keep(values[j]);
-                for (int i = 0; i < R; i++) {
-                    Cell cell;
-                    std::memcpy(&cell, a + ((r0 + i) * cells + c) * PER_CELL, sizeof cell);
-                    for (int j = 0; j < V; j++) add_products(parts[i][j], values[j], cell);
-                }
-            }
-            for (int i = 0; i < R; i++)
-                for (int j = 0; j < V; j++) store(sums + (r0 + i) * width + d + LANES * j, parts[i][j]);
-        };
-        int64_t d = 0;
-        for (; d + VECTORS_OF_SUMS * LANES <= width; d += VECTORS_OF_SUMS * LANES)
-            columns(d, std::integral_constant<int, VECTORS_OF_SUMS>());
-        for (; d < width; d += 2 * LANES) columns(d, std::integral_constant<int, 2>());
-    });
-}
-
 // Buffers of a thread, for a tile; rows are padded.
 struct Scratch {
     Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
@@ -172,7 +135,7 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
         const int64_t there = std::min<int64_t>(SLOTS, end - t);  // another split's are not ours
         columns_of(tile, t, end, keys);
         std::fill(scores, scores + rows * SLOTS, 0);
-        multiply_add(queries, keys, scores, rows, width / PER_CELL, SLOTS);
+        multiply_add(queries, width, keys, scores, rows, width / PER_CELL, SLOTS);
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
             before[r] = largest[r];
@@ -190,7 +153,7 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
                 for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= factor;
         }
         values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
-        multiply_add(weights, values, out, rows, SLOTS / PER_CELL, width);
+        multiply_add(weights, SLOTS, values, out, rows, SLOTS / PER_CELL, width);
     }
 }
 

@@ -150,10 +150,13 @@ __attribute__((noinline)) static void bf16_sums(const float* x, const T* w, int6
 template <class T>
 static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts) {
     if (M > MAX_ROWS && !experts)
-        return gemm<BLOCK_ROWS, float>(x, y, M, N, K, [=](int64_t block, float* out, int64_t stride) {
-            for (int64_t r = 0; r < BLOCK_ROWS; r++)
-                for (int64_t k = 0; k < K; k += 8)
-                    _mm256_store_ps(out + r * stride + k, load_wide(w + (block * BLOCK_ROWS + r) * K + k));
+        return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
+            static thread_local Room<float> room;
+            const int64_t stride = distance_of_rows(K);
+            float* rows = room.of(count * stride);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t k = 0; k < K; k += 8) _mm256_store_ps(rows + r * stride + k, load_wide(w + (first + r) * K + k));
+            return std::pair<const float*, int64_t>(rows, stride);
         });
     over_rows<BLOCK_ROWS, pack_wide<T>>(x, M, N, K, experts, [=](const Pass& pass, const float* packed, int64_t first, int64_t last) {
         alignas(32) float sums[MAX_M * SUMMED_ROWS];
@@ -175,7 +178,7 @@ static void bf16_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int
 
 constexpr int SLOTS = 32;  // taken together
 constexpr int PER_CELL = 1;
-constexpr int VECTORS_OF_SUMS = 2;
+constexpr int SUMS = 8;  // vectors of them, in gemm.h
 using Cell = float;
 using Cells = __m256;
 using Weight = float;

@@ -151,15 +151,15 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
 static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
     if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
-    if (M > MAX_ROWS && !experts && gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
-            if (M <= 64) return std::pair(w + first * K, K);  // they are read too seldom for a copy to pay
+    if (M > MAX_ROWS && !experts)
+        return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
+            if (M <= 64 && count % 16 == 0) return std::pair(w + first * K, K);  // they are read too seldom for a copy to pay
             static thread_local Room<bf16> room;
-            const int64_t stride = K + 32;  // as in `gemm`
-            bf16* copy = room.of(count * stride);
+            const int64_t stride = distance_of_rows(K);
+            bf16* copy = room.of((count + 15) / 16 * 16 * stride);
             for (int64_t r = 0; r < count; r++) std::memcpy(copy + r * stride, w + (first + r) * K, K * sizeof(bf16));
             return std::pair<const bf16*, int64_t>(copy, stride);
-        }))
-        return;
+        });
     over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
     });
@@ -172,7 +172,7 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
 
 constexpr int SLOTS = 64;  // taken together
 constexpr int PER_CELL = 2;
-constexpr int VECTORS_OF_SUMS = 4;
+constexpr int SUMS = 16;  // vectors of them, in gemm.h
 using Cell = int32_t;
 using Cells = __m512i;
 using Weight = bf16;

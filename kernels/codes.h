@@ -104,7 +104,9 @@ struct Scales {
     Scales(const bf16* p) : first(p), type(0) {}
     Scales(const half* p) : first(p), type(1) {}
     Scales(const float* p) : first(p), type(2) {}
+    Scales(const void* p, int of_type) : first(p), type(of_type) {}
     const char* place(int64_t i) const { return (const char*)first + (type == 2 ? 4 : 2) * i; }
+    Scales from(int64_t i) const { return Scales(place(i), type); }
     Floats vector(int64_t i) const {
         const void* p = place(i);
         return type == 0 ? load_wide((const bf16*)p) : type == 1 ? load_wide((const half*)p) : load_wide((const float*)p);
@@ -223,8 +225,13 @@ static void code_product(const T* x, const uint8_t* w, Scales scales, const uint
     if (!experts && codes_by_tiles<BITS>(x, w, scales, zeros, y, M, N, K, group)) return;
     if constexpr (UNPACKS)
         if (M > MAX_ROWS && !experts)
-            return gemm<CODE_ROWS, T>(x, y, M, N, K, [=](int64_t block, T* out, int64_t stride) {
-                unpack<BITS>(w, scales, zeros, K, group, block, out, stride);
+            return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
+                static thread_local Room<T> room;
+                const int64_t stride = distance_of_rows(K);
+                T* rows = room.of(count * stride);
+                for (int64_t i = 0; i < count; i += CODE_ROWS)
+                    unpack<BITS>(w, scales, zeros, K, group, (first + i) / CODE_ROWS, rows + i * stride, stride);
+                return std::pair<const T*, int64_t>(rows, stride);
             });
     over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS>, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last))

@@ -7,9 +7,9 @@
 // And attention over the slots of a cache, where the heads that share keys and values read them once; and the halves of
 // a block, which are these with what stands between them.
 //
-// Here is what all instruction sets share: threads, pieces of work, GEMM's frame, the operators; products of int8 and int4
-// are in codes.h and attention in attention.h, both for all of them. What differs is in a header for each instruction
-// set, of which the compiler takes one:
+// Here is what all instruction sets share: threads, pieces of work, the operators; products of int8 and int4 are in
+// codes.h, those of many rows in gemm.h and attention in attention.h, all three for all of them. What differs is in a
+// header for each instruction set, of which the compiler takes one:
 //
 //                          avx512.h: AVX-512 with bf16 and VNNI       avx2.h: AVX2, FMA, F16C
 //   x                      bf16                                       bf16, fp16
@@ -19,7 +19,7 @@
 //   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
 //   attention              pairs of bf16                              in fp32
 //
-// With AMX, tiles.h has w as x from 4 rows on and codes from 8 on, both GEMMs too, and attention from 6 rows on.
+// With AMX, tiles.h has w as x from 4 rows on, codes from 8 on, and the products of GEMM and attention from 6 rows on.
 //
 // w of bf16 and fp16 is [N, K] as it is. Of int8 and int4, R = CODE_ROWS rows, two vectors of 32 bits, are interleaved:
 // int8 w [N / R, K / 2, R, 2]; int4 w [N / R, K / 8, R] words of 32 bits, each of 8 columns of a row: from the low end,
@@ -32,7 +32,6 @@
 
 #include <immintrin.h>
 #include <omp.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -59,7 +58,6 @@ using bf16 = uint16_t;
 constexpr int BLOCK_ROWS = 4;  // rows of w in a block of bf16
 constexpr int SUMMED_ROWS = 16;  // of bf16, together: to sum up short ones one by one would take longer than their product
 constexpr int MAX_M = 8;  // rows of x in one pass; their sums stay in registers
-constexpr int64_t UNPACK_BYTES = 8 << 20;  // of w, which are unpacked together
 constexpr int STEPS_PER_SHARE = 32;  // a thread takes its share of a product in these, and others what is left of it
 constexpr int MIN_WEIGHTS_PER_STEP = 1 << 16;  // about: taking a step costs time too
 constexpr int PREFETCH_BYTES = 4096;  // between what is read and what is fetched
@@ -126,15 +124,6 @@ static Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
     return Tensor(tensor);
 }
 
-template <class T>
-static Tensor view(const T* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
-    AtenTensorHandle tensor;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(data), sizes.size(), sizes.begin(),
-                                                              strides.begin(), 0, type_of<T>(),
-                                                              aoti_torch_device_type_cpu(), 0, &tensor));
-    return Tensor(tensor);
-}
-
 struct alignas(64) Line {
     bf16 values[32];
 };
@@ -173,6 +162,14 @@ static void for_each(int64_t count, const Body& body) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; taken++) body(i);
         return taken;
     });
+}
+
+// Call body(row, how many) for parts of M rows; a few rows are one part, which is done before other threads have begun.
+template <class Body>
+static void for_rows(int64_t M, const Body& body) {
+    constexpr int64_t TOGETHER = 8;
+    if (M <= 2 * TOGETHER) return body(0, M);
+    for_each((M + TOGETHER - 1) / TOGETHER, [&](int64_t i) { body(i * TOGETHER, std::min(TOGETHER, M - i * TOGETHER)); });
 }
 
 struct alignas(64) Share {
@@ -237,43 +234,12 @@ static void over_rows(const T* x, int64_t M, int64_t N, int64_t K, const int64_t
         over_passes<BLOCK, PACK>(passes.data() + i, together, x, N, K, run);
 }
 
-// The same by tiles (tiles.h), where there are some; rows_of(first, count): rows of w, and how many values they lie apart.
-template <class T, class RowsOf>
-static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of);
+// Values between rows of w that are copied for GEMM: no power of two, at which rows would share few places of the cache.
+static inline int64_t distance_of_rows(int64_t K) { return K + 32; }
 
-// y = x w^T for many rows of x by GEMM in type W: w is unpacked piece by piece, each used while it is in the cache.
-// unpack(block, out, stride): write the BLOCK rows of a block, so many values apart.
-template <int BLOCK, class W, class T, class Unpack>
-static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpack) {
-    static thread_local Room<W> room;
-    const int64_t stride = K + 32;  // no power of two, at which rows would share few places of the cache
-    if (gemm_by_tiles(x, y, M, N, K, [=](int64_t first, int64_t count) {
-            W* rows = room.of(count * stride);
-            for (int64_t i = 0; i < count; i += BLOCK) unpack((first + i) / BLOCK, rows + i * stride, stride);
-            return std::pair<const W*, int64_t>(rows, stride);
-        }))
-        return;
-    const int64_t most = std::min(N, std::max<int64_t>(BLOCK, UNPACK_BYTES / (K * sizeof(W)) / BLOCK * BLOCK));
-    W* piece = room.of(most * stride);
-    constexpr bool DIRECT = std::is_same_v<T, W>;
-    std::vector<W> wide_x(DIRECT ? 0 : M * K), wide_y(DIRECT ? 0 : M * most);
-    if constexpr (!DIRECT)
-        for_each(M, [&](int64_t m) {
-            for (int64_t k = m * K; k < (m + 1) * K; k++) wide_x[k] = widen(x[k]);
-        });
-    const Tensor inputs = view(DIRECT ? (const W*)x : wide_x.data(), {M, K}, {K, 1});
-    for (int64_t n = 0; n < N; n += most) {
-        const int64_t rows = std::min(most, N - n);
-        for_each(rows / BLOCK, [&](int64_t i) { unpack(n / BLOCK + i, piece + i * BLOCK * stride, stride); });
-        const Tensor weights = view(piece, {K, rows}, {1, stride});
-        const Tensor outputs = view(DIRECT ? (const W*)y + n : wide_y.data(), {M, rows}, {DIRECT ? N : rows, 1});
-        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(outputs.get(), inputs.get(), weights.get()));
-        if constexpr (!DIRECT)
-            for_each(M, [&](int64_t m) {
-                for (int64_t i = 0; i < rows; i++) set(y[m * N + n + i], wide_y[m * rows + i]);
-            });
-    }
-}
+// The same for many rows of x, by GEMM (gemm.h).
+template <class T, class RowsOf>
+static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of);
 
 // Choose the instance of a template for a number of rows.
 #define WITH_M(rows, ...)                                                                   \
@@ -291,6 +257,7 @@ static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, Unpack unpac
 #else
 #error "kernels for AVX-512 with bf16 and VNNI, or AVX2 with FMA and F16C"
 #endif
+#include "gemm.h"
 #include "attention.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -406,23 +373,41 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
         group = inputs / scale.size(scale.dim() - 2);
     }
 
-    // y [M, N] = x w^T + bias; experts: as `over_rows` has them.
+    // y [M, N] = x w^T with a weight of the stack, or experts: as `over_rows` has them.
+    template <class T>
+    void multiply_with(int64_t number, const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
+        const int64_t N = outputs, K = inputs;
+        if (bits == 16) return ::bf16_product(x, values_of<T>(tensors[0]) + number * N * K, y, M, N, K, experts);
+        const int64_t at = number * N * (K / group);
+        const auto* codes = (const uint8_t*)tensors[0].const_data_ptr() + number * N * K * bits / 8;
+        const auto* zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() + at * bits / 8 : nullptr;
+        const Scales scales = scales_of(tensors[1]).from(at);
+        if (bits == 8) ::code_product<8>(x, codes, scales, zeros, y, M, N, K, group, experts);
+        else ::code_product<4>(x, codes, scales, zeros, y, M, N, K, group, experts);
+    }
+
+    // y [M, N] = x w^T + bias; experts: as above.
     template <class T>
     void multiply(const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
         const int64_t N = outputs, K = inputs;
         if (order) {
             T* ordered = room<8, T>(M * K);
-            for (int64_t i = 0; i < M * K; i++) ordered[i] = x[i / K * K + data<int32_t>(*order)[i % K]];
+            for_rows(M, [=, columns = data<int32_t>(*order)](int64_t m, int64_t count) {
+                for (int64_t end = m + count; m < end; m++)
+                    for (int64_t k = 0; k < K; k++) ordered[m * K + k] = x[m * K + columns[k]];
+            });
             x = ordered;
         }
-        if (bits == 16) ::bf16_product(x, values_of<T>(tensors[0]), y, M, N, K, experts);
-        else {
-            const auto* codes = (const uint8_t*)tensors[0].const_data_ptr();
-            const auto* zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() : nullptr;
-            if (bits == 8) ::code_product<8>(x, codes, scales_of(tensors[1]), zeros, y, M, N, K, group, experts);
-            else ::code_product<4>(x, codes, scales_of(tensors[1]), zeros, y, M, N, K, group, experts);
-        }
-        for (int64_t m = 0; bias && m < M; m++) add(y + m * N, values_of<T>(*bias), N);
+        if (experts && M > MAX_ROWS)  // each that has many rows by GEMM
+            for (int64_t m = 0, end; m < M; m = end) {
+                for (end = m; end < M && experts[end] == experts[m];) end++;
+                multiply_with(experts[m], x + m * K, y + m * N, end - m);
+            }
+        else multiply_with(0, x, y, M, experts);
+        if (bias)
+            for_rows(M, [=, added = values_of<T>(*bias)](int64_t m, int64_t count) {
+                for (int64_t end = m + count; m < end; m++) add(y + m * N, added, N);
+            });
     }
 };
 
@@ -482,12 +467,10 @@ static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::o
     Tensor rows = in_order(x), scales = in_order(weight);
     return with_floats(x, sizes, [&](auto* y) {
         const auto *in = like(y, rows), *factors = values_of<std::remove_pointer_t<decltype(y)>>(scales);
-        auto normalize = [=](int64_t m) {
-            std::memcpy(y + m * K, in + m * K, K * sizeof(*y));
-            ::rms_norm(y + m * K, factors, 1, K, eps, offset);
-        };
-        if (M > MAX_ROWS) for_each(M, normalize);  // a few are done before other threads have begun
-        else for (int64_t m = 0; m < M; m++) normalize(m);
+        for_rows(M, [=](int64_t m, int64_t count) {
+            std::memcpy(y + m * K, in + m * K, count * K * sizeof(*y));
+            ::rms_norm(y + m * K, factors, count, K, eps, offset);
+        });
     });
 }
 
@@ -537,17 +520,25 @@ struct __attribute__((visibility("hidden"))) Sublayer {
     void run(const T* x, T* y, const Tokens& tokens, const Tensor* caches) const {
         const int64_t M = tokens.B * tokens.S, E = width(), K = feature_norm ? 2 * E : E;
         T* inputs = room<0, T>(M * K);
-        std::memcpy(inputs, x, M * K * sizeof(T));
-        for (int64_t m = 0; m < M; m++) {
-            normalize(inputs + m * K, norm, 1);
-            normalize(inputs + m * K + E, feature_norm, 1);
+        for_rows(M, [=](int64_t m, int64_t count) {
+            std::memcpy(inputs + m * K, x + m * K, count * K * sizeof(T));
+            for (int64_t end = m + count; m < end; m++) {
+                normalize(inputs + m * K, norm, 1);
+                normalize(inputs + m * K + E, feature_norm, 1);
+            }
+        });
+        // In parts, since a feed-forward is several times as wide as x.
+        constexpr int64_t TOGETHER = 512;
+        for (int64_t m = 0; !context && m < M; m += TOGETHER) {
+            const int64_t rows = std::min(TOGETHER, M - m);
+            router ? mix_experts(inputs + m * K, y + m * E, rows) : feed_forward(inputs + m * K, y + m * E, rows);
         }
         if (context) attend(inputs, y, tokens, caches[0], caches[1]);
-        else if (router) mix_experts(inputs, y, M);
-        else feed_forward(inputs, y, M);
-        normalize(y, output_norm, M);
-        scale(y, multiplier, M * E);
-        for (int64_t m = 0; m < M; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
+        for_rows(M, [=](int64_t m, int64_t count) {
+            normalize(y + m * E, output_norm, count);
+            scale(y + m * E, multiplier, count * E);
+            for (int64_t end = m + count; m < end; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
+        });
     }
 
     // k and v of the new tokens are written into the caches.
@@ -565,7 +556,7 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *attended = room<3, T>(M * H * D);
         T *keys = (T*)values_of<T>(k_cache), *values = (T*)values_of<T>(v_cache);
         first.multiply(x, heads, M);
-        for (int64_t m = 0; m < M; m++) {
+        auto place_heads = [&](int64_t m) {
             T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
             if (q_norm) normalize(row, q_norm, H * D / q_norm->size(0));
             if (k_norm) normalize(k, k_norm, K * D / k_norm->size(0));
@@ -583,7 +574,10 @@ struct __attribute__((visibility("hidden"))) Sublayer {
                 std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
                 std::memcpy(values + slot + h * head_stride, v + h * D, D * sizeof(T));
             }
-        }
+        };
+        for_rows(M, [&](int64_t m, int64_t count) {
+            for (int64_t end = m + count; m < end; m++) place_heads(m);
+        });
         ::attention<T>(q, keys, values, data<uint8_t>(mask), attended, tokens.B, S, H, K, mask.size(2), D, batch_stride, head_stride);
         last.multiply(attended, y, M);
     }
@@ -593,7 +587,9 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         const int64_t F = last.inputs;
         T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
         first.multiply(x, both, M, experts);
-        for (int64_t m = 0; m < M; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
+        for_rows(M, [=](int64_t m, int64_t count) {
+            for (int64_t end = m + count; m < end; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
+        });
         last.multiply(gated, y, M, experts);
     }
 
@@ -601,11 +597,11 @@ struct __attribute__((visibility("hidden"))) Sublayer {
     template <class T>
     void mix_experts(const T* x, T* y, int64_t M) const {
         const int64_t X = router->outputs, A = num_chosen, E = width();
-        std::vector<int64_t> chosen(M * A), ids(X);
-        std::vector<float> shares(M * A), sums(E);
+        std::vector<int64_t> chosen(M * A);
+        std::vector<float> shares(M * A);
         T *scores = room<3, T>(M * X), *rows = room<4, T>(M * A * E), *outputs = room<5, T>(M * A * E);
         router->multiply(x, scores, M);
-        for (int64_t m = 0; m < M; m++) {
+        auto choose = [&](int64_t m, std::vector<int64_t>& ids) {
             auto score = [=](int64_t i) { return widen(scores[m * X + i]); };
             std::iota(ids.begin(), ids.end(), 0);
             auto above = [=](int64_t a, int64_t b) {
@@ -620,17 +616,24 @@ struct __attribute__((visibility("hidden"))) Sublayer {
                 chosen[m * A + a] = ids[a];
                 shares[m * A + a] = std::exp(score(ids[a]) - score(ids[0])) / sum;
             }
-        }
+        };
+        for_rows(M, [&](int64_t m, int64_t count) {
+            std::vector<int64_t> ids(X);
+            for (int64_t end = m + count; m < end; m++) choose(m, ids);
+        });
         const ByExpert sorted(chosen.data(), M * A);
         for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + i * E, x + sorted.order[i] / A * E, E * sizeof(T));
         feed_forward(rows, outputs, M * A, sorted.experts.data());
         for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + sorted.order[i] * E, outputs + i * E, E * sizeof(T));
-        for (int64_t m = 0; m < M; m++, y += E) {
-            std::fill(sums.begin(), sums.end(), 0);
-            for (int64_t i = m * A; i < (m + 1) * A; i++)
-                for (int64_t e = 0; e < E; e++) sums[e] += shares[i] * widen(rows[i * E + e]);
-            for (int64_t e = 0; e < E; e++) set(y[e], sums[e]);
-        }
+        for_rows(M, [&](int64_t m, int64_t count) {
+            std::vector<float> sums(E);
+            for (int64_t end = m + count; m < end; m++) {
+                std::fill(sums.begin(), sums.end(), 0);
+                for (int64_t i = m * A; i < (m + 1) * A; i++)
+                    for (int64_t e = 0; e < E; e++) sums[e] += shares[i] * widen(rows[i * E + e]);
+                for (int64_t e = 0; e < E; e++) set(y[m * E + e], sums[e]);
+            }
+        });
     }
 };
 

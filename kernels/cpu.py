@@ -32,7 +32,7 @@ from model import MLP, Block, BlockContext, ModelConfig, MoE, RMSNorm, Transform
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("cpu.cpp", "threads.h", "codes.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
+    for name in ("cpu.cpp", "threads.h", "codes.h", "gemm.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
 ]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
@@ -109,9 +109,11 @@ def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
     """While products of so many rows run, let them do so on threads of cpu.cpp's own, and torch on one.
 
     OpenMP's threads, which torch has, wait for each other after each product; beside another busy program that takes a
-    time slice of it. Changes nothing for a model that has other products, or for rows that GEMM takes.
+    time slice of it. Changes nothing for a model that has other products, or for many rows where torch's operators
+    stand between them.
     """
-    if model not in served or num_rows > MAX_ROWS or (num_threads := torch.get_num_threads()) == 1:
+    few = num_rows <= MAX_ROWS or isinstance(getattr(model, "run_blocks", None), CpuBlocks)
+    if model not in served or not few or (num_threads := torch.get_num_threads()) == 1:
         yield
         return
     take_threads = functions().take_threads
@@ -266,14 +268,6 @@ class CpuBf16(CpuLinear):
         super().__init__(bias)
         self.weight = weight
 
-    gemm: Callable[..., Tensor] = staticmethod(F.linear)
-
-
-class CpuBf16Gemm(CpuBf16):
-    """The same with a GEMM of our own: with AMX, and in fp32 with AVX2, where ATen's GEMM of bf16 is slow."""
-
-    gemm = CpuLinear.product
-
 
 def code_rows() -> int:
     """Return R, how many rows of int8 and int4 are interleaved: two vectors of 32 bits."""
@@ -369,11 +363,11 @@ def optimize_blocks_(model: Transformer) -> None:
 
 
 class CpuBlocks:
-    """`model.run_blocks` for one rank, all in one call for a few rows: their steps take less time than so many calls.
+    """`model.run_blocks` for one rank, all in one call: the steps of a few rows take less time than so many calls.
 
     The call is told once which modules and tensors there are: to hand over some hundred at each token takes a good part
-    of a small model's step. So a parameter that is replaced by another one acts above MAX_ROWS rows alone, and hooks of
-    the blocks run there alone; what is written into a parameter, or its `data`, always counts.
+    of a small model's step. So a parameter that is replaced by another one and hooks of the blocks do nothing; what is
+    written into a parameter, or its `data`, always counts.
     """
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block]):
@@ -396,7 +390,7 @@ class CpuBlocks:
         # no module of that name before the first setup_caches.
         caches = [attention._modules.get("cache") for attention in self.attentions]
         others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
-        if x.shape[0] * x.shape[1] > MAX_ROWS or None in caches or others:
+        if None in caches or others:
             return run_blocks(blocks, contexts, x, taps)
         tensors = [cache._buffers[name] for cache in caches for name in ("k", "v")]  # type: ignore[union-attr]
         kinds = [contexts[layer] for layer in self.context_layers]

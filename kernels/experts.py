@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cpu import CpuBf16, CpuBf16Gemm, CpuInt4, CpuInt8, CpuLinear
+from kernels.cpu import CpuLinear
 from kernels.inductor import num_partial_sums, streamed_product
 from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear
 from linears import StoredLinear
 from model import Experts, by_expert
 
-LAYER_CLASSES = (CpuBf16, CpuBf16Gemm, CpuInt8, CpuInt4, AtenInt8, AtenInt4)
 # By the name of a layer's class, what multiplies rows with the tensors of one layer.
-MATMULS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{cls.__name__: cls.matmul for cls in LAYER_CLASSES}}
+MATMULS: dict[str, Callable[..., Tensor]] = {
+    "dense": F.linear,
+    "AtenInt8": AtenInt8.matmul,
+    "AtenInt4": AtenInt4.matmul,
+}
 
 # It reads on the host how many rows each expert has, which a CUDA graph cannot.
 torch.library.define(
@@ -42,7 +45,7 @@ class KernelExperts(nn.Module):
         self.stack = stack
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        if x.shape[0] <= MAX_ROWS and isinstance(self.stack, CpuLinear):
+        if isinstance(self.stack, CpuLinear):
             # One call for all that are chosen: with one each, of small ones, threads would start and stop too often.
             return self.stack.product(x, *self.stack.tensors, experts=experts)
         return torch.ops.kernels.by_expert(x, experts, type(self.stack).__name__, self.stack.tensors)

@@ -94,11 +94,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
         if layer is not None and stored.order is not None:
             return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
-        # Tiles have 16 rows.
-        has_gemm = cpu.instruction_set() == "avx2" or (
-            cpu.instruction_set() == "amx" and stored.weight.shape[-2] % 16 == 0
-        )
-        layer = (cpu.CpuBf16Gemm if has_gemm else cpu.CpuBf16)(stored.weight, getattr(stored, "bias", None))
+        layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
     else:
         return None
     return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer

@@ -1,4 +1,4 @@
-// Products of several rows of x, and those of attention, by AMX: tiles of 16 rows of 64 bytes, of which an instruction
+// Products of several rows of x, and those of GEMM and attention, by AMX: tiles of 16 rows of 64 bytes, of which an instruction
 // multiplies two. Its first factor has rows of 32 bf16, its second 16 pairs of columns of 16 rows: w of bf16 lies as the
 // first, and codes as the second.
 //
@@ -10,9 +10,7 @@
 constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
 constexpr int TILES_TO = 32;       // with codes; above, GEMM is faster
 constexpr int AMX_ROWS = 16;
-constexpr int ATTENTION_TILES_FROM = 6;  // heads that share keys, times queries: the padding costs as much as rows
-constexpr int64_t BLOCK_BYTES = 1 << 20;  // of w, in GEMM: half of the second cache
-constexpr int64_t ROWS_TOGETHER = 1024;   // of x, in GEMM, which are copied: what that takes is kept
+constexpr int MULTIPLY_TILES_FROM = 6;  // rows in `multiply_add`: the padding costs as much as rows
 using TileRow = Line;  // 64 bytes
 
 // Linux lends the tiles' registers to a process that asks for them; a guest or a container may be refused.
@@ -71,75 +69,6 @@ static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
     return packed;
 }
 
-// The room of a calling thread for x of all GEMMs.
-static TileRow* room_for_x(int64_t lines) {
-    static thread_local Room<TileRow> room;
-    return room.of(lines);
-}
-
-// BLOCK_BYTES of w stay in the second cache while x passes by, 32 rows with 32 of w at a time.
-template <class T, class RowsOf>
-static bool gemm_by_tiles(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
-    if (!has_tiles() || N % AMX_ROWS) return false;
-    if (M > ROWS_TOGETHER) {
-        const int64_t half = (M / 2 + 31) / 32 * 32;
-        gemm_by_tiles(x, y, half, N, K, rows_of);
-        return gemm_by_tiles(x + half * K, y + half * N, M - half, N, K, rows_of);
-    }
-    const int64_t groups = (M + AMX_ROWS - 1) / AMX_ROWS, lines = K / 2;  // of rows of x, and of each
-    TileRow* const packed = room_for_x(groups * lines);
-    for_each(groups, [=](int64_t g) {
-        pack_pairs_of_columns(x + g * AMX_ROWS * K, std::min<int64_t>(AMX_ROWS, M - g * AMX_ROWS), K, packed + g * lines);
-    });
-    // Four pieces for each thread, so that it ends with the others. With many threads each piece has a part of x besides:
-    // with fewer rows of w than 128 reading x would take longer than multiplying.
-    const int64_t pieces = 4 * num_threads(), in_cache = BLOCK_BYTES / (K * sizeof(bf16));
-    const int64_t most = std::max<int64_t>(32, std::min(in_cache, std::max<int64_t>(128, N / pieces)) / 32 * 32);  // rows of w
-    const int64_t blocks = (N + most - 1) / most, pairs = (groups + 1) / 2;
-    const int64_t parts = std::min((pieces + blocks - 1) / blocks, pairs);  // of x
-    for_each(blocks * parts, [=](int64_t piece) {
-        const Tiles shapes(AMX_ROWS);
-        alignas(64) __m512i sums[2][2][AMX_ROWS];
-        const int64_t first = piece / parts * most, count = std::min(most, N - first), part = piece % parts;
-        const auto [w, stride] = rows_of(first, count);
-        const int64_t apart = stride * sizeof(bf16), end = std::min(groups, 2 * (pairs * (part + 1) / parts));
-        before_tiles_load();
-        for (int64_t g = 2 * (pairs * part / parts); g < end; g += 2)
-            for (int64_t r = 0; r < count; r += 2 * AMX_ROWS) {
-                const bool two_groups = g + 1 < groups, two_parts = r + AMX_ROWS < count;  // else the same twice
-                const TileRow *inputs = packed + g * lines, *more_inputs = inputs + two_groups * lines;
-                const bf16 *weights = w + r * stride, *more_weights = weights + two_parts * AMX_ROWS * stride;
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                for (int64_t k = 0; k < K; k += 32) {
-                    _tile_loadd(4, weights + k, apart);
-                    _tile_loadd(5, more_weights + k, apart);
-                    _tile_loadd(6, inputs + k / 2, sizeof(TileRow));
-                    _tile_loadd(7, more_inputs + k / 2, sizeof(TileRow));
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, sums[0][0], sizeof(TileRow));
-                _tile_stored(1, sums[0][1], sizeof(TileRow));
-                _tile_stored(2, sums[1][0], sizeof(TileRow));
-                _tile_stored(3, sums[1][1], sizeof(TileRow));
-                for (int i = 0; i <= two_parts; i++)
-                    for (int j = 0; j <= two_groups; j++) {
-                        const int64_t m = (g + j) * AMX_ROWS;
-                        bf16* out = y + m * N + first + r + i * AMX_ROWS;
-                        transpose(sums[i][j]);
-                        for (int64_t n = 0; n < std::min<int64_t>(AMX_ROWS, M - m); n++)
-                            store_narrow(out + n * N, (__m512)sums[i][j][n]);
-                    }
-            }
-    });
-    return true;
-}
-
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
     if (M < TILES_FROM || M > MAX_ROWS || !has_tiles() || N % AMX_ROWS) return false;
     over_rows<AMX_ROWS, pack_for_tiles>(x, M, N, K, nullptr, [=](const Pass&, const TileRow* packed, int64_t first, int64_t last) {
@@ -182,26 +111,34 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
-// As `multiply_add` (attention.h), in whole tiles of 16 rows, for which a and sums have room.
-static bool multiply_add_by_tiles(const bf16* a, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
-    if (rows < ATTENTION_TILES_FROM || !has_tiles()) return false;
+// As `multiply_add` (gemm.h), in whole tiles of 16 rows, for which a and sums have room.
+static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
+    if (rows < MULTIPLY_TILES_FROM || !has_tiles()) return false;
     const Tiles shapes(AMX_ROWS);
-    const int64_t stride = width * sizeof(float);
+    const int64_t apart = width * sizeof(float), a_apart = stride * sizeof(bf16);
     before_tiles_load();
-    for (int64_t r = 0; r < rows; r += AMX_ROWS)
-        for (int64_t d = 0; d < width; d += 32) {
-            float* out = sums + r * width + d;
-            _tile_loadd(0, out, stride);
-            _tile_loadd(1, out + 16, stride);
+    for (int64_t r = 0; r < rows; r += 2 * AMX_ROWS)
+        for (int64_t d = 0; d < width; d += 2 * AMX_ROWS) {
+            const bool two = r + AMX_ROWS < rows;
+            const bf16 *first = a + r * stride, *second = first + AMX_ROWS * stride;
+            float *out = sums + r * width + d, *more = out + AMX_ROWS * width;
+            _tile_loadd(0, out, apart);
+            _tile_loadd(1, out + 16, apart);
+            if (two) _tile_loadd(2, more, apart), _tile_loadd(3, more + 16, apart);
             for (int64_t c = 0; c < cells; c += 16) {
-                _tile_loadd(4, a + (r * cells + c) * 2, cells * 2 * sizeof(bf16));
-                _tile_loadd(5, b + c * width + d, stride);
-                _tile_loadd(6, b + c * width + d + 16, stride);
-                _tile_dpbf16ps(0, 4, 5);
-                _tile_dpbf16ps(1, 4, 6);
+                _tile_loadd(4, first + 2 * c, a_apart);
+                _tile_loadd(6, b + c * width + d, apart);
+                _tile_loadd(7, b + c * width + d + 16, apart);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                if (!two) continue;
+                _tile_loadd(5, second + 2 * c, a_apart);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, out, stride);
-            _tile_stored(1, out + 16, stride);
+            _tile_stored(0, out, apart);
+            _tile_stored(1, out + 16, apart);
+            if (two) _tile_stored(2, more, apart), _tile_stored(3, more + 16, apart);
         }
     return true;
 }
@@ -261,10 +198,7 @@ static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int
 static bool has_tiles() { return false; }
 
 template <class A, class B>
-static bool multiply_add_by_tiles(const A*, const B*, float*, int64_t, int64_t, int64_t) { return false; }
-
-template <class T, class RowsOf>
-static bool gemm_by_tiles(const T*, T*, int64_t, int64_t, int64_t, RowsOf) { return false; }
+static bool multiply_add_by_tiles(const A*, int64_t, const B*, float*, int64_t, int64_t, int64_t) { return false; }
 
 template <int BITS, class T>
 static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {

@@ -26,7 +26,7 @@ from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from eagle import FirstBlock
 from kernels import cpu, inductor
-from kernels.cpu import CpuBf16, CpuBf16Gemm, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
+from kernels.cpu import CpuBf16, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear, Reordered
@@ -41,7 +41,19 @@ from linears import (
     pack_nibbles,
     quantize_linear,
 )
-from model import MLP, Block, Experts, Linear, ModelConfig, RMSNorm, RopeScaling, Transformer, attention, swiglu
+from model import (
+    MLP,
+    Block,
+    Experts,
+    Linear,
+    ModelConfig,
+    RMSNorm,
+    RopeScaling,
+    Transformer,
+    attention,
+    run_blocks,
+    swiglu,
+)  # fmt: skip
 from random_weights import random_model
 from tests.conftest import HANG, REPO
 from tests.rounded import quantize_int4, quantize_int8
@@ -139,7 +151,7 @@ def stacks_of(weight: Tensor) -> list[tuple[KernelLinear, Tensor]]:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 16, 64), (3, 3, 20, 32), (5, 2, 48, 704), (128, 8, 32, 128), (4, 2, 304, 640)], ids=str
 )
-@pytest.mark.parametrize("tokens", [1, 2, 5, MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, 2, 5, MAX_ROWS, MAX_ROWS + 1, 70])
 def test_experts_of_any_rows_equal_their_twins(
     tokens: int, shape: tuple[int, int, int, int], threads: int, dtype: torch.dtype
 ) -> None:
@@ -238,13 +250,15 @@ def test_own_threads_serve_several_callers_and_forks() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_own_threads_are_for_the_few_rows_of_models_that_are_all_kernels() -> None:
+def test_own_threads_are_for_models_that_are_all_kernels() -> None:
     raw = RAW | {"hidden_size": 128, "intermediate_size": 192, "quantization_config": quantization_config(Form(8))}
     model, wide = (random_model(form, dtype=torch.bfloat16) for form in (RAW, raw))
-    exact = random_model(RAW, dtype=torch.float32)
+    exact, split = random_model(RAW, dtype=torch.float32), random_model(RAW, dtype=torch.bfloat16)
+    split.run_blocks = run_blocks  # torch's operators stand between the products
     with on_threads(2):
         for given, rows, expected in (
-            (model, 1, 1), (wide, MAX_ROWS, 1), (model, MAX_ROWS + 1, 2), (exact, 1, 2),
+            (model, 1, 1), (wide, MAX_ROWS, 1), (model, MAX_ROWS + 1, 1), (exact, 1, 2), (split, 1, 1),
+            (split, MAX_ROWS + 1, 2),
         ):  # fmt: skip
             with contextlib.suppress(ZeroDivisionError), cpu.own_threads(given, rows):
                 assert torch.get_num_threads() == expected
@@ -321,8 +335,8 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
 
 
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
-    x, weight = normal(40, 1024), normal(4192, 1024, seed=1)  # pieces are of 8 MiB in bf16 or fp32
-    assert_product(CpuBf16Gemm(weight, None), x, weight, None)
+    x, weight = normal(40, 1024), normal(4192, 1024, seed=1)  # pieces are of half a MiB in bf16 or fp32
+    assert_product(CpuBf16(weight, None), x, weight, None)
     codes, scales = quantize_int8(weight)
     assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
     quantized = quantize_int4(weight, 32)
@@ -331,9 +345,11 @@ def test_weights_of_several_pieces_are_multiplied_whole() -> None:
 
 @pytest.mark.parametrize("rows", [17, 31, 33, 48, 64, 65, 130, 1041])
 def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int) -> None:
-    for N, K in ((16, 32), (48, 608), (224, 96)):
+    for N, K in ((4, 96), (16, 32), (48, 608), (172, 64), (224, 96)):
         x, weight = normal(rows, K), normal(N, K, seed=1)
-        assert_product(CpuBf16Gemm(weight, None), x, weight, None)
+        assert_product(CpuBf16(weight, None), x, weight, None)
+        if N % 16:
+            continue
         codes, scales = quantize_int8(weight)
         assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
         quantized = quantize_int4(weight, 32)
@@ -606,7 +622,23 @@ def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype:
         torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
         begin += size
     for ours, twin in zip(fast.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(ours.float(), twin.float(), rtol=2**-5, atol=2**-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [None, Form(8)], ids=str)
+@pytest.mark.parametrize("number", [0, 3, 5, 6])
+def test_blocks_of_many_rows_equal_their_twins(number: int, form: Form | None) -> None:
+    """Threads share the rows, and a feed-forward takes 512 of them at a time."""
+    config = BLOCK_CONFIGS[number]
+    models = with_kernels(Transformer(config).to(torch.bfloat16), form)
+    tokens = torch.randint(64, (3, 180), generator=torch.Generator().manual_seed(0))
+    for model in models:
+        model.setup_caches(3, 180)
+    plain, fast = (model(tokens, torch.arange(180).expand(3, 180)).float() for model in models)
+    wrong = ~torch.isclose(fast, plain, rtol=2**-6, atol=2**-6 * plain.abs().max().item())
+    # A row would be 1 / 540. Of scores that nearly equal each other rounding chooses, and then other experts compute.
+    assert wrong.float().mean() < (0.02 if config.num_local_experts else 0.0005)
 
 
 @torch.inference_mode()
