@@ -132,9 +132,8 @@ def parse_heads(values: dict[str, Any]) -> dict[str, Any]:
     """Read the sizes of attention: fields of ModelConfig."""
     heads = read_number(values, "num_attention_heads", high=MAX_COUNT)
     hidden_size = read_number(values, "hidden_size", high=MAX_SIZE)
-    # The others that have a default of their own divide where it is null.
-    default_dim = FAMILIES["qwen3"].defaults["head_dim"] if values["model_type"] == "qwen3" else hidden_size // heads
-    defaults = {"num_key_value_heads": heads, "head_dim": default_dim}
+    head_dim = FAMILIES[values["model_type"]].null_head_dim or hidden_size // heads
+    defaults = {"num_key_value_heads": heads, "head_dim": head_dim}
     values = values | {key: default for key, default in defaults.items() if values.get(key) is None}
     kv_heads = read_number(values, "num_key_value_heads", high=MAX_COUNT)
     head_dim = read_number(values, "head_dim", low=2, high=MAX_COUNT)

@@ -15,6 +15,7 @@ class Family(NamedTuple):
     rope_types: Mapping[str, str] = {}  # its names of them -> the types; {} for all, by their own names
     names: Mapping[str, str] = {}  # of tensors on disk: part of ours -> of theirs
     stacked: tuple[str, ...] = ()  # the parameters that it stores as they are stacked in the model
+    null_head_dim: int | None = None  # what head_dim is where it is null; else the heads divide hidden_size
 
 
 QWEN_DEFAULTS: dict[str, Any] = {
@@ -38,7 +39,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family({
         "num_key_value_heads": 32, "head_dim": 128, **QWEN_DEFAULTS, "attention_bias": False,
         "use_qk_norm": True,  # without effect, here and below: q and k are always normed
-    }, fields={"qk_norm": True}, mixed_attention=True),
+    }, fields={"qk_norm": True}, mixed_attention=True, null_head_dim=128),
     "qwen3_moe": Family({
         "num_key_value_heads": 4, "max_position_embeddings": 32768, "use_sliding_window": False,
         "sliding_window": 4096, "attention_bias": False, "use_qk_norm": True, "num_local_experts": None,

@@ -2,7 +2,7 @@
 // [B, S, T], not 0 where a query sees a slot. The G = H / K heads that share a kv head, of some queries, are the rows of a
 // tile. SLOTS slots are taken together; softmax is carried on from such a block to the next (arXiv:1805.02867).
 //
-// In the vectors of codes.h and the products of gemm.h. Of the instruction set's header it needs pair_up, weight_of and flags_of.
+// In the vectors of codes.h and the products of gemm.h. Of the instruction set's header it needs SLOTS and flags_of.
 
 constexpr int TILE_ROWS = 64;  // unless the heads of one query are more
 
@@ -32,18 +32,18 @@ static inline Floats exponential(Floats x) {
 
 // Put k of slots [first, first + SLOTS) in columns of cells, [width / PER_CELL, SLOTS]; beyond D they are 0. Where there is
 // no slot, `last` - 1 stands for it.
-template <class Tile>
-static void columns_of(const Tile& tile, int64_t first, int64_t last, Cell* keys) {
+template <class O, class T>
+static void columns_of(const Tile<T>& tile, int64_t first, int64_t last, typename O::Cell* keys) {
     for (int64_t t = 0; t < SLOTS; t += LANES)
-        for (int64_t d = 0; d < tile.width(); d += LANES * PER_CELL) {
-            Cells rows[LANES];
+        for (int64_t d = 0; d < tile.width(); d += LANES * O::PER_CELL) {
+            typename O::Cells rows[LANES];
             for (int64_t i = 0; i < LANES; i++) {
                 const auto* k = tile.k + std::min(first + t + i, last - 1) * tile.D + d;
                 if (d % 32 == 0 && d < tile.D) fetch(k);
-                rows[i] = load_cells(k, tile.D - d);
+                rows[i] = O::load(k, tile.D - d);
             }
             transpose(rows);
-            for (int64_t i = 0; i < LANES; i++) store(keys + (d / PER_CELL + i) * SLOTS + t, rows[i]);
+            for (int64_t i = 0; i < LANES; i++) store(keys + (d / O::PER_CELL + i) * SLOTS + t, rows[i]);
         }
 }
 
@@ -63,7 +63,8 @@ static float mask_scores(float* scores, const uint8_t* mask, int64_t there, floa
 }
 
 // Turn a row's scores into weights, relative to the largest score, and return their sum.
-static float weigh(const float* scores, float largest, Weight* weights) {
+template <class Value>
+static float weigh(const float* scores, float largest, Value* weights) {
     Floats sum = {};
     for (int i = 0; i < SLOTS; i += LANES) {
         const Floats score = load<Floats>(scores + i);
@@ -76,47 +77,49 @@ static float weigh(const float* scores, float largest, Weight* weights) {
 
 // Put slots [first, first + SLOTS) of v in cells; 0 for those that no query sees: they may hold anything, NaN too.
 // seen: a bit for each, none from `last` on, whose memory is not even asked for: what is not mapped takes long.
-template <class Tile>
-static void values_of(const Tile& tile, int64_t first, int64_t last, uint64_t seen, Cell* cells) {
-    for (int64_t t = 0; t < SLOTS; t += PER_CELL)
-        for (int64_t d = 0; d < tile.width(); d += LANES * PER_CELL, cells += LANES * PER_CELL) {
-            Cells slots[PER_CELL];
-            for (int64_t i = 0; i < PER_CELL; i++) {
+template <class O, class T>
+static void values_of(const Tile<T>& tile, int64_t first, int64_t last, uint64_t seen, typename O::Cell* cells) {
+    for (int64_t t = 0; t < SLOTS; t += O::PER_CELL)
+        for (int64_t d = 0; d < tile.width(); d += LANES * O::PER_CELL, cells += LANES * O::PER_CELL) {
+            typename O::Cells slots[O::PER_CELL];
+            for (int64_t i = 0; i < O::PER_CELL; i++) {
                 const auto* v = tile.v + std::min(first + t + i, last - 1) * tile.D + d;
                 if (d % 32 == 0) fetch(v);
-                slots[i] = load_cells(v, seen >> (t + i) & 1 ? tile.D - d : 0);
+                slots[i] = O::load(v, seen >> (t + i) & 1 ? tile.D - d : 0);
             }
-            pair_up(slots);
-            for (int i = 0; i < PER_CELL; i++) store(cells + LANES * i, slots[i]);
+            O::pair_up(slots);
+            for (int i = 0; i < O::PER_CELL; i++) store(cells + LANES * i, slots[i]);
         }
 }
 
 // Buffers of a thread, for a tile; rows are padded.
+template <class O>
 struct Scratch {
     Room<uint8_t> seen;             // [T], by any query of the tile, and as many zeros as a block may go beyond
-    Room<Weight> queries, weights;  // [rows, width], [rows, SLOTS]
+    Room<typename O::Value> queries, weights;  // [rows, width], [rows, SLOTS]
     Room<float> scores;             // [rows, SLOTS]
     Room<float> before, now;        // [rows], the largest scores without and with a block
     Room<float> shrink;             // [rows], the factor of what was summed up before it
-    Room<Cell> keys, values;        // [width / PER_CELL, SLOTS] of k, [SLOTS / PER_CELL, width] of v
+    Room<typename O::Cell> keys, values;  // [width / PER_CELL, SLOTS] of k, [SLOTS / PER_CELL, width] of v
 };
 
 // Attend to the slots of part `split` of `splits` of those that the tile sees: outputs [rows, width], not yet divided
 // by the total weights, and each row's largest score and total weight.
 template <class T>
 static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* out, float* largest, float* total) {
-    static thread_local Scratch scratch;
+    using O = Operands<T>;
+    static thread_local Scratch<O> scratch;
     // Found once: where a thread's own variable is takes a call to find out.
     const int64_t rows = tile.rows(), width = tile.width(), room = padded(rows);
     uint8_t* seen = scratch.seen.of(tile.slots + SLOTS);
-    Weight *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
+    typename O::Value *queries = scratch.queries.of(room * width), *weights = scratch.weights.of(room * SLOTS);
     float *scores = scratch.scores.of(room * SLOTS), *before = scratch.before.of(rows + LANES);
     float *now = scratch.now.of(rows + LANES), *shrink = scratch.shrink.of(rows + LANES);
-    Cell *keys = scratch.keys.of(width / PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / PER_CELL * width);
-    std::fill(queries, queries + rows * width, Weight(0));
+    typename O::Cell *keys = scratch.keys.of(width / O::PER_CELL * SLOTS), *values = scratch.values.of(SLOTS / O::PER_CELL * width);
+    std::fill(queries, queries + rows * width, typename O::Value(0));
     for (int64_t r = 0; r < rows; r++) {
         const T* row = tile.row(r);
-        for (int64_t d = 0; d < tile.D; d++) queries[r * width + d] = weight_of(row[d]);
+        for (int64_t d = 0; d < tile.D; d++) queries[r * width + d] = O::value_of(row[d]);
     }
     std::fill(seen, seen + tile.slots + SLOTS, 0);
     for (int64_t s = 0; s < tile.queries; s++) {
@@ -133,9 +136,9 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
     const float scale = 1 / std::sqrt(float(tile.D));
     for (int64_t t = begin; t < end; t += SLOTS) {
         const int64_t there = std::min<int64_t>(SLOTS, end - t);  // another split's are not ours
-        columns_of(tile, t, end, keys);
+        columns_of<O>(tile, t, end, keys);
         std::fill(scores, scores + rows * SLOTS, 0);
-        multiply_add(queries, width, keys, scores, rows, width / PER_CELL, SLOTS);
+        multiply_add<O>(queries, width, keys, scores, rows, width / O::PER_CELL, SLOTS);
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t* mask = tile.mask + r / tile.G * tile.slots + t;
             before[r] = largest[r];
@@ -152,8 +155,8 @@ static void attend(const Tile<T>& tile, int64_t split, int64_t splits, float* ou
             if (factor != 1)
                 for (int64_t d = 0; d < tile.D; d++) out[r * width + d] *= factor;
         }
-        values_of(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
-        multiply_add(weights, SLOTS, values, out, rows, SLOTS / PER_CELL, width);
+        values_of<O>(tile, t, end, flags_of(seen + t) & (there < SLOTS ? (1ull << there) - 1 : ~0ull), values);
+        multiply_add<O>(weights, SLOTS, values, out, rows, SLOTS / O::PER_CELL, width);
     }
 }
 

@@ -4,15 +4,18 @@
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
 
 constexpr char INSTRUCTION_SET[] = "avx512";
-constexpr bool TAKES_HALF = false;  // models in float16
 constexpr bool HAS_BF16 = true;
-constexpr bool UNPACKS = true;      // codes above MAX_ROWS, for GEMM
 constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
 constexpr int PARALLEL_SUMS = 20;   // vectors of them, in codes.h
 constexpr int REGISTER_ROWS = 8;    // of x, whose sums stay in registers there
 
 using Floats = __m512;
 constexpr int LANES = 16;
+
+struct Wide;
+struct Pairs;
+template <class T>  // what values of x are multiplied as, where they are multiplied again and again
+using Operands = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Wide>;
 
 static inline __m512 load_wide(const bf16* p) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -23,6 +26,18 @@ static inline __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store_narrow(bf16* p, __m512 values) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(values));
 }
+
+static inline void store_narrow(half* p, __m512 values) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store_narrow(float* p, __m512 values) { _mm512_storeu_ps(p, values); }
+
+// 32 values in two vectors.
+struct Two {
+    __m512 first, second;
+};
+
+static inline Two load_two(const half* p) { return {load_wide(p), load_wide(p + 16)}; }
 
 static inline __m512bh load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
@@ -148,7 +163,7 @@ static void bf16_blocks(const bf16* x, const bf16* w, bf16* y, int64_t N, int64_
 // Do the same by tiles, and say whether they are for so many rows.
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K);
 
-static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
+static void dense_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
     if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
     if (M > MAX_ROWS && !experts)
@@ -166,23 +181,17 @@ static void bf16_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64
 }
 
 #include "codes.h"
+#include "wide.h"
+
+static void dense_product(const half* x, const half* w, half* y, int64_t M, int64_t N, int64_t K, const int64_t* experts) {
+    wide_product(x, w, y, M, N, K, experts);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention: two values of 16 bits are one cell
+// What is multiplied again and again: pairs of bf16, and fp16 in fp32
 
-constexpr int SLOTS = 64;  // taken together
-constexpr int PER_CELL = 2;
-constexpr int SUMS = 16;  // vectors of them, in gemm.h
-using Cell = int32_t;
-using Cells = __m512i;
-using Weight = bf16;
-
-static inline Weight weight_of(bf16 value) { return value; }
-
-// Of 32 values the first `count`, all where they are more; 0 for the others, whose memory is not read.
-static inline __m512i load_cells(const bf16* p, int64_t count) {
-    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
-}
+constexpr int SLOTS = 64;  // of attention, taken together
+constexpr int SUMS = 16;   // vectors of them, in gemm.h
 
 // Transpose 16 x 16 values of 32 bits.
 static inline void transpose(__m512i* v) {
@@ -215,15 +224,29 @@ static inline uint64_t flags_of(const uint8_t* seen) {
     return _mm512_test_epi8_mask(flags, flags);
 }
 
-// Turn two slots' values into pairs: those of the first half of the columns, and those of the second.
-static inline void pair_up(__m512i* slots) {
-    const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008, 0x270007,
-                                         0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), first = slots[0];
-    slots[0] = _mm512_permutex2var_epi16(first, low, slots[1]);
-    slots[1] = _mm512_permutex2var_epi16(first, high, slots[1]);
-}
+static inline void transpose(__m512* v) { transpose((__m512i*)v); }
 
+struct Pairs {  // as `Wide` (gemm.h)
+    using Value = bf16;
+    using Cell = int32_t;
+    using Cells = __m512i;
+    static constexpr int PER_CELL = 2;
+
+    static bf16 value_of(bf16 value) { return value; }
+
+    static __m512i load(const bf16* p, int64_t count) {
+        return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << std::max<int64_t>(0, count)) - 1, p);
+    }
+
+    // Turn two rows into pairs: those of the first half of the columns, and those of the second.
+    static void pair_up(__m512i* rows) {
+        const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
+                                             0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), first = rows[0];
+        rows[0] = _mm512_permutex2var_epi16(first, low, rows[1]);
+        rows[1] = _mm512_permutex2var_epi16(first, high, rows[1]);
+    }
+};
 // ---------------------------------------------------------------------------------------------------------------------
 // Codes, for GEMM
 

@@ -18,10 +18,10 @@ constexpr int AHEAD = 32768 / BITS;  // bytes between the codes that are read an
 constexpr int VECTORS = 2;  // that hold a number for each row of a block
 constexpr int CODE_ROWS = VECTORS * LANES;
 
-// Whether codes of so many bits are multiplied in whole numbers, but for tiles (tiles.h), which take bf16. Of int4, AMD's
-// processors multiply pairs of bf16 as fast; Intel's take twice as long.
-template <int BITS>
-constexpr bool IN_WHOLE = BITS == 8 || !HAS_BF16 || !IS_AMD;
+// Whether codes of so many bits are multiplied with x of T in whole numbers, but for tiles (tiles.h), which take bf16. Of
+// int4, AMD's processors multiply pairs of bf16 as fast; Intel's take twice as long.
+template <int BITS, class T>
+constexpr bool IN_WHOLE = BITS == 8 || !HAS_BF16 || !IS_AMD || !std::is_same_v<T, bf16>;
 
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
@@ -156,13 +156,13 @@ static inline void each_pair(const uint8_t* w, Run run) {
 }
 
 // Add the products of C rows of x, and STEP columns of a block of w, to sums [C, VECTORS].
-template <int BITS, int C>
+template <int BITS, bool WHOLE, int C>
 static inline void add_step(const int16_t* x, const float* x_scales, const float* totals, const uint8_t* w, const Floats* scales,
                             const Floats* zeros, Floats (*sums)[VECTORS]) {
     constexpr int PARTS = std::clamp(PARALLEL_SUMS / (C * VECTORS), 1, BITS / 2);  // side by side, as measured: adding to one waits
-    using Sums = std::conditional_t<IN_WHOLE<BITS>, Ints, Floats>;
+    using Sums = std::conditional_t<WHOLE, Ints, Floats>;
     Sums parts[C][VECTORS][PARTS];  // not set to 0 here: GCC would do so in memory
-    each_pair<BITS, IN_WHOLE<BITS>, C == 1>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
+    each_pair<BITS, WHOLE, C == 1>(w, [&](int i, const Shorts* codes) __attribute__((always_inline)) {
         for (int c = 0; c < C; c++) {
             int32_t pair;
             std::memcpy(&pair, x + c * STEP + 2 * i, 4);
@@ -176,7 +176,7 @@ static inline void add_step(const int16_t* x, const float* x_scales, const float
         for (int h = 0; h < VECTORS; h++) {
             for (int i = 1; i < PARTS; i++) parts[c][h][0] += parts[c][h][i];
             const Floats exact = __builtin_convertvector(parts[c][h][0], Floats) - zeros[h] * totals[c];
-            sums[c][h] += (IN_WHOLE<BITS> ? exact * x_scales[c] : exact) * scales[h];
+            sums[c][h] += (WHOLE ? exact * x_scales[c] : exact) * scales[h];
         }
 }
 
@@ -185,6 +185,7 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
                                                   int64_t N, int64_t K, int64_t group, int64_t first, int64_t last) {
     constexpr int C = M > REGISTER_ROWS ? (M + 1) / 2 : M;  // rows of x whose sums stay in registers
     constexpr int BYTES = CODE_ROWS * STEP * BITS / 8;
+    constexpr bool WHOLE = IN_WHOLE<BITS, T>;
     w += first * CODE_ROWS * K * BITS / 8;
     int64_t at = first * (K / group) * CODE_ROWS;
     for (int64_t n = first; n < last; n++) {
@@ -196,12 +197,12 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
             _mm_prefetch(scales.place(at) + AHEAD<BITS> / 4, _MM_HINT_T0);
             if (zeros) _mm_prefetch((const char*)zeros + at * BITS / 8 + AHEAD<BITS> / 8, _MM_HINT_T0);
             Floats zero[VECTORS], scale[VECTORS];
-            zeros_of<BITS, IN_WHOLE<BITS>>(zeros, at, zero);
+            zeros_of<BITS, WHOLE>(zeros, at, zero);
             for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
             for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
-                add_step<BITS, C>(values, x_scales, totals, w, scale, zero, sums);
+                add_step<BITS, WHOLE, C>(values, x_scales, totals, w, scale, zero, sums);
                 if constexpr (M > C)
-                    add_step<BITS, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
+                    add_step<BITS, WHOLE, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
             }
         }
         for (int m = 0; m < M; m++)
@@ -223,7 +224,8 @@ template <int BITS, class T>
 static void code_product(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                          int64_t K, int64_t group, const int64_t* experts) {
     if (!experts && codes_by_tiles<BITS>(x, w, scales, zeros, y, M, N, K, group)) return;
-    if constexpr (UNPACKS)
+    // In fp32 GEMM would be slower than these products are at any number of rows.
+    if constexpr (std::is_same_v<typename Operands<T>::Value, bf16>)
         if (M > MAX_ROWS && !experts)
             return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
                 static thread_local Room<T> room;
@@ -233,7 +235,7 @@ static void code_product(const T* x, const uint8_t* w, Scales scales, const uint
                     unpack<BITS>(w, scales, zeros, K, group, (first + i) / CODE_ROWS, rows + i * stride, stride);
                 return std::pair<const T*, int64_t>(rows, stride);
             });
-    over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS>, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+    over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS, T>, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
         WITH_M(pass.rows, code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last))
     });
 }

@@ -320,8 +320,7 @@ template <class Run>
 static Tensor with_floats(const Tensor& x, const std::vector<int64_t>& sizes, Run run) {
     const int32_t type = type_of(x);
     Tensor y = empty(sizes, type);
-    if constexpr (TAKES_HALF)
-        if (type == aoti_torch_dtype_float16()) return run(static_cast<half*>(y.mutable_data_ptr())), y;
+    if (type == aoti_torch_dtype_float16()) return run(static_cast<half*>(y.mutable_data_ptr())), y;
     return run(static_cast<bf16*>(y.mutable_data_ptr())), y;
 }
 
@@ -377,7 +376,7 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
     template <class T>
     void multiply_with(int64_t number, const T* x, T* y, int64_t M, const int64_t* experts = nullptr) const {
         const int64_t N = outputs, K = inputs;
-        if (bits == 16) return ::bf16_product(x, values_of<T>(tensors[0]) + number * N * K, y, M, N, K, experts);
+        if (bits == 16) return ::dense_product(x, values_of<T>(tensors[0]) + number * N * K, y, M, N, K, experts);
         const int64_t at = number * N * (K / group);
         const auto* codes = (const uint8_t*)tensors[0].const_data_ptr() + number * N * K * bits / 8;
         const auto* zeros = tensors.size() == 3 ? (const uint8_t*)tensors[2].const_data_ptr() + at * bits / 8 : nullptr;

@@ -32,7 +32,7 @@ from model import MLP, Block, BlockContext, ModelConfig, MoE, RMSNorm, Transform
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("cpu.cpp", "threads.h", "codes.h", "gemm.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
+    for name in ("cpu.cpp", "threads.h", "codes.h", "wide.h", "gemm.h", "attention.h", "avx512.h", "tiles.h", "avx2.h")
 ]
 NEEDED = {"avx2", "fma", "f16c"}  # of a CPU, as Linux names them
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
@@ -177,10 +177,6 @@ def packed_weight(values: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
     return frozen_parameter(weight.view(dtype or values.dtype))
 
 
-# Of the models that are served, by instruction set.
-DTYPES = {"amx": (torch.bfloat16,), "avx512": (torch.bfloat16,), "avx2": (torch.bfloat16, torch.float16), None: ()}
-
-
 @cache
 def instruction_set() -> str | None:
     """Return what cpu.cpp uses: «amx» (AVX-512 and tiles), «avx512» or «avx2»; None where there is no library."""
@@ -192,7 +188,7 @@ def instruction_set() -> str | None:
 
 def dtypes() -> tuple[torch.dtype, ...]:
     """Return the dtypes of the models that cpu.cpp serves on this CPU."""
-    return DTYPES[instruction_set()]
+    return (torch.bfloat16, torch.float16) if library() else ()
 
 
 def has_kernel(dtype: torch.dtype, weight: Tensor, rows: int, columns: int) -> bool:

@@ -111,6 +111,9 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
+template <class A, class B>
+static bool multiply_add_by_tiles(const A*, int64_t, const B*, float*, int64_t, int64_t, int64_t) { return false; }
+
 // As `multiply_add` (gemm.h), in whole tiles of 16 rows, for which a and sums have room.
 static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
     if (rows < MULTIPLY_TILES_FROM || !has_tiles()) return false;
@@ -146,7 +149,7 @@ static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* 
 template <int BITS, class T>
 static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const uint8_t* zeros, T* y, int64_t M, int64_t N,
                            int64_t K, int64_t group) {
-    if (M < MAX_M || M > TILES_TO || !has_tiles()) return false;
+    if (M < MAX_M || M > TILES_TO || !std::is_same_v<T, bf16> || !has_tiles()) return false;
     auto run = [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
         const int64_t rows = pass.rows;
         T* const out = y + pass.out(N);
