@@ -345,7 +345,7 @@ def test_weights_of_several_pieces_are_multiplied_whole() -> None:
 
 @pytest.mark.parametrize("rows", [17, 31, 33, 48, 64, 65, 130, 1041])
 def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int) -> None:
-    for N, K in ((4, 96), (16, 32), (48, 608), (172, 64), (224, 96)):
+    for N, K in ((4, 96), (16, 32), (16, 2080), (48, 608), (172, 64), (224, 96)):
         x, weight = normal(rows, K), normal(N, K, seed=1)
         assert_product(CpuBf16(weight, None), x, weight, None)
         if N % 16:
@@ -627,7 +627,7 @@ def test_blocks_equal_their_twins(config: ModelConfig, form: Form | None, dtype:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("form", [None, Form(8)], ids=str)
-@pytest.mark.parametrize("number", [0, 3, 5, 6])
+@pytest.mark.parametrize("number", [0, 1, 3, 5, 6])
 def test_blocks_of_many_rows_equal_their_twins(number: int, form: Form | None) -> None:
     """Threads share the rows, and a feed-forward takes 512 of them at a time."""
     config = BLOCK_CONFIGS[number]
@@ -658,7 +658,8 @@ def test_the_first_block_of_a_head_equals_its_twin(norm_before_residual: bool) -
 
 
 @torch.inference_mode()
-def test_columns_in_an_order_of_their_own_are_taken() -> None:
+@pytest.mark.parametrize("length", [3, 3 * MAX_ROWS])
+def test_columns_in_an_order_of_their_own_are_taken(length: int) -> None:
     plain, fast = with_kernels(Transformer(CONFIG).bfloat16())
     for model in (plain, fast):
         attn, mlp = model.layers[1].self_attn, cast("MLP", model.layers[1].mlp)
@@ -666,8 +667,10 @@ def test_columns_in_an_order_of_their_own_are_taken() -> None:
         mlp.set_submodule("down_proj", Reordered(mlp.down_proj, torch.arange(192).roll(7)))
     cpu.optimize_blocks_(fast)
     assert isinstance(fast.run_blocks, CpuBlocks)
-    tokens = torch.arange(6).view(2, 3)
-    ours, twin = (model(tokens, torch.arange(3)).float() for model in (fast, plain))
+    for model in (fast, plain):
+        model.setup_caches(2, length)
+    tokens = torch.arange(2 * length).view(2, length) % 64
+    ours, twin = (model(tokens, torch.arange(length)).float() for model in (fast, plain))
     torch.testing.assert_close(ours, twin, rtol=2**-6, atol=2**-6 * twin.abs().max().item())
 
 
