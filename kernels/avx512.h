@@ -1,5 +1,5 @@
 // What cpu.cpp needs of AVX-512 with bf16 and VNNI: products in fp32 sums of pairs of bf16 (vdpbf16ps), of codes in sums
-// of pairs of int16 (vpdpwssd), and attention in fp32 sums.
+// of pairs of int16 (vpdpwssd), and attention in fp32 sums. x in fp16 is multiplied in fp32 (wide.h).
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
 

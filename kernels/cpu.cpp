@@ -1,4 +1,4 @@
-// Products of a few rows of activations with a weight that is streamed once from memory.
+// Products of activations with a weight: of a few rows, which stream it once from memory, and of many.
 //
 // y[M, N] = x[M, K] w[N, K]^T, x and y in bf16 or fp16. cpu.py compiles this file, packs the weights, and has the plain
 // twin of each function. N is a multiple of 4 and K of 32; with int8 and int4 N of CODE_ROWS. Of a stack of weights
@@ -11,15 +11,14 @@
 // codes.h, those of many rows in gemm.h and attention in attention.h, all three for all of them. What differs is in a
 // header for each instruction set, of which the compiler takes one:
 //
-//                          avx512.h: AVX-512 with bf16 and VNNI       avx2.h: AVX2, FMA, F16C
-//   x                      bf16                                       bf16, fp16
-//   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                 bf16_sums, in fp32
-//   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point       the same
-//   int4, 1 to 8 rows      the same; AMD's processors, codes as bf16  the same
-//   more rows              8 at a time; above 16, GEMM in bf16        8 at a time; w as x above 32, GEMM in fp32
-//   attention              pairs of bf16                              in fp32
+//                          avx512.h: AVX-512 with bf16 and VNNI, x in bf16  avx2.h: AVX2, FMA, F16C; AVX-512, x in fp16
+//   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                       wide_sums, in fp32
+//   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point             the same
+//   int4, 1 to 8 rows      the same; AMD's processors, codes as bf16        code_blocks, x in 16-bit fixed point
+//   more rows              8 at a time; above 16, GEMM in bf16              8 at a time; w as x above MAX_ROWS, GEMM in fp32
+//   attention              pairs of bf16                                    in fp32
 //
-// With AMX, tiles.h has w as x from 4 rows on, codes from 8 on, and the products of GEMM and attention from 6 rows on.
+// With AMX, tiles.h has, for x in bf16, w as x from 4 rows on, codes from 8 on, and GEMM and attention from 6 rows on.
 //
 // w of bf16 and fp16 is [N, K] as it is. Of int8 and int4, R = CODE_ROWS rows, two vectors of 32 bits, are interleaved:
 // int8 w [N / R, K / 2, R, 2]; int4 w [N / R, K / 8, R] words of 32 bits, each of 8 columns of a row: from the low end,
@@ -71,7 +70,7 @@ static inline float widen(bf16 value) {
     return result;
 }
 
-// x is bf16 or, where the instruction set takes it, fp16. Scales come as the checkpoint has them: bf16, fp16 and fp32.
+// x is bf16 or fp16. Scales come as the checkpoint has them: bf16, fp16 and fp32.
 struct half {
     uint16_t bits;
 };
@@ -139,7 +138,7 @@ struct Room {
     }
 };
 
-// While a step runs, torch works on one thread, and our products on so many of our own; 0: on torch's, as GEMM does.
+// While a step runs, torch works on one thread, and our products on so many of our own; 0: on torch's.
 static thread_local int own_threads = 0;
 
 static int64_t num_threads() { return own_threads ? own_threads : omp_get_max_threads(); }
@@ -481,8 +480,8 @@ struct __attribute__((visibility("hidden"))) Tokens {
 };
 
 // One of the two halves of `model.Block` on one rank: attention, a feed-forward, or experts. cpu.py describes those of a
-// model once and then runs all of them together, for a few rows: an operator for each of their steps would take longer
-// than they do. What they compute is rounded where the plain model rounds.
+// model once and then runs all of them together: of a few rows, an operator for each of their steps would take longer than
+// they do; of many, torch's operators between products read and write x more often. What they compute is rounded where the plain model rounds.
 struct __attribute__((visibility("hidden"))) Sublayer {
     OptionalTensor norm, output_norm;
     double eps;
@@ -508,10 +507,14 @@ struct __attribute__((visibility("hidden"))) Sublayer {
 
     int64_t width() const { return last.outputs; }
 
-    // M rows of x, or parts of a row, in place.
+    // Return what norms M rows of x, or parts of a row, in place. The weight is looked at here: what is not taken is an error,
+    // which threads may not raise.
     template <class T>
-    void normalize(T* x, const OptionalTensor& weight, int64_t M) const {
-        if (weight) ::rms_norm(x, values_of<T>(*weight), M, weight->size(0), eps, offset);
+    auto norm_of(const OptionalTensor& weight) const {
+        const T* factors = weight ? values_of<T>(*weight) : nullptr;
+        return [=, size = weight ? weight->size(0) : 0](T* x, int64_t M) {
+            if (factors) ::rms_norm(x, factors, M, size, eps, offset);
+        };
     }
 
     // y [M, E] of x [M, E], or of [M, 2 E] with features; caches: of keys and of values.
@@ -519,11 +522,12 @@ struct __attribute__((visibility("hidden"))) Sublayer {
     void run(const T* x, T* y, const Tokens& tokens, const Tensor* caches) const {
         const int64_t M = tokens.B * tokens.S, E = width(), K = feature_norm ? 2 * E : E;
         T* inputs = room<0, T>(M * K);
+        const auto norm_x = norm_of<T>(norm), norm_features = norm_of<T>(feature_norm), norm_y = norm_of<T>(output_norm);
         for_rows(M, [=](int64_t m, int64_t count) {
             std::memcpy(inputs + m * K, x + m * K, count * K * sizeof(T));
             for (int64_t end = m + count; m < end; m++) {
-                normalize(inputs + m * K, norm, 1);
-                normalize(inputs + m * K + E, feature_norm, 1);
+                norm_x(inputs + m * K, 1);
+                norm_features(inputs + m * K + E, 1);
             }
         });
         // In parts, since a feed-forward is several times as wide as x.
@@ -534,7 +538,7 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         }
         if (context) attend(inputs, y, tokens, caches[0], caches[1]);
         for_rows(M, [=](int64_t m, int64_t count) {
-            normalize(y + m * E, output_norm, count);
+            norm_y(y + m * E, count);
             scale(y + m * E, multiplier, count * E);
             for (int64_t end = m + count; m < end; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
         });
@@ -555,10 +559,12 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         T *heads = room<1, T>(M * N), *q = room<2, T>(M * H * D), *attended = room<3, T>(M * H * D);
         T *keys = (T*)values_of<T>(k_cache), *values = (T*)values_of<T>(v_cache);
         first.multiply(x, heads, M);
+        const auto norm_q = norm_of<T>(q_norm), norm_k = norm_of<T>(k_norm);
+        const int64_t q_norms = q_norm ? H * D / q_norm->size(0) : 0, k_norms = k_norm ? K * D / k_norm->size(0) : 0;
         auto place_heads = [&](int64_t m) {
             T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
-            if (q_norm) normalize(row, q_norm, H * D / q_norm->size(0));
-            if (k_norm) normalize(k, k_norm, K * D / k_norm->size(0));
+            norm_q(row, q_norms);
+            norm_k(k, k_norms);
             for (T* head = row; head < v; head += D)
                 rotate(head, data<float>(cos) + 2 * R * m, data<float>(sin) + 2 * R * m, R);
             scale(row, query_multiplier, H * D);

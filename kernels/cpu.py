@@ -1,4 +1,4 @@
-"""Products with a few rows, and attention, at memory speed on x86 CPUs: cpu.cpp and its layers.
+"""Products and attention at the speed of x86 CPUs, and of their memory: cpu.cpp and its layers.
 
 cpu.cpp is compiled when a model first needs it, and kept in the user's cache: for AVX-512 with bf16 and VNNI where the
 CPU has them, else for AVX2. LLAMA_KERNELS_MARCH holds it to less, as the compiler's -march (x86-64-v3: AVX2). The plain
@@ -109,8 +109,8 @@ def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
     """While products of so many rows run, let them do so on threads of cpu.cpp's own, and torch on one.
 
     OpenMP's threads, which torch has, wait for each other after each product; beside another busy program that takes a
-    time slice of it. Changes nothing for a model that has other products, or for many rows where torch's operators
-    stand between them.
+    time slice of it. Of torch's own loops MKL's keep them, such as the cosines of a long prompt. Changes nothing for a
+    model that has other products, or for many rows where torch's operators stand between them.
     """
     few = num_rows <= MAX_ROWS or isinstance(getattr(model, "run_blocks", None), CpuBlocks)
     if model not in served or not few or (num_threads := torch.get_num_threads()) == 1:
@@ -257,7 +257,7 @@ class CpuLinear(KernelLinear):
     gemm: Callable[..., Tensor] = product
 
 
-class CpuBf16(CpuLinear):
+class CpuDense(CpuLinear):
     """bf16 or fp16, the weight [N, K] as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -359,7 +359,10 @@ def optimize_blocks_(model: Transformer) -> None:
 
 
 class CpuBlocks:
-    """`model.run_blocks` for one rank, all in one call: the steps of a few rows take less time than so many calls.
+    """`model.run_blocks` for one rank, all in one call.
+
+    The steps of a few rows take less time than so many calls; between the products of many, torch would read and write
+    x more often.
 
     The call is told once which modules and tensors there are: to hand over some hundred at each token takes a good part
     of a small model's step. So a parameter that is replaced by another one and hooks of the blocks do nothing; what is

@@ -123,6 +123,7 @@ static Cell* room_for_x(int64_t cells) {
 template <class T, class RowsOf>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
     using O = Operands<T>;
+    if (!N) return;
     if (M > ROWS_TOGETHER) {
         const int64_t half = (M / 2 + PANEL - 1) / PANEL * PANEL;
         gemm(x, y, half, N, K, rows_of);

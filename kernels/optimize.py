@@ -94,7 +94,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
         if layer is not None and stored.order is not None:
             return Reordered(layer, stored.order)
     elif stored.weight.is_contiguous() and cpu.has_kernel(dtype, stored.weight, cpu.BLOCK_ROWS, 32):
-        layer = cpu.CpuBf16(stored.weight, getattr(stored, "bias", None))
+        layer = cpu.CpuDense(stored.weight, getattr(stored, "bias", None))
     else:
         return None
     return KernelExperts(layer) if isinstance(layer, KernelLinear) and stored.weight.ndim == 3 else layer

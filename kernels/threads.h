@@ -44,7 +44,7 @@ struct alignas(64) Helper {
 class Pool {
   public:
     // Call run(thread) on up to `count` threads, this one with 0. run takes pieces of work until there are none, and
-    // returns how many it took. Whoever is late is not called. One caller at a time: another works alone.
+    // returns how many it took; it may not throw. Whoever is late is not called. One caller at a time: another works alone.
     template <class Run>
     void call(int count, const Run& run) {
         std::unique_lock<std::mutex> turn(calling, std::try_to_lock);

@@ -1,5 +1,5 @@
-// Products in fp32 of a few rows of x with w, both in bf16 or fp16: all there is with AVX2, and fp16's with AVX-512. Above
-// MAX_ROWS, GEMM.
+// Products in fp32 of x with w, both in bf16 or fp16: all there are with AVX2, and fp16's with AVX-512. Above MAX_ROWS of x
+// they are by GEMM, but for experts.
 //
 // Of the instruction set's header it needs Two and load_two: values in two vectors, in an order that is the same for x and w.
 

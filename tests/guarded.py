@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuBf16, CpuInt4, CpuInt8, CpuLinear, code_rows, library
+from kernels.cpu import CpuDense, CpuInt4, CpuInt8, CpuLinear, code_rows, dtypes, library
 from kernels.layers import MAX_ROWS
 from linears import pack_nibbles
 from tests.rounded import quantize_int4, quantize_int8
@@ -33,14 +33,14 @@ def guarded(tensor: Tensor, at_end: bool) -> Tensor:
 
 
 def drawn(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
+    return torch.randn(shape).to(torch.get_default_dtype())
 
 
 def products(at_end: bool) -> int:
     count = 0
     for N, K in [(4, 64), (64, 128), (32, 64), (36, 704), (96, 2112)]:
         weight = drawn(N, K)
-        layers: list[CpuLinear] = [CpuBf16(weight, None)]
+        layers: list[CpuLinear] = [CpuDense(weight, None)]
         if N % code_rows() == 0:
             layers.append(CpuInt8(*quantize_int8(weight), None))
             layers.append(CpuInt8(*quantize_int8(weight, 32), None, torch.ones(N, K // 32, dtype=torch.int8)))
@@ -76,11 +76,11 @@ def attentions(at_end: bool) -> int:
 
 def blocks(at_end: bool) -> int:
     kernels, count = torch.ops.kernels, 0
-    for rows, heads, kv_heads, head_dim in [(1, 4, 2, 32), (3, 2, 2, 80), (MAX_ROWS, 1, 1, 96)]:
+    for rows, heads, kv_heads, head_dim in [(1, 4, 2, 32), (3, 2, 2, 80), (MAX_ROWS, 1, 1, 96), (33, 2, 1, 32)]:
         size = 32 * heads
         x, weight, both, back = drawn(1, rows, size), drawn(size), drawn(192, size), drawn(size, 96)
         qkv, o = drawn((heads + 2 * kv_heads) * head_dim, size), drawn(size, heads * head_dim)
-        cos, sin = torch.randn(2, 1, rows, 1, 2, head_dim // 2)
+        cos, sin = torch.randn(2, 1, rows, 1, 2, head_dim // 2, dtype=torch.float32)
         positions, mask = torch.arange(rows)[None], torch.ones(1, rows, rows, dtype=torch.bool)
         caches = [drawn(1, kv_heads, rows, head_dim) for _ in range(2)]
 
@@ -119,5 +119,9 @@ def blocks(at_end: bool) -> int:
 if __name__ == "__main__":
     assert library() is not None
     torch.manual_seed(0)
-    with torch.inference_mode():
-        print(sum(products(at_end) + attentions(at_end) + blocks(at_end) for at_end in (True, False)))
+    count = 0
+    for dtype in dtypes():
+        torch.set_default_dtype(dtype)
+        with torch.inference_mode():
+            count += sum(products(at_end) + attentions(at_end) + blocks(at_end) for at_end in (True, False))
+    print(count)

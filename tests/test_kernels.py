@@ -26,7 +26,7 @@ from checkpoint import load_model, save_hub_checkpoint
 from compressed import quantization_config
 from eagle import FirstBlock
 from kernels import cpu, inductor
-from kernels.cpu import CpuBf16, CpuBlocks, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
+from kernels.cpu import CpuBlocks, CpuDense, CpuInt4, CpuInt8, code_rows, empty_weight, packed_weight
 from kernels.experts import KernelExperts
 from kernels.inductor import MAX_REDUCTION_ROWS, is_reduction
 from kernels.layers import MAX_ROWS, FusedLinear, KernelLinear, Reordered
@@ -104,7 +104,7 @@ def test_products_equal_their_twins_at_every_number_of_rows(
 ) -> None:
     N, K = shape
     x, weight, bias = (normal(*size, seed=seed, dtype=dtype) for seed, size in enumerate([(rows, K), (N, K), (N,)]))
-    assert_product(CpuBf16(weight, bias), x, weight, bias)
+    assert_product(CpuDense(weight, bias), x, weight, bias)
     codes, scales = quantize_int8(weight)
     assert_product(CpuInt8(codes, scales, bias), x, dequantize(codes, scales), bias)
     for group_size in (size for size in GROUP_SIZES if K % size == 0):
@@ -133,7 +133,7 @@ def test_groups_zero_points_and_scales_of_every_dtype_equal_their_twins(rows: in
 def stacks_of(weight: Tensor) -> list[tuple[KernelLinear, Tensor]]:
     """Return a stack [X, N, K] in every form, with its twin."""
     X, N, K = weight.shape
-    layers: list[tuple[KernelLinear, Tensor]] = [(CpuBf16(weight, None), weight)]
+    layers: list[tuple[KernelLinear, Tensor]] = [(CpuDense(weight, None), weight)]
     if N % code_rows() == 0:
         zeros = torch.arange(X * N * K // 32, dtype=torch.int8).view(X, N, K // 32)
         for group_size, points in ((None, None), (32, zeros)):
@@ -175,7 +175,9 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     command = [sys.executable, "-m", "tests.guarded"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=HANG)
-    assert (result.returncode, result.stdout) == (0, f"{2 * (14 * (MAX_ROWS + 3) + 4 + 3)}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{len(cpu.dtypes()) * 2 * (14 * (MAX_ROWS + 3) + 4 + 4)}\n"), (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 6, 11])
@@ -183,7 +185,7 @@ def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
 def test_threads_that_share_a_product_out_leave_none_of_it(N: int, rows: int) -> None:
     """Cut into many pieces, which the threads take as they come; more threads than cores, so that some are late."""
     x, weight = normal(rows, 2048), normal(N, 2048, seed=1)
-    layers: list[torch.nn.Module] = [CpuBf16(weight, None)]
+    layers: list[torch.nn.Module] = [CpuDense(weight, None)]
     if N % code_rows() == 0:
         layers.append(CpuInt8(*quantize_int8(weight), None))
         layers.append(cpu_int4(*quantize_int4(weight, 32), None))
@@ -210,13 +212,13 @@ def own_threads(threads: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize("rows", [1, 11, 70])
 def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
     """More threads than cores, beside busy loops: many lose their core with a piece, and stay away."""
     x, weight = normal(rows, 2048), normal(4384, 2048, seed=1)
     q, k, v = normal(1, 3, 4, 64), normal(1, 2, 700, 64, seed=1), normal(1, 2, 700, 64, seed=2)
     mask = torch.ones(1, 3, 700, dtype=torch.bool).tril(600)
-    layers = [CpuBf16(weight, None), CpuInt8(*quantize_int8(weight), None), cpu_int4(*quantize_int4(weight, 32), None)]
+    layers = [CpuDense(weight, None), CpuInt8(*quantize_int8(weight), None), cpu_int4(*quantize_int4(weight, 32), None)]
     loops = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(2)]
     try:
         for threads in (2, 5):
@@ -236,7 +238,7 @@ def test_own_threads_compute_what_those_of_openmp_do(rows: int) -> None:
 
 def test_own_threads_serve_several_callers_and_forks() -> None:
     x, weight = normal(1, 2048), normal(4384, 2048, seed=1)
-    layer = CpuBf16(weight, None)
+    layer = CpuDense(weight, None)
     expected = layer(x)
 
     def call() -> bool:
@@ -268,7 +270,7 @@ def test_own_threads_are_for_models_that_are_all_kernels() -> None:
 
 def test_each_row_is_multiplied_alone() -> None:
     x = normal(MAX_ROWS, 256)
-    layers = [CpuBf16(normal(64, 256), None), CpuInt8(*quantize_int8(normal(64, 256)), None)]
+    layers = [CpuDense(normal(64, 256), None), CpuInt8(*quantize_int8(normal(64, 256)), None)]
     layers.append(cpu_int4(*quantize_int4(normal(64, 256), 32), None))
     for layer in layers:
         together = layer(x)
@@ -336,18 +338,19 @@ def test_weights_are_unpacked_for_many_rows_as_they_are_dequantized() -> None:
 
 def test_weights_of_several_pieces_are_multiplied_whole() -> None:
     x, weight = normal(40, 1024), normal(4192, 1024, seed=1)  # pieces are of half a MiB in bf16 or fp32
-    assert_product(CpuBf16(weight, None), x, weight, None)
+    assert_product(CpuDense(weight, None), x, weight, None)
     codes, scales = quantize_int8(weight)
     assert_product(CpuInt8(codes, scales, None), x, dequantize(codes, scales), None)
     quantized = quantize_int4(weight, 32)
     assert_product(cpu_int4(*quantized, None), x, dequantize(*quantized, 32), None)
 
 
+@pytest.mark.parametrize("dtype", cpu.dtypes(), ids=str)
 @pytest.mark.parametrize("rows", [17, 31, 33, 48, 64, 65, 130, 1041])
-def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int) -> None:
+def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int, dtype: torch.dtype) -> None:
     for N, K in ((4, 96), (16, 32), (16, 2080), (48, 608), (172, 64), (224, 96)):
-        x, weight = normal(rows, K), normal(N, K, seed=1)
-        assert_product(CpuBf16(weight, None), x, weight, None)
+        x, weight = normal(rows, K, dtype=dtype), normal(N, K, seed=1, dtype=dtype)
+        assert_product(CpuDense(weight, None), x, weight, None)
         if N % 16:
             continue
         codes, scales = quantize_int8(weight)
@@ -358,13 +361,15 @@ def test_many_rows_that_no_tile_divides_equal_their_twins(rows: int) -> None:
 
 def test_no_rows_are_no_outputs() -> None:
     quantized = quantize_int4(normal(64, 256), 32)
-    for layer in (CpuBf16(normal(64, 256), None), cpu_int4(*quantized, None)):
+    for layer in (CpuDense(normal(64, 256), None), cpu_int4(*quantized, None)):
         assert layer(normal(3, 0, 256)).shape == (3, 0, 64)
+    for rows in (2, 20):
+        assert CpuDense(normal(0, 64), None)(normal(rows, 64)).shape == (rows, 0)
 
 
 def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
     x, weight = normal(4, 512)[:, ::2], normal(64, 256, seed=1)
-    assert_product(CpuBf16(weight, None), x, weight, None)
+    assert_product(CpuDense(weight, None), x, weight, None)
 
 
 @pytest.mark.parametrize("K", [32, 96, 160, 224, 2080])
@@ -372,7 +377,7 @@ def test_inputs_that_are_not_contiguous_are_read_as_they_are() -> None:
 def test_bf16_products_of_rows_that_no_loop_divides_equal_their_twins(rows: int, K: int) -> None:
     x, weight = normal(rows, K), normal(20, K, seed=1)
     layer = layer_for(weight)
-    assert isinstance(layer, CpuBf16)
+    assert isinstance(layer, CpuDense)
     assert_product(layer, x, weight, None)
 
 
@@ -380,16 +385,16 @@ def test_bf16_products_of_rows_too_large_for_the_first_cache_equal_their_twins()
     for rows, K in ((5, 4128), (8, 5632), (16, 2592)):
         x, weight = normal(rows, K), normal(12, K, seed=1)
         assert rows * K * x.itemsize > 40 << 10
-        assert_product(CpuBf16(weight, None), x, weight, None)
+        assert_product(CpuDense(weight, None), x, weight, None)
 
 
 def test_what_the_kernels_cannot_take_is_left_to_others() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
-    assert isinstance(layer_for(weight), CpuBf16)
+    assert isinstance(layer_for(weight), CpuDense)
     strided = torch.empty(64, 256, dtype=torch.bfloat16)[:, ::2]
     for other in (weight.float(), weight[:63], weight[:, :100], weight.to("meta"), strided):
         assert layer_for(other) is None
-    assert isinstance(layer_for(weight.half()), CpuBf16) == (torch.float16 in cpu.dtypes())
+    assert isinstance(layer_for(weight.half()), CpuDense) == (torch.float16 in cpu.dtypes())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -773,6 +778,21 @@ def test_caches_of_another_form_are_an_error() -> None:
     model.layers[1].self_attn.cache = None
     with pytest.raises(RuntimeError, match="a mask of 32 slots, and keys of 1"):
         model(tokens, torch.arange(1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize(
+    "norm", ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
+)
+def test_a_norm_of_another_dtype_is_an_error(norm: str, rows: int) -> None:
+    """Whichever threads compute: none of them may raise it."""
+    model = random_model(RAW | {"model_type": "qwen3", "head_dim": 32}, dtype=torch.bfloat16)
+    model.setup_caches(1, 64)
+    model.layers[0].get_submodule(norm).float()
+    for context in (contextlib.nullcontext(), cpu.own_threads(model, rows)):
+        with on_threads(2), context, pytest.raises(RuntimeError, match="another dtype than x"):
+            model(torch.arange(rows)[None], torch.arange(rows))
 
 
 def test_weights_are_freed_with_their_model() -> None:
