@@ -13,11 +13,7 @@ from linears import StoredLinear
 from model import Experts, by_expert
 
 # By the name of a layer's class, what multiplies rows with the tensors of one layer.
-MATMULS: dict[str, Callable[..., Tensor]] = {
-    "dense": F.linear,
-    "AtenInt8": AtenInt8.matmul,
-    "AtenInt4": AtenInt4.matmul,
-}
+MATMULS: dict[str, Callable[..., Tensor]] = {"dense": F.linear, **{n.__name__: n.matmul for n in (AtenInt8, AtenInt4)}}
 
 # It reads on the host how many rows each expert has, which a CUDA graph cannot.
 torch.library.define(
