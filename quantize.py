@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     has_zeros = args.bits == 4 and not args.symmetric
     form = Form(args.bits, args.groupsize if args.groupsize > 0 else None, has_zeros)
     if reader.forms:
-        raise ValueError(f"{args.checkpoint_path} is quantized already; name the checkpoint it was made from")
+        raise ValueError(f"{args.checkpoint_path} is quantized already: run it, or name the one that it was made from")
     source = meta_model(reader.raw, forms={})
     raw = {key: value for key, value in reader.raw.items() if key != "layout"}
     raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}
