@@ -11,7 +11,7 @@
 // codes.h, those of many rows in gemm.h and attention in attention.h, all three for all of them. What differs is in a
 // header for each instruction set, of which the compiler takes one:
 //
-//                          avx512.h: AVX-512 with bf16 and VNNI, x in bf16  avx2.h: AVX2, FMA, F16C; AVX-512, x in fp16
+//                          AVX-512 with bf16 and VNNI, x in bf16           AVX2 with FMA and F16C; AVX-512, x in fp16
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                       wide_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point             the same
 //   int4, 1 to 8 rows      the same; AMD's processors, codes as bf16        code_blocks, x in 16-bit fixed point

@@ -8,7 +8,8 @@
 constexpr int PANEL = 32;                 // rows of x that are multiplied together
 constexpr int64_t CELLS = 1024;           // of their columns
 constexpr int64_t ROWS_TOGETHER = 1024;   // of x, which are copied: what that takes is kept
-// Of w: half of the second cache, in which it stays while x passes by. That of Zen 4 and 5 has 1 MiB, that of most of Intel's more.
+// Of w: half of the second cache, in which it stays while x passes by. That of Zen 4 and 5 has 1 MiB, that of most of
+// Intel's more.
 constexpr int64_t PART_BYTES = IS_AMD ? 512 << 10 : 1 << 20;
 
 // Values that are multiplied in fp32, each a cell.
