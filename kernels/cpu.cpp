@@ -396,12 +396,22 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
             });
             x = ordered;
         }
-        if (experts && M > MAX_ROWS)  // each that has many rows by GEMM
-            for (int64_t m = 0, end; m < M; m = end) {
-                for (end = m; end < M && experts[end] == experts[m];) end++;
-                multiply_with(experts[m], x + m * K, y + m * N, end - m);
+        auto end_of = [=](int64_t m) {  // of the rows that take the same weight
+            int64_t end = m + 1;
+            while (end < M && experts[end] == experts[m]) end++;
+            return end;
+        };
+        if (!experts) multiply_with(0, x, y, M);
+        for (int64_t m = 0, end; experts && m < M; m = end) {
+            end = end_of(m);
+            if (end - m > MAX_ROWS) {
+                multiply_with(experts[m], x + m * K, y + m * N, end - m);  // by GEMM
+                continue;
             }
-        else multiply_with(0, x, y, M, experts);
+            // All with few rows that are beside each other at once: with a call each, threads would start and stop too often.
+            for (int64_t next; end < M && (next = end_of(end)) - end <= MAX_ROWS;) end = next;
+            multiply_with(0, x + m * K, y + m * N, end - m, experts + m);
+        }
         if (bias)
             for_rows(M, [=, added = values_of<T>(*bias)](int64_t m, int64_t count) {
                 for (int64_t end = m + count; m < end; m++) add(y + m * N, added, N);
