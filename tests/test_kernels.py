@@ -169,6 +169,15 @@ def test_experts_of_any_rows_equal_their_twins(
             assert ((y.double() - expected).abs() <= 2**-7 * expected.abs() + 2**-9 * spread + 2**-6).all()
 
 
+def test_experts_with_many_rows_and_with_few_stand_beside_each_other() -> None:
+    counts = torch.tensor([20, 3, 2, 40, 5, 1])
+    experts, weight = torch.arange(6).repeat_interleave(counts)[:, None], normal(6, 32, 64, seed=1)
+    x = normal(len(experts), 1, 64)
+    expected = torch.einsum("mak,mank->man", x.double(), weight.double()[experts])
+    y = KernelExperts(CpuDense(weight, None))(x, experts)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-6, atol=2**-4)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_nothing_is_read_beyond_a_tensor(threads: int) -> None:
     """With pages around each that may not be read; prefetches may go there."""
