@@ -1,5 +1,6 @@
 """What test_tp.py has every rank do: jobs, which the processes that `as_rank` begins do together."""
 
+import ctypes
 import json
 import os
 import resource
@@ -194,6 +195,15 @@ def patience():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
         print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
+
+
+def hang():
+    """Let rank 1 neither end nor do anything: what holds the interpreter's lock stops all its threads."""
+    processes.MOMENT, processes.SILENT = 0.5, 3
+    with process_group() as ranks:
+        if ranks.rank == 1:
+            ctypes.PyDLL(None).sleep(8)
+        dist.barrier()
 
 
 def as_rank(rank, count, num_nodes, port, folder, job, arguments):

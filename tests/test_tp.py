@@ -358,10 +358,10 @@ def generating(stack, **environment):
 
 
 def ends_soon(agent, began):
-    """Return what it writes to stderr until it ends, for which it has a few times as long as for what it has done."""
+    """Return what it writes to stderr until it ends: mostly at once, for gloo tells, else after so long a silence."""
     lost = time.perf_counter()
     try:
-        return agent.communicate(timeout=5 * (lost - began))[1]
+        return agent.communicate(timeout=2 * processes.SILENT + 5 * (lost - began))[1]
     except subprocess.TimeoutExpired:
         for pid in ranks_of(agent):
             os.kill(pid, signal.SIGABRT)  # it prints where its threads are
@@ -411,6 +411,13 @@ def test_a_node_whose_torchrun_alone_is_killed_ends_and_the_other_too():
         # Its parent is gone: it may stay a zombie.
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(rank)], capture_output=True, text=True).stdout
         assert state.strip() == "" or state.startswith("Z")
+
+
+def test_a_rank_of_which_there_is_no_sign_ends_the_others(tmp_path):
+    """What gloo does not tell: a rank that hangs, or was lost where gloo did not notice."""
+    first, second = on_all(tmp_path, 2, on_ranks.hang)
+    assert (first.status, second.status) == (1, 1)
+    assert our_lines(first.stderr) == ["rank 0 lost the others: no sign of rank 1 for 3 seconds"]
 
 
 def test_ranks_wait_for_the_user_as_long_as_it_takes(tmp_path):
