@@ -400,7 +400,7 @@ def write_weights(
     file: GgufFile, path: Path, specs: dict[str, Spec], sources: dict[str, Source], kept: dict[str, Form]
 ) -> None:
     pending: dict[str, Tensor] = {}
-    with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=len(specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
 
         def read(name: str) -> Tensor:
             if name not in pending:

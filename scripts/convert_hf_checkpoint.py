@@ -98,7 +98,7 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
         return
     reader = ModelReader(checkpoint_dir, dtype, keep_codes=False, files_class=AnyFiles)
     with new_folder(output_dir) as folder:
-        with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True, disable=None) as bar:
+        with tqdm(total=len(reader.specs), desc="convert", unit="tensor", dynamic_ncols=True) as bar:
             write_safetensors(
                 folder / "model.safetensors", reader.specs, lambda name: (bar.update(), reader.read(name))[1]
             )
