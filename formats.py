@@ -123,16 +123,23 @@ class ModuleTensors:
         for size in self.group_sizes:  # of two with as many groups the first counts
             sizes.setdefault(-(-K // (size or K)), size if size and size < K else None)
         shapes = [(G, N) if transposed else (N, G) for G in sizes]
-        one = [] if transposed or 1 not in sizes else [(1,)]
+        one: list[Shape] = [] if transposed or 1 not in sizes else [(1,), ()]
         dtype, shape = self.check(suffix, *shapes, *one, floats=True)
         if dtype not in FLOAT_DTYPES - {torch.float64}:
             raise self.error(suffix, f"is {dtype}, not of 16 or 32 bits")
-        G = shape[0] if transposed else shape[-1]
+        G = shape[0] if transposed else (1, *shape)[-1]
         return dtype, G, sizes[G]
 
-    def has_zeros(self) -> bool:
+    def has_zeros(self, bits: int) -> bool:
         """Say whether there are zero points, or have to be."""
-        return self.has("weight_zero_point") or not any(kind.symmetric for kind in self.kinds)
+        return self.has("weight_zero_point") or not any(kind.symmetric for kind in self.kinds if kind.bits == bits)
+
+    def read_zeros(self, bits: int) -> Tensor:
+        """Return zero points that are not packed. Raises ValueError for one that is no code."""
+        zeros = self.get("weight_zero_point").long()  # torch would compare an int8 with 128 as int8
+        if zeros.numel() and (zeros.min() < -(2 ** (bits - 1)) or zeros.max() >= 2 ** (bits - 1)):
+            raise self.error("weight_zero_point", f"goes beyond {bits} bits; it is damaged")
+        return zeros
 
     def packed(self, form: Form | None, parameters: ReadParameters, order: Tensor | None = None) -> Packed:
         return Packed(form, tuple(self.names), parameters, self.shape, order)
@@ -191,7 +198,7 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
     widths: dict[Shape, int] = {(N, -(-K * bits // 32)): bits for bits in tensors.widths}
     bits = widths[tensors.check_words("weight_packed", *widths)]
     dtype, G, size = tensors.check_scales("weight_scale", N)
-    has_zeros = tensors.has_zeros()
+    has_zeros = tensors.has_zeros(bits)
     words = (-(-N // (32 // bits)), G)
     zeros_in_words = has_zeros and tensors.check_words("weight_zero_point", words, unpacked=((N, G), (1,))) == words
     if tensors.has("weight_shape"):
@@ -202,10 +209,11 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = view_rows_as(tensors.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
-        zeros = tensors.get("weight_zero_point") if has_zeros else None
-        if zeros is not None:  # that of a whole tensor, and all in 2024, are codes one by one, less their middle
-            middle = (zeros.int() + 2 ** (bits - 1)).to(torch.uint8)
-            zeros = unpack_words(zeros.t(), bits)[:, :N].t() if zeros_in_words else middle.expand(N, G)
+        zeros = None
+        if zeros_in_words:
+            zeros = unpack_words(tensors.get("weight_zero_point").t(), bits)[:, :N].t()
+        elif has_zeros:  # that of a whole tensor, and all in 2024, are codes one by one, less their middle
+            zeros = (tensors.read_zeros(bits) + 2 ** (bits - 1)).to(torch.uint8).expand(N, G)
         return tensors.stored(bits, as_bytes, tensors.get("weight_scale").expand(N, G), zeros, order)
 
     return tensors.packed(Form(bits, size, has_zeros, dtype, order is not None), parameters, order)
@@ -252,12 +260,12 @@ def read_int_quantized(tensors: ModuleTensors) -> Packed:
     N, _ = tensors.shape
     tensors.check("weight", tuple(tensors.shape))
     dtype, G, size = tensors.check_scales("weight_scale", N)
-    has_zeros = tensors.has_zeros()
+    has_zeros = tensors.has_zeros(8)
     if has_zeros:
         tensors.check("weight_zero_point", (N, G), (1,))
 
     def parameters() -> dict[str, Tensor]:
-        zeros = {"zeros": tensors.get("weight_zero_point").to(torch.int8).expand(N, G)} if has_zeros else {}
+        zeros = {"zeros": tensors.read_zeros(8).to(torch.int8).expand(N, G)} if has_zeros else {}
         return {"weight": tensors.get("weight"), "scales": tensors.get("weight_scale").expand(N, G), **zeros}
 
     return tensors.packed(Form(8, size, has_zeros, dtype), parameters)

@@ -143,7 +143,7 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
         block = weights.get("block_structure")
         if isinstance(block, str) and (sizes := re.fullmatch(r"(\d{1,6})x(\d{1,6})", block)):
             block = [int(size) for size in sizes.groups()]
-        bits = weights["num_bits"] if is_int else None
+        bits = int(weights["num_bits"]) if is_int else None  # 4.0 is 4
         targets = group["targets"] if isinstance(group.get("targets"), list) else []
         is_symmetric, is_head = weights.get("symmetric", True) is True, any("lm_head" in str(name) for name in targets)
         kinds.append(Kind(bits, quantization.read_size(weights), block, is_symmetric, is_head))
@@ -166,7 +166,7 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
         if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:
             raise quantization.error("bits", "4 or 8", module)
     kinds = [{**options, **{k: v for k, v in module.items() if v is not None}} for module in ({}, *modules)]
-    return [Kind(kind["bits"], quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
+    return [Kind(int(kind["bits"]), quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
 
 
 KINDS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}

@@ -137,8 +137,8 @@ def end_without_a_sign(store: dist.Store, rank: int, count: int, done: threading
                 signs[other] = sign
             if max(passed) >= SILENT:
                 end_in(LONG)
-                silent = passed.index(max(passed))
-                say(f"rank {rank} lost the others: no sign of rank {silent} for {SILENT} seconds")
+                if store.add("lost", 1) == 1:  # others see it at the same time
+                    say(f"rank {rank} lost rank {passed.index(max(passed))}: no sign of it for {SILENT} seconds")
                 leave(store, 1)
 
 

@@ -189,11 +189,12 @@ def mistake():
 
 
 def patience():
-    """Let rank 0 take longer over something than the ranks wait for each other in the midst of a step."""
+    """Let rank 0 take longer over something than ranks wait for each other in the midst of a step, or for a sign."""
+    processes.MOMENT, processes.SILENT = 0.5, 4
     with process_group() as ranks, user_errors(signals_raise=False):
         patient_group()  # now, since meeting for it may take a busy machine longer than what follows
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
-        print(from_rank_0(lambda: time.sleep(3) or "hello", ranks))
+        print(from_rank_0(lambda: time.sleep(7) or "hello", ranks))
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
 
 

@@ -138,13 +138,13 @@ def zeros_not_packed(bits: int) -> tuple[dict[str, Any], Pack]:
     return compressed(bits, 32, zeros=True)[0], pack
 
 
-def of_tensor(bits: int) -> tuple[dict[str, Any], Pack]:
+def of_tensor(bits: int, *shape: int) -> tuple[dict[str, Any], Pack]:
     """One scale and one zero point, which is not packed as those of groups are."""
 
     def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
         drawn = Drawn(name, N, K, bits, -1, True, torch.bfloat16, False)
         scale, middle, zero = drawn.scales[:1, 0], 2 ** (bits - 1), drawn.zeros[0, 0]
-        tensors = {"weight_packed": as_words(drawn.codes, bits), "weight_scale": scale}
+        tensors = {"weight_packed": as_words(drawn.codes, bits), "weight_scale": scale.view(shape)}
         return {**tensors, "weight_zero_point": (zero - middle).to(torch.int8).view(1)}, (
             (drawn.codes - zero) * scale.float()
         )
@@ -186,8 +186,9 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "ct int8 in groups, fp32 scales": compressed(8, 64, plain=True, dtype=torch.float32),
     "ct 4 bit, zero points not packed": zeros_not_packed(4),
     "ct 8 bit, zero points not packed": zeros_not_packed(8),
-    "ct 8 bit, of a whole tensor": of_tensor(8),
-    "ct 4 bit, of a whole tensor": of_tensor(4),
+    "ct 8 bit, of a whole tensor": of_tensor(8, 1),
+    "ct 4 bit, of a whole tensor": of_tensor(4, 1),
+    "ct 4 bit, of a whole tensor, without a dimension": of_tensor(4),
     "ct fp8 by channel": float8(1, 0),
     "ct fp8 by tensor": float8(0, 0, strategy="tensor"),
     "ct fp8 by block": float8(48, 40, strategy="block", block_structure=[48, 40]),
@@ -417,6 +418,8 @@ ROTATED = {"R1": {"apply": [{"location": "weight_output"}, {"location": "weight_
         ("auto-round", {"quant_method": "intel/auto-round"}),
         ("ct 4 bit", {"quant_method": None, "transform_config": {"config_groups": ROTATED}}),
         ("ct fp8 by block", {"block_structure": "48x40"}),
+        ("gptq", {"bits": 4.0}),
+        ("ct 8 bit, of a whole tensor", {"num_bits": 8.0}),
     ],
 )
 def test_config_says_the_same_in_other_words(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
@@ -424,8 +427,9 @@ def test_config_says_the_same_in_other_words(tmp_path: Path, name: str, change: 
     raw = read_config(packed)
     key = "compression_config" if "ct" in name else "quantization_config"
     options = raw.pop("quantization_config")
-    if "block_structure" in change:
-        options["config_groups"]["a"]["weights"] |= change
+    if change.keys() & {"block_structure", "num_bits"}:
+        [group] = options["config_groups"].values()
+        group["weights"] |= change
     else:
         options |= change
     (packed / "config.json").write_text(json.dumps({**raw, key: options}))
@@ -633,6 +637,20 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     ),
     "ct a transform of text": (CT, option("transform_config", {"config_groups": {"R1": "R2"}}), "transform_config"),
     "ct without zero points": (CT, of_group(symmetric=False), "q_proj.weight_zero_point; download"),
+    "ct without zero points, of two widths": (
+        CT_ZEROS, lambda options, tensors: (
+            tensors.pop(f"{DOWN}.weight_zero_point"),
+            options["config_groups"].update(b={"targets": ["x"], "weights": {"num_bits": 8, "strategy": "channel"}}),
+        ), "down_proj.weight_zero_point; download",
+    ),
+    "ct zero points of more bits": (
+        "ct 4 bit, zero points not packed", tensor(f"{DOWN}.weight_zero_point", lambda t: t.clone().fill_(8)),
+        "weight_zero_point goes beyond 4 bits",
+    ),
+    "int8 zero points of more bits": (
+        INT8, lambda _, tensors: tensors.update({f"{DOWN}.weight_zero_point": torch.full((64, 1), -129)}),
+        "weight_zero_point goes beyond 8 bits",
+    ),
     "ct not rounded yet": (
         CT, lambda _, tensors: tensors.update({f"{DOWN}.weight": tensors.pop(f"{DOWN}.weight_packed").bfloat16()}),
         "not rounded yet; save it with save_compressed=True",
