@@ -239,10 +239,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     A run that is killed leaves its temporary folder, which the next one to the same path removes. Raises ValueError
     where `path` holds something already, or is a folder that has to stay.
     """
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise ValueError(f"{path} exists already; remove it or name another output")
     if path.exists() and (path.is_mount() or path.samefile(".")):
         raise ValueError(f"{path} cannot be replaced by another folder; name a folder in it")
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ValueError(f"{path} exists already; remove it or name another output")
     check_folder(path)
     absent = [folder for folder in path.parents if not folder.exists()]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -58,7 +58,7 @@ def find_packed(files: TensorFiles, base: str, shape: torch.Size, quantization: 
 
     Raises ValueError where its tensors do not have the shapes that it needs.
     """
-    method, options, kinds = quantization or Quantization("nothing", {})
+    method, options, kinds = quantization or Quantization("no quantization_config", {})
     tensors = ModuleTensors(files, base, shape, kinds or [Kind(8, None, symmetric=True)])
     weight = files.spec(f"{base}.weight")
     for suffix, methods in (("weight_packed", ("compressed-tensors",)), ("qweight", ("gptq", "awq"))):
