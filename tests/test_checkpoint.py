@@ -1104,6 +1104,7 @@ def test_a_new_folder_replaces_an_empty_one_and_nothing_else(tmp_path: Path) -> 
 def test_a_new_folder_takes_no_place_that_has_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "protected").mkdir(mode=0o555)
+    (tmp_path / "here" / "mine").touch()  # nobody should be told to remove the current folder
     monkeypatch.chdir(tmp_path / "here")
     with small_disk(tmp_path / "disk", 2**16) as disk:
         places = {Path(): "name a folder in it", disk: "name a folder in it", tmp_path / "protected": "be written to"}

@@ -89,7 +89,7 @@ def prompt(path):
 def test_the_capital_of_france_is_paris(project):
     script, *options = shlex.split(readme_commands()[2])[1:]
     assert script == "generate.py"
-    result = run_forked(command.main, *options, "--temperature", 0, cwd=project, stdin=f"{QUESTION}\n")
+    result = run_forked(command.main, *options, cwd=project, stdin=f"{QUESTION}\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "The capital of France is Paris.\n"
     assert "ended by eos" in result.stderr
