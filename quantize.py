@@ -88,7 +88,14 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
     num = args.calibration_samples or NUM_WINDOWS
     if args.calibration_file:
         text = read_text("--calibration_file", args.calibration_file)
-        return cut_windows(text, tokenizer, num, length, config.vocab_size)
+        windows = cut_windows(text, tokenizer, num, length, config.vocab_size)
+        if len(windows) < num:
+            print(
+                f"--calibration_file {args.calibration_file} has text for {len(windows)} of {num} windows of {length} "
+                "tokens; a longer one does better",
+                file=sys.stderr,
+            )
+        return windows
     opening = chat_opening(args.checkpoint_path, tokenizer)
     model = load_model(args.checkpoint_path, args.device)
     with tqdm(total=-(-num // ROWS) * length, desc="calibration text", dynamic_ncols=True, disable=None) as bar:

@@ -637,6 +637,18 @@ def test_a_group_that_does_not_divide_is_told(stories: Path, tmp_path: Path, cap
     assert "down_proj" in (out := capsys.readouterr().out) and "int4, groups of 32, last of 12" in out
 
 
+def test_a_calibration_text_that_is_short_is_told(stories: Path, tmp_path: Path, capsys: Any) -> None:
+    text = tmp_path / "text"
+    text.write_text("A short text. " * 20)
+    options = ("--mode", "int4-gptq", "--calibration_file", text, "--calibration_length", 32)
+    quantized(stories, tmp_path / "out", *options, "--calibration_samples", 500)
+    out, err = capsys.readouterr()
+    count = re.search(r"calibrated on (\d+) windows", out)
+    assert count and f"has text for {count[1]} of 500 windows of 32 tokens; a longer one does better" in err
+    quantized(stories, tmp_path / "enough", *options, "--calibration_samples", 2)
+    assert "windows" not in capsys.readouterr().err
+
+
 def test_the_table_keeps_its_columns_where_a_group_is_shorter(stories: Path, tmp_path: Path, capsys: Any) -> None:
     quantized(stories, tmp_path / "out", "--mode", "int4", "--groupsize", 256)
     table = capsys.readouterr().out.splitlines()[:-1]
