@@ -123,7 +123,12 @@ static inline void zeros_of(const uint8_t* zeros, int64_t i, Floats* wide) {
     }
 }
 
-// int4's codes number i of each word's halves as bf16, the upper bits of a mantissa: 16 + code.
+// int4's codes number i of each word's halves.
+static inline Shorts whole_codes(Ints words, int i) {
+    return i == 3 ? (Shorts)((UnsignedShorts)words >> 12) : (Shorts)(words >> 4 * i & 0x000f000f);
+}
+
+// The same as bf16, the upper bits of a mantissa: 16 + code.
 static inline Shorts bf16_codes(UnsignedShorts words, int i) {
     return (Shorts)(((i ? words >> (4 * i - 3) : words << 3) & (15 << 3)) | 0x4180);
 }
@@ -138,8 +143,9 @@ static inline void each_pair(const uint8_t* w, Run run) {
     for (int v = 0; v < STEP / 8; v++) {
         Ints words[VECTORS];
         for (int h = 0; BITS == 4 && h < VECTORS; h++) {
-            words[h] = load<Ints>(w + 4 * LANES * (VECTORS * v + h));
-            _mm_prefetch((const char*)w + AHEAD<BITS> + 4 * LANES * (VECTORS * v + h), HINT);
+            const uint8_t* p = w + 4 * LANES * (VECTORS * v + h);
+            words[h] = load<Ints>(p);
+            if (4 * LANES * h % 64 == 0) _mm_prefetch((const char*)p + AHEAD<BITS>, HINT);  // a line's beginning
             keep(words[h]);
         }
 #pragma GCC unroll 4
@@ -148,7 +154,7 @@ static inline void each_pair(const uint8_t* w, Run run) {
             if (BITS == 8) _mm_prefetch((const char*)w + AHEAD<BITS> + 2 * LANES * VECTORS * (4 * v + i), HINT);
             for (int h = 0; h < VECTORS; h++) {
                 if constexpr (BITS == 8) codes[h] = (Shorts)widen_to_shorts(w + 2 * LANES * (VECTORS * (4 * v + i) + h));
-                if constexpr (BITS == 4) codes[h] = WHOLE ? (Shorts)(words[h] >> 4 * i & 0x000f000f) : bf16_codes((UnsignedShorts)words[h], i);
+                if constexpr (BITS == 4) codes[h] = WHOLE ? whole_codes(words[h], i) : bf16_codes((UnsignedShorts)words[h], i);
             }
             run(4 * v + i, codes);
         }
@@ -201,6 +207,7 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
             for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
             for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
                 add_step<BITS, WHOLE, C>(values, x_scales, totals, w, scale, zero, sums);
+                asm("" : "+r"(w));  // else GCC keeps codes for the rest of x on the stack, which takes longer than to unpack them
                 if constexpr (M > C)
                     add_step<BITS, WHOLE, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
             }

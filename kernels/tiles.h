@@ -127,7 +127,10 @@ static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* 
             float *out = sums + r * width + d, *more = out + AMX_ROWS * width;
             _tile_loadd(0, out, apart);
             _tile_loadd(1, out + 16, apart);
-            if (two) _tile_loadd(2, more, apart), _tile_loadd(3, more + 16, apart);
+            if (two) {  // GCC's are macros of statements, which no comma joins
+                _tile_loadd(2, more, apart);
+                _tile_loadd(3, more + 16, apart);
+            }
             for (int64_t c = 0; c < cells; c += 16) {
                 _tile_loadd(4, first + 2 * c, a_apart);
                 _tile_loadd(6, b + c * width + d, apart);
@@ -141,7 +144,10 @@ static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* 
             }
             _tile_stored(0, out, apart);
             _tile_stored(1, out + 16, apart);
-            if (two) _tile_stored(2, more, apart), _tile_stored(3, more + 16, apart);
+            if (two) {
+                _tile_stored(2, more, apart);
+                _tile_stored(3, more + 16, apart);
+            }
         }
     return true;
 }
