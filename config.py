@@ -4,7 +4,6 @@ Both forms that the Hub has are read: `rope_theta` beside `rope_scaling` with `t
 `dtype`. A key that would change the arithmetic and is not supported is an error, never a wrong text.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,15 @@ OTHER_LAYOUTS = {
 def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
+    if not checkpoint_path.is_dir():
+        raise FileNotFoundError(f"{checkpoint_path} is not a folder; name one or organization/name of the Hub")
     if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
         for pattern, cure in OTHER_LAYOUTS.items():
             if found := next(checkpoint_path.glob(pattern), None):
                 raise FileNotFoundError(f"{checkpoint_path} has {found.name} and no model.safetensors: {cure}")
     if not path.is_file():
         what = "has no config.json" if any(checkpoint_path.glob("[!.]*")) else "is an empty folder"
-        what = what if checkpoint_path.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{checkpoint_path} {what}; {what_to_name(checkpoint_path)}")
+        raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
     raw = read_json(path)
     for name, method in OLDER_FILES.items():
         if raw.get("quantization_config") is None and own_file(checkpoint_path, name).is_file():
@@ -78,21 +78,6 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
             held = {OLDER_KEYS.get(key, key): value for key, value in held.items() if value is not None}
             raw["quantization_config"] = {"quant_method": method, **held}
     return text_config(raw)
-
-
-def what_to_name(path: Path) -> str:
-    """Say what to name in place of a path that is no checkpoint's folder."""
-    if path.is_dir():
-        models = sorted(file.parent for file in path.glob("*/config.json") if file.is_file())
-        whole = "download the model's whole folder (scripts/download.py)"
-        return f"name a folder in it, such as {models[0]}" if models else whole
-    if path.is_file() and path.suffix == ".gguf":
-        return f"run `python scripts/convert_gguf.py {path}` and name the folder that it writes"
-    if path.is_file() and (path.parent / "config.json").is_file():
-        return f"name the one that it is in, {path.parent}"
-    close = difflib.get_close_matches(path.name, [folder.name for folder in path.parent.glob("*/")], 1)
-    meant = f"; did you mean {path.parent / close[0]}?" if close else ""
-    return f"name one or organization/name of the Hub{meant}"
 
 
 def text_config(raw: dict[str, Any]) -> dict[str, Any]:

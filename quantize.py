@@ -85,17 +85,10 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
     length = args.calibration_length or min(WINDOW, config.max_position_embeddings)
     if length > config.max_position_embeddings:
         raise ValueError(f"--calibration_length {length} is above the context of {config.max_position_embeddings}")
-    num = args.calibration_samples or NUM_WINDOWS
+    num = args.calibration_samples
     if args.calibration_file:
         text = read_text("--calibration_file", args.calibration_file)
-        windows = cut_windows(text, tokenizer, num, length, config.vocab_size)
-        if len(windows) < num:
-            print(
-                f"--calibration_file {args.calibration_file} has text for {len(windows)} of {num} windows of {length} "
-                "tokens; a longer one does better",
-                file=sys.stderr,
-            )
-        return windows
+        return cut_windows(text, tokenizer, num, length, config.vocab_size)
     opening = chat_opening(args.checkpoint_path, tokenizer)
     model = load_model(args.checkpoint_path, args.device)
     with tqdm(total=-(-num // ROWS) * length, desc="calibration text", dynamic_ncols=True, disable=None) as bar:
@@ -144,7 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not args.mode.endswith("-gptq") and getattr(args, option) is not None:
             name = option if getattr(args, option) else f"no-{option}"
             parser.error(f"--{name} does not go with --mode {args.mode}; it is for int4-gptq and int8-gptq")
-    args.act_order = args.act_order is not False
+    args.act_order, args.calibration_samples = args.act_order is not False, args.calibration_samples or NUM_WINDOWS
     args.groupsize = args.groupsize or (-1 if args.bits == 8 else 32)
     return args
 
@@ -189,7 +182,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
         write_config(raw, reader.dtype, folder)
         copy_texts(args.checkpoint_path, folder)
     if windows is not None:
-        print(f"calibrated on {len(windows)} window{'s' * (len(windows) > 1)} of {windows.shape[1]} tokens")
+        print(f"calibrated on {len(windows)} of {args.calibration_samples} windows of {windows.shape[1]} tokens")
         if calibration and (warning := calibration.warning()):
             print(warning, file=sys.stderr)
     print(*summary(reader.specs, specs, target), sep="\n", flush=True)

@@ -82,6 +82,8 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
             raise argparse.ArgumentTypeError(
                 f"--revision {revision} is for a model of the Hub by its name, and {text} is a folder; leave it out"
             )
+        if mistake := find_mistake(path):
+            raise argparse.ArgumentTypeError(f"{path} {mistake}")
         return path
     elif downloaded.is_dir() and revision is None:
         return downloaded
@@ -107,6 +109,22 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
             else f"{text} has no snapshot of main; download the model again"
         )
     return found
+
+
+def find_mistake(path: Path) -> str | None:
+    """Say why a path is not a checkpoint's folder, and what to name in its place; None where nothing shows it."""
+    if path.is_dir():
+        models = [file.parent for file in path.glob("*/config.json") if file.is_file()]
+        if (path / "config.json").exists() or not models:
+            return None
+        return f"has no config.json; name a folder in it, such as {min(models)}"
+    if path.is_file() and path.suffix == ".gguf":
+        return f"is not a folder; run `python scripts/convert_gguf.py {path}` and name the folder that it writes"
+    if path.is_file() and (path.parent / "config.json").is_file():
+        return f"is not a folder; name the one that it is in, {path.parent}"
+    close = difflib.get_close_matches(path.name, [folder.name for folder in path.parent.glob("*/")], 1)
+    meant = f"; did you mean {path.parent / close[0]}?" if close else ""
+    return f"is not a folder; name one or organization/name of the Hub{meant}"
 
 
 def cached_snapshot(repository: Path, revision: str | None = None) -> Path | None:

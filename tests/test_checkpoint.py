@@ -734,27 +734,6 @@ def test_a_path_that_is_no_folder_or_has_no_config_is_refused_by_its_path(tmp_pa
             load_model(path)
 
 
-def test_a_path_beside_a_models_folder_is_refused_with_what_to_name(tmp_path: Path) -> None:
-    for name in ("llama-7b", "llama-7b/model.safetensors", "llama-7b/config.json", "other/config.json", "files/model.gguf"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("{}") if path.suffix else path.mkdir()
-    cures = {
-        "": f"has no config.json; name a folder in it, such as {tmp_path}/llama-7b",
-        "lama-7b": f"is not a folder; name one or organization/name of the Hub; did you mean {tmp_path}/llama-7b?",
-        "llama-7b/model.safetensors": f"is not a folder; name the one that it is in, {tmp_path}/llama-7b",
-        "files/model.gguf": f"is not a folder; run `python scripts/convert_gguf.py {tmp_path}/files/model.gguf`",
-        "files/absent.gguf": "is not a folder; name one or organization/name of the Hub",
-    }
-    (tmp_path / "no_model").mkdir()
-    for name, cure in cures.items():
-        with pytest.raises(FileNotFoundError) as error:
-            read_config(tmp_path / name)
-        assert str(error.value).startswith(f"{tmp_path / name} {cure}")
-    with pytest.raises(FileNotFoundError, match="no_model is an empty folder; download"):
-        read_config(tmp_path / "no_model")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: what is read
 

@@ -965,8 +965,8 @@ FLAGS = ["-fopenmp", "-std=c++17", cpu.STABLE_ABI, f"-I{Path(torch.__file__).par
 def test_every_instruction_set_runs_where_it_can_and_else_compiles(name: str, march: str, tmp_path: Path) -> None:
     """This process runs the largest that the CPU has; for a lesser one, what compares with twins runs again.
 
-    With AVX-512 it also runs with tiles, which tests/tiles.h computes, and compiles with the compiler's own: those may be
-    macros, which take less.
+    With AVX-512 it also runs with tiles, which tests/tiles.h computes, and compiles with the compiler's own: those may
+    be macros, which take less.
     """
     here = cpu.instruction_set()
     if name == here:
