@@ -207,7 +207,7 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
             for (int h = 0; h < VECTORS; h++) scale[h] = scales.vector(at + LANES * h);
             for (int64_t k = 0; k < group; k += STEP, w += BYTES, values += M * STEP, x_scales += M, totals += M) {
                 add_step<BITS, WHOLE, C>(values, x_scales, totals, w, scale, zero, sums);
-                asm("" : "+r"(w));  // else GCC keeps codes for the rest of x on the stack, which takes longer than to unpack them
+                asm("" : "+r"(w));  // else GCC keeps the codes on the stack, which takes longer than to unpack them again
                 if constexpr (M > C)
                     add_step<BITS, WHOLE, M - C>(values + C * STEP, x_scales + C, totals + C, w, scale, zero, sums + C);
             }
