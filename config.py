@@ -62,7 +62,8 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
     """Read config.json as it stands. Raises FileNotFoundError where there is none."""
     path = own_file(checkpoint_path, "config.json")
     if not checkpoint_path.is_dir():
-        raise FileNotFoundError(f"{checkpoint_path} is not a folder; name one or organization/name of the Hub")
+        convert = f"; run `python scripts/convert_gguf.py {checkpoint_path}`" * (checkpoint_path.suffix == ".gguf")
+        raise FileNotFoundError(f"{checkpoint_path} is not a folder; name one or organization/name of the Hub{convert}")
     if not any(next(checkpoint_path.glob(weights), None) for weights in ("model*.safetensors*", "pytorch_model*.bin*")):
         for pattern, cure in OTHER_LAYOUTS.items():
             if found := next(checkpoint_path.glob(pattern), None):

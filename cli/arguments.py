@@ -118,8 +118,8 @@ def find_mistake(path: Path) -> str | None:
         if (path / "config.json").exists() or not models:
             return None
         return f"has no config.json; name a folder in it, such as {min(models)}"
-    if path.is_file() and path.suffix == ".gguf":
-        return f"is not a folder; run `python scripts/convert_gguf.py {path}` and name the folder that it writes"
+    if path.suffix == ".gguf":  # `read_config` says what to do
+        return None
     if path.is_file() and (path.parent / "config.json").is_file():
         return f"is not a folder; name the one that it is in, {path.parent}"
     close = difflib.get_close_matches(path.name, [folder.name for folder in path.parent.glob("*/")], 1)

@@ -516,7 +516,7 @@ def test_a_folder_of_the_cache_without_a_snapshot_is_one_line(own_cache: Path) -
 
 def test_a_path_beside_a_models_folder_is_refused_with_what_to_name(tmp_path: Path) -> None:
     files = ("model.safetensors", "config.json")
-    for name in ("llama-7b", *(f"llama-7b/{file}" for file in files), "other/config.json", "files/model.gguf"):
+    for name in ("llama-7b", *(f"llama-7b/{file}" for file in files), "other/config.json"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}") if path.suffix else path.mkdir()
@@ -525,8 +525,7 @@ def test_a_path_beside_a_models_folder_is_refused_with_what_to_name(tmp_path: Pa
         ".": f"has no config.json; name a folder in it, such as {tmp_path}/llama-7b",
         "lama-7b": f"is not a folder; name one or organization/name of the Hub; did you mean {tmp_path}/llama-7b?",
         "llama-7b/model.safetensors": f"is not a folder; name the one that it is in, {tmp_path}/llama-7b",
-        "files/model.gguf": f"is not a folder; run `python scripts/convert_gguf.py {tmp_path}/files/model.gguf`",
-        "files/absent.gguf": "is not a folder; name one or organization/name of the Hub",
+        "absent": "is not a folder; name one or organization/name of the Hub",
     }
     for name, cure in cures.items():
         with pytest.raises(argparse.ArgumentTypeError) as error:

@@ -1,6 +1,5 @@
 """scripts/convert_gguf.py: the folder that it writes is the model that the GGUF file was made of."""
 
-import argparse
 import json
 import random
 import struct
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import ModelReader, load_model, meta_model, save_hub_checkpoint, tensor_specs
-from cli.arguments import checkpoint_folder
 from cli.template import load_template
 from compressed import hub_specs
 from config import eos_token_ids, parse_config, read_config
@@ -464,5 +462,5 @@ def test_damaged_headers_end_in_a_line(tmp_path, gqa_path):
 
 def test_a_gguf_named_as_a_checkpoint_is_answered_with_the_command(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(argparse.ArgumentTypeError, match=r"run `python scripts/convert_gguf.py .*model.gguf`"):
-        checkpoint_folder(str(tmp_path / "model.gguf"))
+    with pytest.raises(FileNotFoundError, match=r"run `python scripts/convert_gguf.py .*model.gguf`"):
+        read_config(tmp_path / "model.gguf")
