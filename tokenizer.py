@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detokenizer import BytesText, Library, LibraryText, byte_level_bytes, decoder_steps, piece_bytes, read_library
-from files import own_file, read_json
+from files import own_file
+from special_tokens import (
+    declared_special,
+    named_special,
+    read_settings,
+    special_names,
+    token_flags,
+    token_name,
+    tokenizer_settings,
+)
 from tekken import TEKKEN_SETTINGS, read_tekken
 
 if TYPE_CHECKING:
@@ -147,9 +156,7 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
     folder = Path(checkpoint_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a checkpoint folder with its tokenizer files")
-    settings = read_settings(folder, "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:  # older folders declare special tokens in a file of their own
-        settings |= read_settings(folder, "special_tokens_map.json")
+    settings = tokenizer_settings(folder)
     if (path := own_file(folder, "tokenizer.json")).is_file():
         return load_backend(path, read_tokenizer_json(path), settings)
     if (path := own_file(folder, "tekken.json")).is_file():
@@ -161,34 +168,6 @@ def load_tokenizer(checkpoint_path: str | Path) -> Tokenizer:
         settings = bpe_defaults(settings) | settings
         return load_backend(path, read_bpe_files(path, settings), settings)
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model; download the model's whole folder")
-
-
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """Return the JSON object of a file, {} where there is no such file."""
-    path = own_file(folder, name)
-    return read_json(path) if path.is_file() else {}
-
-
-def token_name(token: Any) -> str | None:
-    """Return a token's string; the settings write a token as that, or as an object around it."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None
-
-
-def declared_special(settings: dict[str, Any]) -> list[Any]:
-    """Return the tokens that the settings declare special: bos_token and its like, then the lists of others."""
-    keys = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    keys += [key for key in settings if key.endswith("_token") and key not in keys]
-    declared = [settings.get(key) for key in keys]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key)
-        more = list(more.values()) if isinstance(more, dict) else more
-        declared += more if isinstance(more, list) else []
-    return [token for token in declared if token_name(token)]
-
-
-def special_names(settings: dict[str, Any]) -> set[str]:
-    return {name for name in map(token_name, declared_special(settings)) if name}
 
 
 def choose_bos(settings: dict[str, Any], own: int | None, id_of: Callable[[str], int | None]) -> int | None:
@@ -229,11 +208,16 @@ def read_tokenizer_json(path: Path) -> "tokenizers.Tokenizer":
 def load_backend(path: Path, backend: "tokenizers.Tokenizer", settings: dict[str, Any]) -> Tokenizer:
     steps = decoder_steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
     to_bytes = byte_level_bytes if any(step["type"] == "ByteLevel" for step in steps) else piece_bytes
-    special_ids, id_of = mark_added_tokens_(backend, special_names(settings)), backend.token_to_id
+    special_ids, id_of = mark_added_tokens_(backend, settings), backend.token_to_id
 
     def encode_text(text: str, parse_special: bool) -> list[int]:
         backend.encode_special_tokens = not parse_special
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:  # its panics are of no narrower kind
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{path}: package tokenizers fails on {text[:60]!r}: {error}; give another text") from None
 
     return Tokenizer(
         {i: b"" if i in special_ids else to_bytes(token) for token, i in backend.get_vocab().items()},
@@ -248,8 +232,11 @@ def load_backend(path: Path, backend: "tokenizers.Tokenizer", settings: dict[str
     )
 
 
-def mark_added_tokens_(backend: "tokenizers.Tokenizer", names: set[str]) -> set[int]:
-    """Mark every added token as special, and return the ids of those that really are, by their flag or in `names`.
+def mark_added_tokens_(backend: "tokenizers.Tokenizer", settings: dict[str, Any]) -> set[int]:
+    """Mark every added token as special, and return the ids of those that really are.
+
+    As in `transformers`, these are those with the flag, here or in added_tokens_decoder, and those that have a key of
+    their own; a list, such as additional_special_tokens, makes special what was not added yet.
 
     `encode_special_tokens` takes only marked tokens literally, and text that is not trusted must reach none of them:
     DeepSeek's <｜User｜> is not marked, for one.
@@ -257,11 +244,16 @@ def mark_added_tokens_(backend: "tokenizers.Tokenizer", names: set[str]) -> set[
     from tokenizers import AddedToken
 
     added = list(backend.get_added_tokens_decoder().values())
+    flags = settings.get("added_tokens_decoder")
+    flagged = [token for token in (flags.values() if isinstance(flags, dict) else ()) if isinstance(token, dict)]
+    special = [*named_special(settings).values(), *(token for token in flagged if token.get("special"))]
+    listed = special_names(settings) - {token.content for token in added}
+    names = listed | {name for name in map(token_name, special) if name}
     in_vocabulary = {name for name in names if backend.token_to_id(name) is not None}
     added += [AddedToken(name, special=True) for name in in_vocabulary - {token.content for token in added}]
-    special = [token.content for token in added if token.special or token.content in names]
+    hidden = [token.content for token in added if token.special or token.content in names]
     backend.add_special_tokens(added)  # this sets their flag
-    return {i for i in map(backend.token_to_id, special) if i is not None}
+    return {i for i in map(backend.token_to_id, hidden) if i is not None}
 
 
 def post_processor_bos(path: Path, backend: "tokenizers.Tokenizer") -> int | None:
@@ -385,11 +377,6 @@ def read_added_tokens(folder: Path, settings: dict[str, Any], names: set[str]) -
         special = bool(token.get("special")) or content in names
         tokens.append(AddedToken(int(i), content, special, token_flags(token)))
     return tokens
-
-
-def token_flags(token: Any) -> dict[str, bool]:
-    names = ("lstrip", "rstrip", "single_word", "normalized")
-    return {name: bool(token[name]) for name in names if name in token} if isinstance(token, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from typing import Any
 
 from cli.renderer import MAX_BYTES, MAX_SECONDS
 from files import own_file
-from tokenizer import Tokenizer, read_settings, token_name
+from special_tokens import named_special, read_settings, token_name, tokenizer_settings
+from tokenizer import Tokenizer
 
 Message = dict[str, str]  # its role (system, user or assistant) and its content
 
@@ -111,15 +112,14 @@ def load_template(
     eos_ids: the first of them is the eos_token of a folder whose settings name none. kwargs: variables of the user's.
     """
     folder = Path(checkpoint_path)
-    settings = read_settings(folder, "tokenizer_config.json")
+    settings = tokenizer_settings(folder)
     source, where = find_source(folder, settings)
     if not source:
         return None
     names = {i: name for name, i in tokenizer.added_ids.items()}
     ends = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(eos_ids), None)}
     special_tokens = {key: None if i is None else names.get(i) for key, i in ends.items()}
-    for declared in (read_settings(folder, "special_tokens_map.json"), settings):
-        special_tokens |= {key: token_name(value) for key, value in declared.items() if key.endswith("_token")}
+    special_tokens |= {key: token_name(value) for key, value in named_special(settings).items()}
     strings = {key: name for key, name in special_tokens.items() if name is not None}
     return ChatTemplate(source, strings, str(where), kwargs)
 

@@ -217,6 +217,32 @@ def test_a_template_is_found_in_every_file_that_may_hold_it(tmp_path, files, tex
     assert (template and template.render(said("x"), add_generation_prompt=True)) == text
 
 
+DECODER = {"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "older"),
+    [
+        ({"eos_token": "</s>"}, {"eos_token": "<unk>"}),
+        ({"bos_token": "", "eos_token": "</s>"}, {"bos_token": "<s>"}),
+        ({"eos_token": "</s>", **DECODER}, {"eos_token": "<unk>", "pad_token": "</s>"}),
+        ({"bos_token": "<s>", "extra_special_tokens": {"image_token": "<unk>"}}, {}),
+        ({"bos_token": "<s>", "model_specific_special_tokens": {"image_token": "<unk>"}}, {}),
+    ],
+)
+def test_special_tokens_are_the_variables_that_transformers_gives(tmp_path, settings, older):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    source = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ image_token }}"
+    folder = write_folder(tmp_path, tokenizer_config__json=settings | {"chat_template": source})
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(said("x"), tokenize=False)
+    template = load_template(folder, load_tokenizer(folder))
+    assert template is not None and template.render(said("x"), add_generation_prompt=False) == theirs
+
+
 PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"
 LLAMA_GUARD = (
     "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] | trim }}{% endfor %}"

@@ -215,6 +215,42 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
     return {"content": content, **off, **flags}
 
 
+TOOL = {"additional_special_tokens": ["<tool>"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "is_special"),
+    [
+        ({}, False),
+        ({"sep_token": "<tool>"}, True),
+        ({"tool_token": "<tool>"}, True),
+        (TOOL, False),
+        ({"extra_special_tokens": ["<tool>"]}, False),
+        ({"extra_special_tokens": {"tool_token": "<tool>"}}, True),
+        ({"added_tokens_decoder": {"340": added("<tool>", special=True)}}, True),
+        ({"added_tokens_decoder": {"340": added("<tool>")}, **TOOL}, False),
+    ],
+)
+def test_what_makes_an_added_token_special_is_what_does_in_transformers(tmp_path, config, is_special):
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    folder = save(tmp_path, backend, config)
+    ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
+    ids = theirs.encode("a<tool>b")
+    text = "ab" if is_special else "a<tool>b"
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
+
+
+def test_what_the_library_fails_on_is_a_line(tmp_path, monkeypatch):
+    backend = byte_level_backend()
+    strips = [AddedToken("[INST]", rstrip=True, normalized=False), AddedToken("  ", lstrip=True, normalized=False)]
+    backend.add_tokens(strips)
+    tokenizer = load_tokenizer(save(tmp_path, backend))
+    with pytest.raises(ValueError, match=r"tokenizer.json: package tokenizers fails on '\[INST\]   '"):
+        tokenizer.encode("[INST]   ")
+    assert tokenizer.decode(tokenizer.encode("[INST] a")) == "[INST]a"
+
+
 GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
 BPE_FOLDERS = {
     "all defaults": {"tokenizer_config": GPT2},
