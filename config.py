@@ -11,20 +11,18 @@ from typing import Any
 import torch
 
 from families import FAMILIES, GRANITE_DEFAULTS, heeds
-from files import own_file, read_json
+from files import own_file, read_flag, read_json, read_number
 from linears import Form
 from model import ModelConfig
-from quantization import read_quantization
-from rope import parse_rope, read_flag, read_number
+from quantization import CONFIG_KEYS, quantization_options, read_quantization
+from rope import parse_rope
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Far above any real model: larger values are mistakes that would exhaust memory or overflow a tensor's size.
 MAX_COUNT, MAX_SIZE = 2**12, 2**24
 
 # Keys of a model that sees too which its `text_config` may leave out.
-OUTER_KEYS = (
-    "dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config", "tie_word_embeddings",
-)  # fmt: skip
+OUTER_KEYS = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", *CONFIG_KEYS)
 # Such models -> the family of their text, where `text_config` names none.
 TEXT_FAMILIES = {"mistral3": "mistral", "gemma3": "gemma3_text"}
 # What `transformers` assumes for keys that any config.json may leave out.
@@ -73,7 +71,7 @@ def read_config(checkpoint_path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{checkpoint_path} {what}; download the model's whole folder (scripts/download.py)")
     raw = read_json(path)
     for name, method in OLDER_FILES.items():
-        if raw.get("quantization_config") is None and own_file(checkpoint_path, name).is_file():
+        if not quantization_options(raw) and own_file(checkpoint_path, name).is_file():
             held = read_json(checkpoint_path / name)
             held = held["quantization"] if isinstance(held.get("quantization"), dict) else held
             held = {OLDER_KEYS.get(key, key): value for key, value in held.items() if value is not None}
@@ -112,9 +110,9 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES:
         known = [*FAMILIES, *TEXT_FAMILIES]
         raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(known)}")
-    values = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, **raw}
+    values = {**COMMON_DEFAULTS, **FAMILIES[family].defaults, "rope_parameters": None, **raw}
     quantization_form(raw)  # for what it refuses
-    silence_neutral_values_(values)
+    refuse_unheeded_values_(values)
     fields = {**parse_layers(values), **parse_heads(values), **parse_experts(values), **parse_attention_bias(values)}
     fields |= {**FAMILIES[family].fields, **parse_multipliers(values, fields["head_dim"])}
     fields |= parse_rope(values, fields["head_dim"])
@@ -189,11 +187,8 @@ def parse_no_rope_layers(values: dict[str, Any], num_layers: int) -> tuple[int, 
     return tuple(i for i, flag in enumerate(flags[:num_layers]) if not flag)
 
 
-def silence_neutral_values_(values: dict[str, Any]) -> None:
-    """Give each key that the family does not heed the value by which it says nothing.
-
-    Raises ValueError where it has another value, which would ask for other arithmetic.
-    """
+def refuse_unheeded_values_(values: dict[str, Any]) -> None:
+    """Raise ValueError where a key that the family does not heed asks for other arithmetic, else reset that key."""
     family = values["model_type"]
     if family == "mixtral" and values.get("num_experts") == values["num_local_experts"]:
         values["num_experts"] = None  # its other name there

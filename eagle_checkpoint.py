@@ -16,12 +16,11 @@ from torch import Tensor
 from checkpoint import check_depth, check_names, checked_tensor, is_finite, write_config
 from config import MAX_SIZE, parse_config, read_config
 from eagle import Head, HeadConfig
-from files import TensorFiles, write_safetensors
+from files import TensorFiles, read_flag, read_number, write_safetensors
 from kernels.optimize import optimize_
 from model import ModelConfig, Transformer
 from names import hub_parts, hub_shapes
 from random_weights import random_parameter
-from rope import read_flag, read_number
 
 # The families that the layers of a head are of.
 FAMILIES = ("llama", "qwen3")

@@ -66,6 +66,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_number(
+    values: dict[str, Any], key: str, number_type: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
+) -> Any:
+    """Return a number of config.json, from low to high. Raises ValueError, which names the key and its value."""
+    value: Any = values.get(key)
+    if type(value) not in {int, number_type} or not low <= value <= high:  # a bool is an int, but not of that type
+        expected = f"{number_type.__name__} of at least {low} and at most {high}"
+        raise ValueError(f"config.json: {key}{where} is {value!r}, expected {expected}")
+    return number_type(value)
+
+
+def read_flag(values: dict[str, Any], key: str) -> bool:
+    """Return a flag of config.json. Raises ValueError where it is no bool."""
+    if not isinstance(values[key], bool):
+        raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
+    return values[key]
+
+
 class TensorFiles:
     """The tensors of a checkpoint folder by name, read one at a time.
 

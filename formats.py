@@ -20,7 +20,7 @@ from linears import Form, StoredLinear, pack_nibbles, unpack_nibbles
 from quantization import Kind, Quantization
 
 FLOAT8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2}
-# What becomes of activations or keys in another program: here they are not quantized.
+# Scales of activations and KV caches, which other programs quantize and this one does not.
 OTHER_SCALES = re.compile(r"\.(act|activation|input|output|prob_output|q|k|v|kv)_(scale|zero_point|global_scale)$")
 Shape = tuple[int, ...]
 ReadParameters = Callable[[], dict[str, Tensor]]
@@ -132,7 +132,8 @@ class ModuleTensors:
 
     def has_zeros(self, bits: int) -> bool:
         """Say whether there are zero points, or have to be."""
-        return self.has("weight_zero_point") or not any(kind.symmetric for kind in self.kinds if kind.bits == bits)
+        kinds = [kind for kind in self.kinds if kind.bits == bits] or self.kinds  # codes of 4 bits may fill a byte each
+        return self.has("weight_zero_point") or not any(kind.symmetric for kind in kinds)
 
     def read_zeros(self, bits: int) -> Tensor:
         """Return zero points that are not packed. Raises ValueError for one that is no code."""

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from linears import GROUP_SIZES, MODES, Form
 
+# Keys of config.json; the second is that of compressed-tensors in 2024, the third of MLX.
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 READ = "compressed-tensors, gptq, awq, auto-round and fp8"
-# Keys of one method alone, where none is named; the last of them others have too.
+# Where no method is named, the first of these keys that is there tells it; others have the last one too.
 OWN_KEYS = {"config_groups": "compressed-tensors", "desc_act": "gptq", "zero_point": "awq", "bits": "MLX"}
 # Of auto-round: two store zero points as they are, as gptq_v2 does.
 PACKINGS = {
@@ -75,14 +77,16 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
         options = {**options, "checkpoint_format": layout} if method == "gptq" else options
     method = other_format(options) or method
     is_fp8 = method in ("fp8", "fbgemm_fp8") or (method == "modelopt" and options.get("quant_algo") == "FP8")
-    if method not in KINDS and not is_fp8:
+    if method not in KIND_READERS and not is_fp8:
         raise ValueError(
             f"config.json: quantization_config of {method} is not read, only {READ}; download the model that it was "
             "made from, and run quantize.py on it"
         )
     quantization = Quantization(method, options)
     block = options.get("weight_block_size")
-    return quantization._replace(kinds=KINDS[method](quantization) if method in KINDS else [Kind(None, None, block)])
+    return quantization._replace(
+        kinds=KIND_READERS[method](quantization) if method in KIND_READERS else [Kind(None, None, block)]
+    )
 
 
 def refuse_old_folder(raw: Mapping[str, Any]) -> None:
@@ -97,8 +101,7 @@ def refuse_old_folder(raw: Mapping[str, Any]) -> None:
 
 def quantization_options(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the object that config.json has for quantized weights, without what is null; {} where it has none."""
-    keys = ("quantization_config", "compression_config", "quantization")  # the second by compressed-tensors of 2024
-    options: Any = next((raw[key] for key in keys if raw.get(key) is not None), {})
+    options: Any = next((raw[key] for key in CONFIG_KEYS if raw.get(key) is not None), {})
     if not isinstance(options, dict):
         raise ValueError(f"config.json: quantization_config is {str(options)[:60]!r}, expected an object")
     return {key: value for key, value in options.items() if value is not None}
@@ -169,4 +172,4 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
     return [Kind(int(kind["bits"]), quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
 
 
-KINDS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}
+KIND_READERS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}

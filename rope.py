@@ -1,4 +1,4 @@
-"""The rotary embeddings of config.json -> fields of ModelConfig, and how a number of config.json is read."""
+"""The rotary embeddings of config.json -> fields of ModelConfig."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, heeds
+from files import read_flag, read_number
 from model import RopeScaling
 
 # The keys of rope_parameters and rope_scaling that every type may have, and those that one alone heeds.
@@ -23,28 +24,13 @@ ROPE_TYPES: dict[str, set[str]] = {
 LAYERS = ("full_attention", "sliding_attention")  # the types of layers of which each may have a rotary embedding
 
 
-def read_number(
-    values: dict[str, Any], key: str, number_type: type = int, low: float = 1, high: int = 2**31 - 1, where: str = ""
-) -> Any:
-    value: Any = values.get(key)
-    if type(value) not in {int, number_type} or not low <= value <= high:  # a bool is an int, but not of that type
-        expected = f"{number_type.__name__} of at least {low} and at most {high}"
-        raise ValueError(f"config.json: {key}{where} is {value!r}, expected {expected}")
-    return number_type(value)
-
-
-def read_flag(values: dict[str, Any], key: str) -> bool:
-    if not isinstance(values[key], bool):
-        raise ValueError(f"config.json: {key} is {values[key]!r}, expected true or false")
-    return values[key]
-
-
 def parse_rope(values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Read rotary embeddings, from `rope_parameters` or from `rope_theta` and `rope_scaling`: fields of ModelConfig."""
     if heeds(values, "rope_local_base_freq"):
         return parse_ropes_by_layer_type(values, head_dim)
     objects = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
-    objects = objects or {"rope_parameters": {}}
+    if not objects:
+        objects = {"rope_parameters": FAMILIES[values["model_type"]].defaults.get("rope_parameters", {})}
     parsed = [parse_rope_object(values, key, rope, head_dim) for key, rope in objects.items()]
     if parsed[0] != parsed[-1]:
         scaling, parameters = objects.values()

@@ -38,6 +38,7 @@ from files import (
     spec_of,
     write_safetensors,
 )
+from quantization import CONFIG_KEYS
 
 
 class AnyFiles(TensorFiles):
@@ -102,7 +103,7 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
             write_safetensors(
                 folder / "model.safetensors", reader.specs, lambda name: (bar.update(), reader.read(name))[1]
             )
-        raw = {key: value for key, value in reader.raw.items() if key not in ("quantization_config", "quantization")}
+        raw = {key: value for key, value in reader.raw.items() if key not in CONFIG_KEYS}
         write_config(raw | {"layout": "fused"}, dtype, folder)
         copy_texts(checkpoint_dir, folder)
     print(f"wrote {output_dir}", file=sys.stderr)

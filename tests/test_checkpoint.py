@@ -254,6 +254,18 @@ def test_sliding_window_is_for_all_layers_or_none(changes: dict[str, Any], windo
     assert parse_config({**MISTRAL, **changes}).sliding_window == window
 
 
+def test_what_a_family_assumes_of_rope_gives_way_to_either_form() -> None:
+    raw = {key: value for key, value in LLAMA.items() if "rope" not in key} | {"model_type": "ministral3"}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.2}
+    assumed = parse_config(raw)
+    assert assumed.rope_scaling is not None and assumed.rope_scaling.factor == 16
+    assert parse_config({**raw, "rope_parameters": None}) == assumed
+    new = parse_config({**raw, "rope_parameters": {**yarn, "rope_theta": 1e4}})
+    assert new.rope_scaling is not None and (new.rope_scaling.factor, new.query_scaling_beta) == (4, 0.2)
+    for more in ({}, {"rope_parameters": None}):
+        assert parse_config({**raw, "rope_theta": 1e4, "rope_scaling": yarn, **more}) == new
+
+
 def test_rope_theta_of_a_million_token_context_is_read() -> None:
     assert parse_config({**LLAMA, "rope_theta": 3580165449.0}).rope_theta == 3580165449.0
 

@@ -72,7 +72,10 @@ def compressed(
     def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
         drawn = Drawn(name, N, K, bits, group, zeros, dtype, order)
         if plain:
-            return {"weight": (drawn.codes - 128).to(torch.int8), "weight_scale": drawn.scales}, drawn.weight
+            codes = (drawn.codes - 2 ** (bits - 1)).to(torch.int8)
+            zeros_one_by_one = (drawn.zeros - 2 ** (bits - 1)).to(torch.int8)
+            more = {"weight_zero_point": zeros_one_by_one} if zeros else {}
+            return {"weight": codes, "weight_scale": drawn.scales, **more}, drawn.weight
         tensors = {"weight_packed": as_words(drawn.codes, bits), "weight_scale": drawn.scales}
         tensors["weight_shape"] = torch.tensor([N, K])
         if zeros:
@@ -184,6 +187,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "ct 8 bit, by channel": compressed(8),
     "ct int8": compressed(8, plain=True),
     "ct int8 in groups, fp32 scales": compressed(8, 64, plain=True, dtype=torch.float32),
+    "ct 4 bit as int8": compressed(4, 32, plain=True),
+    "ct 4 bit as int8, zero points": compressed(4, 32, plain=True, zeros=True),
     "ct 4 bit, zero points not packed": zeros_not_packed(4),
     "ct 8 bit, zero points not packed": zeros_not_packed(8),
     "ct 8 bit, of a whole tensor": of_tensor(8, 1),
@@ -435,6 +440,8 @@ def test_config_says_the_same_in_other_words(tmp_path: Path, name: str, change: 
         options |= change
     (packed / "config.json").write_text(json.dumps({**raw, key: options}))
     torch.testing.assert_close(logits(packed), logits(plain), atol=1e-4, rtol=0)
+    convert_hf_checkpoint.convert(packed, tmp_path / "converted", "float32")
+    torch.testing.assert_close(logits(tmp_path / "converted"), logits(plain), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
