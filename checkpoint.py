@@ -80,8 +80,8 @@ def name_first(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[str] = ()) -> list[str]:
-    """Return the tensors that no text depends on. A tied head may be there or not.
+def check_names(files: TensorFiles, expected: Collection[str], optional: Collection[str] = ()) -> list[str]:
+    """Return the tensors that no text depends on. optional: those that may be there or not.
 
     Raises ValueError where a tensor is missing, or is not the model's.
     """
@@ -89,7 +89,7 @@ def check_names(files: TensorFiles, expected: Collection[str], tied: Collection[
     def is_unused(name: str) -> bool:  # auto-gptq wrote a bias of zeros for each linear
         return bool(UNUSED_NAMES.search(name)) or (name.endswith(".bias") and not bool(files.get(name).any()))
 
-    others = [name for name in sorted({*files.files} - {*expected, *tied}) if not OTHER_SCALES.search(name)]
+    others = [name for name in sorted({*files.files} - {*expected, *optional}) if not OTHER_SCALES.search(name)]
     unused = [name for name in others if is_unused(name)]
     for what, names in (("lacks", {*expected} - {*files.files}), ("has unexpected", {*others} - {*unused})):
         if names:
@@ -140,8 +140,8 @@ class ModelReader:
         Raises FileNotFoundError or ValueError where the folder's tensors are not those that config.json asks for.
         """
         self.path, self.ranks = checkpoint_path, ranks
-        self.raw = read_config(checkpoint_path)  # but for a head that is tied by it and not by the weights
-        self.config = parse_config(self.raw)  # first: one that is not read may have weights under other names too
+        self.raw = read_config(checkpoint_path)  # tie_word_embeddings becomes false where the weights have another head
+        self.config = parse_config(self.raw)  # first, since a family that is not read may have other weights
         self.is_fused = self.raw.get("layout") == "fused"
         self.dtype = dtype or checkpoint_dtype(checkpoint_path, self.raw, files_class)
         self.files = files_class(checkpoint_path)
@@ -154,8 +154,7 @@ class ModelReader:
         if not self.is_fused:
             self._adopt_names()
         check_depth(self.files, self.config)
-        if not self.is_fused:
-            self._find_packed(keep_codes)
+        self._find_packed(keep_codes)
         model = meta_model(self.raw, forms=self.forms)
         self.specs = tensor_specs(model, self.dtype)
         names = [part for name in self.specs for part in self._stored_names(name)]
@@ -171,7 +170,7 @@ class ModelReader:
         for name, child in model.named_modules():
             if not isinstance(child, Linear | Experts | Embedding):
                 continue
-            shapes = hub_shapes(f"{name}.weight", child.weight.shape, self.config, self.stacked)
+            shapes = self._shapes(f"{name}.weight", child.weight.shape)
             parts = [
                 find_packed(self.files, part.removesuffix(".weight"), shape, quantization)
                 for part, shape in shapes.items()
@@ -209,18 +208,18 @@ class ModelReader:
             sizes = f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB of {str(self.dtype).removeprefix('torch.')}"
             self._say(f"{len(names)} weights are dequantized, {sizes}{why}")
 
-    def _names(self, name: str) -> list[str]:
-        """Name the tensors that parameter `name` is made of in this layout, where none is quantized."""
-        shape = self.specs[name][1]
-        return [name] if self.is_fused else [*hub_shapes(name, shape, self.config, self.stacked)]
+    def _shapes(self, name: str, shape: torch.Size | None = None) -> dict[str, torch.Size]:
+        """Return the tensors that a parameter is made of in this layout, where none is quantized."""
+        shape = self.specs[name][1] if shape is None else shape
+        return {name: shape} if self.is_fused else hub_shapes(name, shape, self.config, self.stacked)
 
     def _stored_names(self, name: str) -> list[str]:
         """Name the folder's tensors that parameter `name` is made of."""
         module, _, suffix = name.rpartition(".")
         parts = self.packed.get(module)
         if parts is None or suffix == "bias":
-            return self._names(name)
-        hub = self._names(f"{module}.weight")
+            return [*self._shapes(name)]
+        hub = self._shapes(f"{module}.weight")
         return [tensor for part, own in zip(parts, hub, strict=True) for tensor in (part.names if part else [own])]
 
     def _say(self, words: str) -> None:
@@ -268,14 +267,12 @@ class ModelReader:
         """Map the tensors that a parameter is stored as, or is cut into for several ranks."""
         module, _, suffix = name.rpartition(".")
         stored: Iterable[Tensor]
-        if self.is_fused:
-            stored = [checked_tensor(self.files, name, self.specs[name])]
-        elif module in self.forms and suffix != "bias":
+        if module in self.forms and suffix != "bias":
             stored = [part[suffix] for part in self._read_packed(module)]
             stored = stored[:1] if suffix == "order" else stored  # all have the same
         else:
-            stored = self._hub_parts(name)
-        if self.ranks.count == 1 or suffix == "order" or len(self._names(name)) > 1:
+            stored = self._dense_parts(name)
+        if self.ranks.count == 1 or suffix == "order" or len(self._shapes(name)) > 1:
             return stored
         [whole] = stored
         return hub_parts(name, whole, self.config, ()).values()
@@ -286,13 +283,12 @@ class ModelReader:
             self._last_packed = module, [part.parameters() for part in self.packed[module] if part]
         return self._last_packed[1]
 
-    def _hub_parts(self, name: str) -> Iterator[Tensor]:
-        """Map the Hub's tensors that a parameter is made of; those that are quantized are dequantized."""
-        dtype, shape = self.specs[name]
-        shapes = hub_shapes(name, shape, self.config, self.stacked)
+    def _dense_parts(self, name: str) -> Iterator[Tensor]:
+        """Map the tensors that a parameter is made of; those that are quantized are dequantized."""
+        shapes = self._shapes(name)
         packed = self.packed.get(name.removesuffix(".weight"), [None] * len(shapes))
-        for (part, part_shape), held in zip(shapes.items(), packed, strict=True):
-            yield held.dense() if held else checked_tensor(self.files, part, (dtype, part_shape))
+        for (part, shape), held in zip(shapes.items(), packed, strict=True):
+            yield held.dense() if held else checked_tensor(self.files, part, (self.specs[name][0], shape))
 
 
 def checkpoint_dtype(path: Path, raw: dict[str, Any], files_class: type[TensorFiles] = TensorFiles) -> torch.dtype:
@@ -370,7 +366,7 @@ def copy_texts(source: Path, path: Path) -> None:
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors and config.json in the Hub's layout into the folder `path`."""
     if not isinstance(model.layers[0].self_attn.qkv_proj, Linear):
-        raise ValueError("the model has kernels' layers, which have no form on disk; load it with optimize=False")
+        raise ValueError("the model's linears are not plain floats; load an unquantized folder with optimize=False")
     tensors = hub_tensors(model, {name: value.detach() for name, value in model.named_parameters()})
     specs = {name: (dtype, value.shape) for name, value in tensors.items()}
     write_safetensors(path / "model.safetensors", specs, lambda name: tensors[name].to(dtype))

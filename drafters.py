@@ -28,7 +28,7 @@ class Proposal:
     k: int
     lengths: list[int]  # how many of the k are meant for each text; those beyond are there for other rows
     num_latest: int = 1  # how many of a text's last ids the step is given
-    first: int = 0  # position of the first that may be one of these; where there are fewer, it stands for them
+    first: int = 0  # the lowest position of these; a shorter text repeats what stands there
 
 
 class Drafter(Protocol):
@@ -51,8 +51,8 @@ MODEL_K, LOOKUP_K = 5, 15
 # The assumed cost of one more draft, in steps of the target: by a model a tenth its size and verified; verified alone.
 DRAFT_COST, VERIFY_COST = 0.25, 0.1
 HEAD_COST = 0.15  # of a layer and an output layer, and verified
-# After a round that accepted more of what was found than a draft model drafts at most, that one has a prefill to do. It
-# pays where nothing more is found for a while: for so many tokens it is not asked.
+# Where more of what was found is accepted than a draft model drafts at most, its caches fall behind, and it has a
+# prefill to do. So for this many tokens the model is not asked.
 CATCHING_UP = 4
 # By this factor a past round weighs less with each new one.
 DECAY = 0.92
@@ -81,7 +81,7 @@ class Pace:
         self.accepted, self.rejected = PRIOR, 0.0
         self.wait = FIRST_WAIT
         self.k = self.best()
-        self.due = 0  # how many to draft when a wait is over
+        self.due_room, self.due_k = 0, 0  # how many to draft once no more room than that is left; 0: not planned
 
     def gain(self, k: int) -> float:
         """Return how many tokens a round of k drafts is expected to yield in the time of a step."""
@@ -92,7 +92,7 @@ class Pace:
         return max(self.levels, key=self.gain)
 
     def plan(self, room: int) -> tuple[int, int]:
-        """Return how many tokens to decode plainly in a room of so many, and how many to draft then, 0 for none."""
+        """Return how many tokens to decode plainly, and how many to draft then, 0 for none; room: of the text."""
         if room == 1:
             return 1, 0
         if self.k == 0:
@@ -101,10 +101,14 @@ class Pace:
         return 0, min(self.k, level_that_fills(self.levels, room))
 
     def next_plan(self, room: int) -> tuple[int, int]:
-        """Return what to do before asking again: as `plan`, and one of the two is 0."""
-        num_plain, k = (0, self.due) if self.due else self.plan(room)
-        self.due = k if num_plain else 0
-        return num_plain, 0 if num_plain else k
+        """Return what to do before asking again: as `plan`, and one of the two is 0. It may be asked earlier."""
+        if self.due_k == 0:
+            num_plain, k = self.plan(room)
+            self.due_room, self.due_k = room - num_plain, k
+        if room > self.due_room:
+            return room - self.due_room, 0
+        k, self.due_k = self.due_k, 0
+        return 0, k
 
     def update(self, counts: list[int], lengths: list[int]) -> None:
         """Record a round: how many drafts were meant for each row, perhaps none, and how many ids it accepted."""
@@ -223,9 +227,10 @@ class Lookup:
         found = [self.look_up(text, most) for text in texts]
         longest = max(map(len, found))
         if longest == 0 and 0 in self.levels:
-            self.pace.due = most if self.pace.k == 0 else 0
             self.num_vain += 1
-            return min(1 + self.num_vain // VAIN_PER_TOKEN, MOST_BETWEEN_LOOKS, room)
+            num_plain = min(1 + self.num_vain // VAIN_PER_TOKEN, MOST_BETWEEN_LOOKS, room)
+            self.pace.due_room, self.pace.due_k = room - num_plain, most if self.pace.k == 0 else 0
+            return num_plain
         self.num_vain = 0
         positive = [level for level in self.levels if level]
         k = min(most, max([level for level in positive if level <= longest], default=positive[-1]))

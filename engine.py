@@ -63,8 +63,7 @@ class Batch:
     @property
     def num_needed_rows(self) -> int:
         """How many rows have to run: a power of two, or all."""
-        num_unfinished = sum(text.room != 0 for text in self.texts)
-        return min(2 ** max(0, num_unfinished - 1).bit_length(), len(self.running))
+        return num_rows_needed(sum(text.room != 0 for text in self.texts), len(self.running))
 
     def take(self, step: list[list[int]]) -> list[list[int]]:
         """Cut each running text's new ids where it ends, and add them to it; return the new ids of every text."""
@@ -91,11 +90,12 @@ class Batch:
     def shrink_(self) -> None:
         """Drop texts that have ended, if the others fit a smaller batch."""
         if (needed := self.num_needed_rows) < len(self.running):
-            ended_last = sorted(self.running, key=lambda text: text.room == 0)
-            self.arrange_(ended_last + self.order[len(ended_last) :])
+            unfinished_first = sorted(self.running, key=lambda text: text.room == 0)
+            self.arrange_(unfinished_first + self.order[len(self.running) :])
             self.running = self.order[:needed]
 
     def arrange_(self, order: list[Text]) -> None:
+        """Move the rows of the caches so that row i holds the text order[i]."""
         if order != self.order:
             places = [self.order.index(text) for text in order]
             for model in self.models:
@@ -103,9 +103,9 @@ class Batch:
             self.order = order
 
 
-def batch_sizes(num_rows: int) -> list[int]:
-    """Return the sizes that a batch may shrink to, in rising order, and its own."""
-    return [2**i for i in range(num_rows.bit_length()) if 2**i < num_rows] + [num_rows]
+def num_rows_needed(num_texts: int, num_rows: int) -> int:
+    """Return how many of so many rows have to run for so many texts: a power of two, or all."""
+    return min(2 ** max(0, num_texts - 1).bit_length(), num_rows)
 
 
 def check_ids(ids: Iterable[int], vocab_size: int, what: str) -> None:

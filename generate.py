@@ -37,9 +37,9 @@ from cli.ranks import check_copies, from_rank_0, process_group, together
 from cli.report import TextPrinter, report_plain_linears, report_rows, report_run, run_batch, run_metrics
 from collectives import draft_ranks
 from config import is_head, quantization_form, read_config
-from drafters import DraftModel
+from drafters import DraftModel, level_that_fills
 from eagle_checkpoint import load_head, random_head
-from engine import Engine, batch_sizes, generate
+from engine import Engine, generate, num_rows_needed
 from files import write_whole
 from model import ONE_RANK, Ranks, Transformer
 from random_weights import random_model
@@ -116,7 +116,7 @@ class Case(NamedTuple):
 
 def reachable_levels(levels: tuple[int, ...], room: int) -> list[int]:
     """Return the numbers of drafts that a text with room for so many ids can have, in rising order; as `Pace.plan`."""
-    most = min([level for level in levels if level >= room - 1] or levels[:1]) if room > 0 else -1
+    most = level_that_fills(levels, room) if room > 0 else -1
     return [level for level in reversed(levels) if level <= most]
 
 
@@ -126,10 +126,7 @@ def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool,
     ends_early: rows may end before their room is full, at EOS or a stop text. With drafts a row may fill it sooner than
     another, but none before the first round.
     """
-    sizes, most = batch_sizes(len(rooms)), max(rooms)
-
-    def size_of(count: int) -> int:
-        return next((size for size in sizes if size >= count), sizes[-1])
+    sizes, most = {num_rows_needed(num, len(rooms)) for num in range(1, len(rooms) + 1)}, max(rooms)
 
     def case_of(size: int, k: int) -> Case:
         return Case(size, k, are_found and k > 0)
@@ -137,7 +134,7 @@ def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool,
     # Rows that end where their room is full: at first none, then the shortest, and so on.
     ends = [end for end in sorted({0, *rooms}) if 0 <= end < most]
     cases = {
-        case_of(size_of(sum(room > end for room in rooms)), k)
+        case_of(num_rows_needed(sum(room > end for room in rooms), len(rooms)), k)
         for end in ends
         for k in reachable_levels(levels, most - end)
     }

@@ -112,7 +112,6 @@ class Calibration:
         x = model.scale_embedding(F.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
         positions = torch.arange(windows.shape[1], device=table.device)
-        model.set_rope_(table.device, windows.shape[1])
         self.contexts = [*model.block_contexts(positions.unsqueeze(0)), ()]  # the last is the output head's
         self.layer = 0
 

@@ -120,7 +120,7 @@ def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) 
         return torch.zeros(size // 2, device="cpu")  # these layers do not rotate
     if rope and rope.frequencies:
         return torch.tensor(rope.frequencies[int(length > rope.original_max_position_embeddings)], device="cpu")
-    if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text is longer
+    if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text exceeds that length by
         theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
     frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
     if rope is None or rope.rope_type == "dynamic":
@@ -409,11 +409,14 @@ class Transformer(nn.Module):
         self.set_rope_()
         self.max_seq_length = config.max_position_embeddings
 
-    def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
-        """Compute the frequencies of the rotary embeddings, for texts of at most `length` tokens."""
-        frequencies = (rope_frequencies(self.config, length, local).to(device) for local in (False, True))
+    def rope(self, device: str | torch.device, length: int) -> list[Tensor]:
+        """Return the frequencies of all layers and of local ones, for texts of at most `length` tokens."""
         # [2, rotary_dim / 2], negated and not, as `rotate` needs their angles.
-        self.inv_freq, self.local_inv_freq = (nn.Buffer(torch.stack((-f, f)), persistent=False) for f in frequencies)
+        frequencies = (rope_frequencies(self.config, length, local).to(device) for local in (False, True))
+        return [torch.stack((-f, f)) for f in frequencies]
+
+    def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
+        self.inv_freq, self.local_inv_freq = (nn.Buffer(f, persistent=False) for f in self.rope(device, length))
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate empty KV caches, and taps, in the embedding's dtype and on its device."""
@@ -446,11 +449,12 @@ class Transformer(nn.Module):
         """The bytes of all weights of this rank; a tied head counts once."""
         return sum(p.nbytes for p in self.parameters())
 
-    def block_context(self, positions: Tensor, slots: Tensor, local: bool, window: int | None) -> BlockContext:
-        """Return what the layers of a kind need to know of positions [B, S]."""
-        inv_freq, scaling = (self.local_inv_freq, None) if local else (self.inv_freq, self.config.rope_scaling)
-        angles = positions.view(*positions.shape, 1, 1, 1) * inv_freq  # [B, S, 1, 2, rotary_dim / 2]
-        factor = scaling.attention_factor if scaling else 1.0
+    def block_context(
+        self, positions: Tensor, slots: Tensor, rope: Sequence[Tensor], local: bool, window: int | None
+    ) -> BlockContext:
+        """Return what the layers of a kind need to know of positions [B, S]; rope: as `self.rope` returns it."""
+        angles = positions.view(*positions.shape, 1, 1, 1) * rope[local]  # [B, S, 1, 2, rotary_dim / 2]
+        factor = scaling.attention_factor if (scaling := self.config.rope_scaling) and not local else 1.0
         mask = attention_mask(positions.unsqueeze(-1), slots, window)
         return BlockContext(scaled(angles.cos(), factor), scaled(angles.sin(), factor), positions, mask)
 
@@ -460,12 +464,11 @@ class Transformer(nn.Module):
         # This reads the positions on the host, so only where no GPU would wait for it.
         if cached and eager and positions.is_cpu and (last := int(positions.max())) >= self.max_seq_length:
             raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; set up more")
-        if not cached and eager and self.config.rope_scaling is not None:
-            self.set_rope_(positions.device, int(positions.max()) + 1)
+        rope = [self.inv_freq, self.local_inv_freq] if cached else self.rope(positions.device, positions.shape[1])
         if slots is None:
             slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
         kinds = [(self.config.is_local(layer), self.config.window(layer)) for layer in range(len(self.layers))]
-        contexts = {kind: self.block_context(positions, slots, *kind) for kind in dict.fromkeys(kinds)}
+        contexts = {kind: self.block_context(positions, slots, rope, *kind) for kind in dict.fromkeys(kinds)}
         return [contexts[kind] for kind in kinds]
 
     def scale_embedding(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def quantized_parts(
         parameters = dict(block.named_parameters(prefix[:-1]))
         encoders = calibration.encoders(block) if calibration else {}
         for name, child in quantizable_linears(block).items():
-            stored = quantize_linear(child, form, encoders.get(name))
+            stored = quantize_linear(child, form, encoders.pop(name, None))  # whose Hessian is freed here
             parameters |= stored.named_parameters(prefix + name)
             if calibration:  # the next block is calibrated on what the quantized blocks before it return
                 child.weight = frozen_parameter(stored.dequantize().to(child.weight.dtype))

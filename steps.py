@@ -138,9 +138,8 @@ def decode(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run one token per row, [B] at positions [B]; return the next ids and their positions."""
-    # A row that has ended may be past the slots that the others need, and NOT_A_NUMBER may not have been read yet.
-    tokens = tokens.clamp(min=0)
-    positions = positions.clamp(max=(model.max_seq_length if slots is None else slots.shape[0]) - 1)
+    # A row that has ended may go on beyond the caches, and NOT_A_NUMBER may not have been read yet.
+    tokens, positions = tokens.clamp(min=0), positions.clamp(max=model.max_seq_length - 1)
     hidden = model.hidden_states(tokens.unsqueeze(-1), positions.unsqueeze(-1), slots)[:, -1]
     return model.ranks.broadcast(sample(model.logits(hidden), sampling, noise)), positions + 1
 
@@ -205,7 +204,7 @@ def compile_options(mode: str | None) -> dict[str, Any]:
 def compiled(
     step: Callable[..., Any], mode: str | None = None, settings: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Compile prefill, decode, verify or draft_and_verify, into one graph for all positions and prompt lengths.
+    """Compile prefill, decode or draft_and_verify, into one graph for all positions and prompt lengths.
 
     It also raises torch's limit of graphs, for the process.
 
@@ -265,14 +264,15 @@ def prompt_chunks(
     token at its first position, which only writes that slot again. For a compiled step very short prompts are padded
     too: up to MAX_ROWS columns take the kernels of decode, which would be another graph.
     """
-    shortest = 1 if step is prefill else MAX_ROWS + 1
-    length = max(shortest, *map(len, prompts))
+    length = max(1 if step is prefill else MAX_ROWS + 1, *map(len, prompts))
     tokens = torch.tensor([[p[0]] * (length - len(p)) + p for p in prompts], device=device)
     ends = [start + len(p) for start, p in zip(starts, prompts, strict=True)]
     places = [[max(start, end - length + i) for i in range(length)] for start, end in zip(starts, ends, strict=True)]
     positions = torch.tensor(places, device=device)
-    first = length % PREFILL_CHUNK  # the odd chunk comes first: as the last it could be too short
-    first = first if first >= shortest else first + PREFILL_CHUNK
+    # The odd chunk comes first, since as the last it could be too short. Eager steps take the same chunks, so that a
+    # seed draws the same noise.
+    first = length % PREFILL_CHUNK
+    first = first if first > MAX_ROWS else first + PREFILL_CHUNK
     bounds = [0, *range(min(first, length), length + 1, PREFILL_CHUNK)]
     for begin, end in pairwise(bounds):
         # Copies, since a compiled prefill would make another graph for a slice's strides.

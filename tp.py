@@ -65,7 +65,7 @@ def check_sizes(config: ModelConfig, form: Form | None, count: int) -> None:
     if unlike and config.qk_norm_over_heads:
         what = f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks"
         raise ValueError(f"{what}, as a norm over all heads needs; start as many as divide it")
-    if count == 1 or form is None or form.group_size is None:
+    if form is None or form.group_size is None:
         return
     for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
         check_group(name, size, form.group_size, config, count)

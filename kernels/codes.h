@@ -101,12 +101,8 @@ static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
 struct Scales {
     const void* first;
     int type;  // 0: bf16, 1: fp16, 2: fp32
-    Scales(const bf16* p) : first(p), type(0) {}
-    Scales(const half* p) : first(p), type(1) {}
-    Scales(const float* p) : first(p), type(2) {}
-    Scales(const void* p, int of_type) : first(p), type(of_type) {}
     const char* place(int64_t i) const { return (const char*)first + (type == 2 ? 4 : 2) * i; }
-    Scales from(int64_t i) const { return Scales(place(i), type); }
+    Scales from(int64_t i) const { return {place(i), type}; }
     Floats vector(int64_t i) const {
         const void* p = place(i);
         return type == 0 ? load_wide((const bf16*)p) : type == 1 ? load_wide((const half*)p) : load_wide((const float*)p);

@@ -167,8 +167,11 @@ static void for_each(int64_t count, const Body& body) {
 template <class Body>
 static void for_rows(int64_t M, const Body& body) {
     constexpr int64_t TOGETHER = 8;
-    if (M <= 2 * TOGETHER) return body(0, M);
-    for_each((M + TOGETHER - 1) / TOGETHER, [&](int64_t i) { body(i * TOGETHER, std::min(TOGETHER, M - i * TOGETHER)); });
+    for (int64_t m = 0; M <= 2 * TOGETHER && m < M; m++) body(m);
+    if (M > 2 * TOGETHER)
+        for_each((M + TOGETHER - 1) / TOGETHER, [&](int64_t i) {
+            for (int64_t m = i * TOGETHER; m < std::min(M, (i + 1) * TOGETHER); m++) body(m);
+        });
 }
 
 struct alignas(64) Share {
@@ -328,8 +331,7 @@ static const T* like(T*, const Tensor& tensor) { return data<T>(tensor); }
 
 static Scales scales_of(const Tensor& scales) {
     const int32_t type = type_of(scales);
-    if (type == aoti_torch_dtype_float16()) return data<half>(scales);
-    return type == aoti_torch_dtype_float32() ? Scales(data<float>(scales)) : Scales(data<bf16>(scales));
+    return {scales.const_data_ptr(), type == aoti_torch_dtype_float16() ? 1 : type == aoti_torch_dtype_float32() ? 2 : 0};
 }
 
 using OptionalTensor = std::optional<Tensor>;
@@ -390,9 +392,8 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
         const int64_t N = outputs, K = inputs;
         if (order) {
             T* ordered = room<8, T>(M * K);
-            for_rows(M, [=, columns = data<int32_t>(*order)](int64_t m, int64_t count) {
-                for (int64_t end = m + count; m < end; m++)
-                    for (int64_t k = 0; k < K; k++) ordered[m * K + k] = x[m * K + columns[k]];
+            for_rows(M, [=, columns = data<int32_t>(*order)](int64_t m) {
+                for (int64_t k = 0; k < K; k++) ordered[m * K + k] = x[m * K + columns[k]];
             });
             x = ordered;
         }
@@ -412,10 +413,7 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
             for (int64_t next; end < M && (next = end_of(end)) - end <= MAX_ROWS;) end = next;
             multiply_with(0, x + m * K, y + m * N, end - m, experts + m);
         }
-        if (bias)
-            for_rows(M, [=, added = values_of<T>(*bias)](int64_t m, int64_t count) {
-                for (int64_t end = m + count; m < end; m++) add(y + m * N, added, N);
-            });
+        if (bias) for_rows(M, [=, added = values_of<T>(*bias)](int64_t m) { add(y + m * N, added, N); });
     }
 };
 
@@ -475,9 +473,9 @@ static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, std::o
     Tensor rows = in_order(x), scales = in_order(weight);
     return with_floats(x, sizes, [&](auto* y) {
         const auto *in = like(y, rows), *factors = values_of<std::remove_pointer_t<decltype(y)>>(scales);
-        for_rows(M, [=](int64_t m, int64_t count) {
-            std::memcpy(y + m * K, in + m * K, count * K * sizeof(*y));
-            ::rms_norm(y + m * K, factors, count, K, eps, offset);
+        for_rows(M, [=](int64_t m) {
+            std::memcpy(y + m * K, in + m * K, K * sizeof(*y));
+            ::rms_norm(y + m * K, factors, 1, K, eps, offset);
         });
     });
 }
@@ -533,12 +531,10 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         const int64_t M = tokens.B * tokens.S, E = width(), K = feature_norm ? 2 * E : E;
         T* inputs = room<0, T>(M * K);
         const auto norm_x = norm_of<T>(norm), norm_features = norm_of<T>(feature_norm), norm_y = norm_of<T>(output_norm);
-        for_rows(M, [=](int64_t m, int64_t count) {
-            std::memcpy(inputs + m * K, x + m * K, count * K * sizeof(T));
-            for (int64_t end = m + count; m < end; m++) {
-                norm_x(inputs + m * K, 1);
-                norm_features(inputs + m * K + E, 1);
-            }
+        for_rows(M, [=](int64_t m) {
+            std::memcpy(inputs + m * K, x + m * K, K * sizeof(T));
+            norm_x(inputs + m * K, 1);
+            norm_features(inputs + m * K + E, 1);
         });
         // In parts, since a feed-forward is several times as wide as x.
         constexpr int64_t TOGETHER = 512;
@@ -547,10 +543,10 @@ struct __attribute__((visibility("hidden"))) Sublayer {
             router ? mix_experts(inputs + m * K, y + m * E, rows) : feed_forward(inputs + m * K, y + m * E, rows);
         }
         if (context) attend(inputs, y, tokens, caches[0], caches[1]);
-        for_rows(M, [=](int64_t m, int64_t count) {
-            norm_y(y + m * E, count);
-            scale(y + m * E, multiplier, count * E);
-            for (int64_t end = m + count; m < end; m++) add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
+        for_rows(M, [=](int64_t m) {
+            norm_y(y + m * E, 1);
+            scale(y + m * E, multiplier, E);
+            add(y + m * E, (adds_normed ? inputs : x) + (m + 1) * K - E, E);
         });
     }
 
@@ -571,7 +567,7 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         first.multiply(x, heads, M);
         const auto norm_q = norm_of<T>(q_norm), norm_k = norm_of<T>(k_norm);
         const int64_t q_norms = q_norm ? H * D / q_norm->size(0) : 0, k_norms = k_norm ? K * D / k_norm->size(0) : 0;
-        auto place_heads = [&](int64_t m) {
+        for_rows(M, [&](int64_t m) {
             T *row = heads + m * N, *k = row + H * D, *v = k + K * D;
             norm_q(row, q_norms);
             norm_k(k, k_norms);
@@ -589,9 +585,6 @@ struct __attribute__((visibility("hidden"))) Sublayer {
                 std::memcpy(keys + slot + h * head_stride, k + h * D, D * sizeof(T));
                 std::memcpy(values + slot + h * head_stride, v + h * D, D * sizeof(T));
             }
-        };
-        for_rows(M, [&](int64_t m, int64_t count) {
-            for (int64_t end = m + count; m < end; m++) place_heads(m);
         });
         ::attention<T>(q, keys, values, data<uint8_t>(mask), attended, tokens.B, S, H, K, mask.size(2), D, batch_stride, head_stride);
         last.multiply(attended, y, M);
@@ -602,9 +595,7 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         const int64_t F = last.inputs;
         T *both = room<1, T>(M * 2 * F), *gated = room<2, T>(M * F);
         first.multiply(x, both, M, experts);
-        for_rows(M, [=](int64_t m, int64_t count) {
-            for (int64_t end = m + count; m < end; m++) swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu);
-        });
+        for_rows(M, [=](int64_t m) { swiglu(both + m * 2 * F, both + m * 2 * F + F, gated + m * F, F, gelu); });
         last.multiply(gated, y, M, experts);
     }
 
@@ -616,7 +607,8 @@ struct __attribute__((visibility("hidden"))) Sublayer {
         std::vector<float> shares(M * A);
         T *scores = room<3, T>(M * X), *rows = room<4, T>(M * A * E), *outputs = room<5, T>(M * A * E);
         router->multiply(x, scores, M);
-        auto choose = [&](int64_t m, std::vector<int64_t>& ids) {
+        for_rows(M, [&](int64_t m) {
+            std::vector<int64_t> ids(X);
             auto score = [=](int64_t i) { return widen(scores[m * X + i]); };
             std::iota(ids.begin(), ids.end(), 0);
             auto above = [=](int64_t a, int64_t b) {
@@ -631,23 +623,16 @@ struct __attribute__((visibility("hidden"))) Sublayer {
                 chosen[m * A + a] = ids[a];
                 shares[m * A + a] = std::exp(score(ids[a]) - score(ids[0])) / sum;
             }
-        };
-        for_rows(M, [&](int64_t m, int64_t count) {
-            std::vector<int64_t> ids(X);
-            for (int64_t end = m + count; m < end; m++) choose(m, ids);
         });
         const ByExpert sorted(chosen.data(), M * A);
         for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + i * E, x + sorted.order[i] / A * E, E * sizeof(T));
         feed_forward(rows, outputs, M * A, sorted.experts.data());
         for (int64_t i = 0; i < M * A; i++) std::memcpy(rows + sorted.order[i] * E, outputs + i * E, E * sizeof(T));
-        for_rows(M, [&](int64_t m, int64_t count) {
+        for_rows(M, [&](int64_t m) {
             std::vector<float> sums(E);
-            for (int64_t end = m + count; m < end; m++) {
-                std::fill(sums.begin(), sums.end(), 0);
-                for (int64_t i = m * A; i < (m + 1) * A; i++)
-                    for (int64_t e = 0; e < E; e++) sums[e] += shares[i] * widen(rows[i * E + e]);
-                for (int64_t e = 0; e < E; e++) set(y[m * E + e], sums[e]);
-            }
+            for (int64_t i = m * A; i < (m + 1) * A; i++)
+                for (int64_t e = 0; e < E; e++) sums[e] += shares[i] * widen(rows[i * E + e]);
+            for (int64_t e = 0; e < E; e++) set(y[m * E + e], sums[e]);
         });
     }
 };
@@ -729,13 +714,10 @@ static std::tuple<Tensor, Tensor> run_sublayers(const Tensor& x, const Tensor& a
 
 }  // namespace operators
 
-// Let our products run on `count` threads of our own, and what else this thread runs on one. Returns how many threads
-// torch had; with 0 and that number, both are as before.
-extern "C" int take_threads(int own, int others) {
-    const int before = omp_get_max_threads();
+// Let our products run on `own` threads of our own, 0 for OpenMP's, and what else this thread runs on `others`.
+extern "C" void take_threads(int own, int others) {
     own_threads = own;
     omp_set_num_threads(others);
-    return before;
 }
 
 extern "C" const char* instruction_set() { return has_tiles() ? "amx" : INSTRUCTION_SET; }

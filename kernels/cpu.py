@@ -109,7 +109,7 @@ def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
     """While products of so many rows run, let them do so on threads of cpu.cpp's own, and torch on one.
 
     OpenMP's threads, which torch has, wait for each other after each product; beside another busy program that takes a
-    time slice of it. Of torch's own loops MKL's keep them, such as the cosines of a long prompt. Changes nothing for a
+    time slice of it. MKL's loops, such as the cosines of a long prompt, keep all threads. Changes nothing for a
     model that has other products, or for many rows where torch's operators stand between them.
     """
     few = num_rows <= MAX_ROWS or isinstance(getattr(model, "run_blocks", None), CpuBlocks)

@@ -102,7 +102,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
 
 def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    if cpu.takes_codes(dtype, stored.weight, 32) and (size := even_size(stored)) % 32 == 0:
+    if cpu.takes_codes(dtype, stored.weight, 32) and (size := common_group_size(stored)) % 32 == 0:
         zeros = None if stored.zeros is None else split_groups(stored, size, stored.zeros)
         return cpu.CpuInt8(stored.weight, split_groups(stored, size, stored.scales), stored.bias, zeros)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
@@ -112,7 +112,7 @@ def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
 
 
 def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
-    if (size := even_size(stored)) % 32:
+    if (size := common_group_size(stored)) % 32:
         return None
     zeros = zero_points(stored)
     if cpu.takes_codes(dtype, stored.weight, 16):
@@ -120,17 +120,19 @@ def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
         return cpu.CpuInt4(stored.weight, scales, zeros, stored.bias)
     if not exact or stored.weight.shape[-2] % 16:
         return None
-    scales, zeros = (split_groups(stored, power_of_2(size), values) for values in (stored.scales.to(dtype), zeros))
+    scales, zeros = (
+        split_groups(stored, kernel_group_size(size), values) for values in (stored.scales.to(dtype), zeros)
+    )
     return AtenInt4(stored.codes(), scales, zeros, stored.bias)
 
 
-def even_size(stored: StoredLinear) -> int:
+def common_group_size(stored: StoredLinear) -> int:
     """Return the size in which all groups can be split, the last one too, which may be shorter."""
     return math.gcd(stored.group_size, stored.in_features)
 
 
-def power_of_2(size: int) -> int:
-    """Return the largest size of those that all kernels take in which groups of a size can be split."""
+def kernel_group_size(size: int) -> int:
+    """Return the largest of GROUP_SIZES in which groups of a size, a multiple of 32, can be split."""
     return max(power for power in GROUP_SIZES if size % power == 0)
 
 
@@ -163,9 +165,9 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
     if stored.order is not None or stored.form.scale_dtype != torch.bfloat16:  # as which the kernels hold them
         return None
     if stored.form.bits == 4:
-        if even_size(stored) % 32:
+        if common_group_size(stored) % 32:
             return None
-        size, both = power_of_2(even_size(stored)), (stored.scales.to(dtype), zero_points(stored))
+        size, both = kernel_group_size(common_group_size(stored)), (stored.scales.to(dtype), zero_points(stored))
         return cuda.CudaInt4(stored.codes(), *(split_groups(stored, size, values) for values in both), stored.bias)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None:
         return None
@@ -194,10 +196,7 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         attn, mlp = self.self_attn, self.mlp
         q, k, v = attn.split_heads(attn.qkv_proj(x, norm=self.input_layernorm), cos, sin, positions)
-        if attn.cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            k, v = self.store_(positions, k, v, mask.shape[-1])
+        k, v = self.store_(positions, k, v, mask.shape[-1])
         x = self.add(x, attn.o_proj, attn.attend(q, k, v, mask).flatten(2))
         if isinstance(mlp, MoE):
             return x + mlp(self.post_attention_layernorm(x))
@@ -215,10 +214,10 @@ class FusedBlock(Block):
         fuses all of them into one kernel. Norms of heads stand between: there it would cost a launch.
         """
         attn, cache = self.self_attn, self.self_attn.cache
-        assert cache is not None
-        num_copies = 1
-        if torch.compiler.is_compiling() and positions.shape[1] <= MAX_ROWS and attn.q_norm is None:
-            num_copies = attn.num_local_heads // attn.num_local_kv_heads
+        if cache is None:
+            return k.transpose(1, 2), v.transpose(1, 2)
+        fuses = torch.compiler.is_compiling() and positions.shape[1] <= MAX_ROWS and attn.q_norm is None
+        num_copies = attn.num_local_heads // attn.num_local_kv_heads if fuses else 1
         slots = positions.unsqueeze(-1).expand(-1, -1, num_copies)
         rows = torch.arange(len(k), device=k.device).view(-1, 1, 1)
         cache.k[rows, :, slots] = k.unsqueeze(2)

@@ -5,6 +5,9 @@
 // Included by the instruction sets' headers, of which AVX2 has no tiles. For machines without AMX, tests/tiles.h computes
 // what the instructions do.
 
+template <class A, class B>
+static bool multiply_add_by_tiles(const A*, int64_t, const B*, float*, int64_t, int64_t, int64_t) { return false; }
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
 constexpr int TILES_FROM = 4;      // rows of x, with w of bf16; with codes from MAX_M on
@@ -111,9 +114,6 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
     return true;
 }
 
-template <class A, class B>
-static bool multiply_add_by_tiles(const A*, int64_t, const B*, float*, int64_t, int64_t, int64_t) { return false; }
-
 // As `multiply_add` (gemm.h), in whole tiles of 16 rows, for which a and sums have room.
 static bool multiply_add_by_tiles(const bf16* a, int64_t stride, const int32_t* b, float* sums, int64_t rows, int64_t cells, int64_t width) {
     if (rows < MULTIPLY_TILES_FROM || !has_tiles()) return false;
@@ -205,9 +205,6 @@ static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const ui
 
 static bool bf16_by_tiles(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t) { return false; }
 static bool has_tiles() { return false; }
-
-template <class A, class B>
-static bool multiply_add_by_tiles(const A*, int64_t, const B*, float*, int64_t, int64_t, int64_t) { return false; }
 
 template <int BITS, class T>
 static bool codes_by_tiles(const T*, const uint8_t*, Scales, const uint8_t*, T*, int64_t, int64_t, int64_t, int64_t) {

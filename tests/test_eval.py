@@ -116,6 +116,15 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary_and_a_byte_costs_its_sh
     assert result.bits_per_byte(num_bytes=128) == pytest.approx(64 * math.log2(96) / 128)
 
 
+@pytest.mark.parametrize("family", ["gqa", "rope_dynamic", "phi4_mini"])
+def test_perplexity_leaves_a_model_with_caches_as_it_was(hub_checkpoint: GetCheckpoint, family):
+    model = load_model(hub_checkpoint(family).path, dtype=torch.float32)
+    model.setup_caches(1, 400)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    perplexity(model, random_ids(65), 16)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_kl_divergence_equals_its_definition_and_is_zero_for_the_same_model(gqa_model, hub_checkpoint: GetCheckpoint):
     other = load_model(hub_checkpoint("codellama").path, dtype=torch.float32)
     ids = random_ids(40)

@@ -105,6 +105,7 @@ def test_chunks_write_each_prompt_to_its_own_slots_and_end_together(
     starts = [start for _, start in rows]
     caches: list[dict[int, int]] = [{} for _ in rows]
     columns: tuple[Tensor, Tensor] | None = None
+    num_chunks = 0
     is_compiled = data.draw(st.booleans())
     step, shortest = (steps.compiled(steps.prefill), MAX_ROWS + 1) if is_compiled else (steps.prefill, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -117,8 +118,12 @@ def test_chunks_write_each_prompt_to_its_own_slots_and_end_together(
                 assert places == sorted(places)
                 cache.update(zip(places, ids, strict=True))
             columns = tokens[:, -1], positions[:, -1]
+            num_chunks += 1
+        other_step = steps.prefill if is_compiled else steps.compiled(steps.prefill)
+        others = [len(tokens[0]) for tokens, *_ in prompt_chunks(prompts, starts, torch.device("cpu"), other_step)]
     for cache, prompt, start in zip(caches, prompts, starts, strict=True):
         assert cache == dict(enumerate(prompt, start)), "no slot before its start, none after its end"
+    assert len(others) == num_chunks, "a seed draws noise for each chunk, and the same compiled or not"
     assert columns is not None
     assert columns[0].tolist() == [prompt[-1] for prompt in prompts]
     assert columns[1].tolist() == [start + len(prompt) - 1 for prompt, start in zip(prompts, starts, strict=True)]

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -332,6 +333,23 @@ def test_the_hessians_are_of_the_inputs_that_the_linears_see_each_as_long_as_the
         assert isinstance(encoder, partial)
         torch.testing.assert_close(encoder.keywords["hessian"], expected.pop(name), rtol=1e-4, atol=1e-3)
     assert not expected
+
+
+def test_the_hessians_of_one_block_are_held_at_a_time(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, held, most = Calibration.encoders, weakref.WeakSet[Tensor](), []
+
+    def encoders(calibration: Calibration, block: nn.Module) -> Any:
+        made = make(calibration, block)
+        most.append(len(held))
+        held.update(encoder.keywords["hessian"] for encoder in made.values() if isinstance(encoder, partial))
+        return made
+
+    monkeypatch.setattr(Calibration, "encoders", encoders)
+    source, state = meta_model(read_config(stories)), dict(load_model(stories, optimize=False).named_parameters())
+    form, tokens = Form(4, 32, has_zeros=True), torch.ones(2, 16, dtype=torch.long)
+    calibration = Calibration(source, state["embed_tokens.weight"], tokens, form)
+    list(quantize.quantized_parts(source, state.__getitem__, form, calibration))
+    assert most == [0] * len(source.layers)
 
 
 @pytest.mark.parametrize("family", NEWER)

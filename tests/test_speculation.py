@@ -689,6 +689,22 @@ def test_a_draft_model_that_missed_more_than_a_round_takes_in_is_asked_once_noth
     assert waited == CATCHING_UP and step.drafts is model
 
 
+def test_a_lookup_that_waits_is_not_asked_while_a_draft_model_proposes():
+    model = tiny_model()
+    model.setup_caches(1, 300)
+    drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
+    drafter.begin(model, 1, 0)
+    while drafter.lookup.pace.k:
+        drafter.lookup.pace.update([0], [7])
+    text, asked = Text(0, [*range(20, 40)] * 2, 250), []
+    drafter.lookup.look_up = lambda text, most: asked.append(text.room) or []
+    for _ in range(30):
+        proposal = drafter.propose([text])
+        drafter.note(proposal, [text], [3])
+        text.ids, text.room = text.ids + [1, 2, 3, 4], text.room - 4
+    assert asked == [*range(250 - FIRST_WAIT, 130, -4)]
+
+
 def test_what_a_text_that_has_ended_accepts_lets_no_draft_model_wait():
     model = tiny_model()
     model.setup_caches(2, 64)
