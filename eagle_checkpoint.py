@@ -181,7 +181,7 @@ def load_head(path: str | Path, target: Transformer, optimize: bool = True) -> H
     """
     reader, like = HeadReader(Path(path), target.config), target.embed_tokens.weight
     parameters = {name: reader.read(name, like.dtype).to(like.device) for name in reader.specs}
-    return make_head(reader.config, parameters, reader.ids(), target, optimize)
+    return make_head_(reader.config, parameters, reader.ids(), target, optimize)
 
 
 def random_head(raw: dict[str, Any], target: Transformer, optimize: bool = True) -> Head:
@@ -193,17 +193,18 @@ def random_head(raw: dict[str, Any], target: Transformer, optimize: bool = True)
     if config.target_hidden_size == config.layers.hidden_size:
         del specs["embed_tokens.weight"]
     parameters = {name: random_parameter(name, spec, generator, like.device) for name, spec in specs.items()}
-    return make_head(config, parameters, torch.arange(config.draft_vocab_size), target, optimize)
+    return make_head_(config, parameters, torch.arange(config.draft_vocab_size), target, optimize)
 
 
-def make_head(
+def make_head_(
     config: HeadConfig, parameters: dict[str, Tensor], ids: Tensor, target: Transformer, optimize: bool
 ) -> Head:
+    """Make a head of its parameters and the target's ids that it knows; let the target keep the taps that it reads."""
     with torch.device("meta"):
         head = Head(config)
     if "embed_tokens.weight" not in parameters:
         head.embed_tokens = target.embed_tokens
-        parameters["embed_tokens.weight"] = target.embed_tokens.weight
+        parameters = {**parameters, "embed_tokens.weight": target.embed_tokens.weight}
     head.load_state_dict(parameters, assign=True)
     head.set_rope_(target.device)
     head.ids = ids.to(target.device)

@@ -206,12 +206,10 @@ def compiled(
 ) -> Callable[..., Any]:
     """Compile prefill, decode or draft_and_verify, into one graph for all positions and prompt lengths.
 
-    It also raises torch's limit of graphs, for the process.
-
-    Another batch size, number of drafts or set of filters makes another graph, and so do more than 4,096 slots, which
-    inductor sums in another way. mode: "reduce-overhead" replays a step as a CUDA graph. One such graph serves any
-    number of slots: it gets the whole cache, of which the kernel for GPUs reads only what the mask shows. settings:
-    further options of inductor's.
+    It also raises torch's limit of graphs, for the process. Another batch size, number of drafts or set of filters
+    makes another graph, and so do more than 4,096 slots, which inductor sums in another way. mode: "reduce-overhead"
+    replays a step as a CUDA graph. One such graph serves any number of slots: it gets the whole cache, of which the
+    kernel for GPUs reads only what the mask shows. settings: further options of inductor's.
     """
     options = compile_options(mode) | (settings or {})
     allow_many_graphs()

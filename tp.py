@@ -61,14 +61,18 @@ def check_sizes(config: ModelConfig, form: Form | None, count: int) -> None:
             raise ValueError(f"{name} {size} is not a multiple of the {count} ranks; start as many as divide it")
     if count > kv_heads and count % kv_heads:
         raise ValueError(f"num_key_value_heads {kv_heads} does not divide the {count} ranks; start another number")
-    unlike = count < kv_heads and kv_heads % count  # some ranks have one kv head more than others
-    if unlike and config.qk_norm_over_heads:
+    if has_unlike_ranks(kv_heads, count) and config.qk_norm_over_heads:
         what = f"num_key_value_heads {kv_heads} is not a multiple of the {count} ranks"
         raise ValueError(f"{what}, as a norm over all heads needs; start as many as divide it")
     if form is None or form.group_size is None:
         return
     for name, size in (("o_proj", heads * config.head_dim), ("down_proj", config.intermediate_size)):
         check_group(name, size, form.group_size, config, count)
+
+
+def has_unlike_ranks(kv_heads: int, count: int) -> bool:
+    """Say whether some ranks have a kv head more than others."""
+    return count < kv_heads and kv_heads % count > 0
 
 
 def is_row_parallel(name: str) -> bool:
@@ -79,8 +83,8 @@ def is_row_parallel(name: str) -> bool:
 def check_group(name: str, size: int, group_size: int, config: ModelConfig, count: int) -> None:
     """Raise ValueError where the groups of a module's inputs cannot be shared out."""
     kv_heads = config.num_key_value_heads
-    unlike = name.endswith("o_proj") and count < kv_heads and kv_heads % count  # by kv heads
-    if count > 1 and size % ((kv_heads if unlike else count) * group_size):
+    pieces = kv_heads if name.endswith("o_proj") and has_unlike_ranks(kv_heads, count) else count
+    if count > 1 and size % (pieces * group_size):
         raise ValueError(
             f"{name} has {size} inputs in groups of {group_size}, which is not a whole number of groups for each of "
             f"the {count} ranks; start fewer, or quantize with a smaller --groupsize"

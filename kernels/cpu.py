@@ -270,9 +270,9 @@ def code_rows() -> int:
     return 16 if instruction_set() == "avx2" else 32
 
 
-def takes_codes(dtype: torch.dtype, weight: Tensor, columns: int) -> bool:
+def takes_codes(dtype: torch.dtype, weight: Tensor) -> bool:
     """Say whether cpu.cpp takes codes [N, K] in a model of this dtype: of any N, in a stack of multiples of R."""
-    return has_kernel(dtype, weight, code_rows() if weight.ndim > 2 else 1, columns)
+    return has_kernel(dtype, weight, code_rows() if weight.ndim > 2 else 1, columns=1)
 
 
 def interleave(values: Tensor) -> Tensor:
@@ -388,8 +388,8 @@ class CpuBlocks:
         # Not `attention.cache.k`: for each tensor a module looks in three places, which takes a microsecond. There is
         # no module of that name before the first setup_caches.
         caches = [attention._modules.get("cache") for attention in self.attentions]
-        others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
-        if None in caches or others:
+        are_others = not torch.compiler.is_compiling() and list(blocks) != self.blocks
+        if None in caches or are_others:
             return run_blocks(blocks, contexts, x, taps)
         tensors = [cache._buffers[name] for cache in caches for name in ("k", "v")]  # type: ignore[union-attr]
         kinds = [contexts[layer] for layer in self.context_layers]
@@ -411,7 +411,7 @@ def describe_attention(block: Block, context: int) -> Tensor:
     attn, config, rope = block.self_attn, block.self_attn.config, block.self_attn.config.rope_scaling
     scaling = (config.query_scaling_beta, rope.original_max_position_embeddings) if rope else (0, 1)
     return torch.ops.kernels.describe_attention(
-        **common(block, block.input_layernorm, block.attn_output_norm, linears_of(block)[:2]),
+        **describe_linears(block, block.input_layernorm, block.attn_output_norm, linears_of(block)[:2]),
         context=context,
         q_norm=weight_of(attn.q_norm),
         k_norm=weight_of(attn.k_norm),
@@ -427,7 +427,7 @@ def describe_feed_forward(block: Block) -> Tensor:
     mlp, config = block.mlp, block.self_attn.config
     experts = mlp.gate.weight if isinstance(mlp, MoE) else None
     return torch.ops.kernels.describe_feed_forward(
-        **common(block, block.post_attention_layernorm, block.mlp_output_norm, linears_of(block)[2:]),
+        **describe_linears(block, block.post_attention_layernorm, block.mlp_output_norm, linears_of(block)[2:]),
         gelu=isinstance(mlp, MLP) and mlp.gelu,
         router=experts,
         num_chosen=config.num_experts_per_tok,
@@ -435,8 +435,8 @@ def describe_feed_forward(block: Block) -> Tensor:
     )
 
 
-def common(block: Block, norm: nn.Module, output_norm: nn.Module, linears: list[nn.Module]) -> dict[str, Any]:
-    """Return what both halves of a block are described by."""
+def describe_linears(block: Block, norm: nn.Module, output_norm: nn.Module, linears: list[nn.Module]) -> dict[str, Any]:
+    """Return what both halves of a block are described by: two linears, and what stands around them."""
     config = block.self_attn.config
     described: dict[str, Any] = {
         "norm": weight_of(norm),

@@ -102,7 +102,7 @@ def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.M
 
 def cpu_int8_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> KernelLinear | None:
     N, K = stored.weight.shape[-2:]
-    if cpu.takes_codes(dtype, stored.weight, 32) and (size := common_group_size(stored)) % 32 == 0:
+    if cpu.takes_codes(dtype, stored.weight) and (size := common_group_size(stored)) % 32 == 0:
         zeros = None if stored.zeros is None else split_groups(stored, size, stored.zeros)
         return cpu.CpuInt8(stored.weight, split_groups(stored, size, stored.scales), stored.bias, zeros)
     if stored.scales.shape[-1] > 1 or stored.zeros is not None or not exact:
@@ -115,7 +115,7 @@ def cpu_int4_layer(stored: StoredLinear, dtype: torch.dtype, exact: bool) -> Ker
     if (size := common_group_size(stored)) % 32:
         return None
     zeros = zero_points(stored)
-    if cpu.takes_codes(dtype, stored.weight, 16):
+    if cpu.takes_codes(dtype, stored.weight):
         scales, zeros = (split_groups(stored, size, values) for values in (stored.scales, zeros))
         return cpu.CpuInt4(stored.weight, scales, zeros, stored.bias)
     if not exact or stored.weight.shape[-2] % 16:
