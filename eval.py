@@ -92,7 +92,7 @@ def check(args: argparse.Namespace) -> Job:
         check_window(args.max_seq_length, config)
     check_device(args.device)
     if args.metrics_path:
-        tasks = args.include_path.rglob("*.yaml") if args.include_path else ()
+        tasks = args.include_path.rglob("*") if args.include_path else ()  # a task may read any file beside it
         inputs = [*read_files(args.checkpoint_path), *filter(None, [args.text_file]), *tasks]
         check_writable("--metrics_path", args.metrics_path, inputs)
     if args.include_path and not args.include_path.is_dir():

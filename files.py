@@ -5,6 +5,7 @@ import ctypes
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -52,6 +53,8 @@ def own_file(folder: Path, name: str) -> Path:
         cached = (Path(os.path.realpath(part)) for part in Path(HF_HUB_CACHE).glob("models--*/*"))
         if not any(target.is_relative_to(folder) for folder in cached if folder.is_dir()):
             raise ValueError(f"{path} is a link to {target}, outside of its folder; put the file itself there")
+    if path.is_symlink() and not path.exists():  # else the run would go on as if there were no such file
+        raise ValueError(f"{path} is a link to nothing; download the model again")
     return path
 
 
@@ -105,12 +108,16 @@ class TensorFiles:
                 return dict.fromkeys(self._names_in(single), single)
             if index.is_file():
                 return self._sharded(index, Path(single).suffix)
-        if any(self.path.glob("*.bin")):
-            cure = f"convert them: python scripts/convert_hf_checkpoint.py --checkpoint_dir {self.path}"
-            raise FileNotFoundError(f"{self.path} has .bin weights only; {cure}")
-        others = [file.name for file in self.path.glob("*.safetensors")]
-        cure = f"rename {others[0]}, if that is it" if len(others) == 1 else "download them (scripts/download.py)"
-        raise FileNotFoundError(f"{self.path} has no model.safetensors and no model.safetensors.index.json; {cure}")
+        names = " ".join(sorted(file.name for file in self.path.glob("*model*.*")))
+        cures = {
+            r"pytorch_model\.bin": f"run `python scripts/convert_hf_checkpoint.py --checkpoint_dir {self.path}`",
+            r"\S*-\d+-of-\d+\.\w+": "of {} and its like there is no index; download it again",
+            r"\S+\.safetensors": "rename {}, if that is it",
+            "": "download them (scripts/download.py)",
+        }
+        found, cure = next((match[0], cure) for pattern, cure in cures.items() if (match := re.search(pattern, names)))
+        what = f"{self.path} has no model.safetensors and no model.safetensors.index.json"
+        raise FileNotFoundError(f"{what}; {cure.replace('{}', found)}")
 
     def _sharded(self, index: Path, suffix: str) -> dict[str, str]:
         files = read_json(index).get("weight_map")
@@ -212,7 +219,7 @@ def write_whole(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
             return
         target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")  # a name has at most 255 bytes
         try:
             temporary.write_text(text, encoding="utf-8")
             if target.exists():

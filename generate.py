@@ -64,7 +64,8 @@ def load(args: argparse.Namespace, job: Job, ranks: Ranks) -> tuple[Transformer,
     if draft_model or args.prompt_lookup:
         speculation = Speculation(draft_model, args.speculate_k or 0, lookup=args.prompt_lookup)
     for loaded in filter(None, (model, draft_model)):
-        loaded.setup_caches(job.num_rows, job.max_seq_length + (speculation.most_drafts if speculation else 0))
+        num_spare = speculation.most_drafts if speculation else 0
+        loaded.setup_caches(job.num_rows, job.max_seq_length + num_spare, num_spare)
     return model, speculation
 
 

@@ -418,10 +418,10 @@ class Transformer(nn.Module):
     def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
         self.inv_freq, self.local_inv_freq = (nn.Buffer(f, persistent=False) for f in self.rope(device, length))
 
-    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Allocate empty KV caches, and taps, in the embedding's dtype and on its device."""
+    def setup_caches(self, max_batch_size: int, max_seq_length: int, num_spare: int = 0) -> None:
+        """Allocate empty KV caches, and taps, like the embedding; num_spare slots are for drafts, beyond any text."""
         self.max_seq_length = max_seq_length
-        self.set_rope_(self.inv_freq.device, max_seq_length)
+        self.set_rope_(self.inv_freq.device, max_seq_length - num_spare)
         like = self.embed_tokens.weight
         taps_size = len(self.tap_layers) * self.config.hidden_size
         # What enters the tap_layers, by position as in the KV caches.

@@ -99,6 +99,8 @@ def begin(module: str, folder: Path, *names: str, device: str | None = None, **c
     path = folder / ("_".join([str(datetime.date.today()), *map(make_slug, hardware), *names]) + ".json")
     if path.parent != folder:
         raise ValueError(f"--name {names[-1]} names a folder too; leave out its slashes, and give that as --output_dir")
+    if (size := len(path.name.encode())) > 255:
+        raise ValueError(f"--name {names[-1][:40]}... makes a file's name of {size} bytes, and it may have 255")
     if os.path.lexists(path):  # a link to nowhere too
         raise ValueError(f"{path} exists already; remove it, or choose another --name or --output_dir")
     check_folder(folder)

@@ -69,11 +69,17 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
     with a revision for the latter alone, since the former does not say which one it is. What begins with checkpoints/
     may also be beside the program, as the demo is.
     """
-    path = Path(text)
-    if not path.exists() and path.parts[:1] == ("checkpoints",) and (ROOT / path).is_dir():
+    path, text = Path(text), text.rstrip("/") or text
+    try:
+        text.encode()
+        is_there = path.exists()
+    except UnicodeEncodeError:  # SentencePiece and safetensors take no other names
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; rename the folder") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a folder: {error.strerror}") from None
+    if not is_there and path.parts[:1] == ("checkpoints",) and (ROOT / path).is_dir():
         path = ROOT / path  # typed in another folder than the program's
-    # What begins with a folder that is there is meant as a path.
-    is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir()
+    is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
     downloaded = Path("checkpoints") / path
     if path.resolve().name.startswith("models--") and (path / "snapshots").is_dir():
         path = repository = path.resolve()
@@ -95,6 +101,8 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
         found = cached_snapshot(repository, revision)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if found is None and revision is None and repository != path and path.parent.is_dir():  # a path rather
+        raise argparse.ArgumentTypeError(f"{path} {find_mistake(path)}")
     if found is None and revision is not None:
         raise argparse.ArgumentTypeError(
             f"revision {revision} of {text} is not in the Hub's cache; run `python scripts/download.py --repo_id "
@@ -139,6 +147,8 @@ def cached_snapshot(repository: Path, revision: str | None = None) -> Path | Non
     found = [folder for folder in snapshots if folder.name == commit]
     if not found and (not revision or re.fullmatch("[0-9a-f]{7,40}", revision)):
         found = [folder for folder in snapshots if folder.name.startswith(revision or "")]
+        if found and commit and not revision and os.environ.get("RANK", "0") == "0":
+            print(f"{repository}: main is {commit[:12]}, which is not there; {found[0].name[:12]} is", file=sys.stderr)
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
         raise ValueError(
@@ -230,18 +240,21 @@ def check_device(name: str) -> None:
         ) from None
 
 
-def number(number_type: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], Any]:
-    """Make an argparse type for int or float from low (excluded if `above`) to high."""
+def number(number_type: type, low: float, high: float | None = None, *, above: bool = False) -> Callable[[str], Any]:
+    """Make an argparse type for int or float from low (excluded if `above`) to high.
+
+    high: None for the largest 32-bit int, or the largest float, which is below infinity.
+    """
+    highest = high if high is not None else 2**31 - 1 if number_type is int else sys.float_info.max
 
     def parse(text: str) -> Any:
         try:
             value = number_type(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {number_type.__name__}") from None
-        if not low <= value <= high or (above and value == low):
-            bound = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < float("inf") else ""
-            )
+        if not low <= value <= highest or (above and value == low):
+            is_told = high is not None or value > highest
+            bound = f"{'above' if above else 'at least'} {low:g}" + f" and at most {highest}" * is_told
             raise argparse.ArgumentTypeError(f"{value} is out of range, expected {bound}")
         return value
 

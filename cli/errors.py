@@ -29,13 +29,16 @@ def user_errors(signals_raise: bool = True) -> Iterator[None]:
     signals_raise: False leaves both signals alone, for a rank that may be waiting for the others.
     """
     received: list[int] = []
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us, as in `>&-`
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until the process ends
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # until the process ends
     try:
         with catch_signals(received) if signals_raise else contextlib.nullcontext():
             yield
             sys.stdout.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, OutlivingStream) and stream.lost:
+                    raise stream.lost
     except GeneratorExit:  # a signal came where this begins or ends
         raise
     except BaseException as error:
@@ -103,10 +106,11 @@ def report_exception(error_class: type[BaseException], error: BaseException, tra
 
 
 class OutlivingStream:
-    """A text stream whose reader may leave: what is written then is dropped."""
+    """A text stream whose reader may leave, or whose disk may be full: what is written then is dropped."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
+        self.lost: OSError | None = None  # why, where it is a mistake
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -120,12 +124,13 @@ class OutlivingStream:
     def _outlive(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except BrokenPipeError:
+        except OSError as error:
+            self.lost = None if isinstance(error, BrokenPipeError) else error
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def outlive_readers() -> None:
-    """Let a run that also writes a file go on when the reader of its text leaves, as in `| head -1`."""
+    """Let a run that also writes a file go on to it when its text can be written no more, as in `| head -1`."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), OutlivingStream):
             setattr(sys, name, OutlivingStream(getattr(sys, name)))

@@ -201,6 +201,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         check_outputs(args)
     if "" in args.stop:
         raise ValueError("--stop is empty; give the text to end before")
+    with name_option("--stop"):
+        check_unicode("".join(args.stop))
     check_chat(args, config)
     try:
         tokenizer = load_tokenizer(args.checkpoint_path)
@@ -278,6 +280,8 @@ def check_compiler() -> None:
 def check_chat(args: argparse.Namespace, config: ModelConfig) -> None:
     """Raise ValueError where options do not go with --chat or --interactive, or need one of them."""
     context, slots = config.max_position_embeddings, args.max_seq_length
+    with name_option("--system"):
+        check_unicode(args.system or "")
     if args.system is not None and not (args.chat or args.interactive):
         raise ValueError("--system is for a chat; give --chat or --interactive too")
     if args.chat_template_kwargs is not None and not (args.chat or args.interactive):
@@ -360,7 +364,9 @@ def read_prompts(
 ) -> list[list[int]]:
     """Return the ids of every prompt. Raises ValueError where one does not fit the model."""
     option = "--prompt_length" if args.prompt_length else "--prompt_file" if args.prompt_file else "--prompt"
+    context = config.max_position_embeddings
     if args.prompt_length:
+        check_fits(option, args.prompt_length, context)
         generator = torch.Generator().manual_seed(args.seed)
         prompts = [torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()]
     else:
@@ -370,18 +376,21 @@ def read_prompts(
             texts = read_text("--prompt_file", args.prompt_file).replace("\r\n", "\n").removesuffix("\n").split("\n")
         with name_option(option):
             for text in texts:
-                check_length(text, tokenizer, config.max_position_embeddings)
+                check_length(text, tokenizer, context)
             prompts = [encode_prompt(text, args.system, tokenizer, template) for text in texts]
     for i, ids in enumerate(prompts, start=1):
         which = f"{option} {i} of {len(prompts)}" if len(prompts) > 1 else option
         if not ids:
             raise ValueError(f"{which} is empty and the tokenizer has no BOS token; give a text")
-        if len(ids) >= config.max_position_embeddings:
-            raise ValueError(
-                f"{which} has {len(ids)} tokens and the model's context {config.max_position_embeddings}; shorten it"
-            )
+        check_fits(which, len(ids), context)
         check_ids(ids, config.vocab_size, which)
     return prompts * (args.batch_size or 1) if len(prompts) == 1 else prompts
+
+
+def check_fits(which: str, num_tokens: int, context: int) -> None:
+    """Raise ValueError where a prompt leaves no room for a new token."""
+    if num_tokens >= context:
+        raise ValueError(f"{which} has {num_tokens} tokens and the model's context {context}; shorten it")
 
 
 def check_length(text: str, tokenizer: Tokenizer, context: int) -> None:

@@ -39,15 +39,17 @@ def process_group() -> Iterator[Ranks]:
 
     A rank that ends early, by SystemExit or an error, ends all others: it alone says why.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1":
         yield ONE_RANK
         return
     # While a rank waits for the others, Python would not handle Ctrl-C: it ends the process instead.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with user_errors(signals_raise=False):
         if "LOCAL_WORLD_SIZE" not in os.environ:
-            raise ValueError(f"WORLD_SIZE is {count}, but torchrun has not started this; unset it, or use torchrun")
+            raise ValueError(
+                f"WORLD_SIZE is {world_size}, but torchrun has not started this; unset it, or use torchrun"
+            )
         store, rank, count = next(dist.rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=STUCK)

@@ -170,16 +170,16 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
     const int64_t width = whole_vectors(D), rows = padded(queries * G), size = rows * (width + 2);
     // The slots of a task are shared out so that all threads have as much to do.
     const int64_t splits = std::max<int64_t>(1, std::min(threads / std::gcd(threads, tasks), slots / (2 * SLOTS)));
-    std::vector<float> parts(tasks * splits * size);
+    float* const parts = splits > 1 ? room<17, float>(tasks * splits * size) : nullptr;
     auto tile_of = [=](int64_t task) {
         const int64_t b = task / tiles / K, head = task / tiles % K, s = task % tiles * queries;
         const int64_t at = b * batch_stride + head * head_stride;
         return Tile<T>{q + ((b * S + s) * H + head * G) * D, k + at, v + at, mask + (b * S + s) * slots,
                     std::min(queries, S - s), H, G, D, slots};
     };
-    auto finish = [=, first_part = parts.data()](int64_t task) {
+    auto finish = [=](int64_t task, float* first) {
         const Tile<T> tile = tile_of(task);
-        float *first = first_part + task * splits * size, *largest = first + rows * width;
+        const float* largest = first + rows * width;
         for (int64_t r = 0; r < tile.rows(); r++) {
             float most = largest[r], total = 0;
             for (int64_t i = 1; i < splits; i++) most = std::max(most, largest[i * size + r]);
@@ -194,10 +194,12 @@ static void attention(const T* q, const T* k, const T* v, const uint8_t* mask, T
         }
     };
     for_each(tasks * splits, [&](int64_t i) {
-        float *sums = parts.data() + i * size, *largest = sums + rows * width, *total = largest + rows;
+        float* const sums = parts ? parts + i * size : room<16, float>(size);
+        float *largest = sums + rows * width, *total = largest + rows;
+        std::fill(sums, sums + size, 0);
         std::fill(largest, total, -INFINITY);
         attend(tile_of(i / splits), i % splits, splits, sums, largest, total);
-        if (splits == 1) finish(i);
+        if (!parts) finish(i, sums);
     });
-    if (splits > 1) for_each(tasks, finish);
+    if (parts) for_each(tasks, [&](int64_t task) { finish(task, parts + task * splits * size); });
 }

@@ -1,6 +1,6 @@
 // What cpu.cpp needs of AVX2 with FMA and F16C, for x in bf16 and fp16.
 //
-// Weights in bf16 and fp16 are multiplied in fp32, above MAX_ROWS rows of x by GEMM. Codes of int8 and int4 are
+// Weights in bf16 and fp16 are multiplied in fp32, above GEMM_ABOVE rows of x by GEMM. Codes of int8 and int4 are
 // multiplied in whole numbers.
 //
 // Included by cpu.cpp, whose helpers and forms of weights it uses.
@@ -9,7 +9,7 @@ constexpr char INSTRUCTION_SET[] = "avx2";
 constexpr bool HAS_BF16 = false;
 constexpr int PARALLEL_SUMS = 4;   // vectors of them, in codes.h
 constexpr int REGISTER_ROWS = 5;   // of x, whose sums stay in registers there
-constexpr int MAX_ROWS = 32;       // of x; above, GEMM of bf16 and fp16 is faster
+constexpr int GEMM_ABOVE = 32;       // of x; above, GEMM of bf16 and fp16 is faster
 
 using Floats = __m256;
 constexpr int LANES = 8;

@@ -5,7 +5,7 @@
 
 constexpr char INSTRUCTION_SET[] = "avx512";
 constexpr bool HAS_BF16 = true;
-constexpr int MAX_ROWS = 16;        // of x, as in layers.py; above, GEMM is faster
+constexpr int GEMM_ABOVE = 16;        // of x, as in layers.py; above, GEMM is faster
 constexpr int PARALLEL_SUMS = 20;   // vectors of them, in codes.h
 constexpr int REGISTER_ROWS = 8;    // of x, whose sums stay in registers there
 
@@ -94,8 +94,7 @@ static inline __m512 sums_of_pairs(const __m512* pairs) {
 // first cache. Each thread does so for itself: what another has written takes longer to read than to make.
 static const bf16* pack(const bf16* x, int64_t M, int64_t K) {
     if (M == 1) return x;
-    static thread_local Room<bf16> room;
-    bf16* packed = room.of(M * K);
+    bf16* packed = room<12, bf16>(M * K);
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k += 32) std::memcpy(packed + k * M + m * 32, x + m * K + k, 32 * sizeof(bf16));
     return packed;
@@ -166,17 +165,16 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
 static void dense_product(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K,
                          const int64_t* experts) {
     if (!experts && bf16_by_tiles(x, w, y, M, N, K)) return;
-    if (M > MAX_ROWS && !experts)
+    if (M > GEMM_ABOVE && !experts)
         return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
             if (M <= 64 && count % 16 == 0) return std::pair(w + first * K, K);  // they are read too seldom for a copy to pay
-            static thread_local Room<bf16> room;
             const int64_t stride = distance_of_rows(K);
-            bf16* copy = room.of((count + 15) / 16 * 16 * stride);
+            bf16* copy = room<11, bf16>((count + 15) / 16 * 16 * stride);
             for (int64_t r = 0; r < count; r++) std::memcpy(copy + r * stride, w + (first + r) * K, K * sizeof(bf16));
             return std::pair<const bf16*, int64_t>(copy, stride);
         });
     over_rows<BLOCK_ROWS, pack>(x, M, N, K, experts, [=](const Pass& pass, const bf16* packed, int64_t first, int64_t last) {
-        WITH_M(pass.rows, bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last))
+        with_rows(pass.rows, [&](auto M) { bf16_blocks<M>(packed, w, y + pass.out(N), N, K, first, last); });
     });
 }
 
@@ -268,16 +266,16 @@ static void unpack(const uint8_t* w, Scales scales, const uint8_t* zeros, int64_
         for (int r = 0; r < CODE_ROWS; r++) {
             if (r % LANES == 0) transpose(columns[r / LANES]);  // now rows
             const __m512i codes = columns[r / LANES][r % LANES];
-            bf16* p = out + r * stride + k;
+            bf16* row = out + r * stride + k;
             if constexpr (BITS == 4) {  // there are 16 values: the codes choose
                 const __m512 all = _mm512_set_ps(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16);
                 const __m256i values = (__m256i)_mm512_cvtneps_pbh((all - zero[r]) * scale[r]);
                 const __m512i places = _mm512_srli_epi16(codes, 3);  // of which four bits count
-                _mm512_storeu_si512(p, _mm512_permutexvar_epi16(places, _mm512_broadcast_i64x4(values)));
+                _mm512_storeu_si512(row, _mm512_permutexvar_epi16(places, _mm512_broadcast_i64x4(values)));
             } else {
                 const __m512 low = (__m512)to_floats((Ints)_mm512_cvtepi16_epi32(_mm512_castsi512_si256(codes)));
                 const __m512 high = (__m512)to_floats((Ints)_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(codes, 1)));
-                _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((high - zero[r]) * scale[r], (low - zero[r]) * scale[r]));
+                _mm512_storeu_si512(row, (__m512i)_mm512_cvtne2ps_pbh((high - zero[r]) * scale[r], (low - zero[r]) * scale[r]));
             }
         }
     }

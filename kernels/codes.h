@@ -50,23 +50,18 @@ static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Float
 // Rows of x [K / STEP, M, STEP] as whole numbers or bf16, and [K / STEP, M] each of scales, which STEP columns of whole
 // numbers share, and of sums. A scale is a power of two, or NaN where a value is not finite.
 struct Packed {
-    std::vector<Line> lines;
-    std::vector<float> scales, totals;
-    const int16_t* values() const { return (const int16_t*)lines.data(); }
+    int16_t* values;
+    float *scales, *totals;
 };
 
 template <bool WHOLE, class T>
 static const Packed* pack_pairs(const T* x, int64_t M, int64_t K) {
     using Narrow = int16_t __attribute__((vector_size(2 * LANES)));
     static thread_local Packed packed;
-    if (int64_t(packed.scales.size()) < M * K / STEP) {
-        packed.lines.resize(M * K / 32);
-        packed.scales.resize(M * K / STEP);
-        packed.totals.resize(M * K / STEP);
-    }
+    packed = {room<12, int16_t>(M * K), room<13, float>(M * K / STEP), room<14, float>(M * K / STEP)};
     for (int64_t i = 0; i < M * K / STEP; i++) {
         const T* values = x + i % M * K + i / M * STEP;
-        int16_t* out = (int16_t*)packed.lines.data() + i * STEP;
+        int16_t* out = packed.values + i * STEP;
         if constexpr (!WHOLE) {
             Floats total = {};
             for (int j = 0; j < STEP; j += LANES) total += load_wide(values + j);
@@ -192,8 +187,8 @@ __attribute__((noinline)) static void code_blocks(const Packed* x, const uint8_t
     int64_t at = first * (K / group) * CODE_ROWS;
     for (int64_t n = first; n < last; n++) {
         Floats sums[M][VECTORS] = {};
-        const int16_t* values = x->values();
-        const float *x_scales = x->scales.data(), *totals = x->totals.data();
+        const int16_t* values = x->values;
+        const float *x_scales = x->scales, *totals = x->totals;
         for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
             // Scales have a quarter of the codes' bytes at most, zeros an eighth: they are fetched at least as early.
             _mm_prefetch(scales.place(at) + AHEAD<BITS> / 4, _MM_HINT_T0);
@@ -229,16 +224,18 @@ static void code_product(const T* x, const uint8_t* w, Scales scales, const uint
     if (!experts && codes_by_tiles<BITS>(x, w, scales, zeros, y, M, N, K, group)) return;
     // In fp32 GEMM would be slower than these products are at any number of rows.
     if constexpr (std::is_same_v<typename Operands<T>::Value, bf16>)
-        if (M > MAX_ROWS && !experts)
+        if (M > GEMM_ABOVE && !experts)
             return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
-                static thread_local Room<T> room;
                 const int64_t stride = distance_of_rows(K);
-                T* rows = room.of(count * stride);
+                T* rows = room<11, T>(count * stride);
                 for (int64_t i = 0; i < count; i += CODE_ROWS)
                     unpack<BITS>(w, scales, zeros, K, group, (first + i) / CODE_ROWS, rows + i * stride, stride);
                 return std::pair<const T*, int64_t>(rows, stride);
             });
-    over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS, T>, T>>(x, M, N, K, experts, [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
-        WITH_M(pass.rows, code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last))
-    });
+    auto run = [=](const Pass& pass, const Packed* packed, int64_t first, int64_t last) {
+        with_rows(pass.rows, [&](auto M) {
+            code_blocks<BITS, M>(packed, w, scales, zeros, y + pass.out(N), N, K, group, first, last);
+        });
+    };
+    over_rows<CODE_ROWS, pack_pairs<IN_WHOLE<BITS, T>, T>>(x, M, N, K, experts, run);
 }

@@ -15,7 +15,7 @@
 //   w as x, 1 to 8 rows    bf16_blocks, pairs of bf16                       wide_sums, in fp32
 //   int8, 1 to 8 rows      code_blocks, x in 16-bit fixed point             the same
 //   int4, 1 to 8 rows      the same; AMD's processors, codes as bf16        code_blocks, x in 16-bit fixed point
-//   more rows              8 at a time; above 16, GEMM in bf16              8 at a time; w as x above MAX_ROWS, GEMM in fp32
+//   more rows              8 at a time; above 16, GEMM in bf16              8 at a time; w as x above GEMM_ABOVE, GEMM in fp32
 //   attention              pairs of bf16                                    in fp32
 //
 // With AMX, tiles.h has, for x in bf16, w as x from 4 rows on, codes from 8 on, and GEMM and attention from 6 rows on.
@@ -124,7 +124,7 @@ static Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
 }
 
 struct alignas(64) Line {
-    bf16 values[32];
+    unsigned char bytes[64];
 };
 
 // Memory for values that stays from call to call, and grows. What it has held may be lost.
@@ -137,6 +137,13 @@ struct Room {
         return (T*)lines.data();
     }
 };
+
+// A thread's memory of that kind; number: of several.
+template <int NUMBER, class T>
+static T* room(int64_t count) {
+    static thread_local Room<T> room;
+    return room.of(count);
+}
 
 // While a step runs, torch works on one thread, and our products on so many of our own; 0: on torch's.
 static thread_local int own_threads = 0;
@@ -243,14 +250,12 @@ static inline int64_t distance_of_rows(int64_t K) { return K + 32; }
 template <class T, class RowsOf>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of);
 
-// Choose the instance of a template for a number of rows.
-#define WITH_M(rows, ...)                                                                   \
-    switch (rows) {                                                                          \
-        case 1: { constexpr int M = 1; __VA_ARGS__; break; } case 2: { constexpr int M = 2; __VA_ARGS__; break; } \
-        case 3: { constexpr int M = 3; __VA_ARGS__; break; } case 4: { constexpr int M = 4; __VA_ARGS__; break; } \
-        case 5: { constexpr int M = 5; __VA_ARGS__; break; } case 6: { constexpr int M = 6; __VA_ARGS__; break; } \
-        case 7: { constexpr int M = 7; __VA_ARGS__; break; } case 8: { constexpr int M = 8; __VA_ARGS__; break; } \
-    }
+// Call run with a number of rows as a constant.
+template <int M = MAX_M, class Run>
+static void with_rows(int rows, Run run) {
+    if (rows == M) run(std::integral_constant<int, M>());
+    else if constexpr (M > 1) with_rows<M - 1>(rows, run);
+}
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "avx512.h"
@@ -296,7 +301,7 @@ static void swiglu(const T* gate, const T* up, T* y, int64_t size, bool gelu) {
     for (int64_t i = 0; i < size; i += LANES) {
         const Floats x = load_wide(gate + i), z = gelu ? 1.5957691f * (x + 0.044715f * x * x * x) : x;
         const Floats shrink = exponential(z < 0 ? z : -z);  // e^-|z|, of which x / (1 + e^-z) is made
-        store_narrow(y + i, (z < 0 ? shrink : 1.f) * x / (shrink + 1));
+        store_narrow(y + i, (z < -87 ? 0.f : z < 0 ? shrink : 1.f) * x / (shrink + 1));
         store_narrow(y + i, load_wide(y + i) * load_wide(up + i));
     }
 }
@@ -323,6 +328,7 @@ static Tensor with_floats(const Tensor& x, const std::vector<int64_t>& sizes, Ru
     const int32_t type = type_of(x);
     Tensor y = empty(sizes, type);
     if (type == aoti_torch_dtype_float16()) return run(static_cast<half*>(y.mutable_data_ptr())), y;
+    STD_TORCH_CHECK(type == aoti_torch_dtype_bfloat16(), "x is neither in bfloat16 nor in float16");
     return run(static_cast<bf16*>(y.mutable_data_ptr())), y;
 }
 
@@ -342,13 +348,6 @@ template <class T>
 static const T* values_of(const Tensor& tensor) {
     STD_TORCH_CHECK(type_of(tensor) == type_of<T>(), "norms, biases, weights and caches have another dtype than x");
     return data<T>(tensor);
-}
-
-// Memory for values between two products, which stays from call to call; number: of several.
-template <int NUMBER, class T>
-static T* room(int64_t count) {
-    static thread_local Room<T> room;
-    return room.of(count);
 }
 
 // A weight [N, K], or a stack, as its layer's `tensors`: [w] in the type of x, [int8 codes, scales] and zeros, or
@@ -405,12 +404,12 @@ struct __attribute__((visibility("hidden"))) Weight {  // as torch's Tensor is
         if (!experts) multiply_with(0, x, y, M);
         for (int64_t m = 0, end; experts && m < M; m = end) {
             end = end_of(m);
-            if (end - m > MAX_ROWS) {
+            if (end - m > GEMM_ABOVE) {
                 multiply_with(experts[m], x + m * K, y + m * N, end - m);  // by GEMM
                 continue;
             }
             // All with few rows that are beside each other at once: with a call each, threads would start and stop too often.
-            for (int64_t next; end < M && (next = end_of(end)) - end <= MAX_ROWS;) end = next;
+            for (int64_t next; end < M && (next = end_of(end)) - end <= GEMM_ABOVE;) end = next;
             multiply_with(0, x + m * K, y + m * N, end - m, experts + m);
         }
         if (bias) for_rows(M, [=, added = values_of<T>(*bias)](int64_t m) { add(y + m * N, added, N); });
@@ -432,6 +431,7 @@ static Tensor product(const Tensor& x, Tensors tensors, OptionalTensor experts) 
     const Weight weight(std::move(tensors));
     const int64_t N = weight.outputs, columns = x.size(x.dim() - 1);
     STD_TORCH_CHECK(columns == weight.inputs, "x has ", columns, " columns and the weight ", weight.inputs);
+    STD_TORCH_CHECK(x.dim() == (experts ? 3 : 2), "x has ", x.dim(), " dimensions");
     if (!experts) {
         Tensor rows = in_order(x);
         return with_floats(x, {x.size(0), N}, [&](auto* y) { weight.multiply(like(y, rows), y, x.size(0)); });
@@ -453,13 +453,15 @@ static Tensor product(const Tensor& x, Tensors tensors, OptionalTensor experts) 
 // As `model.attention`.
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
     STD_TORCH_CHECK(mask.size(2) == k.size(2), "a mask of ", mask.size(2), " slots, and keys of ", k.size(2));
+    STD_TORCH_CHECK(type_of(mask) == aoti_torch_dtype_bool(), "the mask is not of bool");
     bool cached = k.stride(2) == k.size(3) && k.stride(3) == 1;  // the first slots of a cache
     for (int64_t i = 0; i < 4; i++) cached &= k.stride(i) == v.stride(i);
     Tensor queries = in_order(q), keys = cached ? k : in_order(k), values = cached ? v : in_order(v), seen = in_order(mask);
     const int64_t B = q.size(0), S = q.size(1), H = q.size(2), D = q.size(3);
     return with_floats(q, {B, S, H, D}, [&](auto* y) {
-        ::attention(like(y, queries), like(y, keys), like(y, values), data<uint8_t>(seen), y, B, S, H, k.size(1), k.size(2),
-                    D, keys.stride(0), keys.stride(1));
+        using T = std::remove_pointer_t<decltype(y)>;
+        ::attention(like(y, queries), values_of<T>(keys), values_of<T>(values), data<uint8_t>(seen), y, B, S, H, k.size(1),
+                    k.size(2), D, keys.stride(0), keys.stride(1));
     });
 }
 
@@ -488,8 +490,9 @@ struct __attribute__((visibility("hidden"))) Tokens {
 };
 
 // One of the two halves of `model.Block` on one rank: attention, a feed-forward, or experts. cpu.py describes those of a
-// model once and then runs all of them together: of a few rows, an operator for each of their steps would take longer than
-// they do; of many, torch's operators between products read and write x more often. What they compute is rounded where the plain model rounds.
+// model once and then runs all of them together: of a few rows, an operator for each of their steps would take longer
+// than they do; of many, torch's operators between products read and write x more often. What they compute is rounded
+// where the plain model rounds.
 struct __attribute__((visibility("hidden"))) Sublayer {
     OptionalTensor norm, output_norm;
     double eps;

@@ -113,13 +113,6 @@ static void write_sums(const float* sums, T* y, int64_t M, int64_t N, int64_t co
         }
 }
 
-// The room of a calling thread for x of all GEMMs.
-template <class Cell>
-static Cell* room_for_x(int64_t cells) {
-    static thread_local Room<Cell> room;
-    return room.of(cells);
-}
-
 // rows_of(first, count): rows of w, in 16s, and how many values they lie apart.
 template <class T, class RowsOf>
 static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_of) {
@@ -131,7 +124,7 @@ static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_
         return gemm(x + half * K, y + half * N, M - half, N, K, rows_of);
     }
     const int64_t panels = (M + PANEL - 1) / PANEL, size = K / O::PER_CELL * PANEL;
-    auto* const packed = room_for_x<typename O::Cell>(panels * size);
+    auto* const packed = room<9, typename O::Cell>(panels * size);
     for_each(panels, [=](int64_t p) {
         pack_panel<O>(x + p * PANEL * K, std::min<int64_t>(PANEL, M - p * PANEL), K, packed + p * size);
     });
@@ -141,10 +134,9 @@ static void gemm(const T* x, T* y, int64_t M, int64_t N, int64_t K, RowsOf rows_
     const int64_t most = std::max<int64_t>(32, std::min(in_cache, std::max<int64_t>(128, N / pieces)) / 32 * 32);  // rows of w
     const int64_t blocks = (N + most - 1) / most, parts = std::min((pieces + blocks - 1) / blocks, panels);
     for_each(blocks * parts, [=](int64_t piece) {
-        static thread_local Room<float> room;
         const int64_t first = piece / parts * most, count = std::min(most, N - first), part = piece % parts;
         const int64_t whole = (count + 15) / 16 * 16;
-        float* sums = room.of(whole * PANEL);
+        float* sums = room<10, float>(whole * PANEL);
         const auto [w, stride] = rows_of(first, count);
         for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; p++) {
             std::fill(sums, sums + whole * PANEL, 0);

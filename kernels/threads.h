@@ -17,7 +17,8 @@
 #include <chrono>
 #include <cstdint>
 #include <mutex>
-#include <new>
+#include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -44,7 +45,8 @@ struct alignas(64) Helper {
 class Pool {
   public:
     // Call run(thread) on up to `count` threads, this one with 0. run takes pieces of work until there are none, and
-    // returns how many it took; it may not throw. Whoever is late is not called. One caller at a time: another works alone.
+    // returns how many it took; on other threads it may not throw. Whoever is late is not called, and where no thread can
+    // be made there are fewer. One caller at a time: another works alone.
     template <class Run>
     void call(int count, const Run& run) {
         std::unique_lock<std::mutex> turn(calling, std::try_to_lock);
@@ -52,7 +54,7 @@ class Pool {
             run(0);
             return;
         }
-        while (int(helpers.size()) < count - 1) add();
+        while (int(helpers.size()) < count - 1 && add()) continue;
         function = [](const void* run, int thread) { (*static_cast<const Run*>(run))(thread); };
         argument = &run;
         num_threads = count;
@@ -60,6 +62,7 @@ class Pool {
         open = true;
         round++;
         if (sleeping) syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+        const Closing closing{*this};  // where run throws
         const int64_t begin = now(), pieces = run(0), end = now();
         open = false;
         const int64_t patience = LATE + 2 * (end - begin) / (pieces ? pieces : 1);
@@ -77,6 +80,15 @@ class Pool {
     const void* argument;
     int num_threads;
 
+    struct Closing {
+        Pool& pool;
+        ~Closing() {
+            pool.open = false;
+            for (Helper* helper : pool.helpers)
+                while (helper->inside) sched_yield();
+        }
+    };
+
     // Wait until a helper is outside, and send it away if that takes longer than from `end` on it should.
     static void finish(Helper& helper, int64_t end, int64_t patience) {
         if (!helper.inside) return;
@@ -89,11 +101,17 @@ class Pool {
         helper.absence = std::min(4 * helper.absence, LONGEST_ABSENCE);
     }
 
-    void add() {
-        Helper* helper = new Helper;
-        helpers.push_back(helper);
-        const int thread = int(helpers.size());
-        std::thread([this, helper, thread] { serve(*helper, thread); }).detach();
+    bool add() {
+        const int thread = int(helpers.size()) + 1;
+        auto helper = std::make_unique<Helper>();
+        helpers.reserve(thread);
+        try {
+            std::thread([this, helper = helper.get(), thread] { serve(*helper, thread); }).detach();
+        } catch (const std::system_error&) {  // the system has a limit
+            return false;
+        }
+        helpers.push_back(helper.release());
+        return true;
     }
 
     void serve(Helper& helper, int thread) {

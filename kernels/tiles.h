@@ -66,14 +66,13 @@ static void pack_pairs_of_columns(const bf16* x, int64_t M, int64_t K, TileRow* 
 }
 
 static const TileRow* pack_for_tiles(const bf16* x, int64_t M, int64_t K) {
-    static thread_local Room<TileRow> room;
-    TileRow* packed = room.of(K / 2);
+    TileRow* packed = room<15, TileRow>(K / 2);
     pack_pairs_of_columns(x, M, K, packed);
     return packed;
 }
 
 static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int64_t N, int64_t K) {
-    if (M < TILES_FROM || M > MAX_ROWS || !has_tiles() || N % AMX_ROWS) return false;
+    if (M < TILES_FROM || M > GEMM_ABOVE || !has_tiles() || N % AMX_ROWS) return false;
     over_rows<AMX_ROWS, pack_for_tiles>(x, M, N, K, nullptr, [=](const Pass&, const TileRow* packed, int64_t first, int64_t last) {
         const Tiles shapes(AMX_ROWS);
         alignas(64) __m512i sums[4][AMX_ROWS];
@@ -110,7 +109,7 @@ static bool bf16_by_tiles(const bf16* x, const bf16* w, bf16* y, int64_t M, int6
             transpose(sums[0]);
             for (int64_t m = 0; m < M; m++) store_narrow(y + m * N + n, (__m512)sums[0][m]);
         }
-    }, MAX_ROWS);
+    }, GEMM_ABOVE);
     return true;
 }
 
@@ -166,8 +165,8 @@ static bool codes_by_tiles(const T* x, const uint8_t* w, Scales scales, const ui
         int64_t at = first * (K / group) * CODE_ROWS;
         for (int64_t n = first; n < last; n++) {
             for (int h = 0; h < VECTORS; h++) std::fill(sums[h], sums[h] + rows, Floats{});
-            const int16_t* values = packed->values();
-            const float* totals = packed->totals.data();
+            const int16_t* values = packed->values;
+            const float* totals = packed->totals;
             for (int64_t g = 0; g < K / group; g++, at += CODE_ROWS) {
                 float total[AMX_ROWS] = {};
                 _tile_zero(0);

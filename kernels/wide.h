@@ -1,4 +1,4 @@
-// Products in fp32 of x with w, both in bf16 or fp16: all there are with AVX2, and fp16's with AVX-512. Above MAX_ROWS of x
+// Products in fp32 of x with w, both in bf16 or fp16: all there are with AVX2, and fp16's with AVX-512. Above GEMM_ABOVE of x
 // they are by GEMM, but for experts.
 //
 // Of the instruction set's header it needs Two and load_two: values in two vectors, in an order that is the same for x and w.
@@ -8,8 +8,7 @@ constexpr int TWO = 2 * LANES;
 // Put x [M, K] in the order in which it is read, in fp32: [K / TWO, M, TWO].
 template <class T>
 static const float* pack_wide(const T* x, int64_t M, int64_t K) {
-    static thread_local Room<float> room;
-    float* packed = room.of(M * K);
+    float* packed = room<12, float>(M * K);
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k += TWO) {
             const Two two = load_two(x + m * K + k);
@@ -66,11 +65,10 @@ __attribute__((noinline)) static void wide_sums(const float* x, const T* w, int6
 
 template <class T>
 static void wide_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K, const int64_t* experts) {
-    if (M > MAX_ROWS && !experts)
+    if (M > GEMM_ABOVE && !experts)
         return gemm(x, y, M, N, K, [=](int64_t first, int64_t count) {
-            static thread_local Room<float> room;
             const int64_t stride = distance_of_rows(K);
-            float* rows = room.of(count * stride);
+            float* rows = room<11, float>(count * stride);
             for (int64_t r = 0; r < count; r++)
                 for (int64_t k = 0; k < K; k += LANES) store(rows + r * stride + k, load_wide(w + (first + r) * K + k));
             return std::pair<const float*, int64_t>(rows, stride);
@@ -79,7 +77,7 @@ static void wide_product(const T* x, const T* w, T* y, int64_t M, int64_t N, int
         alignas(64) float sums[MAX_M * SUMMED_ROWS];
         for (int64_t n = first * BLOCK_ROWS; n < last * BLOCK_ROWS; n += SUMMED_ROWS) {
             const int count = int(std::min<int64_t>(SUMMED_ROWS, last * BLOCK_ROWS - n));
-            WITH_M(pass.rows, wide_sums<M>(packed, w + n * K, K, count, sums))
+            with_rows(pass.rows, [&](auto M) { wide_sums<M>(packed, w + n * K, K, count, sums); });
             for (int i = 0; i < pass.rows; i++)
                 for (int r = 0; r < count; r++) set(y[pass.out(N) + i * N + n + r], sums[i * SUMMED_ROWS + r]);
         }

@@ -19,6 +19,7 @@ import fnmatch
 import glob
 import json
 from collections.abc import Iterator
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
@@ -52,6 +53,10 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             f"{repo_id} was not found: check the spelling, or log in (hf auth login) if it is private"
         ) from None
     except Exception as error:  # its HTTP library's errors too, and which library that is changes between releases
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EACCES, EPERM, EROFS):
+            raise ValueError(
+                f"{repo_id} could not be written ({error.strerror}); make room, or name another --output_dir"
+            ) from None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"{repo_id} could not be downloaded ({reason}); check the network and the token, then run this again"
@@ -97,20 +102,22 @@ def describe_others(names: list[str]) -> str:
     for pattern, cure in OTHER_LAYOUTS.items():
         if found := fnmatch.filter(names, pattern):
             return f"{found[0]} and no model.safetensors: {cure}"
-    return "no model.safetensors and no pytorch_model.bin, whole or in shards"
+    return "no model.safetensors and no pytorch_model.bin, whole or with an index; name a model that has"
 
 
 def shards_of(index: Path, names: list[str]) -> list[str]:
     """Return the repository's files that an index names. Raises ValueError where it is none, or names others."""
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     if not index.is_file():  # the client goes on without it where the network is gone; ask for all that it may name
-        suffix = Path(index.name.removesuffix(".index.json")).suffix
         return [name for name in names if name.endswith(suffix) and "/" not in name]
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is no index of weights; tell the model's authors") from None
+        shards = []
+    if not shards:
+        raise ValueError(f"{index} is no index of weights; tell the model's authors")
     for shard in shards:
-        if shard not in names or "/" in shard:
+        if shard not in names or "/" in shard or not shard.endswith(suffix):
             raise ValueError(f"{index} names {shard!r}, which is no file of the repository; tell the model's authors")
     return shards
 

@@ -1,6 +1,7 @@
 """The downloader, as its users run it, and models by their names on the Hub; the Hub is a server of this process."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save
 
 from checkpoint import load_model
 from cli.arguments import ROOT, checkpoint_folder
+from scripts.download import hub_errors
 from tests.conftest import HANG, REPO, assert_user_error, run_command
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
 
@@ -222,6 +224,8 @@ def test_the_index_names_the_shards_whatever_they_are_called(
         (b"[]", ["is no index"]),
         (b'{"weight_map": {"a": 1}}', ["names 1"]),
         (b'{"weight_map": {"a": ["b"]}}', ["is no index"]),
+        (b'{"weight_map": {}}', ["is no index"]),
+        (b'{"weight_map": {"a": "config.json"}}', ["'config.json'", "no file of the repository"]),
         (b'{"weight_map": {"a": "gone.safetensors"}}', ["'gone.safetensors'", "no file of the repository"]),
         (b'{"weight_map": {"a": "../up.safetensors"}}', ["'../up.safetensors'", "no file of the repository"]),
     ],
@@ -481,6 +485,23 @@ def test_the_only_snapshot_is_found_by_branch_by_commit_and_by_neither(own_cache
     for folder in ("models--o--m", "link"):
         assert checkpoint_folder(str(own_cache / folder)) == snapshot
     load_model(snapshot)
+
+
+def test_a_snapshot_that_is_used_in_place_of_main_is_told(own_cache: Path, capsys: Any) -> None:
+    snapshot = put_in_cache(own_cache, ref="main")
+    assert checkpoint_folder("o/m/") == snapshot, "a slash at the end is none in a name"
+    Path("o").mkdir()
+    assert checkpoint_folder("o/m") == snapshot, "nor does a folder that is there make it a path"
+    assert capsys.readouterr().err == ""
+    (own_cache / "models--o--m" / "refs" / "main").write_text(OTHER)
+    assert checkpoint_folder("o/m") == snapshot
+    assert f"main is {OTHER[:12]}, which is not there; {snapshot.name[:12]} is" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_not_taken_for_the_network() -> None:
+    words = r"o/m could not be written \(No space left on device\); make room"
+    with pytest.raises(ValueError, match=words), hub_errors("o/m", None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_of_several_snapshots_main_is_found_and_the_others_by_revision(own_cache: Path) -> None:

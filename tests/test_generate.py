@@ -485,6 +485,32 @@ def test_no_argument_is_needed():
     assert "tok/s" in result.stderr and "---" not in result.stderr
 
 
+LONGER = {
+    "longrope": {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 32,
+            "long_factor": [1 + i / 4 for i in range(32)],
+        },
+    },
+    "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("rope_type", LONGER)
+def test_slots_for_drafts_do_not_make_the_text_longer(tmp_path, rope_type):
+    """By the length of the text, which ends where the original length does, such a model's rotary embeddings change."""
+    shutil.copytree(ROOT / "checkpoints/demo", tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | LONGER[rope_type]))
+    words = ["--checkpoint_path", path.parent, "--prompt", "import os", "--dtype", "float32", "--temperature", "0"]
+    plain, found = (run_here(*words, "--max_new_tokens", "61", *more) for more in ([], ["--prompt_lookup"]))
+    assert plain.returncode == found.returncode == 0, found.stderr
+    assert plain.stdout == found.stdout
+    assert len(plain.stdout) > 64
+
+
 def test_metrics_hold_what_the_design_names(tmp_path):
     path = tmp_path / "metrics.json"
     result = run_here("--temperature", 0, "--max_new_tokens", 20, "--prompt", "import ", "--metrics_path", path)

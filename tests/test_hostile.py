@@ -530,6 +530,58 @@ def test_a_lone_surrogate_in_a_prompt_is_one_line(capfd: Any, prompt: str) -> No
     assert_user_error(result, "lone surrogate", "which is no character")
 
 
+@pytest.mark.parametrize("option", ["--system", "--stop", "--checkpoint_path"])
+def test_bytes_that_are_no_text_are_one_line_that_names_their_option(capfd: Any, option: str) -> None:
+    result = ends(capfd, generate, ["--checkpoint_path", str(SOURCE), "--chat", "--prompt", "x", option, "caf\udce9"])
+    assert_user_error(result, option, "UTF-8")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--num_samples", "9" * 20], ["--batch_size", "9" * 20], ["--prompt_length", "9" * 20],
+        ["--prompt_length", "300000000"], ["--temperature", "inf"], ["--temperature", "1e400"],
+        ["--checkpoint_path", "a" * 300],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_number_or_a_name_beyond_all_measure_is_one_line(capfd: Any, words: list[str]) -> None:
+    assert_user_error(ends(capfd, generate, words), words[0])
+
+
+LEFT: dict[str, dict[str, bytes | None]] = {
+    "a link to nothing": {"model.safetensors": None},
+    "a shard without its index": {"model-00001-of-00002.safetensors": b""},
+    "a shard of .bin without its index": {"pytorch_model-00001-of-00002.bin": b""},
+    "what a trainer left": {"training_args.bin": b""},
+    "a whole .bin": {"pytorch_model.bin": b""},
+    "another name": {"model.fp16.safetensors": b""},
+}
+CURES = ["a link to nothing; download", "there is no index; download it", "there is no index; download it",
+         "download them", "run `python scripts/convert_hf_checkpoint.py", "rename model.fp16.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "cure"), list(zip(LEFT, CURES, strict=True)))
+def test_weights_that_are_not_there_are_one_line_with_a_cure(
+    folder: Path, tmp_path: Path, capfd: Any, name: str, cure: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    for file, content in LEFT[name].items():
+        (folder / file).symlink_to(folder / "gone") if content is None else (folder / file).write_bytes(content)
+    assert_user_error(ends(capfd, generate, ["--checkpoint_path", str(folder)]), cure)
+    if "convert" not in cure:  # the converter reads it: an empty one is another mistake
+        options = ["--checkpoint_dir", str(folder), "--output_dir", str(tmp_path / "out")]
+        assert_user_error(ends(capfd, convert_hf_checkpoint, options), cure)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_small_file_that_is_a_link_to_nothing_is_not_taken_for_absent(folder: Path, capfd: Any, file: str) -> None:
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(folder / "gone")
+    words = ["--checkpoint_path", str(folder), "--prompt", "x", "--chat"]
+    assert_user_error(ends(capfd, generate, words), f"{file} is a link to nothing; download the model again")
+
+
 def test_a_prompt_of_10_mb_is_one_line_and_is_not_encoded_whole(
     tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

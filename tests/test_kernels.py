@@ -775,6 +775,29 @@ def test_what_is_changed_of_a_model_counts(change: Callable[[Transformer], objec
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_x_of_a_dtype_without_kernels_is_an_error(dtype: torch.dtype) -> None:
+    kernels, weight = torch.ops.kernels, normal(32, 64)
+    x, mask = normal(2, 64).to(dtype), torch.ones(1, 2, 2, dtype=torch.bool)
+    heads, codes = x.view(1, 2, 1, 64), CpuInt8(*quantize_int8(weight.float()), None)
+    for call in (
+        lambda: codes(x),
+        lambda: cpu.CpuDense(weight.bfloat16(), None)(x),
+        lambda: kernels.rms_norm(x, weight[0].bfloat16(), 1e-5, None),
+        lambda: kernels.attention(heads, heads.mT, heads.mT, mask),
+    ):
+        with pytest.raises(RuntimeError, match="neither in bfloat16 nor in float16"):
+            call()
+    rows = normal(1, 2, 1, 64).bfloat16()
+    with pytest.raises(RuntimeError, match="another dtype than x"):
+        kernels.attention(rows, rows.mT.half(), rows.mT.half(), mask)
+    with pytest.raises(RuntimeError, match="the mask is not of bool"):
+        kernels.attention(rows, rows.mT, rows.mT, mask.long())
+    with pytest.raises(RuntimeError, match="x has 1 dimensions"):
+        kernels.product(normal(64).bfloat16(), [weight.bfloat16()])
+
+
+@torch.inference_mode()
 def test_caches_of_another_form_are_an_error() -> None:
     model, tokens = random_model(RAW, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
     for heads, dtype, message in [(1, torch.bfloat16, "have 1 heads"), (2, torch.float32, "another dtype than x")]:
@@ -889,7 +912,7 @@ def test_nothing_is_left_of_large_values_with_small_scores(dtype: torch.dtype) -
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gates_of_any_size_equal_their_twins(gelu: bool) -> None:
     one_each, x = torch.eye(64).bfloat16(), torch.zeros(1, 1, 64).bfloat16()
-    x[0, 0] = torch.tensor([-1e4, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
+    x[0, 0] = torch.tensor([-3e38, -200, -100, -88, -20, -3, -1, -1e-3, 0, 1e-30, 1e-3, 1, 3, 20, 88, 1e4]).repeat(4)
     both, kernels = one_each.repeat(2, 1), torch.ops.kernels
     weights = [both], None, None, [one_each], None, None
     sublayer = kernels.describe_feed_forward(None, None, 0, None, 1, *weights, gelu, None, 0, False)

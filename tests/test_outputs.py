@@ -161,3 +161,27 @@ def test_a_run_whose_reader_leaves_still_writes_its_metrics(tmp_path):
     command = f"{sys.executable} generate.py --prompt import --max_new_tokens 60 --metrics_path {path} 2>&1 | head -1"
     subprocess.run(command, shell=True, cwd=REPO, stdout=subprocess.DEVNULL, timeout=HANG, check=True)
     assert json.loads(path.read_text())["samples"][0]["new_tokens"] > 0
+
+
+@pytest.mark.parametrize("full", [">", "2>"])
+def test_a_run_whose_text_finds_no_room_still_writes_its_metrics_and_fails(tmp_path, full):
+    path = tmp_path / "metrics.json"
+    command = f"{sys.executable} generate.py --max_new_tokens 3 --metrics_path {path} {full}/dev/full"
+    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True, timeout=HANG)
+    assert result.returncode == 2
+    assert full == "2>" or "No space left on device" in result.stderr
+    assert json.loads(path.read_text())["samples"][0]["new_tokens"] == 3
+
+
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    path = tmp_path / ("\u20ac" * 85)
+    write_whole(path, "text")
+    assert path.read_text() == "text"
+
+
+@pytest.mark.parametrize("option", ["--interactive", "--prompt=-"])
+def test_a_stdin_that_is_closed_is_an_empty_one(option):
+    command = f"{sys.executable} generate.py {option} --max_new_tokens 2 <&-"
+    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True, timeout=HANG)
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 0 if option == "--interactive" else "the input is empty" in result.stderr

@@ -660,11 +660,12 @@ def keep_ctrl_c():
 
 
 @pytest.mark.usefixtures("keep_ctrl_c")
-def test_ranks_that_torchrun_has_not_started_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("count", ["2", "two"])
+def test_ranks_that_torchrun_has_not_started_are_refused(monkeypatch, capsys, count):
+    monkeypatch.setenv("WORLD_SIZE", count)
     with pytest.raises(SystemExit, match="2"):
         generate.main([])
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE is 2, but torchrun has not started this;")
+    assert capsys.readouterr().err.startswith(f"error: WORLD_SIZE is {count}, but torchrun has not started this;")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
