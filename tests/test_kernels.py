@@ -784,15 +784,15 @@ def test_x_of_a_dtype_without_kernels_is_an_error(dtype: torch.dtype) -> None:
         lambda: codes(x),
         lambda: cpu.CpuDense(weight.bfloat16(), None)(x),
         lambda: kernels.rms_norm(x, weight[0].bfloat16(), 1e-5, None),
-        lambda: kernels.attention(heads, heads.mT, heads.mT, mask),
+        lambda: kernels.attention(heads, *[heads.transpose(1, 2)] * 2, mask),
     ):
         with pytest.raises(RuntimeError, match="neither in bfloat16 nor in float16"):
             call()
     rows = normal(1, 2, 1, 64).bfloat16()
     with pytest.raises(RuntimeError, match="another dtype than x"):
-        kernels.attention(rows, rows.mT.half(), rows.mT.half(), mask)
+        kernels.attention(rows, *[rows.transpose(1, 2).half()] * 2, mask)
     with pytest.raises(RuntimeError, match="the mask is not of bool"):
-        kernels.attention(rows, rows.mT, rows.mT, mask.long())
+        kernels.attention(rows, *[rows.transpose(1, 2)] * 2, mask.long())
     with pytest.raises(RuntimeError, match="x has 1 dimensions"):
         kernels.product(normal(64).bfloat16(), [weight.bfloat16()])
 
