@@ -1,5 +1,6 @@
 """What README.md and docs/ tell a reader to type works, and what they name exists."""
 
+import importlib
 import os
 import re
 import shlex
@@ -9,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -55,7 +58,8 @@ def run(arguments, cwd, **kwargs):
 @cache
 def help_of(*script):
     """Return what a script's --help prints; of `-m name`, a module's."""
-    result = run([*script, "--help"], ROOT)
+    module = importlib.import_module(script[-1].removesuffix(".py").replace("/", "."))
+    result = run_forked(module.main, "--help", cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

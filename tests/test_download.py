@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save
 
 from checkpoint import load_model
 from cli.arguments import ROOT, checkpoint_folder
-from scripts.download import hub_errors
-from tests.conftest import HANG, REPO, assert_user_error, run_command
+from scripts import download
+from tests.conftest import HANG, REPO, assert_user_error, run_command, run_forked
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
 
 DOWNLOAD = "scripts/download.py"
@@ -156,7 +156,13 @@ def hub_environment(tmp_path: Path, url: str) -> dict[str, str]:
 
 
 def run_download(tmp_path: Path, url: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return run_command(DOWNLOAD, *args, cwd=tmp_path, **hub_environment(tmp_path, url))
+    def main(args: list[str]) -> None:
+        os.environ.update(hub_environment(tmp_path, url))
+        for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+            del sys.modules[name]  # it reads the environment when it is imported
+        download.main(args)
+
+    return run_forked(main, *args, cwd=tmp_path)
 
 
 def visible(path: Path) -> list[str]:
@@ -500,7 +506,7 @@ def test_a_snapshot_that_is_used_in_place_of_main_is_told(own_cache: Path, capsy
 
 def test_a_disk_that_is_full_is_not_taken_for_the_network() -> None:
     words = r"o/m could not be written \(No space left on device\); make room"
-    with pytest.raises(ValueError, match=words), hub_errors("o/m", None):
+    with pytest.raises(ValueError, match=words), download.hub_errors("o/m", None):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -237,7 +237,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "weights linked to what is no weights": (linked("model.safetensors", "../../secret"), "outside of its folder"),
     "weights linked to others": (linked("model.safetensors", "../../outside.safetensors"), "outside of its folder"),
     "weights linked to /dev/zero": (linked("model.safetensors", "/dev/zero"), "outside of its folder"),
-    "weights linked to themselves": (linked("model.safetensors", "model.safetensors"), "has no model.safetensors"),
+    "weights linked to themselves": (linked("model.safetensors", "model.safetensors"), "a link to nothing"),
     "a name up and out in the index": (index(norm="../../etc/passwd"), "file of its own folder"),
     "other weights up and out in the index": (index(norm="../../outside.safetensors"), "file of its own folder"),
     "an absolute path in the index": (index(norm="/etc/passwd"), "expected a .safetensors file of its own folder"),
