@@ -3,6 +3,7 @@
 import argparse
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save
 from checkpoint import load_model
 from cli.arguments import ROOT, checkpoint_folder
 from scripts import download
-from tests.conftest import HANG, REPO, assert_user_error, run_command, run_forked
+from tests.conftest import HANG, REPO, assert_user_error, run_forked
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
 
 DOWNLOAD = "scripts/download.py"
@@ -155,14 +156,20 @@ def hub_environment(tmp_path: Path, url: str) -> dict[str, str]:
     return {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1", **NO_HURRY}
 
 
-def run_download(tmp_path: Path, url: str, *args: str) -> subprocess.CompletedProcess[str]:
+def run_script(script: str, *args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command's main in a child that is forked, with an environment of its own."""
+
     def main(args: list[str]) -> None:
-        os.environ.update(hub_environment(tmp_path, url))
+        os.environ.update(environment)
         for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
             del sys.modules[name]  # it reads the environment when it is imported
-        download.main(args)
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(args)
 
-    return run_forked(main, *args, cwd=tmp_path)
+    return run_forked(main, *args, cwd=cwd)
+
+
+def run_download(tmp_path: Path, url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return run_script(DOWNLOAD, *args, cwd=tmp_path, **hub_environment(tmp_path, url))
 
 
 def visible(path: Path) -> list[str]:
@@ -405,13 +412,13 @@ def cache(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
 
 def test_a_model_in_the_hubs_cache_is_found_by_its_name_without_a_network(tmp_path: Path, hub: LocalHub) -> None:
     environment = cache(tmp_path, hub)
-    by_path = run_command("generate.py", *GENERATE, cwd=tmp_path)
+    by_path = run_script("generate.py", *GENERATE, cwd=tmp_path)
     for option in ("--checkpoint_path", "--draft_checkpoint_path"):
-        result = run_command("generate.py", option, "org/tiny", *GENERATE, cwd=tmp_path, **environment)
+        result = run_script("generate.py", option, "org/tiny", *GENERATE, cwd=tmp_path, **environment)
         assert result.returncode == 0, result.stderr
         assert result.stdout == by_path.stdout
     (tmp_path / "text.txt").write_text("def main():\n    return 0\n")
-    result = run_command(
+    result = run_script(
         "eval.py",
         "--checkpoint_path",
         "org/tiny",
@@ -423,7 +430,7 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_name_without_a_network(tmp_pa
         **environment,
     )
     assert "perplexity" in result.stdout, result.stderr
-    result = run_command("quantize.py", "--checkpoint_path", "org/tiny", "--mode", "int8", cwd=tmp_path, **environment)
+    result = run_script("quantize.py", "--checkpoint_path", "org/tiny", "--mode", "int8", cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     assert names_in(tmp_path / "checkpoints" / "org") == ["tiny-int8"], "and not in the cache"
     assert len(list((tmp_path / "hf").rglob("config.json"))) == 1
@@ -432,7 +439,7 @@ def test_a_model_in_the_hubs_cache_is_found_by_its_name_without_a_network(tmp_pa
 def test_a_downloaded_model_is_found_by_its_name(tmp_path: Path, hub: LocalHub) -> None:
     (tmp_path / "checkpoints" / "org").mkdir(parents=True)
     (tmp_path / "checkpoints" / "org" / "tiny").symlink_to(DEMO)
-    result = run_command("generate.py", "--checkpoint_path", "org/tiny", *GENERATE, cwd=tmp_path)
+    result = run_script("generate.py", "--checkpoint_path", "org/tiny", *GENERATE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -449,7 +456,7 @@ def test_a_model_that_is_nowhere_is_one_line_with_the_command_that_fetches_it(
     tmp_path: Path, script: str, option: str, rest: tuple[str, ...]
 ) -> None:
     environment = hub_environment(tmp_path, "http://127.0.0.1:9")
-    result = run_command(script, option, "org/other", *rest, cwd=tmp_path, **environment)
+    result = run_script(script, option, "org/other", *rest, cwd=tmp_path, **environment)
     assert_user_error(result, option, "org/other", "python scripts/download.py --repo_id org/other")
 
 
@@ -567,7 +574,7 @@ def test_a_path_beside_a_models_folder_is_refused_with_what_to_name(tmp_path: Pa
     [("generate.py", GENERATE), ("eval.py", ("--text_file", "x")), ("quantize.py", ("--mode", "int8"))],
 )
 def test_a_revision_of_a_folder_is_one_line(tmp_path: Path, script: str, rest: tuple[str, ...]) -> None:
-    result = run_command(script, "--checkpoint_path", DEMO, "--revision", "main", *rest, cwd=tmp_path)
+    result = run_script(script, "--checkpoint_path", DEMO, "--revision", "main", *rest, cwd=tmp_path)
     assert_user_error(result, "--checkpoint_path", "--revision main", "is a folder")
 
 
@@ -576,7 +583,7 @@ def test_a_revision_generates(tmp_path: Path) -> None:
     put_in_cache(tmp_path / "hf" / "hub", MAIN, "main")
     name = ("--checkpoint_path", "o/m", "--revision", "dev")
     environment = hub_environment(tmp_path, "http://127.0.0.1:9")
-    result = run_command("generate.py", *name, *GENERATE, cwd=tmp_path, **environment)
+    result = run_script("generate.py", *name, *GENERATE, cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr
 
 
