@@ -162,6 +162,8 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
 
     with new_folder(output_path) as folder:  # first, since the calibration takes long
         if args.mode.endswith("-gptq") and windows is None:
+            if not sys.stderr.isatty():  # where no bar is shown
+                print(f"calibrating on {args.calibration_samples} windows: a real model takes minutes", file=sys.stderr)
             windows = calibration_windows(args, source.config)
         num_steps = len(quantizable_linears(source)) - 1
         num_steps += 0 if windows is None else (2 * len(source.layers) + (args.bits == 8)) * len(windows)
