@@ -90,6 +90,8 @@ def calibration_windows(args: argparse.Namespace, config: ModelConfig) -> Tensor
         text = read_text("--calibration_file", args.calibration_file)
         return cut_windows(text, tokenizer, num, length, config.vocab_size)
     opening = chat_opening(args.checkpoint_path, tokenizer)
+    if not sys.stderr.isatty():  # where no bar is shown
+        print(f"writing {num} windows of {length} tokens to calibrate on, for minutes", file=sys.stderr)
     model = load_model(args.checkpoint_path, args.device)
     with tqdm(total=-(-num // ROWS) * length, desc="calibration text", dynamic_ncols=True, disable=None) as bar:
         return write_windows(model, tokenizer, num, length, opening, bar.update)
@@ -162,8 +164,6 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
 
     with new_folder(output_path) as folder:  # first, since the calibration takes long
         if args.mode.endswith("-gptq") and windows is None:
-            if not sys.stderr.isatty():  # where no bar is shown
-                print(f"calibrating on {args.calibration_samples} windows: a real model takes minutes", file=sys.stderr)
             windows = calibration_windows(args, source.config)
         num_steps = len(quantizable_linears(source)) - 1
         num_steps += 0 if windows is None else (2 * len(source.layers) + (args.bits == 8)) * len(windows)
