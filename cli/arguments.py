@@ -79,7 +79,7 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a folder: {error.strerror}") from None
     if not is_there and path.parts[:1] == ("checkpoints",) and (ROOT / path).is_dir():
         path = ROOT / path  # typed in another folder than the program's
-    is_path = path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+    is_path = path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
     downloaded = Path("checkpoints") / path
     if path.resolve().name.startswith("models--") and (path / "snapshots").is_dir():
         path = repository = path.resolve()
@@ -102,7 +102,9 @@ def checkpoint_folder(text: str, revision: str | None = None) -> Path:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if found is None and revision is None and repository != path and path.parent.is_dir():  # a path rather
-        raise argparse.ArgumentTypeError(f"{path} {find_mistake(path)}")
+        if mistake := find_mistake(path):
+            raise argparse.ArgumentTypeError(f"{path} {mistake}")
+        return path
     if found is None and revision is not None:
         raise argparse.ArgumentTypeError(
             f"revision {revision} of {text} is not in the Hub's cache; run `python scripts/download.py --repo_id "

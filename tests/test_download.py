@@ -500,6 +500,13 @@ def test_the_only_snapshot_is_found_by_branch_by_commit_and_by_neither(own_cache
     load_model(snapshot)
 
 
+def test_a_gguf_is_a_path_there_or_not(own_cache: Path) -> None:
+    Path("o").mkdir()
+    assert checkpoint_folder("o/m.gguf") == Path("o/m.gguf"), "what to do with it is said where it is read"
+    Path("o/m.gguf").touch()
+    assert checkpoint_folder("o/m.gguf") == Path("o/m.gguf")
+
+
 def test_a_snapshot_that_is_used_in_place_of_main_is_told(own_cache: Path, capsys: Any) -> None:
     snapshot = put_in_cache(own_cache, ref="main")
     assert checkpoint_folder("o/m/") == snapshot, "a slash at the end is none in a name"
