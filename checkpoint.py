@@ -30,7 +30,7 @@ from kernels.cpu import release_file_pages, start_to_compile
 from kernels.optimize import optimize_
 from linears import Form, empty_stored, is_router, quantizable_linears
 from model import ONE_RANK, Embedding, Experts, Linear, ModelConfig, Ranks, Transformer
-from names import family_name, hub_parts, hub_shapes, is_stack
+from names import expert_names, family_name, hub_parts, hub_shapes, is_stack
 from quantization import read_quantization
 from tp import check_group, check_sizes, is_row_parallel, local_part
 
@@ -53,6 +53,9 @@ UNUSED_NAMES = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^(score|classifier|qa_outputs|(v|value|reward)_head)\."
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
+
+# Experts as transformers 5 has them in memory, and the scales of FP8 as it saves them.
+FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
 
 
 def checked_tensor(files: TensorFiles, name: str, spec: Spec) -> Tensor:
@@ -234,6 +237,9 @@ class ModelReader:
                 files.alias((match[1] or "") + name[match.end() :], name)
             elif re.search(r"\.(mlp\.gate|experts\.\d+)\.", name):  # Mixtral's, as transformers 5 has them in memory
                 files.alias(family_name(name, self.config), name)
+            elif self.config.num_local_experts and (match := FUSED_EXPERTS.fullmatch(name)):
+                parts = expert_names(match[1], match[2], f"weight{match[3] or ''}", self.config.num_local_experts)
+                files.cut([family_name(part, self.config) for part in parts], name)
         if "norm.weight" in files.files:
             for name in [name for name in files.files if name.startswith(("layers.", "embed_tokens.", "norm."))]:
                 files.alias(f"model.{name}", name)

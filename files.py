@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,8 +97,9 @@ class TensorFiles:
 
     def __init__(self, checkpoint_path: Path):
         self.path = checkpoint_path
-        # By name: the file, and the name in it, which is another where `alias` has said so.
-        self.files = {name: (file, name) for name, file in self._index().items()}
+        # By name: the file, and the name in it, which is another where `alias` has said so; the place and number of
+        # the parts that `cut` has made of it.
+        self.files = {name: (file, name, 0, 1) for name, file in self._index().items()}
         self._specs: dict[str, dict[str, Spec]] = {}  # by file
 
     def _index(self) -> dict[str, str]:
@@ -148,23 +149,29 @@ class TensorFiles:
             raise ValueError(f"{what} is not a whole safetensors file ({error}); download it again") from None
 
     def get(self, name: str) -> Tensor:
-        file, stored = self.files[name]
+        file, stored, part, count = self.files[name]
         with self._open(file) as tensors:
-            return tensors.get_tensor(stored)
+            return cut_rows(tensors.get_tensor(stored), count)[part]
 
     def spec(self, name: str) -> Spec | None:
         """Return a tensor's dtype and shape without reading it; None where there is no such tensor."""
         if name not in self.files:
             return None
-        file, stored = self.files[name]
+        file, stored, part, count = self.files[name]
         if file not in self._specs:
             with self._open(file) as tensors:
                 self._specs[file] = {key: spec_of(tensors.get_slice(key)) for key in list(tensors.keys())}
-        return self._specs[file].get(stored)
+        dtype, shape = self._specs[file][stored]
+        return dtype, cut_rows(torch.empty(shape, device="meta"), count)[part].shape
 
     def alias(self, name: str, old: str) -> None:
         """Let a tensor be read under another name than the old one, which may be an alias itself."""
         self.files[name] = self.files.pop(old)
+
+    def cut(self, names: Sequence[str], old: str) -> None:
+        """Let a stack [X, R, ..] be read as so many tensors, which lie one below the other in it."""
+        file, stored, *_ = self.files.pop(old)
+        self.files |= {name: (file, stored, part, len(names)) for part, name in enumerate(names)}
 
     def dtype(self) -> torch.dtype | None:
         """Return the dtype of most of the floats, of those that run; None where there are none."""
@@ -174,6 +181,11 @@ class TensorFiles:
                 counts[dtype] += shape.numel()
         dtype = max(counts, key=lambda dtype: counts[dtype])
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
+
+
+def cut_rows(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """Cut the rows of a stack [X, R, ..], those of all its layers, into so many parts; 1: leave it as it is."""
+    return [tensor] if count == 1 else tensor.flatten(0, min(1, tensor.ndim - 1)).tensor_split(count)
 
 
 def spec_of(tensor: Any) -> Spec:

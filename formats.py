@@ -70,7 +70,7 @@ def find_packed(files: TensorFiles, base: str, shape: torch.Size, quantization: 
     if tensors.has("weight_packed"):
         return read_pack_quantized(tensors)
     if weight and weight[0] in FLOAT8_DTYPES:
-        return read_float8(tensors)
+        return read_float8(tensors, options)
     if weight and weight[0] in FLOAT_DTYPES and tensors.has("weight_scale"):
         raise tensors.error("weight", f"is {weight[0]}, not rounded yet; save it with save_compressed=True")
     return read_int_quantized(tensors) if weight and weight[0] == torch.int8 and tensors.has("weight_scale") else None
@@ -83,6 +83,8 @@ class ModuleTensors:
         self.files, self.base, self.shape, self.kinds = files, base, shape, kinds
         self.widths = sorted({kind.bits for kind in kinds if kind.bits})
         self.group_sizes = list(dict.fromkeys(kind.group_size for kind in kinds))
+        self.strategies = {kind.strategy for kind in kinds}
+        self.of_tensor: list[Shape] = [(1,), ()] if self.strategies & {None, "tensor"} else []
         self.names: list[str] = []
 
     def has(self, suffix: str) -> bool:
@@ -123,7 +125,7 @@ class ModuleTensors:
         for size in self.group_sizes:  # of two with as many groups the first counts
             sizes.setdefault(-(-K // (size or K)), size if size and size < K else None)
         shapes = [(G, N) if transposed else (N, G) for G in sizes]
-        one: list[Shape] = [] if transposed or 1 not in sizes else [(1,), ()]
+        one = self.of_tensor if not transposed and 1 in sizes else []
         dtype, shape = self.check(suffix, *shapes, *one, floats=True)
         if dtype not in FLOAT_DTYPES - {torch.float64}:
             raise self.error(suffix, f"is {dtype}, not of 16 or 32 bits")
@@ -145,17 +147,17 @@ class ModuleTensors:
     def packed(self, form: Form | None, parameters: ReadParameters, order: Tensor | None = None) -> Packed:
         return Packed(form, tuple(self.names), parameters, self.shape, order)
 
-    def read_order(self, suffix: str, group_size: int) -> Tensor | None:
+    def read_order(self, suffix: str, group_size: int, is_needed: bool = False) -> Tensor | None:
         """Return the order that puts a group's columns beside each other; None where they are so, or have no g_idx.
 
-        Raises ValueError where the groups that a g_idx gives are not of this size.
+        Raises ValueError where the groups that a g_idx gives are not of this size, or where it is needed and missing.
         """
-        if not self.has(suffix):
+        if not self.has(suffix) and not is_needed:
             return None
         K = self.shape[-1]
         self.check(suffix, (K,))
         groups, own = self.get(suffix).long(), torch.arange(K) // group_size
-        if torch.equal(groups, own) or bool((groups == -1).all()):
+        if torch.equal(groups, own) or (not is_needed and bool((groups == -1).all())):
             return None
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], own):
@@ -201,12 +203,14 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
     dtype, G, size = tensors.check_scales("weight_scale", N)
     has_zeros = tensors.has_zeros(bits)
     words = (-(-N // (32 // bits)), G)
-    zeros_in_words = has_zeros and tensors.check_words("weight_zero_point", words, unpacked=((N, G), (1,))) == words
+    zeros_in_words = (
+        has_zeros and tensors.check_words("weight_zero_point", words, unpacked=((N, G), *tensors.of_tensor)) == words
+    )
     if tensors.has("weight_shape"):
         tensors.check("weight_shape", (2,))
         if tensors.get("weight_shape").tolist() != [N, K]:
             raise tensors.error("weight_shape", f"is not {[N, K]}")
-    order = tensors.read_order("weight_g_idx", size or K)
+    order = tensors.read_order("weight_g_idx", size or K, all(kind.is_ordered for kind in tensors.kinds))
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = view_rows_as(tensors.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
@@ -227,7 +231,7 @@ def read_gptq(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
     bits = widths[tensors.check_words("qweight", *widths)]
     dtype, G, size = tensors.check_scales("scales", N, transposed=True)
     tensors.check_words("qzeros", (G, -(-N * bits // 32)))
-    order = tensors.read_order("g_idx", size or K)
+    order = tensors.read_order("g_idx", size or K, options.get("desc_act") is True and size is not None)
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
     is_first = str(options.get("checkpoint_format", options.get("format"))).lower() != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
@@ -263,7 +267,7 @@ def read_int_quantized(tensors: ModuleTensors) -> Packed:
     dtype, G, size = tensors.check_scales("weight_scale", N)
     has_zeros = tensors.has_zeros(8)
     if has_zeros:
-        tensors.check("weight_zero_point", (N, G), (1,))
+        tensors.check("weight_zero_point", (N, G), *tensors.of_tensor)
 
     def parameters() -> dict[str, Tensor]:
         zeros = {"zeros": tensors.read_zeros(8).to(torch.int8).expand(N, G)} if has_zeros else {}
@@ -272,20 +276,30 @@ def read_int_quantized(tensors: ModuleTensors) -> Packed:
     return tensors.packed(Form(8, size, has_zeros, dtype), parameters)
 
 
-def read_float8(tensors: ModuleTensors) -> Packed:
-    """FP8: scales of a tensor, of channels, of groups, or of blocks. There is no kernel for it."""
+def read_float8(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
+    """FP8: scales of a tensor, of channels, of groups, or of blocks. There is no kernel for it.
+
+    What is called weight_scale_inv multiplies, but in gptqmodel's folders, which say so, it divides.
+    """
     N, K = tensors.shape
     block = next((kind.block for kind in tensors.kinds if kind.block), [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise ValueError(f"config.json: blocks of {str(block)[:60]} weights are not supported, say [128, 128] is")
     tensors.check("weight", (N, K), floats=True)
     suffix = "weight_scale_inv" if tensors.has("weight_scale_inv") else "weight_scale"
-    by_block = (-(-N // block[0]), -(-K // block[1]))
-    sizes: dict[Shape, Sequence[int]] = {by_block: block}  # of the scales -> rows and columns that share one
-    for size in filter(None, tensors.group_sizes):
-        sizes.setdefault((N, -(-K // size)), (1, size))
-    shape = tensors.check(suffix, by_block, (N, 1), (N,), (1, 1), (1,), (), *sizes, floats=True)[1]
-    rows, columns = sizes.get(shape, (1, K))
+    by_strategy: dict[str, dict[Shape, Sequence[int]]] = {  # scales' shapes -> rows and columns that share one
+        "block": {(-(-N // block[0]), -(-K // block[1])): block},
+        "channel": {(N, 1): (1, K), (N,): (1, K)},
+        "tensor": {(1, 1): (N, K), (1,): (N, K), (): (N, K)},
+        "group": {(N, -(-K // size)): (1, size) for size in filter(None, tensors.group_sizes)},
+    }
+    sizes: dict[Shape, Sequence[int]] = {}
+    for strategy, shapes in by_strategy.items():  # of two with one shape the first counts
+        if tensors.strategies & {None, strategy}:
+            sizes = shapes | sizes
+    shape = tensors.check(suffix, *sizes, floats=True)[1]
+    rows, columns = sizes[shape]
+    divides = options.get("weight_scale_semantics") == "inverse"
 
     def parameters() -> dict[str, Tensor]:
         scale = tensors.get(suffix).float()
@@ -293,6 +307,7 @@ def read_float8(tensors: ModuleTensors) -> Packed:
         for dim, (size, length) in enumerate(((rows, N), (columns, K))):
             if scale.shape[dim] > 1:
                 scale = scale.repeat_interleave(size, dim=dim).narrow(dim, 0, length)
-        return {"weight": tensors.get("weight").float() * scale}
+        weight = tensors.get("weight").float()
+        return {"weight": weight / scale if divides else weight * scale}
 
     return tensors.packed(None, parameters)

@@ -23,6 +23,11 @@ def family_name(name: str, config: ModelConfig) -> str:
     return name
 
 
+def expert_names(experts: str, module: str, suffix: str, num_experts: int) -> list[str]:
+    """Return Llama's names for the tensors of a stack, expert after expert."""
+    return [f"{experts}.{i}.{part}.{suffix}" for i in range(num_experts) for part in EXPERTS_STACKED[module]]
+
+
 def hub_shapes(
     name: str, shape: torch.Size, config: ModelConfig, stacked: tuple[str, ...] | None = None
 ) -> dict[str, torch.Size]:
@@ -35,8 +40,7 @@ def hub_shapes(
     *path, module, suffix = name.split(".")
     names = [name]
     if is_stack(name, config):
-        experts = [".".join([*path, "experts", str(i)]) for i in range(config.num_local_experts)]
-        names = [f"{expert}.{part}.{suffix}" for expert in experts for part in EXPERTS_STACKED[module]]
+        names = expert_names(".".join([*path, "experts"]), module, suffix, config.num_local_experts)
     elif module in STACKED and module not in (FAMILIES[config.model_type].stacked if stacked is None else stacked):
         names = [".".join([*path, part, suffix]) for part in STACKED[module]]
     num_rows, columns = (shape[0] * shape[1], shape[2:]) if len(shape) == 3 else (shape[0], shape[1:])

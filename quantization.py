@@ -17,8 +17,14 @@ OWN_KEYS = {"config_groups": "compressed-tensors", "desc_act": "gptq", "zero_poi
 # Of auto-round: two store zero points as they are, as gptq_v2 does.
 PACKINGS = {
     "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq",
-    "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
+    "auto_round:gptq": "gptq", "auto": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
 }  # fmt: skip
+
+# Options that would change the arithmetic, and the values that are read: rotated inputs, by gptqmodel and auto-round.
+NEUTRAL_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("is_marlin_format", "rotation", "rotation_config", "spinquant_config"), ()),
+    "weight_scale_semantics": ("inverse",),
+}
 
 
 class Kind(NamedTuple):
@@ -29,6 +35,8 @@ class Kind(NamedTuple):
     block: Any = None  # rows and columns that share a scale, of floats
     symmetric: bool = False
     of_head: bool = False
+    strategy: str | None = None  # what shares a scale: a tensor, channel, group or block; None: it is not said
+    is_ordered: bool = False  # a g_idx says which group a column is of
 
     @property
     def form(self) -> Form | None:
@@ -70,9 +78,12 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     default = next((method for key, method in OWN_KEYS.items() if key in options), "an unknown method")
     method = str(options.get("quant_method", default))[:40].removeprefix("intel/")
     if method == "auto-round":
-        packing, data_type = str(options.get("packing_format"))[:40], str(options.get("data_type"))[:40]
+        data_type = str(options.get("data_type", "int"))[:40]
+        packing = str(options.get("packing_format", options.get("backend", "auto")))[:40]
         unknown = f"auto-round with packing_format {packing} of {data_type}"
-        layout = "fp8" if data_type == "fp" else PACKINGS.get(packing, unknown)
+        # What follows a second colon is the kernel that was meant to run it.
+        layout = PACKINGS.get(":".join(packing.split(":")[:2]), unknown) if "int" in data_type else unknown
+        layout = "fp8" if data_type == "fp" else layout
         method = layout.removesuffix("_v2")
         options = {**options, "checkpoint_format": layout} if method == "gptq" else options
     method = other_format(options) or method
@@ -83,10 +94,12 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             "made from, and run quantize.py on it"
         )
     quantization = Quantization(method, options)
+    for key, values in NEUTRAL_OPTIONS.items():
+        if options.get(key) and options[key] not in values:
+            raise quantization.error(key, *values or ("none",))
     block = options.get("weight_block_size")
-    return quantization._replace(
-        kinds=KIND_READERS[method](quantization) if method in KIND_READERS else [Kind(None, None, block)]
-    )
+    floats = [Kind(None, None, block, strategy="block" if block else None)]
+    return quantization._replace(kinds=KIND_READERS[method](quantization) if method in KIND_READERS else floats)
 
 
 def refuse_old_folder(raw: Mapping[str, Any]) -> None:
@@ -149,7 +162,9 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
         bits = int(weights["num_bits"]) if is_int else None  # 4.0 is 4
         targets = group["targets"] if isinstance(group.get("targets"), list) else []
         is_symmetric, is_head = weights.get("symmetric", True) is True, any("lm_head" in str(name) for name in targets)
-        kinds.append(Kind(bits, quantization.read_size(weights), block, is_symmetric, is_head))
+        is_ordered = weights.get("actorder") in (True, "group")
+        size, strategy = quantization.read_size(weights), weights["strategy"]
+        kinds.append(Kind(bits, size, block, is_symmetric, is_head, strategy, is_ordered))
     return kinds
 
 
@@ -162,8 +177,6 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
     for key in ("checkpoint_format", "format") if is_gptq else ("version", "checkpoint_format", "format"):
         if key in options and str(options[key]).lower() not in layouts:
             raise quantization.error(key, " or ".join(layouts))
-    if options.get("is_marlin_format"):
-        raise quantization.error("is_marlin_format", "false")
     modules = [module for key in ("dynamic", "extra_config") for module in objects_in(options.get(key))]
     for module in modules:
         if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:

@@ -130,6 +130,19 @@ def auto_round_float8(rows: int, **options: Any) -> tuple[dict[str, Any], Pack]:
     return {"quant_method": "auto-round", "data_type": "fp", "bits": 8, **options}, float8(rows, 0)[1]
 
 
+def gptqmodel_float8(rows: int, columns: int) -> tuple[dict[str, Any], Pack]:
+    """Of version 7: scales divide, in a tensor of the name of those that multiply."""
+
+    def pack(name: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, weight = float8(rows, columns, inverse=True, dtype=torch.float32)[1](name, N, K)
+        scale = tensors["weight_scale_inv"]
+        return {**tensors, "weight_scale_inv": 1 / (scale if columns else scale.flatten())}, weight
+
+    block = [rows, columns] if columns else None
+    options = {"quant_method": "fp8", "bits": 8, "format": "float8_e4m3fn", "weight_block_size": block}
+    return {**options, "weight_scale_semantics": "inverse", "desc_act": False, "rotation": None}, pack
+
+
 def zeros_not_packed(bits: int) -> tuple[dict[str, Any], Pack]:
     """As compressed-tensors 0.8 and those before it wrote them."""
 
@@ -168,7 +181,7 @@ def float8(
         size = rows or N, columns or K
         scale = torch.rand(-(-N // size[0]), -(-K // size[1]), generator=generator).mul(0.01).to(dtype)
         wide = scale.float().repeat_interleave(size[0], 0)[:N].repeat_interleave(size[1], 1)[:, :K]
-        scale = scale.flatten() if scale.numel() == 1 else scale
+        scale = scale if rows else scale.flatten()  # of a tensor
         return {"weight": weight, "weight_scale_inv" if inverse else "weight_scale": scale}, weight.float() * wide
 
     weights = {"num_bits": 8, "type": "float", "strategy": options.pop("strategy", "channel"), **options}
@@ -210,10 +223,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Pack]] = {
     "auto-round": auto_round("auto_round", gptq(v2=True, g_idx=False)),
     "auto-round as gptq": auto_round("auto_round:auto_gptq", gptq(g_idx=False)),
     "auto-round as awq": auto_round("auto_round:auto_awq", awq()),
+    "auto-round that names no packing": auto_round("auto", gptq(g_idx=False)),
+    "auto-round for a kernel": auto_round("auto_round:auto_gptq:exllamav2", gptq(g_idx=False)),
     "auto-round of gptqmodel": auto_round("auto_round:gptqmodel", gptq(v2=True, g_idx=False)),
     "auto-round fp8 by tensor": auto_round_float8(0, group_size=0),
     "auto-round fp8 by channel": auto_round_float8(1, group_size=-1, packing_format="auto_round:fp8_static"),
     "fp8": float8(128, 128, inverse=True, dtype=torch.float32),
+    "fp8 of gptqmodel": gptqmodel_float8(48, 40),
+    "fp8 of gptqmodel, by row": gptqmodel_float8(1, 0),
+    "fp8 of gptqmodel, by tensor": gptqmodel_float8(0, 0),
     "fp8 in blocks that do not divide": float8(48, 40, inverse=True),
     "fp8 with scales of powers of 2": float8(48, 40, inverse=True, dtype=torch.float8_e8m0fnu),
 }
@@ -330,6 +348,47 @@ def test_phi3_is_read_with_gate_and_up_apart_as_gptqmodel_writes_them(
     packed, plain = make_folders(tmp_path, FORMATS["gptq in groups of 16"], apart)
     tokens = reference.tokens[:, :12]
     torch.testing.assert_close(logits(packed, tokens=tokens), logits(plain, tokens=tokens), atol=1e-4, rtol=0)
+
+
+def fuse_experts(tensors: dict[str, Tensor], suffix: str, fused: str, block: str) -> dict[str, Tensor]:
+    """Put the tensors that all experts of a layer have by one name into stacks; block: what the layer is called."""
+    names = {name for name in tensors if ".experts." in name and name.endswith(f".{suffix}")}
+    made = {name: tensor for name, tensor in tensors.items() if name not in names}
+    for base in {name.split(".experts.")[0] for name in names}:
+        parts = ("w1", "w3", "w2") if base.endswith("block_sparse_moe") else ("gate_proj", "up_proj", "down_proj")
+        stacks: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for i in range(sum(name.startswith(f"{base}.experts.") for name in names) // 3):
+            gate, up, down = (tensors[f"{base}.experts.{i}.{part}.{suffix}"] for part in parts)
+            stacks[0].append(torch.cat((gate, up)))
+            stacks[1].append(down)
+        experts = base.rpartition(".")[0] + f".{block}.experts."
+        made |= {
+            f"{experts}{name}{fused}": torch.stack(s)
+            for name, s in zip(("gate_up_proj", "down_proj"), stacks, strict=True)
+        }
+    return made
+
+
+@pytest.mark.parametrize(("family", "block"), [
+    ("mixtral", "block_sparse_moe"), ("mixtral", "mlp"), ("qwen3_moe_shares", "mlp"),
+])  # fmt: skip
+def test_experts_are_read_as_transformers_has_them_in_memory(
+    hub_checkpoint: GetCheckpoint, tmp_path: Path, family: str, block: str
+) -> None:
+    """It saves FP8 with the scales of all experts in one tensor, and with save_original_format=False their weights."""
+    reference = hub_checkpoint(family)
+    form = float8(16, 16, inverse=True, dtype=torch.float32)
+    packed, plain = make_folders(tmp_path, form, reference.path)
+    tokens = reference.tokens[:, :12]
+    expected = logits(plain, tokens=tokens)
+    for folder, suffix, fused in ((packed, "weight_scale_inv", "_scale_inv"), (plain, "weight", "")):
+        tensors = fuse_experts(load_file(folder / "model.safetensors"), suffix, fused, block)
+        save_file(tensors, folder / "model.safetensors")
+        torch.testing.assert_close(logits(folder, tokens=tokens), expected, atol=1e-4, rtol=0)
+        for name in [name for name in tensors if name.endswith(f"down_proj{fused}")][:1]:
+            save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, folder / "model.safetensors")
+            with pytest.raises(ValueError, match=r"config\.json asks for"):
+                load_model(folder)
 
 
 def references() -> list[Path]:
@@ -694,6 +753,24 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "fp8 NaN": (FP8, tensor(f"{DOWN}.weight_scale_inv", lambda t: t * torch.nan), "not finite"),
     "fp8 blocks of 0": (FP8, option("weight_block_size", [0, 128]), "blocks of [0, 128] weights"),
     "fp8 blocks of text": (FP8, option("weight_block_size", "128"), "blocks of 128 weights"),
+    "fp8 a scale for all blocks": (
+        "fp8 in blocks that do not divide", tensor(f"{DOWN}.weight_scale_inv", lambda t: t[:1, :1]), "has shape [1, 1]"
+    ),
+    "fp8 of another meaning": (FP8, option("weight_scale_semantics", "square"), "'square' of fp8"),
+    "gptq rotated": (GPTQ, option("rotation", "hadamard"), "rotation 'hadamard' of gptq"),
+    "awq rotated": (AWQ, option("rotation_config", {"a": 1}), "rotation_config {'a': 1} of awq"),
+    "gptq ordered, without g_idx": (ORDERED, tensor(f"{DOWN}.g_idx", lambda t: None), "down_proj.g_idx; download"),
+    "gptq ordered, an empty g_idx": (ORDERED, tensor(f"{DOWN}.g_idx", lambda t: t * 0 - 1), "does not put 32 columns"),
+    "ct ordered, without g_idx": (
+        "ct 4 bit, ordered", lambda options, tensors: (
+            of_group(actorder="group")(options, tensors), tensors.pop(f"{DOWN}.weight_g_idx"),
+        ), "weight_g_idx; download",
+    ),
+    "int8 a scale for all channels": (INT8, tensor(f"{DOWN}.weight_scale", lambda t: t[:1, 0]), "has shape [1]"),
+    "ct fp8 a scale for all channels": (
+        "ct fp8 by channel", tensor(f"{DOWN}.weight_scale", lambda t: t[:1, 0]), "has shape [1]"
+    ),
+    "auto-round of rows": ("auto-round", option("data_type", "mx_fp"), "of mx_fp"),
     "int8 without scales": (INT8, tensor(f"{DOWN}.weight_scale", lambda t: None), "is torch.int8, expected floats"),
     "int8 too small": (INT8, tensor(f"{DOWN}.weight", lambda t: t[:, 1:]), "weight has shape [64, 127]"),
 }  # fmt: skip
