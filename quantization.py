@@ -96,7 +96,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     quantization = Quantization(method, options)
     for key, values in NEUTRAL_OPTIONS.items():
         if options.get(key) and options[key] not in values:
-            raise quantization.error(key, *values or ("none",))
+            raise quantization.error(key, " or ".join(values) or "none")
     block = options.get("weight_block_size")
     floats = [Kind(None, None, block, strategy="block" if block else None)]
     return quantization._replace(kinds=KIND_READERS[method](quantization) if method in KIND_READERS else floats)

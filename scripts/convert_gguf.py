@@ -149,6 +149,8 @@ def build_config(file: GgufFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    if "blk.0.ffn_gate_up_exps.weight" in file.tensors:
+        raise ValueError(f"{file.path}: experts' gate and up in one tensor are not supported; convert them apart")
     if num_experts:
         raw |= {"num_local_experts": num_experts, "num_experts_per_tok": num_active}
     raw |= family_keys(family, data, head_dim)
@@ -175,7 +177,7 @@ def family_keys(family: str, data: Metadata, head_dim: int) -> dict[str, Any]:
         case "granite":
             keys = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
                     "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
-            return biases | {key: data.get(name, float, 1.0) for key, name in keys.items()}
+            return biases | {key: data.get(name, float) for key, name in keys.items()}
         case "qwen3moe":
             return {"moe_intermediate_size": data.get("expert_feed_forward_length", int), "norm_topk_prob": True}
         case "seed_oss":

@@ -393,6 +393,10 @@ REFUSED = {
     "unknown_key": ({"metadata": {"llama.logit_scale": key(0.5, "FLOAT32")}}, "llama.logit_scale 0.5 is not supported"),
     "wrong_type": ({"metadata": {"llama.expert_count": key("two", "STRING")}}, "expert_count is 'two', expected int"),
     "eos": ({"vocabulary": {"eos": 10**6}}, "eos_token_id is 1000000, and there are"),
+    "no_scale": ({"architecture": "granite"}, "granite.attention.scale is None, expected float"),
+    "fused_experts": (
+        {"tensors": {"blk.0.ffn_gate_up_exps.weight": torch.zeros(3).numpy()}}, "in one tensor are not supported"
+    ),
     "extra_tensor": ({"tensors": {"blk.0.odd.weight": torch.zeros(3).numpy()}}, "has tensor blk.0.odd.weight"),
     "rope_freqs": ({"tensors": {"rope_freqs.weight": torch.arange(1.0, 9).numpy()}}, "not the scaling of Llama 3.1"),
     "infinite": ({"tensors": {"output_norm.weight": torch.full((64,), torch.inf).numpy()}}, "output_norm.weight has"),
