@@ -154,7 +154,7 @@ def int4_row(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr = GROUP // 8
     n = rows_of_program(N, ROWS, GATED)
     words = tl.arange(0, WORDS)
-    acc = tl.zeros((ROWS, BLOCK, WORDS), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((BLOCK, WORDS), tl.float32)
     for first in range(0, num_groups, BLOCK):
         groups = first + tl.arange(0, BLOCK)
@@ -187,9 +187,9 @@ def int4_row(  # type: ignore[no-untyped-def]
             high_x, _ = load_x(x, norm, columns + (2 * turn + 1) * WORDS, there[:, None])
             products += low * (16 * low_x)[None, :, :]
             products += high * high_x[None, :, :]
-        acc += products * (16 * scale)[:, :, None]
-        acc -= (zero * scale)[:, :, None] * (low_sum + high_sum)[None, :, :]
-    total = tl.sum(tl.sum(acc, axis=2), axis=1)[None, :]
+        acc += tl.sum(products, axis=2) * (16 * scale)
+        acc -= zero * scale * tl.sum(low_sum + high_sum, axis=1)[None, :]
+    total = tl.sum(acc, axis=1)[None, :]
     if norm is not None:
         total *= tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / (num_groups * GROUP) + eps)
     store_sums(y, total, n, bias, residual, 1, N, GATED)
@@ -229,8 +229,8 @@ def int4_rows(  # type: ignore[no-untyped-def]
 
 
 def int4_tile(N: int, K: int, group_size: int) -> dict[str, int]:
-    """Return the tile of `int4_row`: 16 bytes of each row per thread, and threads for all of K, up to 128."""
-    words = min(512, triton.next_power_of_2(K // 8))
+    """Return the tile of `int4_row`: 16 bytes of each row per thread, and threads for all of K, up to 64."""
+    words = min(256, triton.next_power_of_2(K // 8))
     rows = 8 if N >= MANY_ROWS else 4
     return {"ROWS": rows, "BLOCK": max(1, words * 8 // group_size), "num_warps": max(1, words // 128)}
 
@@ -269,10 +269,10 @@ def pack_int4(codes: Tensor, group_size: int) -> Tensor:
 
 
 def unpack_int4(weight: Tensor, group_size: int) -> Tensor:
-    """Undo `pack_int4`: int32 [N, K]."""
-    shifts = torch.arange(0, 32, 4, device=weight.device, dtype=torch.int32)
-    words = (weight << 17 | weight >> 15 & 0x1FFFF).unflatten(-1, (-1, 1, group_size // 8))
-    return (words >> shifts.view(8, 1) & 15).flatten(-3)
+    """Undo `pack_int4`: uint8 [N, K]."""
+    words = (weight << 17 | weight >> 15 & 0x1FFFF).unflatten(-1, (-1, group_size // 8, 1))
+    as_bytes = words.view(torch.uint8)
+    return torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2).transpose(-2, -1).flatten(-3)
 
 
 class CudaInt4(CudaLinear):
@@ -294,7 +294,9 @@ class CudaInt4(CudaLinear):
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
         group_size = rows.shape[1] // parameters.shape[1]
-        scales, zeros = parameters.unsqueeze(-1).view(torch.bfloat16).float().unsqueeze(-2).unbind(-1)
+        # In bf16 a code less its zero point is exact, and their product with a scale is rounded once, as it is from fp32.
+        wide = torch.promote_types(rows.dtype, torch.bfloat16)
+        scales, zeros = parameters.unsqueeze(-1).view(torch.bfloat16).to(wide).unsqueeze(-2).unbind(-1)
         codes = unpack_int4(weight, group_size).unflatten(-1, (-1, group_size))
         return F.linear(rows, ((codes - zeros) * scales).flatten(-2).to(rows.dtype))
 

@@ -52,7 +52,7 @@ def products() -> Iterator[tuple[str, Callable[[], float]]]:
         codes, scales, zeros = quantize_int4(torch.randn(N, K) * 0.05 + 0.01, group_size)
         layer = cuda.CudaInt4(codes, scales.to(DTYPES[dtype]), zeros, None)
         x, given = torch.randn(M, K).to(DTYPES[dtype]), around(M, N, K, dtype, what)
-        assert torch.equal(cuda.unpack_int4(layer.weight, group_size), codes.int())
+        assert torch.equal(cuda.unpack_int4(layer.weight, group_size), codes)
         weight = dequantize(codes, scales, zeros, group_size).to(x.dtype)
         assert torch.equal(F.linear(x, weight), layer.gemm(x, layer.weight, layer.parameters_of_groups))
         ours = cuda.int4_product(x, layer.weight, layer.parameters_of_groups, **given)

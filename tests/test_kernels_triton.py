@@ -60,8 +60,8 @@ def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
         "int4_row", "int4_rows", "int8_rows", "attend_split", "combine_splits",
     }  # fmt: skip
     assert not [(*kind, used) for *kind, took, used in compiled_kernels if took["spilled_bytes"]]
-    # Of 65,536 registers: four programs of 128 threads fit, three with attention and a row of int4.
-    bounds = {"attend_split": 170, "int4_row": 168}
+    # Of 65,536 registers 512 threads may have 128 each, three programs of attention 170.
+    bounds = {"attend_split": 170}
     over = [(name, took) for name, _, took, _ in compiled_kernels if took["registers"] > bounds.get(name, 128)]
     assert not over
 
@@ -69,16 +69,16 @@ def test_kernels_keep_their_numbers_in_registers(compiled_kernels):
 def test_a_weight_takes_few_instructions(compiled_kernels):
     """On sm_90. An H200 reads an int4 weight in the time of 4.3 instructions, with groups of 128 in that of 3.65.
 
-    A norm in a kernel takes 0.7 of one more, where eight rows of the weight share an x, and saves a launch.
+    A norm in a kernel takes 0.5 of one more, where eight rows of the weight share an x, and saves a launch.
     """
-    most = {"int4_row": 4.6, "int4_rows": 6.6, "int8_rows": 5.5}
+    most = {"int4_row": 4.1, "int4_rows": 6.6, "int8_rows": 5.5}
     counts = [(name, took["instructions_a_weight"], used_by) for name, sm, took, used_by in compiled_kernels
               if sm == 90 and name in most]  # fmt: skip
     assert {name for name, *_ in counts} == set(most)
     assert {K for _, of, _ in counts for K in of} >= {4096, 11008, 14336, 8192, 3584}
     for name, of, used_by in counts:
         few, normed = "/8" in used_by[0], name == "int4_row" and "down" not in used_by[0]
-        bound = (5.2 if few else most[name]) + (0.9 if few else 0.75) * normed  # few rows share an x there
+        bound = (5.0 if few else most[name]) + (0.6 if few else 0.45) * normed  # few rows share an x there
         assert all(3 < count <= bound for count in of.values()), (name, of, used_by)
 
 
