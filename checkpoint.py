@@ -145,6 +145,7 @@ class ModelReader:
         self.path, self.ranks = checkpoint_path, ranks
         self.raw = read_config(checkpoint_path)  # tie_word_embeddings becomes false where the weights have another head
         self.config = parse_config(self.raw)  # first, since a family that is not read may have other weights
+        check_sizes(self.config, None, ranks.count)
         self.is_fused = self.raw.get("layout") == "fused"
         self.dtype = dtype or checkpoint_dtype(checkpoint_path, self.raw, files_class)
         self.files = files_class(checkpoint_path)

@@ -92,8 +92,11 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_head(raw: dict[str, Any]) -> bool:
-    """Say whether config.json is that of an EAGLE-3 head, or of another drafter of the speculators package."""
-    is_eagle = re.search("eagle-?3", str(raw.get("architectures")), re.IGNORECASE)
+    """Say whether config.json is that of an EAGLE-3 head, or of another drafter of the speculators package.
+
+    EAGLE's own heads call themselves LlamaForCausalLM.
+    """
+    is_eagle = re.search("eagle-?3", str(raw.get("architectures")), re.IGNORECASE) or "draft_vocab_size" in raw
     return bool(is_eagle) or raw.get("speculators_model_type") is not None
 
 

@@ -7,6 +7,7 @@ EAGLE's own, which is also SpecForge's, and NVIDIA's with an `eagle_config`.
     head = load_head("checkpoints/demo-eagle3", model)
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "parallel_draft_step": (1, None),
     "quantization_config": (None,),
 }
+# By which a head is told from a model.
+HEAD_KEYS = ("architectures", "speculators_model_type", "draft_vocab_size")
 # Tensors that a draft does not depend on: a mask that says again what d2t does, and the target's own.
 UNUSED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight")
 
@@ -60,8 +63,14 @@ def parse_head_config(raw: dict[str, Any], target: ModelConfig) -> HeadConfig:
     layers = {"model_type": "qwen3", **nested} if kind and nested else dict(raw)
     if layers.get("model_type") not in FAMILIES:
         raise ValueError(f"config.json: model_type {layers.get('model_type')!r} of a head; supported: llama, qwen3")
-    layers |= {"architectures": [], "speculators_model_type": None, "tie_word_embeddings": False}
-    config = parse_config(layers)
+    layers = {key: value for key, value in layers.items() if key not in HEAD_KEYS} | {"tie_word_embeddings": False}
+    types, windows = layers.get("layer_types"), dict[str, Any]()
+    if kind and layers["model_type"] == "llama" and isinstance(types, list) and "sliding_attention" in types:
+        # Layers of a llama slide in that package, all of them by default; in transformers none does.
+        full = tuple(i for i, name in enumerate(types) if name == "full_attention")
+        windows = {"sliding_window": read_number(layers, "sliding_window"), "full_attention_layers": full}
+        layers |= {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * len(types)}
+    config = replace(parse_config(layers), **windows)
     values = {"draft_vocab_size": config.vocab_size, "target_hidden_size": config.hidden_size, **values}
     head = HeadConfig(
         config,
@@ -117,7 +126,9 @@ class HeadReader:
     def __init__(self, path: Path, target: ModelConfig):
         """Raises FileNotFoundError or ValueError where they are not those that config.json asks for."""
         self.path, self.files = path, TensorFiles(path)
-        self.config = parse_head_config(read_config(path), target)
+        own_layer = any("midlayer." in name for name in self.files.files)  # of EAGLE's form, which has no more
+        raw = {**read_config(path), **({"num_hidden_layers": 1} if own_layer else {})}
+        self.config = parse_head_config(raw, target)
         for name in list(self.files.files):
             plain = name.removeprefix("model.")
             if (used := plain.replace("midlayer.", "layers.0.")) != name:

@@ -107,13 +107,14 @@ def as_eagle(tensors, config):
     """A folder of EAGLE's own: the layer has another name, and its config is the whole."""
     layer = config.pop("transformer_layer_config")
     flags = {key: config[key] for key in ("norm_before_residual", "fc_norm", "norm_output") if config[key]}
-    config = {**layer, **flags, "architectures": ["LlamaForCausalLMEagle3"]}
+    config = {**layer, **flags, "architectures": ["LlamaForCausalLM"]}
     config |= {"draft_vocab_size": tensors["lm_head.weight"].shape[0], "torch_dtype": "float32"}
     return {name.replace("layers.0.", "midlayer."): value for name, value in tensors.items()}, config
 
 
 def as_nvidia(tensors, config):
     tensors, config = as_eagle(tensors, config)
+    config["architectures"] = ["LlamaForCausalLMEagle3"]
     inner = {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "use_aux_hidden_state": True, "next_layer_regular": True}
     return tensors, {**config, "eagle_config": inner}
 
@@ -184,6 +185,39 @@ def test_eagles_own_weights_go_through_the_converter(tmp_path):
     result = run_forked(convert_hf_checkpoint.main, "--checkpoint_dir", path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_equals_reference(tmp_path / "head-converted", "llama_default")
+
+
+def test_eagles_own_form_has_one_layer_whatever_config_says(tmp_path):
+    path = write_head(tmp_path / "head", form="EAGLE")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 40}))
+    assert_equals_reference(path, "llama_default")
+
+
+def test_windows_of_a_llama_are_heeded_as_the_speculators_package_does(tmp_path):
+    """Of several layers those that layer_types names; a window that the text does not fill changes nothing."""
+    layers = json.loads((REFERENCES / HEADS[0] / "config.json").read_text())["transformer_layer_config"] \
+        if REFERENCES.is_dir() else {}  # fmt: skip
+    slides = {**layers, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    wide = write_head(tmp_path / "wide", transformer_layer_config={**slides, "sliding_window": 28})
+    assert_equals_reference(wide, HEADS[0])
+    narrow = write_head(tmp_path / "narrow", transformer_layer_config={**slides, "sliding_window": 8})
+    first, target = load_file(REFERENCES / HEADS[0] / "reference.safetensors"), reference_target(optimize=False)
+    ids, taps = first["input_ids"], first["aux_hidden_states"]
+    tokens = torch.cat((ids[:, 1:], first["next_id"][None]), 1)
+    rows = []
+    with torch.inference_mode():
+        for path, count in ((narrow, 24), (wide, 8)):  # a layer that sees eight tokens, and eight tokens
+            head = load_head(path, target, optimize=False)
+            target.taps = taps[:, -count:]
+            head.follow_(target)
+            hidden = head.hidden_states(tokens[:, -count:], torch.arange(1, count + 1)[None], None)
+            rows.append(head.logits(hidden)[0, -1])
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=0)
+    assert not torch.allclose(rows[0], first["first_step_logits_all_rows"][-1], atol=1e-2)
+    odd = write_head(tmp_path / "odd", transformer_layer_config={**slides, "sliding_window": None})
+    with pytest.raises(ValueError, match="sliding_window is None"):
+        load_head(odd, target)
 
 
 def test_a_head_without_an_embedding_has_its_targets(tmp_path):
