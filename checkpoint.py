@@ -121,7 +121,7 @@ def meta_model(raw: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str,
 def tensor_specs(model: Transformer, dtype: torch.dtype) -> dict[str, Spec]:
     """Return what each parameter of a meta model is stored as: floats in `dtype`, codes and scales in their own."""
     return {
-        name: (dtype if p.dtype == torch.float32 and not name.endswith(".scales") else p.dtype, p.shape)
+        name: (dtype if p.is_floating_point() and not name.endswith(".scales") else p.dtype, p.shape)
         for name, p in model.named_parameters()
     }
 

@@ -59,7 +59,7 @@ class Head(Transformer):
         self.input_norm = norm_before_fc if config.norm_before_fc else None
         self.fc_norm = nn.ModuleList(RMSNorm(*norm_options) for _ in range(num_taps * config.fc_norm))
         self.fc = Linear(num_taps * config.target_hidden_size, size)
-        self.layers[0] = FirstBlock(config.layers, config.norm_before_residual)  # type: ignore[index]  # a ModuleList
+        self.layers[0] = FirstBlock(config.layers, config.norm_before_residual)
         self.lm_head = Linear(size, config.draft_vocab_size)
         # [draft_vocab_size], the target's ids that the head's logits are of.
         self.ids: Tensor = nn.Buffer(torch.arange(config.draft_vocab_size), persistent=False)

@@ -54,6 +54,15 @@ class Batch:
         self.order = list(self.texts)  # which text each row of the caches holds
         self.running = list(self.texts)  # the first of these, which take part in a step
         self.slots = torch.arange(models[0].max_seq_length, device=models[0].device)
+        self.cache = models[0].layers[0].self_attn.cache
+        if self.cache.batch is not None:  # of a run that is neither at its end nor closed
+            self.cache.batch.arrange_(self.cache.batch.texts)
+        self.cache.batch = self
+
+    @property
+    def has_caches(self) -> bool:
+        """Whether no later run, and no setup_caches, has taken the caches."""
+        return self.models[0].layers[0].self_attn.cache is self.cache and self.cache.batch is self
 
     @property
     def most_room(self) -> int:
@@ -82,6 +91,8 @@ class Batch:
 
     def end(self, rows: Iterable[int]) -> None:
         for row in rows:
+            if not 0 <= row < len(self.texts):
+                raise ValueError(f"ended names row {row}, and there are {len(self.texts)}")
             self.texts[row].room = 0
 
     def noise(self, generator: torch.Generator | None) -> Noise:
@@ -174,6 +185,8 @@ class Engine:
         """Yield, step by step, the new ids of each row; as `generate`."""
         model, speculation = self.model, self.speculation
         capacity = text_capacity(model, prompts, cached, speculation)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
         rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
         models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
         batch = Batch(prompts, rooms, self.eos_ids, models)
@@ -186,13 +199,17 @@ class Engine:
         steps = self._steps(batch)
         try:
             while batch.most_room:
+                if not batch.has_caches:
+                    raise ValueError("another run, or setup_caches, has taken the model's caches; end this run first")
                 step = next(steps)
                 if speculation:
                     speculation.count(batch.running, step)
                 yield batch.take(step)
                 batch.end(ended)
         finally:
-            batch.arrange_(batch.texts)  # each has its own row of the caches again, for a later turn
+            if batch.has_caches:
+                batch.arrange_(batch.texts)  # each has its own row of the caches again, for a later turn
+                batch.cache.batch = None
 
     def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
         """Launch prefill or decode for the running rows; length: of the longest text."""
@@ -260,6 +277,7 @@ def generate(
 
     A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
     `ended` between two steps, or when prompt and new tokens fill the caches, whose last slots speculation keeps
-    for drafts beyond the end. Raises ValueError if a prompt is empty or does not fit, or if logits are not finite.
+    for drafts beyond the end. A model has one run at a time: a new one takes the caches, and an older one that goes on
+    raises. Raises ValueError too if a prompt is empty or does not fit, or if logits are not finite.
     """
     return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

@@ -14,7 +14,7 @@ E hidden, F intermediate, V vocab, X experts, A active experts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class ModelConfig:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def is_local(self, layer: int) -> bool:
-        """Say whether a layer takes local_inv_freq: it does not rotate, or has a window and a theta of its own."""
+        """Say whether a layer has the local frequencies: it does not rotate, or has a window and its own theta."""
         return layer in self.no_rope_layers or None not in (self.local_rope_theta, self.window(layer))
 
 
@@ -117,9 +117,10 @@ def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) 
     size = int(config.head_dim * config.partial_rotary_factor)
     theta, rope = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
     if theta is None:
-        return torch.zeros(size // 2, device="cpu")  # these layers do not rotate
+        return torch.zeros(size // 2, dtype=torch.float32, device="cpu")  # these layers do not rotate
     if rope and rope.frequencies:
-        return torch.tensor(rope.frequencies[int(length > rope.original_max_position_embeddings)], device="cpu")
+        is_long = length > rope.original_max_position_embeddings
+        return torch.tensor(rope.frequencies[int(is_long)], dtype=torch.float32, device="cpu")
     if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text exceeds that length by
         theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
     frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
@@ -147,7 +148,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
-    """Return which slots [T] a token at each of the positions [B, S, 1] attends to: [B, S, T]."""
+    """Return which slots [T] or [B, 1, T] a token at each of the positions [B, S, 1] attends to: [B, S, T]."""
     mask = slots <= positions
     return mask if window is None else mask & (slots > positions - window)
 
@@ -255,6 +256,7 @@ class KVCache(nn.Module):
         super().__init__()
         shape = batch_size, num_heads, length + 1, head_dim
         self.k, self.v = (nn.Buffer(like.new_zeros(shape), persistent=False) for _ in range(2))
+        self.batch: Any = None  # the engine's, whose texts these are
 
     def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] of each."""
@@ -399,8 +401,8 @@ class Transformer(nn.Module):
         self.tap_layers: tuple[int, ...] = ()  # those that an EAGLE-3 head reads; set before setup_caches
         num_local_ids = -(-config.vocab_size // ranks.count)  # the last rank's share may be padded
         self.embed_tokens = Embedding(num_local_ids, config.hidden_size, ranks)
-        blocks = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
-        self.layers = cast("Sequence[Block]", blocks)  # a ModuleList's items are typed as Module
+        # Of blocks; a ModuleList's items are typed as Module.
+        self.layers: Any = nn.ModuleList(Block(config, ranks) for _ in range(config.num_hidden_layers))
         self.run_blocks: Callable[..., list[Tensor]] = run_blocks  # or the device's, which has them in one call
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, num_local_ids)
@@ -409,14 +411,18 @@ class Transformer(nn.Module):
         self.set_rope_()
         self.max_seq_length = config.max_position_embeddings
 
-    def rope(self, device: str | torch.device, length: int) -> list[Tensor]:
+    def rope(self, device: str | torch.device, length: int) -> Tensor:
         """Return the frequencies of all layers and of local ones, for texts of at most `length` tokens."""
-        # [2, rotary_dim / 2], negated and not, as `rotate` needs their angles.
-        frequencies = (rope_frequencies(self.config, length, local).to(device) for local in (False, True))
-        return [torch.stack((-f, f)) for f in frequencies]
+        # [2, 2, rotary_dim / 2], of either negated and not, as `rotate` needs their angles.
+        frequencies = torch.stack([rope_frequencies(self.config, length, local) for local in (False, True)]).to(device)
+        return torch.stack((-frequencies, frequencies), dim=1)
 
     def set_rope_(self, device: str | torch.device = "cpu", length: int = 0) -> None:
-        self.inv_freq, self.local_inv_freq = (nn.Buffer(f, persistent=False) for f in self.rope(device, length))
+        self.inv_freq: Tensor = nn.Buffer(self.rope(device, length), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Move or cast the model, as `to` does, but for the frequencies, which stay in fp32."""
+        return super()._apply(lambda t: t.to(fn(t).device) if t is self.inv_freq else fn(t), recurse)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, num_spare: int = 0) -> None:
         """Allocate empty KV caches, and taps, like the embedding; num_spare slots are for drafts, beyond any text."""
@@ -444,29 +450,24 @@ class Transformer(nn.Module):
         """Whether the output head is the embedding table; a quantized head never is."""
         return self.lm_head.weight is self.embed_tokens.weight
 
-    @property
-    def weight_bytes(self) -> int:
-        """The bytes of all weights of this rank; a tied head counts once."""
-        return sum(p.nbytes for p in self.parameters())
-
     def block_context(
-        self, positions: Tensor, slots: Tensor, rope: Sequence[Tensor], local: bool, window: int | None
+        self, positions: Tensor, slots: Tensor, rope: Tensor, local: bool, window: int | None
     ) -> BlockContext:
         """Return what the layers of a kind need to know of positions [B, S]; rope: as `self.rope` returns it."""
-        angles = positions.view(*positions.shape, 1, 1, 1) * rope[local]  # [B, S, 1, 2, rotary_dim / 2]
+        angles = positions.view(*positions.shape, 1, 1, 1) * rope[int(local)]  # [B, S, 1, 2, rotary_dim / 2]
         factor = scaling.attention_factor if (scaling := self.config.rope_scaling) and not local else 1.0
         mask = attention_mask(positions.unsqueeze(-1), slots, window)
         return BlockContext(scaled(angles.cos(), factor), scaled(angles.sin(), factor), positions, mask)
 
     def block_contexts(self, positions: Tensor, slots: Tensor | None = None) -> list[BlockContext]:
         """Return what each block needs to know of positions [B, S]; slots: as in `forward`."""
-        cached, eager = self.layers[0].self_attn.cache is not None, not torch.compiler.is_compiling()
-        # This reads the positions on the host, so only where no GPU would wait for it.
-        if cached and eager and positions.is_cpu and (last := int(positions.max())) >= self.max_seq_length:
-            raise ValueError(f"position {last} is outside the caches of {self.max_seq_length} slots; set up more")
-        rope = [self.inv_freq, self.local_inv_freq] if cached else self.rope(positions.device, positions.shape[1])
-        if slots is None:
-            slots = torch.arange(self.max_seq_length if cached else positions.shape[1], device=positions.device)
+        # Positions are read on the host only where no GPU would wait for it.
+        cache, on_host = self.layers[0].self_attn.cache, positions.is_cpu and not torch.compiler.is_compiling()
+        if slots is None:  # without caches: of the new tokens
+            slots = torch.arange(self.max_seq_length, device=positions.device) if cache else positions.unsqueeze(1)
+        if cache and on_host and not 0 <= min(at := positions.flatten().tolist()) <= max(at) < len(slots):
+            raise ValueError(f"positions {min(at)} to {max(at)} are not in the caches' {len(slots)} slots; set up more")
+        rope = self.inv_freq if cache else self.rope(positions.device, positions.shape[1])
         kinds = [(self.config.is_local(layer), self.config.window(layer)) for layer in range(len(self.layers))]
         contexts = {kind: self.block_context(positions, slots, rope, *kind) for kind in dict.fromkeys(kinds)}
         return [contexts[kind] for kind in kinds]
@@ -492,7 +493,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Compute the logits of every new token.
 
-        tokens [B, S]: ids. positions [S] or [B, S]: of the tokens, below max_seq_length; 0 to S - 1 without caches.
+        tokens [B, S]: ids. positions [S] or [B, S]: of the tokens, from 0 on, with caches below max_seq_length.
         slots: arange(T), the cache slots to attend to, with T above every position; by default the whole cache. A
         step's cost grows with T. Returns [B, S, V] in the model's dtype.
         """

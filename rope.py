@@ -130,7 +130,7 @@ def parse_longrope(
     """Return the frequencies of short and of long texts, and what cos and sin are multiplied by (arXiv:2402.13753)."""
     wavelengths = number("rope_theta") ** (torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim)
     factors = [parse_factors(given, name, rotary_dim // 2) for name in ("short_factor", "long_factor")]
-    short, long = (1.0 / (torch.tensor(values, device="cpu") * wavelengths) for values in factors)
+    short, long = (1.0 / (torch.tensor(values, dtype=torch.float32, device="cpu") * wavelengths) for values in factors)
     attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
     return (short, long), attention
 

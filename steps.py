@@ -110,12 +110,13 @@ class Noise:
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw from Exp(1): [len(rows), *shape]."""
-        noise = torch.empty(self.num_rows, *shape, device=self.device)
+        noise = torch.empty(self.num_rows, *shape, dtype=torch.float32, device=self.device)
         return self._select(noise.exponential_(generator=self.generator))
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw from [0, 1): [len(rows), *shape]."""
-        return self._select(torch.rand(self.num_rows, *shape, generator=self.generator, device=self.device))
+        noise = torch.empty(self.num_rows, *shape, dtype=torch.float32, device=self.device)
+        return self._select(noise.uniform_(generator=self.generator))
 
     def _select(self, noise: Tensor) -> Tensor:
         return noise if len(self.rows) == self.num_rows else noise[self.rows]

@@ -28,6 +28,7 @@ from bench.results import ROOT, Rung
 from bench.runner import PROMPT, Runner, make_steps, time_call
 from bench.subject import Subject, quantize_options, write_random_folder
 from checkpoint import load_model
+from cli.report import weight_bytes
 from config import DTYPES
 from kernels import cpu
 from random_weights import random_model
@@ -57,7 +58,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
         forget_peak()
         before = read_peak("cpu")
         model = load_model(job["folder"])
-        return {"peak_bytes": read_peak("cpu") - before, "weight_bytes": model.weight_bytes}
+        return {"peak_bytes": read_peak("cpu") - before, "weight_bytes": weight_bytes(model)}
     device = job["device"]
     model = random_model(job["config"], device, DTYPES[job["dtype"]])
     runner = Runner(model, make_steps(job["mode"], device), PROMPT_LENGTH + 64)
@@ -66,7 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
     times = {"decode_s": time_call(runner.step_at(len(PROMPT)), device)}
     times["prefill_s"] = PROMPT_LENGTH / runner.prefill(PROMPT_LENGTH)
     runner.decode(16)
-    return times | {"peak_bytes": read_peak(device), "weight_bytes": model.weight_bytes}
+    return times | {"peak_bytes": read_peak(device), "weight_bytes": weight_bytes(model)}
 
 
 class Processes:

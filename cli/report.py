@@ -36,7 +36,12 @@ def step_weight_bytes(model: Transformer) -> int:
     for mlp in (block.mlp for block in model.layers if isinstance(block.mlp, MoE)):
         for stack in (*mlp.gate_up_proj.parameters(), *mlp.down_proj.parameters()):
             idle += stack.nbytes // config.num_local_experts * (config.num_local_experts - config.num_experts_per_tok)
-    return model.weight_bytes - idle - (0 if model.tied else model.embed_tokens.weight.nbytes)
+    return weight_bytes(model) - idle - (0 if model.tied else model.embed_tokens.weight.nbytes)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Return the bytes of all weights of this rank; a tied head counts once."""
+    return sum(p.nbytes for p in model.parameters())
 
 
 def slot_bytes(model: Transformer) -> int:
@@ -159,7 +164,7 @@ def run_metrics(samples: list[list[Row]], model: Transformer, speculation: Specu
     return {
         "samples": [row.metrics() for rows in samples for row in rows],
         "speculation": speculation and {"drafts": " and ".join(sources), "speculate_k": speculation.most_drafts},
-        "weight_bytes": model.weight_bytes,
+        "weight_bytes": weight_bytes(model),
         "bytes_per_step": int(statistics.median(step_bytes)),
         "bandwidth_gb_per_s": statistics.median(bandwidths) if bandwidths else None,
         "peak_memory_bytes": peak,

@@ -353,9 +353,14 @@ def optimize_blocks_(model: Transformer) -> None:
     for name, norm in norms.items():
         model.set_submodule(name, CpuRMSNorm(norm))
     for block in model.layers:
-        block.self_attn.attend = torch.ops.kernels.attention.default
+        block.self_attn.attend = attention
     if takes_blocks(model.layers):
         model.run_blocks = CpuBlocks(model.config, model.layers)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Do what `model.attention` does."""
+    return torch.ops.kernels.attention(q, k, v, mask)
 
 
 class CpuBlocks:

@@ -294,7 +294,7 @@ class CudaInt4(CudaLinear):
     @staticmethod
     def gemm(rows: Tensor, weight: Tensor, parameters: Tensor) -> Tensor:
         group_size = rows.shape[1] // parameters.shape[1]
-        # In bf16 a code less its zero point is exact, and their product with a scale is rounded once, as it is from fp32.
+        # In bf16 a code less its zero point is exact, and its product with a scale is rounded once, as from fp32.
         wide = torch.promote_types(rows.dtype, torch.bfloat16)
         scales, zeros = parameters.unsqueeze(-1).view(torch.bfloat16).to(wide).unsqueeze(-2).unbind(-1)
         codes = unpack_int4(weight, group_size).unflatten(-1, (-1, group_size))

@@ -7,9 +7,7 @@ since there each kernel launch saved counts.
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +55,7 @@ def optimize_(model: Transformer, device_type: str | None = None) -> None:
         cpu.optimize_blocks_(model)
     if on_gpu and is_llama_block(model.config):
         blocks = nn.ModuleList(FusedBlock(block) if type(block) is Block else block for block in model.layers)
-        model.layers = cast("Sequence[Block]", blocks)
+        model.layers = blocks
 
 
 def has_zeros(stored: nn.Module) -> bool:

@@ -114,14 +114,14 @@ def unroll(head: Head, tokens: Tensor, taps: Tensor, count: int) -> list[Tensor]
     """
     length = tokens.shape[1] - count
     attn, features = head.layers[0].self_attn, head.features(taps[:, :length])
-    attn.cache = Unrolled()  # type: ignore[assignment]
+    attn.cache = Unrolled()
     causal, same = torch.ones(length, length).tril().bool(), torch.eye(length).bool()
     logits = []
     for i in range(count):
         at = (torch.arange(length) + i).unsqueeze(0)
         mask = torch.cat((causal, *[same] * i), dim=1).unsqueeze(0)
         x = torch.cat((head.embed_tokens(tokens[:, 1 + i : 1 + i + length]), features), dim=-1)
-        context = head.block_context(at, torch.arange(length), [head.inv_freq], False, None)
+        context = head.block_context(at, torch.arange(length), head.inv_freq, False, None)
         features = head.layers[0](x, *context._replace(mask=mask))
         logits.append(head.lm_head(head.norm(features)))
     attn.cache = None

@@ -26,6 +26,7 @@ from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
 from names import hub_shapes
 from random_weights import random_model
 from scripts.convert_hf_checkpoint import convert
+from steps import Noise
 from tests.conftest import LENGTH, MINISTRAL, NEWER, REPO, HubCheckpoint, randomize_, small_disk
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
@@ -750,12 +751,30 @@ def test_a_path_that_is_no_folder_or_has_no_config_is_refused_by_its_path(tmp_pa
 # Weights: what is read
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(hub_checkpoint: GetCheckpoint, default: torch.dtype) -> None:
+    for family in ("phi4_mini", "smollm3"):  # factors by length; layers that do not rotate
+        path, tokens = hub_checkpoint(family).path, torch.arange(20).unsqueeze(0)
+        expected = load_model(path, dtype=torch.float32)(tokens, torch.arange(20))
+        torch.set_default_dtype(default)
+        try:
+            model = load_model(path, dtype=torch.float32)
+            model.setup_caches(1, 200)
+            assert {p.dtype for p in (*model.parameters(), *model.buffers())} == {torch.float32}
+            found = load_model(path, dtype=torch.float32)(tokens, torch.arange(20))
+            noise = Noise(1, [0], torch.Generator().manual_seed(0), torch.device("cpu"))
+            assert {noise.exponential(3).dtype, noise.uniform(3).dtype} == {torch.float32}
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_parameter_has_the_dtype_asked_for_and_rope_stays_fp32(hub_checkpoint: GetCheckpoint, name: str) -> None:
     model = load_model(hub_checkpoint("rope_llama3").path, dtype=DTYPES[name])
     assert {p.dtype for p in model.parameters()} == {DTYPES[name]}
     assert model.inv_freq.dtype == torch.float32
-    torch.testing.assert_close(model.inv_freq[1], rope_frequencies(model.config), atol=0, rtol=0)
+    torch.testing.assert_close(model.inv_freq[0, 1], rope_frequencies(model.config), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -251,6 +251,45 @@ def test_a_batch_of_many_rows_of_which_most_end_early_equals_their_own_runs(mode
     assert rows_of(generate(model, prompts, 40, GREEDY, eos_ids=[eos])) == ended
 
 
+def test_a_run_whose_caches_were_taken_says_so_and_touches_them_no_more():
+    model = tiny_model()
+    model.setup_caches(4, 128)
+    prompts, others = [[3], [9, 8, 7], [11, 12], [1, 2, 3, 4]], [[5], [6, 7], [8], [9, 10]]
+    expected = rows_of(generate(model, others, 20, GREEDY))
+
+    def begin():
+        run = generate(model, prompts, 60, GREEDY, ended=ended)
+        for _ in range(3):
+            next(run)
+        return run
+
+    ended = [0, 1, 2]  # so that the last text moves to the first row
+    older = begin()
+    newer = generate(model, others, 20, GREEDY)
+    first = next(newer)
+    with pytest.raises(ValueError, match="another run, or setup_caches, has taken the model's caches"):
+        next(older)
+    older.close()
+    assert rows_of([first, *newer]) == expected
+    ended = []
+    older = begin()
+    model.setup_caches(4, 128)
+    with pytest.raises(ValueError, match="has taken the model's caches"):
+        next(older)
+    # What an older run has moved is put back before a turn goes on.
+    texts = [ids + new for ids, new in zip(prompts, rows_of(generate(model, prompts, 20, GREEDY)), strict=True)]
+    turns, cached = [text + [7] for text in texts], min(map(len, texts)) - 1
+    whole = rows_of(generate(model, turns, 20, GREEDY))
+    rows_of(generate(model, texts, 1, GREEDY))
+    older = generate(model, texts, 9, GREEDY, cached=cached, ended=[0, 1, 2])
+    for _ in range(3):
+        next(older)
+    assert rows_of(generate(model, turns, 20, GREEDY, cached=cached)) == whole
+    for wrong, words in (({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"ended": [-1]}, "ended names row -1")):
+        with pytest.raises(ValueError, match=words):
+            list(generate(model, prompts, **{"max_new_tokens": 5, "sampling": GREEDY, **wrong}))
+
+
 def test_a_row_that_has_ended_changes_no_other(model):
     prompts = [[3], [9, 8, 7, 6, 5], [11, 12]]
     plain = rows_of(generate(model, prompts, 40, GREEDY))
@@ -435,7 +474,7 @@ def test_max_new_tokens_is_exact(model, count):
 
 
 def test_a_position_outside_the_caches_is_refused(model):
-    with pytest.raises(ValueError, match="position 256 is outside the caches of 256 slots"):
+    with pytest.raises(ValueError, match="positions 256 to 256 are not in the caches' 256 slots"):
         model(torch.tensor([[1]]), torch.tensor([256]))
 
 

@@ -109,13 +109,13 @@ def test_what_the_engine_and_quantize_reach_is_small():
     folder |= {"formats", "quantization", "compressed", "tp"}
     counts = {name: code_lines(name) for name in reached_from("engine", "quantize") - apart}
     counts = {name: count for name, count in counts.items() if not name.startswith("cli")}
-    assert sum(count for name, count in counts.items() if name not in folder) <= 1353, counts
-    assert sum(counts[name] for name in folder) <= 1452, counts
+    assert sum(count for name, count in counts.items() if name not in folder) <= 1366, counts
+    assert sum(counts[name] for name in folder) <= 1453, counts
     assert counts["model"] <= 320
 
 
 def test_what_measures_is_small():
-    assert sum(code_lines(name) for name in MODULES if name.startswith("bench")) <= 2290
+    assert sum(code_lines(name) for name in MODULES if name.startswith("bench")) <= 2300
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -7,6 +7,7 @@ import gc
 import math
 import mmap
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -575,8 +576,20 @@ def test_attention_of_keys_that_are_no_numbers_is_none() -> None:
     assert attend(normal(1, 1, 4, 40), *others, mask, 1).isfinite().all()
 
 
+@torch.inference_mode()
+def test_a_model_with_kernels_is_pickled() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        model = random_model(RAW, dtype=dtype)
+        for each in (model, copied := pickle.loads(pickle.dumps(model))):
+            each.setup_caches(1, 32)
+        tokens = torch.arange(5).unsqueeze(0)
+        # The copy runs its blocks one by one, which rounds elsewhere.
+        far = model(tokens, torch.arange(5)).float() - copied(tokens, torch.arange(5)).float()
+        assert far.norm() < 0.02 * model(tokens, torch.arange(5)).float().norm()
+
+
 def test_attention_that_the_kernel_cannot_take_is_the_plain_one() -> None:
-    for dtype, expected in ((torch.bfloat16, torch.ops.kernels.attention.default), (torch.float32, inductor.attention)):
+    for dtype, expected in ((torch.bfloat16, cpu.attention), (torch.float32, inductor.attention)):
         model = random_model(RAW, dtype=dtype)
         assert {block.self_attn.attend for block in model.layers} == {expected}
     q, (k, v) = normal(1, 3, 4, 64).float(), keys_and_values(1, 2, 64, 64)
@@ -698,7 +711,12 @@ def test_what_is_outside_the_caches_is_an_error() -> None:
     """And neither read nor written: the plain model's indexing says so too, but of positions below 0."""
     model, tokens = random_model(RAW, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int64)
     model.setup_caches(1, 32)
+    own = model.block_contexts
     for rows, positions, slots in [(1, 0, 34), (1, -1, 32), (2, 0, 32)]:
+        # The model itself refuses such positions.
+        contexts = own(torch.arange(2)[None], torch.arange(slots))
+        contexts = [context._replace(positions=torch.arange(2).expand(rows, 2) + positions) for context in contexts]
+        model.block_contexts = lambda *_, held=contexts: held  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="outside the caches of 1 rows and 33 slots"):
             model(tokens.expand(rows, 2), torch.arange(2) + positions, torch.arange(slots))
 

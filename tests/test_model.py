@@ -193,7 +193,7 @@ def test_llama3_frequencies_match_transformers_at_the_real_sizes() -> None:
     theirs = LlamaRotaryEmbedding(LlamaConfig(**sizes, rope_parameters=dict(rope))).inv_freq
     raw = {"model_type": "llama", "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
     with torch.device("meta"):
-        ours = Transformer(parse_config({**raw, **sizes, "rope_parameters": rope})).inv_freq[1]
+        ours = Transformer(parse_config({**raw, **sizes, "rope_parameters": rope})).inv_freq[0, 1]
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
 
 
@@ -363,3 +363,37 @@ def test_stories260k_logits_match_transformers() -> None:
     model = load_model(path, dtype=torch.float32)
     logits = model(torch.tensor([expected["greedy_ids"][:32]]), torch.arange(32))
     assert_close(logits[0, 31, :16], torch.tensor(expected["logits_at_31_first_16"]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_after_its_caches_were_set_up_keeps_its_frequencies(
+    hub_checkpoint: GetCheckpoint, dtype: torch.dtype
+) -> None:
+    path, positions = hub_checkpoint("gemma3").path, torch.arange(200, 220)
+    cast, loaded = load_model(path, dtype=torch.float32, optimize=False), load_model(path, dtype=dtype, optimize=False)
+    for model in (cast, loaded):
+        model.setup_caches(1, 256)
+    cast.to(dtype)
+    assert cast.inv_freq.dtype == torch.float32 and torch.equal(cast.inv_freq, loaded.inv_freq)
+    tokens = torch.arange(20).unsqueeze(0)
+    assert torch.equal(cast(tokens, positions), loaded(tokens, positions))
+    assert cast.to("meta").inv_freq.device.type == "meta"
+
+
+@torch.inference_mode()
+def test_without_caches_any_positions_are_causal(hub_checkpoint: GetCheckpoint) -> None:
+    """Rotary embeddings are relative: a text elsewhere has the logits that it has at the start."""
+    model, tokens = load_model(hub_checkpoint("mistral_window").path, dtype=torch.float32), torch.arange(20)[None]
+    expected = model(tokens, torch.arange(20))
+    torch.testing.assert_close(model(tokens, torch.arange(50, 70)), expected, atol=1e-4, rtol=0)
+    rows = torch.stack((torch.arange(20), torch.arange(31, 51)))
+    torch.testing.assert_close(model(tokens.expand(2, -1), rows), expected.expand(2, -1, -1), atol=1e-4, rtol=0)
+
+
+def test_positions_outside_of_the_slots_are_refused(hub_checkpoint: GetCheckpoint) -> None:
+    model, tokens = load_model(hub_checkpoint("gqa").path, dtype=torch.float32), torch.arange(5)[None]
+    model.setup_caches(1, 32)
+    for positions, slots in ((torch.arange(-2, 3), None), (torch.arange(28, 33), None), (torch.arange(5), 4)):
+        with pytest.raises(ValueError, match=r"positions -?\d+ to \d+ are not in the caches' \d+ slots; set up more"):
+            model(tokens, positions, None if slots is None else torch.arange(slots))

@@ -24,6 +24,7 @@ import quantize
 from checkpoint import load_model, meta_model, tensor_specs
 from cli import ranks as processes
 from cli.ranks import local_device, num_cores
+from cli.report import weight_bytes
 from collectives import BYTES_READ_PER_SUM, draft_ranks
 from config import parse_config, read_config
 from files import write_safetensors
@@ -263,7 +264,7 @@ def test_every_weight_but_norms_and_shared_kv_heads_is_cut(found, alone, count):
     norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
     kv = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * config.hidden_size * 4
     copies = max(1, count // config.num_key_value_heads)
-    expected = norms + (model.weight_bytes - norms - kv + copies * kv) // count
+    expected = norms + (weight_bytes(model) - norms - kv + copies * kv) // count
     assert [rank["demo"]["bytes"] for rank in found[count]] == [expected] * count
 
 
@@ -295,7 +296,7 @@ def test_the_command_prints_one_ranks_text_once_and_says_how_many_ranks_there_we
     assert second.stdout + second.stderr == ""
     metrics = json.loads(path.read_text())
     assert metrics["tp"] == 2
-    assert metrics["weight_bytes"] < 0.6 * load_model(DEMO, dtype=torch.float32).weight_bytes
+    assert metrics["weight_bytes"] < 0.6 * weight_bytes(load_model(DEMO, dtype=torch.float32))
     assert (tmp_path / "trace.json").is_file()
 
 
