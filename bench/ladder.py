@@ -191,7 +191,7 @@ class Ladder:
                 yield Rung(f"{name}, prefill of {size}", "tok/s", run, weights, flops=flops)
 
     def positions(self) -> Iterator[Rung]:
-        for name, weights, runner in self.runners(LONGEST):
+        for name, weights, runner in reversed([*self.runners(LONGEST)]):  # compiled and int4 first: time may run out
             for position in POSITIONS:
                 run, read = partial(runner.time_step, position), runner.count_step_bytes(position)
                 first = f"{name}, step at {POSITIONS[0]}"

@@ -21,7 +21,7 @@ import torch._inductor.config
 from bench import peers, results, speculation
 from bench.ladder import Ladder
 from bench.process import Processes
-from bench.results import Report, Rung, format_line, omissions
+from bench.results import Report, Rung, attempt, format_line, omissions
 from bench.runner import measure_roof
 from bench.subject import Subject, add_options, read_subject
 from cli.arguments import check_device, number
@@ -53,12 +53,13 @@ def draw(content: dict[str, Any], path: Path) -> None:
     bars = [rung for rung in content["rungs"] if rung["group"] == "decode"]
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(bars)))
     drawing = axes.barh([b["name"] for b in bars], [b["median"] for b in bars], color="#4878a8", height=0.6)
-    axes.bar_label(drawing, [f" {b['median']:.1f}" for b in bars])
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line of a roof
+    axes.bar_label(drawing, [f"{b['median']:.1f}" for b in bars], padding=3, bbox=box)
     for i, bar in enumerate(bars):
         if "share_of_roof" in bar:
             roof = bar["median"] / bar["share_of_roof"]
             axes.plot([roof, roof], [i - 0.4, i + 0.4], color="#b04030", linestyle="--", label="memory roof")
-            axes.legend(handles=axes.lines[:1], loc="lower right", frameon=False)
+            axes.legend(handles=axes.lines[:1], loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, {content['config']}, {content['dtype']}, batch 1, {content['hardware']}")
@@ -82,8 +83,9 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
                 roofs += [roof] if turn >= unsampled else []
             # Back and forth, since what has just run may slow down what comes next, but for a process of its own.
             for rung in rungs[:: -1 if turn % 2 and not in_processes else 1]:
-                value = rung.measure()
-                rung.samples += [value] if turn >= unsampled else []
+                # One that fails on a GPU, which has seen little of this, is named, and the others go on.
+                value = rung.measure() if device == "cpu" else attempt(rung.name, rung.measure)
+                rung.samples += [value] if value is not None and turn >= unsampled else []
     finally:
         sampled = {rung.name: rung for rung in rungs if rung.samples}
         entries = [{"group": group, **rung.entry(sampled, roofs)} for rung in sampled.values()]

@@ -1,6 +1,6 @@
 """Run the kernels of cuda.py under Triton's interpreter, each beside its plain twin.
 
-test_cuda.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
+test_kernels_triton.py starts it, as a process of its own, since Triton reads TRITON_INTERPRET once, when it is
 imported. Prints a JSON object: of every case the largest difference from the twin over the twin's largest value.
 """
 

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 from checkpoint import load_model
 from engine import generate
@@ -80,13 +81,19 @@ def test_a_batch_is_the_text_of_the_cpu(models, form):
     assert text(on_gpu) == text(on_cpu)
 
 
+def num_graphs():
+    """Count the CUDA graphs that were captured; inductor says nothing where it has cut a step and left its parts so."""
+    manager = get_manager(0, create_if_none_exists=False)
+    return 0 if manager is None else sum(map(len, manager.roots.values()))
+
+
 @pytest.mark.parametrize("form", ["plain", "int8", "int4"])
 def test_compiled_text_is_the_eager_one_and_each_step_one_cuda_graph(models, form):
     expected = text(models[form][0])
     counters.clear()
     steps = {"prefill": compiled(prefill), "decode": compiled(decode, "reduce-overhead")}
     assert text(models[form][1], **steps) == expected
-    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_skips"] == 0 and num_graphs() > 0
     assert counters["stats"]["unique_graphs"] == 2
 
 
