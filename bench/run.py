@@ -73,7 +73,7 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
     in_processes = group in PROCESS_GROUPS
     unsampled = 0 if in_processes or group in WARM_GROUPS else 1  # turns that warm up and compile
     turns = num_samples + unsampled
-    roofs = []
+    roofs, running = [], list(rungs)
     try:
         for turn in range(turns):
             if report.writes:
@@ -82,10 +82,13 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
                 roof = measure_roof(device)
                 roofs += [roof] if turn >= unsampled else []
             # Back and forth, since what has just run may slow down what comes next, but for a process of its own.
-            for rung in rungs[:: -1 if turn % 2 and not in_processes else 1]:
+            for rung in running[:: -1 if turn % 2 and not in_processes else 1]:
                 # One that fails on a GPU, which has seen little of this, is named, and the others go on.
                 value = rung.measure() if device == "cpu" else attempt(rung.name, rung.measure)
-                rung.samples += [value] if value is not None and turn >= unsampled else []
+                if value is None:
+                    running.remove(rung)
+                elif turn >= unsampled:
+                    rung.samples.append(value)
     finally:
         sampled = {rung.name: rung for rung in rungs if rung.samples}
         entries = [{"group": group, **rung.entry(sampled, roofs)} for rung in sampled.values()]
