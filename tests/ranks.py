@@ -17,6 +17,7 @@ from checkpoint import load_model
 from cli import ranks as processes
 from cli.errors import user_errors
 from cli.ranks import from_rank_0, patient_group, process_group, together
+from cli.report import weight_bytes
 from config import read_config
 from eagle_checkpoint import load_head
 from model import ONE_RANK
@@ -44,7 +45,7 @@ def logits(model):
 def logits_and_greedy(path, ranks):
     """Return the logits, and the greedy texts of two prompts of different lengths."""
     model = load_model(path, dtype=torch.float32, ranks=ranks)
-    found = {"logits": logits(model), "bytes": model.weight_bytes}
+    found = {"logits": logits(model), "bytes": weight_bytes(model)}
     model.setup_caches(2, 128)
     return {**found, "greedy": rows_of(generate.generate(model, PROMPTS, 10, GREEDY))}
 
@@ -101,7 +102,7 @@ def memory_of_loading(path, ranks):
     model = load_model(path, ranks=ranks)
     for parameter in model.parameters():
         parameter.sum()
-    return {"grown": peak_memory() - before, "bytes": model.weight_bytes}
+    return {"grown": peak_memory() - before, "bytes": weight_bytes(model)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
