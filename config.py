@@ -96,8 +96,8 @@ def is_head(raw: dict[str, Any]) -> bool:
 
     EAGLE's own heads call themselves LlamaForCausalLM.
     """
-    is_eagle = re.search("eagle-?3", str(raw.get("architectures")), re.IGNORECASE) or "draft_vocab_size" in raw
-    return bool(is_eagle) or raw.get("speculators_model_type") is not None
+    is_eagle = re.search("eagle-?3", str(raw.get("architectures")), re.IGNORECASE)
+    return bool(is_eagle) or any(raw.get(key) is not None for key in ("draft_vocab_size", "speculators_model_type"))
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:

@@ -126,8 +126,10 @@ class HeadReader:
     def __init__(self, path: Path, target: ModelConfig):
         """Raises FileNotFoundError or ValueError where they are not those that config.json asks for."""
         self.path, self.files = path, TensorFiles(path)
-        own_layer = any("midlayer." in name for name in self.files.files)  # of EAGLE's form, which has no more
-        raw = {**read_config(path), **({"num_hidden_layers": 1} if own_layer else {})}
+        raw = read_config(path)
+        if any("midlayer." in name for name in self.files.files):  # EAGLE's own form has no more, whatever it says
+            raw["num_hidden_layers"] = 1
+            raw["layer_types"] = raw["layer_types"][:1] if isinstance(raw.get("layer_types"), list) else None
         self.config = parse_head_config(raw, target)
         for name in list(self.files.files):
             plain = name.removeprefix("model.")

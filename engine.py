@@ -6,6 +6,7 @@
 It knows nothing of tokenizers, files or terminals; `generate.py` is the command.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import own_threads
-from model import Transformer
+from model import KVCache, Transformer
 from steps import NOT_A_NUMBER, Noise, Sampling, Text, decode, prefill, prompt_chunks, visible_slots
 
 
@@ -39,6 +40,10 @@ class Rounds(Protocol):
         """Take in what a step gave each text, before it is cut to its room."""
 
 
+# Of the caches of a first layer, the batch that has used them last.
+BATCHES: weakref.WeakKeyDictionary[KVCache, "weakref.ref[Batch]"] = weakref.WeakKeyDictionary()
+
+
 class Batch:
     """Texts that grow side by side, and the rows of the caches that hold them.
 
@@ -54,15 +59,20 @@ class Batch:
         self.order = list(self.texts)  # which text each row of the caches holds
         self.running = list(self.texts)  # the first of these, which take part in a step
         self.slots = torch.arange(models[0].max_seq_length, device=models[0].device)
-        self.cache = models[0].layers[0].self_attn.cache
-        if self.cache.batch is not None:  # of a run that is neither at its end nor closed
-            self.cache.batch.arrange_(self.cache.batch.texts)
-        self.cache.batch = self
+        self.caches = [model.layers[0].self_attn.cache for model in models]
+        for cache in filter(None, self.caches):
+            if earlier := BATCHES.get(cache, lambda: None)():  # of a run that is neither at its end nor closed
+                earlier.arrange_(earlier.texts)
+            BATCHES[cache] = weakref.ref(self)
+
+    def has_caches_of(self, model: Transformer) -> bool:
+        """Say whether no later run, and no setup_caches, has taken the caches of a model."""
+        cache = self.caches[self.models.index(model)]
+        return cache is model.layers[0].self_attn.cache and (cache is None or BATCHES[cache]() is self)
 
     @property
     def has_caches(self) -> bool:
-        """Whether no later run, and no setup_caches, has taken the caches."""
-        return self.models[0].layers[0].self_attn.cache is self.cache and self.cache.batch is self
+        return all(map(self.has_caches_of, self.models))
 
     @property
     def most_room(self) -> int:
@@ -109,7 +119,7 @@ class Batch:
         """Move the rows of the caches so that row i holds the text order[i]."""
         if order != self.order:
             places = [self.order.index(text) for text in order]
-            for model in self.models:
+            for model in filter(self.has_caches_of, self.models):
                 model.arrange_rows_(places)
             self.order = order
 
@@ -189,15 +199,15 @@ class Engine:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
         rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
         models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
-        batch = Batch(prompts, rooms, self.eos_ids, models)
         if speculation:
             speculation.begin(model, len(prompts), cached)
-        if batch.most_room <= 0:
+        if max(rooms) <= 0:
             return
-        yield batch.take(self._prefill(batch, cached))
-        batch.end(ended)
-        steps = self._steps(batch)
+        batch = Batch(prompts, rooms, self.eos_ids, models)
         try:
+            yield batch.take(self._prefill(batch, cached))
+            batch.end(ended)
+            steps = self._steps(batch)
             while batch.most_room:
                 if not batch.has_caches:
                     raise ValueError("another run, or setup_caches, has taken the model's caches; end this run first")
@@ -207,9 +217,7 @@ class Engine:
                 yield batch.take(step)
                 batch.end(ended)
         finally:
-            if batch.has_caches:
-                batch.arrange_(batch.texts)  # each has its own row of the caches again, for a later turn
-                batch.cache.batch = None
+            batch.arrange_(batch.texts)  # each has its own row of the caches again, for a later turn
 
     def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
         """Launch prefill or decode for the running rows; length: of the longest text."""
@@ -277,7 +285,8 @@ def generate(
 
     A row ends with one of eos_ids (which is yielded too), after max_new_tokens, when the caller adds its number to
     `ended` between two steps, or when prompt and new tokens fill the caches, whose last slots speculation keeps
-    for drafts beyond the end. A model has one run at a time: a new one takes the caches, and an older one that goes on
-    raises. Raises ValueError too if a prompt is empty or does not fit, or if logits are not finite.
+    for drafts beyond the end. A model, or a draft model, has one run at a time: a new one takes the caches, and an
+    older one that goes on raises. Raises ValueError too if a prompt is empty or does not fit, or if logits are not
+    finite.
     """
     return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

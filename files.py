@@ -99,7 +99,7 @@ class TensorFiles:
         self.path = checkpoint_path
         # By name: the file, and the name in it, which is another where `alias` has said so; the place and number of
         # the parts that `cut` has made of it.
-        self.files = {name: (file, name, 0, 1) for name, file in self._index().items()}
+        self.files = {name: (file, name, 0, 0) for name, file in self._index().items()}
         self._specs: dict[str, dict[str, Spec]] = {}  # by file
 
     def _index(self) -> dict[str, str]:
@@ -151,7 +151,7 @@ class TensorFiles:
     def get(self, name: str) -> Tensor:
         file, stored, part, count = self.files[name]
         with self._open(file) as tensors:
-            return cut_rows(tensors.get_tensor(stored), count)[part]
+            return part_of(tensors.get_tensor(stored), part, count)
 
     def spec(self, name: str) -> Spec | None:
         """Return a tensor's dtype and shape without reading it; None where there is no such tensor."""
@@ -162,16 +162,17 @@ class TensorFiles:
             with self._open(file) as tensors:
                 self._specs[file] = {key: spec_of(tensors.get_slice(key)) for key in list(tensors.keys())}
         dtype, shape = self._specs[file][stored]
-        return dtype, cut_rows(torch.empty(shape, device="meta"), count)[part].shape
+        return dtype, part_of(torch.empty(shape, device="meta"), part, count).shape
 
     def alias(self, name: str, old: str) -> None:
         """Let a tensor be read under another name than the old one, which may be an alias itself."""
         self.files[name] = self.files.pop(old)
 
     def cut(self, names: Sequence[str], old: str) -> None:
-        """Let a stack [X, R, ..] be read as so many tensors, which lie one below the other in it."""
-        file, stored, *_ = self.files.pop(old)
-        self.files |= {name: (file, stored, part, len(names)) for part, name in enumerate(names)}
+        """Let a stack [X, R, ..] be read as so many tensors, one below the other; not where one is there already."""
+        if self.files.keys().isdisjoint(names):
+            file, stored, *_ = self.files.pop(old)
+            self.files |= {name: (file, stored, part, len(names)) for part, name in enumerate(names)}
 
     def dtype(self) -> torch.dtype | None:
         """Return the dtype of most of the floats, of those that run; None where there are none."""
@@ -183,9 +184,12 @@ class TensorFiles:
         return None if not counts[dtype] else torch.float32 if dtype == torch.float64 else dtype
 
 
-def cut_rows(tensor: Tensor, count: int) -> Sequence[Tensor]:
-    """Cut the rows of a stack [X, R, ..], those of all its layers, into so many parts; 1: leave it as it is."""
-    return [tensor] if count == 1 else tensor.flatten(0, min(1, tensor.ndim - 1)).tensor_split(count)
+def part_of(tensor: Tensor, part: int, count: int) -> Tensor:
+    """Return one of so many parts of a stack's rows [X * R, ..]; count 0: a tensor that is not cut."""
+    if count == 0 or tensor.ndim < 2:
+        return tensor
+    rows = tensor.flatten(0, 1)
+    return rows[part * len(rows) // count : (part + 1) * len(rows) // count]
 
 
 def spec_of(tensor: Any) -> Spec:

@@ -21,7 +21,9 @@ from quantization import Kind, Quantization
 
 FLOAT8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2}
 # Scales of activations and KV caches, which other programs quantize and this one does not.
-OTHER_SCALES = re.compile(r"\.(act|activation|input|output|prob_output|q|k|v|kv)_(scale|zero_point|global_scale)$")
+OTHER_SCALES = re.compile(
+    r"(\.|_proj_)(act|activation|input|output|prob_output|q|k|v|kv)_(scale|zero_point|global_scale)$"
+)
 Shape = tuple[int, ...]
 ReadParameters = Callable[[], dict[str, Tensor]]
 # Column 8 w + i of a word of AWQ is its code AWQ_ORDER[i].
@@ -210,7 +212,7 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
         tensors.check("weight_shape", (2,))
         if tensors.get("weight_shape").tolist() != [N, K]:
             raise tensors.error("weight_shape", f"is not {[N, K]}")
-    order = tensors.read_order("weight_g_idx", size or K, all(kind.is_ordered for kind in tensors.kinds))
+    order = tensors.read_order("weight_g_idx", size or K)
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = view_rows_as(tensors.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]

@@ -256,7 +256,6 @@ class KVCache(nn.Module):
         super().__init__()
         shape = batch_size, num_heads, length + 1, head_dim
         self.k, self.v = (nn.Buffer(like.new_zeros(shape), persistent=False) for _ in range(2))
-        self.batch: Any = None  # the engine's, whose texts these are
 
     def update_(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, S, K, D] at positions [B, S]; return the first `length` slots: [B, K, T, D] of each."""
@@ -422,7 +421,7 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Move or cast the model, as `to` does, but for the frequencies, which stay in fp32."""
-        return super()._apply(lambda t: t.to(fn(t).device) if t is self.inv_freq else fn(t), recurse)
+        return super()._apply(lambda t: fn(t) if t is not self.inv_freq or t.is_meta else t.to(fn(t).device), recurse)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, num_spare: int = 0) -> None:
         """Allocate empty KV caches, and taps, like the embedding; num_spare slots are for drafts, beyond any text."""

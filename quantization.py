@@ -36,7 +36,6 @@ class Kind(NamedTuple):
     symmetric: bool = False
     of_head: bool = False
     strategy: str | None = None  # what shares a scale: a tensor, channel, group or block; None: it is not said
-    is_ordered: bool = False  # a g_idx says which group a column is of
 
     @property
     def form(self) -> Form | None:
@@ -162,9 +161,7 @@ def read_compressed_kinds(quantization: Quantization) -> list[Kind]:
         bits = int(weights["num_bits"]) if is_int else None  # 4.0 is 4
         targets = group["targets"] if isinstance(group.get("targets"), list) else []
         is_symmetric, is_head = weights.get("symmetric", True) is True, any("lm_head" in str(name) for name in targets)
-        is_ordered = weights.get("actorder") in (True, "group")
-        size, strategy = quantization.read_size(weights), weights["strategy"]
-        kinds.append(Kind(bits, size, block, is_symmetric, is_head, strategy, is_ordered))
+        kinds.append(Kind(bits, quantization.read_size(weights), block, is_symmetric, is_head, weights["strategy"]))
     return kinds
 
 

@@ -84,7 +84,8 @@ def measure_group(group: str, rungs: list[Rung], num_samples: int, report: Repor
             # Back and forth, since what has just run may slow down what comes next, but for a process of its own.
             for rung in running[:: -1 if turn % 2 and not in_processes else 1]:
                 # One that fails on a GPU, which has seen little of this, is named, and the others go on.
-                value = rung.measure() if device == "cpu" else attempt(rung.name, rung.measure)
+                alone = device != "cpu" and not torch.distributed.is_initialized()  # ranks would wait for each other
+                value = attempt(rung.name, rung.measure) if alone else rung.measure()
                 if value is None:
                     running.remove(rung)
                 elif turn >= unsampled:

@@ -484,6 +484,7 @@ ROTATED = {"R1": {"apply": [{"location": "weight_output"}, {"location": "weight_
         ("ct 4 bit", {"quant_method": None, "transform_config": {"config_groups": ROTATED}}),
         ("ct fp8 by block", {"block_structure": "48x40"}),
         ("gptq", {"bits": 4.0}),
+        ("ct 4 bit", {"actorder": "group"}),  # of a module that has no order
         ("ct 8 bit, of a whole tensor", {"num_bits": 8.0}),
     ],
 )
@@ -492,7 +493,7 @@ def test_config_says_the_same_in_other_words(tmp_path: Path, name: str, change: 
     raw = read_config(packed)
     key = "compression_config" if "ct" in name else "quantization_config"
     options = raw.pop("quantization_config")
-    if change.keys() & {"block_structure", "num_bits"}:
+    if change.keys() & {"block_structure", "num_bits", "actorder"}:
         [group] = options["config_groups"].values()
         group["weights"] |= change
     else:
@@ -761,11 +762,6 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
     "awq rotated": (AWQ, option("rotation_config", {"a": 1}), "rotation_config {'a': 1} of awq"),
     "gptq ordered, without g_idx": (ORDERED, tensor(f"{DOWN}.g_idx", lambda t: None), "down_proj.g_idx; download"),
     "gptq ordered, an empty g_idx": (ORDERED, tensor(f"{DOWN}.g_idx", lambda t: t * 0 - 1), "does not put 32 columns"),
-    "ct ordered, without g_idx": (
-        "ct 4 bit, ordered", lambda options, tensors: (
-            of_group(actorder="group")(options, tensors), tensors.pop(f"{DOWN}.weight_g_idx"),
-        ), "weight_g_idx; download",
-    ),
     "int8 a scale for all channels": (INT8, tensor(f"{DOWN}.weight_scale", lambda t: t[:1, 0]), "has shape [1]"),
     "ct fp8 a scale for all channels": (
         "ct fp8 by channel", tensor(f"{DOWN}.weight_scale", lambda t: t[:1, 0]), "has shape [1]"

@@ -1,5 +1,6 @@
 """generate.py: the sampler, the loop, eager and compiled, and the command."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -285,9 +287,43 @@ def test_a_run_whose_caches_were_taken_says_so_and_touches_them_no_more():
     for _ in range(3):
         next(older)
     assert rows_of(generate(model, turns, 20, GREEDY, cached=cached)) == whole
+    older = generate(model, prompts, 20, GREEDY)
+    first = next(older)
+    list(generate(model, prompts, 0, GREEDY))  # which takes nothing
+    assert len(rows_of([first, *older])[0]) == 20
     for wrong, words in (({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"ended": [-1]}, "ended names row -1")):
         with pytest.raises(ValueError, match=words):
             list(generate(model, prompts, **{"max_new_tokens": 5, "sampling": GREEDY, **wrong}))
+
+
+def test_a_draft_models_caches_are_taken_too_and_nothing_is_kept():
+    model, draft = tiny_model(), tiny_model(num_hidden_layers=1)
+    for each in (model, draft):
+        each.setup_caches(4, 128)
+    prompts = [[3], [9, 8, 7], [11, 12], [1, 2, 3, 4]]
+    alone = rows_of(generate(draft, [[5, 6]], 20, GREEDY))
+    older = generate(model, prompts, 60, GREEDY, speculation=Speculation(draft, 4), ended=[0, 1, 2])
+    for _ in range(4):
+        next(older)
+    assert rows_of(generate(draft, [[5, 6]], 20, GREEDY)) == alone
+    with pytest.raises(ValueError, match="has taken the model's caches"):
+        next(older)
+    older = generate(model, prompts, 60, GREEDY, speculation=Speculation(draft, 4), ended=[0, 1, 2])
+    for _ in range(4):
+        next(older)
+    draft.setup_caches(1, 128)  # what the older run moved there is no more
+    assert len(rows_of(generate(model, prompts[:1], 10, GREEDY))[0]) == 10
+    older.close()
+    gc.disable()  # nothing needs it to be freed
+    try:
+        run = generate(model, prompts, 60, GREEDY)
+        next(run)
+        run.close()
+        kept = weakref.ref(model.layers[0].self_attn.cache)
+        model.setup_caches(1, 8)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_row_that_has_ended_changes_no_other(model):
