@@ -143,17 +143,18 @@ def test_steps_interrupted_in_their_first_turn_keep_what_was_measured(tmp_path, 
 
 def test_on_a_gpu_a_step_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     """One that fails later keeps its samples, which are those of the first turns."""
-    numbers = iter([1.0, 3.0])
+    numbers, calls = iter([1.0, 3.0]), []
+
+    def fail():
+        calls.append(1)
+        return 1 / 0
+
     monkeypatch.setattr(run, "measure_roof", lambda device: {"read_gb_per_s": 1.0})
     report = results.Report(tmp_path / "steps.json", {"rungs": [], "roofs": {}})
-    rungs = [
-        Rung("first", "ms", lambda: 1 / 0),
-        Rung("at last", "ms", lambda: next(numbers)),
-        Rung("whole", "ms", lambda: 2.0),
-    ]
+    rungs = [Rung("first", "ms", fail), Rung("at last", "ms", lambda: next(numbers)), Rung("whole", "ms", lambda: 2.0)]
     run.measure_group("positions", rungs, 3, report, "cuda")
     found = {rung["name"]: rung["samples"] for rung in json.loads(report.path.read_text())["rungs"]}
-    assert found == {"at last": [1.0, 3.0], "whole": [2.0, 2.0, 2.0]}
+    assert found == {"at last": [1.0, 3.0], "whole": [2.0, 2.0, 2.0]} and len(calls) == 1
     assert "first" in (said := capsys.readouterr().err) and "ZeroDivisionError" in said and "StopIteration" in said
     with pytest.raises(ZeroDivisionError):
         run.measure_group("positions", rungs[:1], 3, report, "cpu")
