@@ -328,7 +328,8 @@ static Tensor with_floats(const Tensor& x, const std::vector<int64_t>& sizes, Ru
     const int32_t type = type_of(x);
     Tensor y = empty(sizes, type);
     if (type == aoti_torch_dtype_float16()) return run(static_cast<half*>(y.mutable_data_ptr())), y;
-    STD_TORCH_CHECK(type == aoti_torch_dtype_bfloat16(), "x is neither in bfloat16 nor in float16; load the model in its dtype");
+    STD_TORCH_CHECK(
+        type == aoti_torch_dtype_bfloat16(), "x is neither in bfloat16 nor in float16; load the model in its dtype");
     return run(static_cast<bf16*>(y.mutable_data_ptr())), y;
 }
 
