@@ -108,7 +108,7 @@ def meta_model(raw: dict[str, Any], ranks: Ranks = ONE_RANK, forms: Mapping[str,
     """
     quantization = read_quantization(raw)
     config = parse_config(raw)
-    check_sizes(config, quantization and quantization.form(), ranks.count)
+    check_sizes(config, quantization.form() if quantization and forms is None else None, ranks.count)
     with torch.device("meta"):
         model = Transformer(config, ranks)
     for name, child in quantizable_linears(model).items():

@@ -1,9 +1,10 @@
 """How the ranks of a model communicate: where the model calls `ranks`.
 
-That is an all-reduce after the embedding, after attention and after the feed-forward, an all-gather after the output
-head, and a broadcast of rank 0's token ids after sampling. It is the broadcast, and not a seed, that makes all ranks
-write the same text. The backend is NCCL on GPUs and gloo on CPUs; ranks are counted over all nodes, as torchrun's RANK
-and WORLD_SIZE do. `draft_ranks` shares a draft model where that saves more than they cost.
+That is an all-reduce after the embedding, after attention and after the feed-forward, and in the norms of q and k where
+these take all heads at once; an all-gather after the output head; and a broadcast of rank 0's token ids after sampling,
+after each draft and after a round. It is the broadcast, and not a seed, that makes all ranks write the same text. The
+backend is NCCL on GPUs and gloo on CPUs; ranks are counted over all nodes, as torchrun's RANK and WORLD_SIZE do.
+`draft_ranks` shares a draft model where that saves more than they cost.
 
 These are custom operators, opaque to torch.compile. Not made by `torch.library.custom_op`, which imports the compiler
 at the first call: an eager run's first token came a second later.
@@ -26,7 +27,7 @@ for operator in ("all_reduce", "all_gather", "broadcast"):
 
 @torch.library.impl("tp::all_reduce", "CompositeExplicitAutograd")
 def all_reduce(x: Tensor) -> Tensor:
-    """Return the sum over all ranks, in the fastest way there is for x."""
+    """Return the sum over all ranks, in one kernel where x is small."""
     if x.device.type == "cuda" and x.dtype in ONE_SHOT_DTYPES and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0:
         buffer = symmetric_buffer(x.device)
         if buffer is not None:
@@ -110,7 +111,9 @@ def draft_ranks(config: ModelConfig, form: Form | None, step_bytes: int, ranks: 
 
     step_bytes: what a step of the whole draft reads. Even if each rank computes it, only rank 0's drafts are used.
     """
-    num_sums = 2 * config.num_hidden_layers + 3  # the 3: the embedding's, the head's all-gather, the ids' broadcast
+    sums_of_layer = 4 if config.qk_norm_over_heads else 2
+    # Besides, the embedding's, the head's all-gather and the ids' broadcast.
+    num_sums = sums_of_layer * config.num_hidden_layers + 3
     if step_bytes * (1 - 1 / ranks.count) <= num_sums * BYTES_READ_PER_SUM:
         return ONE_RANK
     try:

@@ -173,7 +173,7 @@ class DraftModel:
         missing = [ids[start:] for ids, start in zip(texts, starts, strict=True)]
         for tokens, positions, length in prompt_chunks(missing, starts, self.slots.device, self.prefill):
             slots = visible_slots(self.slots, length)
-            with own_threads(self.model, tokens.numel()):
+            with own_threads(tokens.numel(), self.model):
                 self.prefill(self.model, tokens.clamp(max=last_id), positions, slots, GREEDY, None)
 
 

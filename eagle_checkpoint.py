@@ -77,7 +77,7 @@ def parse_head_config(raw: dict[str, Any], target: ModelConfig) -> HeadConfig:
         read_number(values, "draft_vocab_size", high=config.vocab_size),
         read_number(values, "target_hidden_size", high=MAX_SIZE),
         parse_tap_layers(raw, inner, target.num_hidden_layers),
-        *(read_flag(values, key) for key in FLAGS),
+        **{key: read_flag(values, key) for key in FLAGS},
     )
     for what, its, ours in (
         ("hidden_size", head.target_hidden_size, target.hidden_size),

@@ -22,7 +22,7 @@ from steps import NOT_A_NUMBER, Noise, Sampling, Text, decode, prefill, prompt_c
 
 
 class Rounds(Protocol):
-    """Steps that may add several ids at once. `speculate.Speculation` has them; the engine needs no more of it."""
+    """Steps that may add several ids at once, as `speculate.Speculation` has them: what the engine and reports need."""
 
     # Of the latest texts: accept_counts[row][n], how many steps accepted n drafts; and how many were drafted per row.
     accept_counts: list[list[int]]
@@ -40,7 +40,7 @@ class Rounds(Protocol):
         """Take in what a step gave each text, before it is cut to its room."""
 
 
-# Of the caches of a first layer, the batch that has used them last.
+# The caches of a first layer -> the batch that has used them last.
 BATCHES: weakref.WeakKeyDictionary[KVCache, "weakref.ref[Batch]"] = weakref.WeakKeyDictionary()
 
 
@@ -82,7 +82,7 @@ class Batch:
     @property
     def num_needed_rows(self) -> int:
         """How many rows have to run: a power of two, or all."""
-        return num_rows_needed(sum(text.room != 0 for text in self.texts), len(self.running))
+        return batch_size_for(sum(text.room != 0 for text in self.texts), len(self.running))
 
     def take(self, step: list[list[int]]) -> list[list[int]]:
         """Cut each running text's new ids where it ends, and add them to it; return the new ids of every text."""
@@ -124,8 +124,8 @@ class Batch:
             self.order = order
 
 
-def num_rows_needed(num_texts: int, num_rows: int) -> int:
-    """Return how many of so many rows have to run for so many texts: a power of two, or all."""
+def batch_size_for(num_texts: int, num_rows: int) -> int:
+    """Return how many of so many rows run for so many texts: a power of two, or all."""
     return min(2 ** max(0, num_texts - 1).bit_length(), num_rows)
 
 
@@ -156,7 +156,7 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
         yield read()
 
 
-def text_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Rounds | None) -> int:
+def checked_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Rounds | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
     capacity = model.max_seq_length - (speculation.most_drafts if speculation else 0)
     if not prompts or not all(prompts):
@@ -194,7 +194,7 @@ class Engine:
     ) -> Iterator[list[list[int]]]:
         """Yield, step by step, the new ids of each row; as `generate`."""
         model, speculation = self.model, self.speculation
-        capacity = text_capacity(model, prompts, cached, speculation)
+        capacity = checked_capacity(model, prompts, cached, speculation)
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
         rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
@@ -222,7 +222,7 @@ class Engine:
     def _forward(self, step: Callable[..., Any], batch: Batch, tokens: Tensor, positions: Tensor, length: int) -> Any:
         """Launch prefill or decode for the running rows; length: of the longest text."""
         noise = None
-        with own_threads(self.model, tokens.numel()):
+        with own_threads(tokens.numel(), self.model):
             if self.sampling.temperature != 0:
                 noise = batch.noise(self.generator).exponential(self.model.config.vocab_size)
             return step(self.model, tokens, positions, visible_slots(batch.slots, length), self.sampling, noise)
@@ -287,6 +287,6 @@ def generate(
     `ended` between two steps, or when prompt and new tokens fill the caches, whose last slots speculation keeps
     for drafts beyond the end. A model, or a draft model, has one run at a time: a new one takes the caches, and an
     older one that goes on raises. Raises ValueError too if a prompt is empty or does not fit, or if logits are not
-    finite.
+    finite; nothing is checked until the first step is asked for.
     """
     return Engine(model, sampling, **options).run(prompts, max_new_tokens, cached=cached, ended=ended)

@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
         "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 4096, "sliding_window_pattern": 6,
         "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "attention_bias": False,
         "hidden_activation": "gelu_pytorch_tanh", "hidden_act": None,  # which the first replaces
-    }, fields={"qk_norm": True, "norm_outputs": True, "norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"},
+    }, fields={"qk_norm": True, "norm_outputs": True, "norm_offset": 1.0, "gelu": True},
        names={".post_attention_layernorm.": ".pre_feedforward_layernorm.", **NORMS_AFTER}, mixed_attention=True),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ from collectives import draft_ranks
 from config import is_head, quantization_form, read_config
 from drafters import DraftModel, level_that_fills
 from eagle_checkpoint import load_head, random_head
-from engine import Engine, generate, num_rows_needed
+from engine import Engine, batch_size_for, generate
 from files import write_whole
 from model import ONE_RANK, Ranks, Transformer
 from random_weights import random_model
@@ -121,30 +121,16 @@ def reachable_levels(levels: tuple[int, ...], room: int) -> list[int]:
     return [level for level in reversed(levels) if level <= most]
 
 
-def reachable_cases(rooms: list[int], levels: tuple[int, ...], ends_early: bool, are_found: bool = False) -> set[Case]:
+def reachable_cases(rooms: list[int], levels: tuple[int, ...], are_found: bool) -> set[Case]:
     """Return the cases that a batch can reach whose rows can take so many ids after prefill, with drafts of one kind.
 
-    ends_early: rows may end before their room is full, at EOS or a stop text. With drafts a row may fill it sooner than
-    another, but none before the first round.
+    Any row may end early, at EOS or a stop text.
     """
-    sizes, most = {num_rows_needed(num, len(rooms)) for num in range(1, len(rooms) + 1)}, max(rooms)
-
-    def case_of(size: int, k: int) -> Case:
-        return Case(size, k, are_found and k > 0)
-
-    # Rows that end where their room is full: at first none, then the shortest, and so on.
-    ends = [end for end in sorted({0, *rooms}) if 0 <= end < most]
-    cases = {
-        case_of(num_rows_needed(sum(room > end for room in rooms), len(rooms)), k)
-        for end in ends
-        for k in reachable_levels(levels, most - end)
-    }
-    largest = max((case.num_rows for case in cases), default=0)
-    left = most if ends_early else most - 1 if levels[0] else 0
-    return cases | {case_of(size, k) for size in sizes if size < largest for k in reachable_levels(levels, left)}
+    sizes = {batch_size_for(num, len(rooms)) for num in range(1, sum(room > 0 for room in rooms) + 1)}
+    return {Case(size, k, are_found and k > 0) for size in sizes for k in reachable_levels(levels, max(rooms))}
 
 
-def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: bool) -> list[Case]:
+def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int) -> list[Case]:
     """Return what is to be compiled for a run, in rising order."""
     speculation = engine.speculation
     assert speculation is None or isinstance(speculation, Speculation)
@@ -153,7 +139,7 @@ def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: 
     for prompts in job.batches or [[[0]]]:
         rooms = [min(max_new_tokens, job.max_seq_length - len(ids)) - 1 for ids in prompts]
         for levels, are_found in kinds:
-            cases |= reachable_cases(rooms, levels, ends_early, are_found) if levels else set()
+            cases |= reachable_cases(rooms, levels, are_found) if levels else set()
         if engine.prefill is not prefill and max(rooms) >= 0:
             cases.add(Case(len(prompts), None))
     kept = without_needless(cases, engine)
@@ -165,18 +151,15 @@ def cases_to_compile(engine: Engine, job: Job, max_new_tokens: int, ends_early: 
 def without_needless(cases: set[Case], engine: Engine) -> set[Case]:
     """Leave out the cases that stay eager, and prefill alone where another case of as many rows begins with it."""
     if engine.decode is decode:  # prefill alone is compiled: the model's, and before a round that of a draft model
-        has_draft_model = engine.speculation is not None and engine.speculation.draft_model is not None
-        cases = {case for case in cases if case.num_drafts is None or (has_draft_model and case[1:] == (1, False))}
+        kept = {None, 1} if engine.speculation and engine.speculation.draft_model else {None}
+        cases = {case for case in cases if case.num_drafts in kept and not case.are_found}
     begun = {case.num_rows for case in cases if case.num_drafts is not None}
     return {case for case in cases if case.num_drafts is not None or case.num_rows not in begun}
 
 
-def warm_up(engine: Engine, job: Job, quiet: bool, max_new_tokens: int = 2**31, ends_early: bool = True) -> None:
-    """Compile all that a run can reach, of which each case is named on stderr: few slots and all (see `compiled`).
-
-    ends_early: a row may end before max_new_tokens and the context, as at EOS.
-    """
-    cases = cases_to_compile(engine, job, max_new_tokens, ends_early)
+def warm_up(engine: Engine, job: Job, quiet: bool, max_new_tokens: int = 2**31) -> None:
+    """Compile all that a run can reach, of which each case is named on stderr: few slots and all (see `compiled`)."""
+    cases = cases_to_compile(engine, job, max_new_tokens)
     with tqdm(total=len(cases), leave=False, dynamic_ncols=True, disable=quiet or None) as bar:
         for i, case in enumerate(cases, start=1):
             if not bar.disable:
@@ -220,9 +203,6 @@ def run_batches(args: argparse.Namespace, job: Job, engine: Engine, ranks: Ranks
                 trace = Path(folder, "trace.json")
                 profiler.export_chrome_trace(str(trace))
                 write_whole(args.profile, trace.read_text())
-        if engine.speculation:
-            for row, counts in zip(rows, engine.speculation.accept_counts, strict=True):
-                row.accept_counts, row.num_drafted = counts, engine.speculation.num_drafted
         if ranks.rank == 0:
             report_rows(rows, job.config.max_position_embeddings)
         yield rows
@@ -248,7 +228,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ONE_RANK) -> None:
     engine = make_engine(args, job, model, speculation)
     compiles = args.compile or args.compile_prefill
     if compiles:
-        warm_up(engine, job, ranks.rank > 0, args.max_new_tokens, bool(args.stop or job.eos_ids))
+        warm_up(engine, job, ranks.rank > 0, args.max_new_tokens)
     ready = time.perf_counter()
 
     assert engine.generator is not None

@@ -22,9 +22,7 @@ BLOCK_SIZE = 128
 DAMPING = 0.01
 
 
-def gptq(
-    weight: Tensor, group_size: int, hessian: Tensor, act_order: bool = True, bits: int = 4, symmetric: bool = False
-) -> Encoded:
+def gptq(weight: Tensor, form: Form, hessian: Tensor, act_order: bool = True) -> Encoded:
     """Return codes, scales and zeros in the form of `quantize_weight`, chosen to keep the products with given inputs.
 
     hessian [K, K]: the sum of x x^T over the calibration inputs x, of length 1, so that its trace is how many they are.
@@ -33,8 +31,9 @@ def gptq(
     with the largest inputs first; their groups stay those of their places in the weight.
     """
     K, count = weight.shape[1], float(hessian.trace())
+    group_size = form.group_size or K
     damping = DAMPING if count >= K else K / max(1, count)
-    scales, zeros = group_parameters(weight, group_size, bits, symmetric)
+    scales, zeros = group_parameters(weight, form)
     order = torch.arange(K, device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -48,7 +47,7 @@ def gptq(
         for i in range(begin, end):
             group = places[i] // group_size
             if not act_order and i % group_size == 0:  # by now the group compensates for the errors before it
-                span = group_parameters(columns[i : i + group_size].t(), group_size, bits, symmetric)
+                span = group_parameters(columns[i : i + group_size].t(), form)
                 scales[:, group], zeros[:, group] = (values[:, 0] for values in span)
             scale, zero = scales[:, group].float(), zeros[:, group].float()
             codes[i] = encode(columns[i], scales[:, group], zeros[:, group])
@@ -80,12 +79,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def gptq_stack(stack: Tensor, group_size: int, hessian: Tensor, **options: Any) -> Encoded:
-    """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own of the hessians [X, K, K].
-
-    options: others of `gptq`.
-    """
-    encoded = [gptq(weight, group_size, own, **options) for weight, own in zip(stack, hessian, strict=True)]
+def gptq_stack(stack: Tensor, form: Form, hessian: Tensor, act_order: bool = True) -> Encoded:
+    """Choose codes, scales and zeros for the experts of a stack [X, N, K], each by its own hessian of [X, K, K]."""
+    encoded = [gptq(weight, form, own, act_order) for weight, own in zip(stack, hessian, strict=True)]
     codes, scales, zeros = (torch.stack(values) for values in zip(*encoded, strict=True))
     return codes, scales, zeros
 
@@ -106,8 +102,7 @@ class Calibration:
 
         `tick` is called whenever a window has passed through a block, which each does twice.
         """
-        self.options: dict[str, Any] = {"act_order": act_order, "bits": form.bits, "symmetric": not form.has_zeros}
-        self.tick = tick
+        self.form, self.act_order, self.tick = form, act_order, tick
         self.scarce: dict[tuple[int, int], int] = {}  # (layer, expert) -> its tokens, where they were few
         x = model.scale_embedding(F.embedding(windows.to(table.device), table))
         self.hidden = list(x.split(1))  # [1, S, E] each
@@ -147,8 +142,8 @@ class Calibration:
         for name, tokens in counts.items():
             few = {(self.layer, i): count for i, count in enumerate(tokens) if count < sums[name].shape[-1]}
             self.scarce.update(few)
-        choices = {name: gptq_stack if name in counts else gptq for name in sums}
-        return {name: partial(choices[name], hessian=total, **self.options) for name, total in sums.items()}
+        choose = partial(partial, form=self.form, act_order=self.act_order)
+        return {name: choose(gptq_stack if name in counts else gptq, hessian=total) for name, total in sums.items()}
 
     def advance(self, block: Block) -> None:
         """Run the text through `block`, which is quantized by now: the next block gets its outputs."""

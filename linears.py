@@ -10,7 +10,6 @@ Shapes: N outputs, K inputs; a stack of experts has one more dimension in front,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 # The least scale, which a row or group of zeros gets, so that nothing is divided by 0.
 MIN_SCALE = 2.0**-40
 Encoded = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, groups]
-Encode = Callable[[Tensor, int], Encoded]  # of a weight [N, K] and a group size
+Encode = Callable[[Tensor], Encoded]  # of a weight [N, K]
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,19 @@ def frozen_parameter(tensor: Tensor) -> nn.Parameter:
 # Arithmetic
 
 
-def quantize_weight(weight: Tensor, group_size: int, bits: int, symmetric: bool = False) -> Encoded:
+def quantize_weight(weight: Tensor, form: Form) -> Encoded:
     """Round weight [N, K] to the nearest codes, with scales and zeros of `group_parameters`.
 
-    A code c stands for (c - zero) * scale. The last group is shorter where group_size does not divide K.
+    A code c stands for (c - zero) * scale. The last group is shorter where the group size does not divide K.
     """
-    scales, zeros = group_parameters(weight, group_size, bits, symmetric)
-    of_weights = (spread_groups(values, weight.shape[-1], group_size) for values in (scales, zeros))
+    scales, zeros = group_parameters(weight, form)
+    K = weight.shape[-1]
+    of_weights = (spread_groups(values, K, form.group_size or K) for values in (scales, zeros))
     return encode(weight, *of_weights), scales, zeros
 
 
 def spread_groups(values: Tensor, num_columns: int, group_size: int) -> Tensor:
-    """Repeat the values of groups [..., groups] for each of their columns [..., K]."""
+    """Repeat the values of groups [..., groups] for each of their columns: [..., K], or [..., 1] where one has all."""
     if group_size >= num_columns:
         return values
     # Not padded to whole groups: compiled by torch 2.13, the last one would be left unwritten.
@@ -87,20 +87,20 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int = 0, group_siz
     return ((groups - zeros) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def group_parameters(weight: Tensor, group_size: int, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+def group_parameters(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return bf16 scales and zeros [N, groups] with which the codes span each group's weights and 0.
 
-    int8 is symmetric, its zeros are 0. symmetric int4: all zeros are 8, and code 0, the farthest from them, stands for
-    the largest weight: scales have its sign.
+    int8 is symmetric, its zeros are 0. int4 without zero points: all zeros are 8, and code 0, the farthest from them,
+    stands for the largest weight: scales have its sign.
     """
-    groups = weight.float().split(group_size, dim=-1)
+    groups = weight.float().split(form.group_size or weight.shape[-1], dim=-1)
     low = torch.stack([group.amin(dim=-1) for group in groups], dim=-1).clamp(max=0)
     high = torch.stack([group.amax(dim=-1) for group in groups], dim=-1).clamp(min=0)
     largest = torch.maximum(high, -low)
-    if bits == 8:
+    if form.bits == 8:
         scales = (largest / 127).clamp(min=MIN_SCALE).bfloat16()
         return scales, torch.zeros_like(scales, dtype=torch.int8)
-    if symmetric:
+    if not form.has_zeros:
         scales = largest.clamp(min=8 * MIN_SCALE) / 8
         scales = torch.where(high > -low, -scales, scales).bfloat16()
         return scales, torch.full_like(scales, 8, dtype=torch.uint8)
@@ -109,7 +109,7 @@ def group_parameters(weight: Tensor, group_size: int, bits: int, symmetric: bool
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Return the nearest codes: int8 -127 to 127 or int4 0 to 15, in zeros' dtype; all as large as weight."""
+    """Return the nearest codes, int8 -127 to 127 or int4 0 to 15, in zeros' dtype; scales and zeros are broadcast."""
     lowest, highest = (-127, 127) if zeros.dtype == torch.int8 else (0, 15)
     return (weight.float() / scales.float() + zeros).round().clamp(lowest, highest).to(zeros.dtype)
 
@@ -189,8 +189,7 @@ def quantize_linear(child: Linear | Experts, form: Form, choose: Encode | None =
     choose: chooses the codes; None rounds to nearest.
     """
     stored = empty_stored(child, form)
-    choose = choose or partial(quantize_weight, bits=form.bits, symmetric=not form.has_zeros)
-    codes, scales, zeros = choose(child.weight, stored.group_size)
+    codes, scales, zeros = choose(child.weight) if choose else quantize_weight(child.weight, form)
     stored.weight = frozen_parameter(codes if form.bits == 8 else pack_nibbles(codes))
     stored.scales = frozen_parameter(scales)
     stored.zeros = frozen_parameter(zeros) if form.has_zeros else None

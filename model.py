@@ -11,7 +11,6 @@ Shapes: B batch, S new tokens, T cache slots read, H query heads, K kv heads, G 
 E hidden, F intermediate, V vocab, X experts, A active experts.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,17 +22,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary embeddings are stretched: `linear` (position interpolation, arXiv:2306.15595), `llama3` (Llama 3.1's
-    frequency bands), `dynamic` (NTK), `yarn` (arXiv:2309.00071) or `longrope` (arXiv:2402.13753).
+    """How rotary embeddings are stretched: `linear`, `llama3`, `yarn` and `longrope` by the frequencies that rope.py
+    computes; `dynamic` (NTK) by a theta that depends on the length of the text.
     """
 
     rope_type: str
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     attention_factor: float = 1.0  # multiplies rotated queries and keys
-    # Of yarn and longrope, [rotary_dim / 2] each: for texts up to the original length, and for longer ones.
+    # [rotary_dim / 2] each: for texts up to the original length, and for longer ones; () of dynamic.
     frequencies: tuple[tuple[float, ...], ...] = ()
 
 
@@ -64,7 +61,7 @@ class ModelConfig:
     query_multiplier: float = 1.0
     query_scaling_beta: float = 0.0  # queries grow by this times a logarithm of their position
     mlp_bias: bool = False
-    hidden_act: str = "silu"
+    gelu: bool = False  # in its approximation by tanh, instead of silu
     num_local_experts: int = 0  # 0: a dense feed-forward
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True  # the shares of the chosen experts sum to 1
@@ -109,8 +106,13 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
+def default_frequencies(theta: float, rotary_dim: int) -> Tensor:
+    """Return by how much each pair of channels rotates per position: [rotary_dim / 2], fp32 (arXiv:2104.09864)."""
+    return 1.0 / (theta ** (torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim))
+
+
 def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) -> Tensor:
-    """Compute the angle by which each pair of channels rotates per position: [rotary_dim / 2], fp32 (arXiv:2104.09864).
+    """Return a model's frequencies, as `default_frequencies` does.
 
     length: of the longest text, on which dynamic and longrope depend. local: of the layers that `is_local` names.
     """
@@ -118,20 +120,12 @@ def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) 
     theta, rope = (config.local_rope_theta, None) if local else (config.rope_theta, config.rope_scaling)
     if theta is None:
         return torch.zeros(size // 2, dtype=torch.float32, device="cpu")  # these layers do not rotate
-    if rope and rope.frequencies:
-        is_long = length > rope.original_max_position_embeddings
-        return torch.tensor(rope.frequencies[int(is_long)], dtype=torch.float32, device="cpu")
     if rope and rope.rope_type == "dynamic":  # NTK: theta grows with what the text exceeds that length by
         theta *= (1 + rope.factor * max(0, length / rope.original_max_position_embeddings - 1)) ** (size / (size - 2))
-    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, device="cpu").float() / size))
-    if rope is None or rope.rope_type == "dynamic":
-        return frequencies
-    if rope.rope_type == "linear":
-        return frequencies / rope.factor
-    # llama3: long wavelengths are stretched, short ones kept, those in between interpolated.
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * (frequencies / rope.factor)
+    elif rope:
+        is_long = length > rope.original_max_position_embeddings
+        return torch.tensor(rope.frequencies[int(is_long)], dtype=torch.float32, device="cpu")
+    return default_frequencies(theta, size)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -317,13 +311,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks):
         super().__init__()
-        self.ranks, self.gelu = ranks, config.hidden_act != "silu"
+        self.config, self.ranks = config, ranks
         local_size = config.intermediate_size // ranks.count
         self.gate_up_proj = Linear(config.hidden_size, 2 * local_size, config.mlp_bias)
         self.down_proj = Linear(local_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x), self.gelu)))
+        return self.ranks.all_reduce(self.down_proj(swiglu(self.gate_up_proj(x), self.config.gelu)))
 
 
 class MoE(nn.Module):
@@ -348,7 +342,8 @@ class MoE(nn.Module):
             shares = chosen.softmax(dim=-1, dtype=torch.float32)
         else:
             shares = scores.softmax(dim=-1, dtype=torch.float32).gather(-1, experts)
-        rows = swiglu(self.gate_up_proj(rows.unsqueeze(1).expand(-1, experts.shape[1], -1), experts))
+        rows = rows.unsqueeze(1).expand(-1, experts.shape[1], -1)
+        rows = swiglu(self.gate_up_proj(rows, experts), self.config.gelu)
         y = self.down_proj(rows, experts)  # [B * S, A, E]
         return self.ranks.all_reduce((y * shares.unsqueeze(-1)).sum(dim=1).type_as(x).view(x.shape))
 

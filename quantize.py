@@ -68,7 +68,8 @@ def quantized_parts(
         yield parameters
         block.to("meta")
     model.lm_head.weight = frozen_parameter(read(head))
-    model.norm.weight, choose = frozen_parameter(read("norm.weight")), None
+    model.norm.weight = frozen_parameter(read("norm.weight"))
+    choose = None
     if calibration and form.bits == 8:  # beside int4 blocks rounding the head to nearest does not show
         [choose] = calibration.encoders(nn.Sequential(model.norm, model.lm_head)).values()
     stored = quantize_linear(model.lm_head, form.head, choose)

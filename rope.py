@@ -9,7 +9,7 @@ from torch import Tensor
 
 from families import FAMILIES, heeds
 from files import read_flag, read_number
-from model import RopeScaling
+from model import RopeScaling, default_frequencies
 
 # The keys of rope_parameters and rope_scaling that every type may have, and those that one alone heeds.
 ROPE_KEYS = {
@@ -101,33 +101,49 @@ def parse_rope_scaling(
     """Read what a rope type has, with the defaults of `transformers`; number: reads one of `given`."""
     if rope_type == "default":
         return None
-    if rope_type == "linear":
-        return RopeScaling("linear", number("factor"))
     context = read_number(values, "max_position_embeddings")
     if rope_type == "dynamic":
         if rotary_dim < 4:
             raise ValueError(f"config.json: rope type 'dynamic' needs head_dim of at least 4, and it is {rotary_dim}")
         return RopeScaling("dynamic", number("factor", low=1), original_max_position_embeddings=context)
-    original = original_length(values, given, context)
-    if rope_type == "llama3":
-        low, high = number("low_freq_factor"), number("high_freq_factor")
-        if low >= high:
-            raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-        return RopeScaling("llama3", number("factor"), low, high, original)
-    factor = number("factor") if "factor" in given else context / original
-    parse = parse_longrope if rope_type == "longrope" else parse_yarn
-    frequencies, attention_factor = parse(given, factor, original, rotary_dim, number)
-    return RopeScaling(
-        rope_type, factor, original_max_position_embeddings=original,
-        attention_factor=number("attention_factor", low=0) if "attention_factor" in given else attention_factor,
-        frequencies=tuple(tuple(values.tolist()) for values in frequencies),
-    )  # fmt: skip
+    original = context if rope_type == "linear" else original_length(values, given, context)
+    factor = context / original if rope_type in ("yarn", "longrope") and "factor" not in given else number("factor")
+    frequencies, attention_factor = FREQUENCIES[rope_type](given, factor, original, rotary_dim, number)
+    if "attention_factor" in given:
+        attention_factor = number("attention_factor", low=0)
+    short_and_long = tuple(tuple(values.tolist()) for values in frequencies)
+    return RopeScaling(rope_type, factor, original, attention_factor, short_and_long)
+
+
+def parse_linear(
+    given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return the frequencies of short and of long texts, here the same, and what cos and sin are multiplied by.
+
+    Positions are interpolated (arXiv:2306.15595).
+    """
+    frequencies = default_frequencies(number("rope_theta"), rotary_dim) / factor
+    return (frequencies, frequencies), 1.0
+
+
+def parse_llama3(
+    given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Return what `parse_linear` does, of Llama 3.1: long wavelengths are stretched, short ones kept."""
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if low >= high:
+        raise ValueError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+    frequencies = default_frequencies(number("rope_theta"), rotary_dim)
+    turns = original * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    frequencies = kept * frequencies + (1 - kept) * (frequencies / factor)
+    return (frequencies, frequencies), 1.0
 
 
 def parse_longrope(
     given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
 ) -> tuple[tuple[Tensor, Tensor], float]:
-    """Return the frequencies of short and of long texts, and what cos and sin are multiplied by (arXiv:2402.13753)."""
+    """Return what `parse_linear` does, with other frequencies for long texts (arXiv:2402.13753)."""
     wavelengths = number("rope_theta") ** (torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim)
     factors = [parse_factors(given, name, rotary_dim // 2) for name in ("short_factor", "long_factor")]
     short, long = (1.0 / (torch.tensor(values, dtype=torch.float32, device="cpu") * wavelengths) for values in factors)
@@ -138,10 +154,10 @@ def parse_longrope(
 def parse_yarn(
     given: dict[str, Any], factor: float, original: int, rotary_dim: int, number: Callable[..., float]
 ) -> tuple[tuple[Tensor, Tensor], float]:
-    """Return the frequencies, twice, and what cos and sin are multiplied by (arXiv:2309.00071).
+    """Return what `parse_linear` does (arXiv:2309.00071).
 
-    Those that turn more than beta_fast times within the original length are kept, those below beta_slow are divided by
-    the factor, and those between interpolated.
+    Frequencies that turn more than beta_fast times within the original length are kept, those below beta_slow are
+    divided by the factor, and those between interpolated.
     """
     theta = number("rope_theta")
     if theta <= 1:
@@ -164,6 +180,9 @@ def parse_yarn(
     both = given.get("mscale") and given.get("mscale_all_dim")
     scales = (number("mscale"), number("mscale_all_dim")) if both else (1.0, 0.0)
     return (frequencies, frequencies), attention_scale(scales[0]) / attention_scale(scales[1])
+
+
+FREQUENCIES = {"linear": parse_linear, "llama3": parse_llama3, "yarn": parse_yarn, "longrope": parse_longrope}
 
 
 def original_length(values: dict[str, Any], given: dict[str, Any], context: int) -> int:

@@ -46,6 +46,10 @@ class Row:
         self.finish_reason = reason
         return self._release(self.stream.flush() if self.stream else "", last=True)
 
+    def finish_full(self, max_new_tokens: int) -> str:
+        """End the row, unless it has ended already: it has all tokens that were asked for, or fills the caches."""
+        return self.finish("length" if len(self.tokens) >= max_new_tokens else "context")
+
     def _release(self, piece: str, last: bool = False) -> str:
         self.pending += piece
         ends = [end for stop in self.stops if (end := self.pending.find(stop)) >= 0]

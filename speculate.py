@@ -226,13 +226,14 @@ class Speculation:
         ids = [[text.ids[place] for place in row] for text, row in zip(texts, places, strict=True)]
         tokens, positions = torch.tensor([ids, places], device=device)
         drafts, draft_noise, round_noise = proposal.drafts, None, None
+        models = [target] if isinstance(drafts, Tensor) else [target, drafts]
         if isinstance(drafts, Tensor):
             drafts = drafts.to(device)
         elif sampling.temperature > 0:
             draft_noise = noise.exponential(k, target.config.vocab_size)
         if sampling.temperature > 0:
             round_noise = draft_noise, (noise.uniform(k), noise.exponential(target.config.vocab_size))
-        with own_threads(target, len(texts) * (k + 1)):
+        with own_threads(len(texts) * (k + 1), *models):
             result = self.draft_and_verify(target, tokens, positions, slots, drafts, k, sampling, round_noise)
         rows = result.tolist()  # the round's only read
         self.num_drafted += k

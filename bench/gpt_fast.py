@@ -63,13 +63,11 @@ class GptFast(Peer):
         self, folder: Path, config: ModelConfig, form: Form | None, device: str, dtype: torch.dtype, length: int
     ):
         super().__init__(device)
-        scaling = config.rope_scaling
         with checkout(folder) as (theirs, linears), torch.device("meta"):
             self.model: Any = theirs.Transformer(theirs.ModelArgs(
                 block_size=length, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
                 n_head=config.num_attention_heads, n_local_heads=config.num_key_value_heads, dim=config.hidden_size,
                 intermediate_size=config.intermediate_size, rope_base=config.rope_theta, norm_eps=config.rms_norm_eps,
-                rope_scaling=None if scaling is None else vars(scaling),
             ))  # fmt: skip
             if form is not None:
                 int8, int4 = linears.WeightOnlyInt8QuantHandler, linears.WeightOnlyInt4QuantHandler

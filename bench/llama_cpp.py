@@ -50,7 +50,7 @@ def find_obstacle(device: str, config: ModelConfig) -> str:
         built = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
         return f"llama-cpp-python is built without CUDA; {built}"
     special = ("attention_bias", "mlp_bias", "rope_scaling", "sliding_window")  # which `write_gguf` does not write
-    needed = [f"{name} {value}" for name in special if (value := getattr(config, name))]
+    needed = [f"{name} {getattr(value, 'rope_type', value)}" for name in special if (value := getattr(config, name))]
     if config.model_type not in ("llama", "mistral"):
         needed.append(f"model_type {config.model_type}")
     return f"its file would need {needed[0]}" if needed else ""

@@ -121,7 +121,7 @@ def make_forms(stored_as: Form | None, dtype: torch.dtype, on_gpu: bool) -> dict
     def behind_norm(form: MakeLayer, folded: bool, stored: Any) -> nn.Module | None:
         return Normed(layer, folded, num_columns(stored), dtype) if (layer := form(stored)) else None
 
-    forms: dict[str, MakeLayer] = {"multiply and sum": partial(CompiledLinear, on_gpu=on_gpu)}
+    forms: dict[str, MakeLayer] = {"multiply and sum": FusedCompiledLinear if on_gpu else CompiledLinear}
     is_int4 = stored_as is not None and stored_as.bits == 4
     is_one_loop = stored_as is None or (not is_int4 and stored_as.group_size is None)
     if stored_as is None:

@@ -154,7 +154,7 @@ class Runner:
 
     def as_engine(self, step: str, num_rows: int, *args: Any) -> Callable[[], Any]:
         """Return a step of so many rows of x to call as the engine does."""
-        call = torch.inference_mode()(own_threads(self.model, num_rows)(self.steps[step]))
+        call = torch.inference_mode()(own_threads(num_rows, self.model)(self.steps[step]))
         return partial(call, self.model, *args)
 
     def last(self, end: int, count: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cli.ranks import from_rank_0
-from cli.report import report_rows
+from cli.report import note_drafts, report_rows
 from cli.template import MARK, ChatTemplate, Message
 from engine import Engine
 from model import Ranks
@@ -290,11 +290,8 @@ def chat(
                 show(row.push(ids, engine.eos_ids))
                 if row.finish_reason or pressed():
                     break
-            unfinished = "length" if len(row.tokens) >= max_new_tokens else "context"
-            show(row.finish("Ctrl-C" if pressed() else unfinished) + "\n")
-            if engine.speculation:
-                [row.accept_counts] = engine.speculation.accept_counts
-                row.num_drafted = engine.speculation.num_drafted
+            show((row.finish("Ctrl-C") if pressed() else row.finish_full(max_new_tokens)) + "\n")
+            note_drafts([row], engine)
             samples.append([row])
             if ranks.rank == 0:
                 conversation.answered(row)

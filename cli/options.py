@@ -192,7 +192,8 @@ def check(args: argparse.Namespace, ranks: Ranks) -> Job:
         raw = read_config(args.checkpoint_path)
         config, quantization = parse_config(raw), quantization_form(raw)
         sampling = choose_sampling(args.checkpoint_path, vars(args))
-    check_sizes(config, quantization, ranks.count)
+    # A folder's own groups are checked where it is read: some need not be cut.
+    check_sizes(config, quantization if args.random_weights else None, ranks.count)
     device = local_device(args.device, ranks)
     check_device(device)
     if device == "cpu" and (args.compile or args.compile_prefill):
@@ -327,17 +328,13 @@ def check_draft(args: argparse.Namespace, tokenizer: Tokenizer | None, target: M
         raise ValueError("--speculate_k needs a draft; give --draft_checkpoint_path or --prompt_lookup")
     if not path:
         return None
-    try:
+    with name_option("--draft_checkpoint_path"):
         raw = read_config(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"--draft_checkpoint_path: {error}") from None
-    try:
+    with name_option(f"--draft_checkpoint_path {path}"):
         if is_head(raw):
             parse_head_config(raw, target)
             return None
         config = parse_config(raw)
-    except ValueError as error:
-        raise ValueError(f"--draft_checkpoint_path {path}: {error}") from None
     try:
         theirs = load_tokenizer(path).token_bytes
         ours = (tokenizer or load_tokenizer(args.checkpoint_path)).token_bytes

@@ -96,11 +96,19 @@ def run_batch(
                 printer.show(text)
         ended |= {i for i, row in enumerate(rows) if row.finish_reason}
     for row in rows:
-        rest = row.finish("length" if len(row.tokens) >= max_new_tokens else "context")
+        rest = row.finish_full(max_new_tokens)
         if not alone:
             printer.begin(row)
         printer.show((rest if alone else row.text) + "\n")
+    note_drafts(rows, engine)
     return rows
+
+
+def note_drafts(rows: list[Row], engine: Engine) -> None:
+    """Record what became of the drafts for the rows of the engine's latest run."""
+    if engine.speculation:
+        for row, counts in zip(rows, engine.speculation.accept_counts, strict=True):
+            row.accept_counts, row.num_drafted = counts, engine.speculation.num_drafted
 
 
 def report_plain_linears(model: Transformer, speculation: Speculation | None = None) -> None:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.layers import MAX_ROWS, KernelLinear, Reordered
+from kernels.layers import MAX_ROWS, KernelLinear, Reordered, is_llama_block
 from linears import frozen_parameter
 from model import MLP, Block, BlockContext, ModelConfig, MoE, RMSNorm, Transformer, run_blocks
 
@@ -105,15 +105,15 @@ served = weakref.WeakSet[nn.Module]()
 
 
 @contextlib.contextmanager
-def own_threads(model: nn.Module, num_rows: int) -> Iterator[None]:
-    """While products of so many rows run, let them do so on threads of cpu.cpp's own, and torch on one.
+def own_threads(num_rows: int, *models: nn.Module) -> Iterator[None]:
+    """While models run products of so many rows, let these do so on threads of cpu.cpp's own, and torch on one.
 
     OpenMP's threads, which torch has, wait for each other after each product; beside another busy program that takes a
-    time slice of it. MKL's loops, such as the cosines of a long prompt, keep all threads. Changes nothing for a
-    model that has other products, or for many rows where torch's operators stand between them.
+    time slice of it. MKL's loops, such as the cosines of a long prompt, keep all threads. Changes nothing where a
+    model has other products, or for many rows where torch's operators stand between them.
     """
-    few = num_rows <= MAX_ROWS or isinstance(getattr(model, "run_blocks", None), CpuBlocks)
-    if model not in served or not few or (num_threads := torch.get_num_threads()) == 1:
+    few = num_rows <= MAX_ROWS or all(isinstance(getattr(model, "run_blocks", None), CpuBlocks) for model in models)
+    if not few or not all(model in served for model in models) or (num_threads := torch.get_num_threads()) == 1:
         yield
         return
     take_threads = functions().take_threads
@@ -433,7 +433,7 @@ def describe_feed_forward(block: Block) -> Tensor:
     experts = mlp.gate.weight if isinstance(mlp, MoE) else None
     return torch.ops.kernels.describe_feed_forward(
         **describe_linears(block, block.post_attention_layernorm, block.mlp_output_norm, linears_of(block)[2:]),
-        gelu=isinstance(mlp, MLP) and mlp.gelu,
+        gelu=config.gelu,
         router=experts,
         num_chosen=config.num_experts_per_tok,
         shares_of_chosen=config.norm_topk_prob,
@@ -477,9 +477,7 @@ def takes_blocks(blocks: Sequence[Block]) -> bool:
 
 def has_known_forward(block: Block) -> bool:
     """Say whether a block is `model.Block`, or the first of an EAGLE-3 head, which norms and adds as Llama's."""
-    config = block.self_attn.config
-    plain = config.norm_inputs and not config.norm_outputs and config.norm_offset is None and block.multiplier == 1
-    return type(block) is Block or (hasattr(block, "hidden_norm") and plain)
+    return type(block) is Block or (hasattr(block, "hidden_norm") and is_llama_block(block.self_attn.config))
 
 
 def weight_of(norm: object) -> Tensor | None:

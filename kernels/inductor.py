@@ -102,9 +102,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class CompiledLinear(nn.Module):
-    def __init__(self, stored: Linear | StoredLinear, on_gpu: bool):
+    on_gpu = False
+
+    def __init__(self, stored: Linear | StoredLinear):
         super().__init__()
-        self.stored, self.on_gpu = stored, on_gpu
+        self.stored = stored
 
     @property
     def weight(self) -> Tensor:
@@ -122,15 +124,13 @@ class CompiledLinear(nn.Module):
         y = streamed_product(x, weight, parts) if is_reduction(x) else F.linear(x, weight)
         return (y if bias is None else y + bias).type_as(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x)
+    forward = multiply
 
 
 class FusedCompiledLinear(FusedLinear, CompiledLinear):
     """Of a GPU: with a weight that is not quantized one loop does all of `FusedLinear.forward`."""
 
-    def __init__(self, stored: Linear | StoredLinear):
-        CompiledLinear.__init__(self, stored, on_gpu=True)
+    on_gpu = True
 
     def fused(self, x: Tensor, norm: RMSNorm | None, gated: bool, residual: Tensor | None) -> Tensor | None:
         if not (is_reduction(x) and isinstance(self.stored, Linear)):

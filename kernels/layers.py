@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linears import frozen_parameter
-from model import RMSNorm, swiglu
+from model import ModelConfig, RMSNorm, swiglu
 
 # Up to this many rows of x the kernels are faster than GEMM.
 MAX_ROWS = 16
@@ -79,6 +79,12 @@ class FusedLinear(nn.Module):
     multiply: Callable[[Tensor], Tensor]  # the product, plus the bias
     # All of `forward` in one kernel; returns None where there is none for this x.
     fused: Callable[[Tensor, RMSNorm | None, bool, Tensor | None], Tensor | None]
+
+
+def is_llama_block(config: ModelConfig) -> bool:
+    """Say whether a block norms, gates and adds as Llama's, which is what a FusedBlock does."""
+    norms = config.norm_inputs and not config.norm_outputs and config.norm_offset is None
+    return norms and not config.gelu and config.residual_multiplier == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

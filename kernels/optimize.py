@@ -1,8 +1,8 @@
 """The seam: a loaded model, rewritten for the device that it is on.
 
 `model.py` and `linears.py` say what is computed, and are the plain twin of what is chosen here. `optimize_` replaces
-each linear by the layer whose kernel takes it, sets the function that attends, and on a GPU replaces the blocks too,
-since there each kernel launch saved counts.
+each linear by the layer whose kernel takes it and sets the function that attends. On a CPU it replaces the norms and
+runs all blocks in one call; on a GPU, where each kernel launch saved counts, it replaces the blocks.
 """
 
 import importlib.util
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from kernels import cpu, inductor
 from kernels.experts import CompiledExperts, KernelExperts
 from kernels.inductor import CompiledLinear, FusedCompiledLinear
-from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear, Reordered
+from kernels.layers import MAX_ROWS, AtenInt4, AtenInt8, KernelLinear, Reordered, is_llama_block
 from linears import GROUP_SIZES, StoredLinear, is_router
-from model import Block, Experts, Linear, ModelConfig, MoE, Transformer
+from model import Block, Experts, Linear, MoE, Transformer
 
 AnyLinear = Linear | Experts | StoredLinear
 
@@ -78,7 +78,7 @@ def compiled_layer(stored: AnyLinear, on_gpu: bool) -> nn.Module:
     """Return the layer for a weight that no kernel takes."""
     if isinstance(stored, Experts) or (isinstance(stored, StoredLinear) and stored.weight.ndim == 3):
         return CompiledExperts(stored, on_gpu)
-    return FusedCompiledLinear(stored) if on_gpu else CompiledLinear(stored, on_gpu)
+    return (FusedCompiledLinear if on_gpu else CompiledLinear)(stored)
 
 
 def cpu_layer(stored: AnyLinear, dtype: torch.dtype, exact: bool = True) -> nn.Module | None:
@@ -174,12 +174,6 @@ def gpu_layer(stored: AnyLinear, dtype: torch.dtype, cuda: ModuleType | None, ex
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The block of a GPU
-
-
-def is_llama_block(config: ModelConfig) -> bool:
-    """Say whether a block norms, gates and adds as Llama's, which is what a FusedBlock does."""
-    norms = config.norm_inputs and not config.norm_outputs and config.norm_offset is None
-    return norms and config.hidden_act == "silu" and config.residual_multiplier == 1
 
 
 class FusedBlock(Block):

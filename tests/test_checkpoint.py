@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import struct
 import threading
@@ -22,7 +23,7 @@ import quantize
 from checkpoint import load_model, save_hub_checkpoint
 from config import DTYPES, MAX_COUNT, MAX_SIZE, NEUTRAL_VALUES, eos_token_ids, parse_config, parse_dtype, read_config
 from files import TensorFiles, locked, new_folder, write_safetensors
-from model import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from model import ModelConfig, Transformer, rope_frequencies
 from names import hub_shapes
 from random_weights import random_model
 from scripts.convert_hf_checkpoint import convert
@@ -61,6 +62,9 @@ NEW_FAMILIES: list[dict[str, Any]] = [
 FAMILY = {raw["model_type"]: raw for raw in NEW_FAMILIES}
 BY_KIND = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e3}}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+# The second frequency of four with theta 5e5 turns 1.53 times within the original length, between once and 4 times.
+KEPT = (256 * 5e5**-0.25 / (2 * math.pi) - 1) / 3
+BETWEEN = 5e5**-0.25 * (KEPT + (1 - KEPT) / 8)
 
 
 def write_checkpoint(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -97,30 +101,36 @@ def write_shards(path: Path, config: dict[str, Any], tensors: dict[str, Tensor],
             {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 4}},
             {"rope_theta": 2e4, "rope_type": "linear", "factor": 4.0},
             2e4,
-            RopeScaling("linear", 4.0),
+            ("linear", 4.0, [2e4 ** (-i / 4) / 4 for i in range(4)]),
         ),
         (
             {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}},
             {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3_ROPE},
             5e5,
-            RopeScaling("llama3", 8.0, 1.0, 4.0, 256),
+            ("llama3", 8.0, [1, BETWEEN, 5e5**-0.5 / 8, 5e5**-0.75 / 8]),
         ),
     ],
 )
 def test_both_forms_of_config_mean_the_same(
-    older: dict[str, Any], newer: dict[str, Any], theta: float, scaling: RopeScaling | None
+    older: dict[str, Any], newer: dict[str, Any], theta: float, scaling: tuple[str, float, list[float]] | None
 ) -> None:
     old = {**LLAMA, **older, "torch_dtype": "float16"}
     new = {**LLAMA, "rope_parameters": newer, "dtype": "float16"}
-    expected = ModelConfig(**SIZES, head_dim=8, rms_norm_eps=1e-5, rope_theta=theta, rope_scaling=scaling)
-    assert parse_config(old) == expected
-    assert parse_config(new) == expected
+    found = parse_config(old)
+    expected = ModelConfig(**SIZES, head_dim=8, rms_norm_eps=1e-5, rope_theta=theta, rope_scaling=found.rope_scaling)
+    assert found == parse_config(new) == expected
+    if scaling is None:
+        assert found.rope_scaling is None
+    else:
+        assert found.rope_scaling and (found.rope_scaling.rope_type, found.rope_scaling.factor) == scaling[:2]
+        assert list(found.rope_scaling.frequencies) == [pytest.approx(scaling[2], rel=1e-6)] * 2
     assert parse_dtype(old) == parse_dtype(new) == torch.float16
 
 
 def test_type_is_read_where_rope_type_is_not_there() -> None:
     scaling = {"type": "llama3", **LLAMA3_ROPE}
-    assert parse_config({**LLAMA, "rope_scaling": scaling}).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+    named = parse_config({**LLAMA, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}}).rope_scaling
+    assert named and parse_config({**LLAMA, "rope_scaling": scaling}).rope_scaling == named
 
 
 SILENT = ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "sliding_window"]
@@ -1401,5 +1411,5 @@ def test_a_text_config_that_says_little_means_what_transformers_assumes() -> Non
     assert ours.tie_word_embeddings and ours.query_multiplier == 1.0 and ours.embedding_multiplier == 16.0
     slides = [kind == "sliding_attention" for kind in theirs.layer_types]
     assert [ours.window(i) for i in range(3)] == [16 if each else None for each in slides]
-    assert ours.rope_scaling == RopeScaling("linear", 8.0)
+    assert ours.rope_scaling and (ours.rope_scaling.rope_type, ours.rope_scaling.factor) == ("linear", 8)
     assert (ours.rope_theta, ours.local_rope_theta) == (1e6, 1e4)

@@ -417,33 +417,30 @@ def job_of(lengths, slots):
     return SimpleNamespace(batches=[prompts], max_seq_length=slots)
 
 
-def cases_named(job, *, max_new_tokens, ends_early, max_k=0, prefill=prefill):
+def cases_named(job, *, max_new_tokens, max_k=0, prefill=prefill):
     speculation = Speculation(max_k=max_k) if max_k else None
     engine = SimpleNamespace(speculation=speculation, decode=compiled(decode), prefill=prefill)
-    return list(map(str, cases_to_compile(engine, job, max_new_tokens, ends_early)))
+    return list(map(str, cases_to_compile(engine, job, max_new_tokens)))
 
 
 def test_only_what_a_run_can_reach_is_compiled():
     four = job_of((3, 3, 3, 3), 200)
-    assert cases_named(four, max_new_tokens=1, ends_early=True, max_k=5) == []
-    assert cases_named(four, max_new_tokens=0, ends_early=True, prefill=compiled(prefill)) == []
-    assert cases_named(four, max_new_tokens=1, ends_early=True, prefill=compiled(prefill)) == ["batch of 4, prefill"]
-    assert cases_named(four, max_new_tokens=9, ends_early=False, prefill=compiled(prefill)) == ["batch of 4"]
-    assert cases_named(four, max_new_tokens=9, ends_early=True) == ["batch of 1", "batch of 2", "batch of 4"]
-    assert cases_named(job_of((3, 3, 9), 11), max_new_tokens=9, ends_early=False) == ["batch of 2", "batch of 3"]
-    assert cases_named(job_of((3, 3), 200), max_new_tokens=3, ends_early=True, max_k=5) == [
+    assert cases_named(four, max_new_tokens=1, max_k=5) == []
+    assert cases_named(four, max_new_tokens=0, prefill=compiled(prefill)) == []
+    assert cases_named(four, max_new_tokens=1, prefill=compiled(prefill)) == ["batch of 4, prefill"]
+    assert cases_named(four, max_new_tokens=9) == ["batch of 1", "batch of 2", "batch of 4"]
+    assert cases_named(job_of((3, 3, 9, 9, 9), 9), max_new_tokens=9) == ["batch of 1", "batch of 2"]
+    prefilled = ["batch of 1", "batch of 2", "batch of 3, prefill"]
+    assert cases_named(job_of((3, 3, 9), 9), max_new_tokens=9, prefill=compiled(prefill)) == prefilled
+    assert cases_named(job_of((3, 3), 200), max_new_tokens=3, max_k=5) == [
         "batch of 1", "batch of 1, 1 draft found", "batch of 2", "batch of 2, 1 draft found",
     ]  # fmt: skip
     one = job_of((3,), 200)
-    assert cases_named(one, max_new_tokens=2, ends_early=True, max_k=5) == ["batch of 1"]
-    assert cases_named(one, max_new_tokens=3, ends_early=True, max_k=5) == ["batch of 1", "batch of 1, 1 draft found"]
+    assert cases_named(one, max_new_tokens=2, max_k=5) == ["batch of 1"]
+    assert cases_named(one, max_new_tokens=3, max_k=5) == ["batch of 1", "batch of 1, 1 draft found"]
     drafts = [f"batch of 1, {k}" for k in ("1 draft found", "3 drafts found", "5 drafts found")]
-    assert cases_named(one, max_new_tokens=5, ends_early=True, max_k=5) == ["batch of 1", *drafts[:2]]
-    assert cases_named(one, max_new_tokens=6, ends_early=True, max_k=5) == ["batch of 1", *drafts]
-    # Rows that accept more drafts are sooner at their length.
-    assert cases_named(job_of((3, 3), 200), max_new_tokens=3, ends_early=False, max_k=5) == [
-        "batch of 1", "batch of 2", "batch of 2, 1 draft found",
-    ]  # fmt: skip
+    assert cases_named(one, max_new_tokens=5, max_k=5) == ["batch of 1", *drafts[:2]]
+    assert cases_named(one, max_new_tokens=6, max_k=5) == ["batch of 1", *drafts]
 
 
 @pytest.mark.parametrize("max_k", [0, 1, 5], ids=["plain", "1 draft", "5 drafts"])
@@ -472,10 +469,8 @@ def test_a_run_reaches_nothing_that_is_not_compiled_before(max_k, eos_ids):
             for _ in range(3):
                 for _ in engine.run(job.batches[0], max_new_tokens):
                     pass
-            expected = {tuple(case) for case in cases_to_compile(engine, job, max_new_tokens, bool(eos_ids))}
+            expected = {tuple(case) for case in cases_to_compile(engine, job, max_new_tokens)}
             assert reached <= expected
-            if not max_k and not eos_ids:
-                assert reached == expected
 
 
 def test_rows_end_at_the_cache_each_at_its_own_length(model):

@@ -222,7 +222,7 @@ LOOP = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
 def own_threads(threads: int) -> Iterator[None]:
     model = torch.nn.Module()
     cpu.served.add(model)
-    with on_threads(threads), cpu.own_threads(model, 1):
+    with on_threads(threads), cpu.own_threads(1, model):
         assert torch.get_num_threads() == 1
         yield
 
@@ -274,10 +274,11 @@ def test_own_threads_are_for_models_that_are_all_kernels() -> None:
     split.run_blocks = run_blocks  # torch's operators stand between the products
     with on_threads(2):
         for given, rows, expected in (
-            (model, 1, 1), (wide, MAX_ROWS, 1), (model, MAX_ROWS + 1, 1), (exact, 1, 2), (split, 1, 1),
-            (split, MAX_ROWS + 1, 2),
+            ([model], 1, 1), ([wide], MAX_ROWS, 1), ([model], MAX_ROWS + 1, 1), ([exact], 1, 2), ([split], 1, 1),
+            ([split], MAX_ROWS + 1, 2), ([model, wide], 1, 1), ([model, exact], 1, 2), ([exact, model], 1, 2),
+            ([model, split], MAX_ROWS + 1, 2),
         ):  # fmt: skip
-            with contextlib.suppress(ZeroDivisionError), cpu.own_threads(given, rows):
+            with contextlib.suppress(ZeroDivisionError), cpu.own_threads(rows, *given):
                 assert torch.get_num_threads() == expected
                 raise ZeroDivisionError
             assert torch.get_num_threads() == 2
@@ -608,7 +609,7 @@ BLOCK_CONFIGS = [
     CONFIG,
     replace(CONFIG, attention_bias=True, mlp_bias=True, sliding_window=8, full_attention_layers=(1,)),
     replace(CONFIG, qkv_bias=True, partial_rotary_factor=0.75, query_multiplier=0.5, residual_multiplier=0.3),
-    replace(CONFIG, qk_norm=True, norm_offset=1.0, norm_outputs=True, num_key_value_heads=4, hidden_act="gelu"),
+    replace(CONFIG, qk_norm=True, norm_offset=1.0, norm_outputs=True, num_key_value_heads=4, gelu=True),
     replace(CONFIG, qk_norm=True, norm_inputs=False, norm_outputs=True, head_dim=24, num_key_value_heads=1),
     replace(CONFIG, qk_norm=True, qk_norm_over_heads=True, query_scaling_beta=0.5, rope_scaling=YARN),
     MIXTURE,
@@ -845,7 +846,7 @@ def test_a_norm_of_another_dtype_is_an_error(norm: str, rows: int) -> None:
     model = random_model(RAW | {"model_type": "qwen3", "head_dim": 32}, dtype=torch.bfloat16)
     model.setup_caches(1, 64)
     model.layers[0].get_submodule(norm).float()
-    for context in (contextlib.nullcontext(), cpu.own_threads(model, rows)):
+    for context in (contextlib.nullcontext(), cpu.own_threads(rows, model)):
         with on_threads(2), context, pytest.raises(RuntimeError, match="another dtype than x"):
             model(torch.arange(rows)[None], torch.arange(rows))
 

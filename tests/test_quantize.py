@@ -63,6 +63,7 @@ from tokenizer import load_tokenizer
 
 GetCheckpoint = Callable[[str], HubCheckpoint]
 DEMO = REPO / "checkpoints/demo"
+INT4 = Form(4, 32, has_zeros=True)
 ROUNDED = [Form(8), Form(8, 64), Form(4, 32, has_zeros=True), Form(4, 128), Form(4, has_zeros=True)]
 MODES_AND_FORMS = [(f"int{form.bits}", form) for form in ROUNDED]
 MODES_AND_FORMS += [("int4-gptq", Form(4, 32, has_zeros=True)), ("int4-gptq", Form(4, 64)), ("int8-gptq", Form(8, 64))]
@@ -269,8 +270,9 @@ def test_gptq_is_nearer_on_its_calibration_inputs_than_rounding(
     K: int, act_order: bool, group_size: int, bits: int
 ) -> None:
     weight, x = normal(48, K), correlated_inputs(500, K)
-    rounded = output_error(weight, quantize_weight(weight, group_size, bits), group_size, x)
-    chosen = output_error(weight, gptq(weight, group_size, x.t() @ x, act_order, bits=bits), group_size, x)
+    form = Form(bits, group_size, has_zeros=bits == 4)
+    rounded = output_error(weight, quantize_weight(weight, form), group_size, x)
+    chosen = output_error(weight, gptq(weight, form, x.t() @ x, act_order), group_size, x)
     assert chosen < 0.8 * rounded
 
 
@@ -295,12 +297,12 @@ def test_the_column_with_the_largest_inputs_is_rounded_first_unless_told_otherwi
     rounded = quantize_int4(weight, 32)[0][:, largest]  # what nothing was compensated for before
     for options, first in (((), True), (("--act_order",), True), (("--no-act_order",), False)):
         args = quantize.parse_args(["--mode", "int4-gptq", *options])
-        assert torch.equal(gptq(weight, 32, x.t() @ x, args.act_order)[0][:, largest], rounded) == first
+        assert torch.equal(gptq(weight, INT4, x.t() @ x, args.act_order)[0][:, largest], rounded) == first
 
 
 def test_gptq_on_independent_inputs_is_rounding_to_nearest() -> None:
     weight = normal(8, 64)
-    for ours, theirs in zip(gptq(weight, 32, torch.eye(64)), quantize_int4(weight, 32), strict=True):
+    for ours, theirs in zip(gptq(weight, INT4, torch.eye(64)), quantize_int4(weight, 32), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -308,13 +310,13 @@ def test_gptq_takes_inputs_that_never_vary_and_fewer_inputs_than_columns() -> No
     weight, x = normal(8, 64), correlated_inputs(5, 64)
     x[:, 10:20] = 0
     rounded = output_error(weight, quantize_int4(weight, 32), 32, x)
-    assert output_error(weight, gptq(weight, 32, x.t() @ x), 32, x) < rounded
-    assert torch.equal(gptq(weight, 32, torch.zeros(64, 64))[0], quantize_int4(weight, 32)[0])
+    assert output_error(weight, gptq(weight, INT4, x.t() @ x), 32, x) < rounded
+    assert torch.equal(gptq(weight, INT4, torch.zeros(64, 64))[0], quantize_int4(weight, 32)[0])
 
 
 def test_gptq_refuses_inputs_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        gptq(normal(8, 64), 32, torch.full((64, 64), torch.inf))
+        gptq(normal(8, 64), INT4, torch.full((64, 64), torch.inf))
 
 
 def test_the_hessians_are_of_the_inputs_that_the_linears_see_each_as_long_as_the_others(
@@ -412,7 +414,7 @@ def test_gptq_calibrates_each_expert_on_the_tokens_that_go_to_it(hub_checkpoint:
     for name, (x, experts) in seen.items():
         encoder, weight = encoders[name], quantizable_linears(block)[name].weight
         assert isinstance(encoder, partial)
-        codes, scales, zeros = encoder(weight, 32)
+        codes, scales, zeros = encoder(weight)
         for i in range(5):
             rows = x[experts == i]
             unit = rows / rows.norm(dim=-1, keepdim=True)
@@ -440,10 +442,11 @@ def test_few_tokens_are_never_far_worse_than_rounding_on_others(
     weight = normal(48, K)
     x, others = normal(num_rows, K, seed=3) @ mixing, normal(2000, K, seed=4) @ mixing
     unit = F.normalize(x, dim=-1)
-    chosen = gptq(weight, group_size, unit.t() @ unit, bits=bits)
-    stacked = gptq_stack(weight[None], group_size, (unit.t() @ unit)[None], bits=bits)
+    form = Form(bits, group_size, has_zeros=bits == 4)
+    chosen = gptq(weight, form, unit.t() @ unit)
+    stacked = gptq_stack(weight[None], form, (unit.t() @ unit)[None])
     assert all(torch.equal(*both) for both in zip(chosen, (values[0] for values in stacked), strict=True))
-    rounded = quantize_weight(weight, group_size, bits=bits)
+    rounded = quantize_weight(weight, form)
     assert output_error(weight, chosen, group_size, others) < 1.05 * output_error(weight, rounded, group_size, others)
 
 
