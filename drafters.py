@@ -4,6 +4,7 @@ Before each round a `Drafter` is asked and answers with a `Proposal`, or with a 
 first. `speculate.py` runs the round, whichever it is.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from eagle import Head
 from kernels.cpu import own_threads
-from model import Transformer
+from model import KVCache, Transformer
 from steps import Sampling, Text, prefill, prompt_chunks, visible_slots
 from suffix import Suffixes
 
@@ -32,8 +33,8 @@ class Proposal:
 
 
 class Drafter(Protocol):
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        """Begin a text that shares no more than its first `cached` ids with the latest."""
+    def begin(self, target: Transformer, num_rows: int) -> None:
+        """Begin to draft for so many texts of a target."""
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         """Return drafts for the texts, of which one that has ended needs none, or how many tokens to decode first."""
@@ -135,20 +136,42 @@ def levels_below(max_k: int) -> tuple[int, ...]:
 
 
 @dataclass
+class Held:
+    """What a row of a draft model's caches holds: the first `count` ids of a text, which may have grown since."""
+
+    ids: list[int]
+    count: int
+
+
+# The caches of a draft model's first layer -> what their rows hold, whichever run has filled them.
+HELD: weakref.WeakKeyDictionary[KVCache, dict[int, Held]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
 class DraftModel:
     """A smaller model, with caches as long as the target's and as many rows."""
 
     model: Transformer
     levels: tuple[int, ...]
     prefill: Callable[..., Any] = prefill
-    # For each row, how many slots of the draft's caches hold the text.
-    filled: list[int] = field(default_factory=list)
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+    def begin(self, target: Transformer, num_rows: int) -> None:
         self.slots = torch.arange(target.max_seq_length, device=target.device)
         self.pace = Pace(self.levels)
-        before = self.filled if len(self.filled) == num_rows else [0] * num_rows
-        self.filled = [min(filled, cached) for filled in before]
+        self.held = HELD.setdefault(self.model.layers[0].self_attn.cache, {})
+
+    def hold(self, rows: list[list[int]]) -> None:
+        """Take the rows of the caches to hold these ids, so that a step behind them can be compiled."""
+        HELD[self.model.layers[0].self_attn.cache] = {i: Held(ids, len(ids)) for i, ids in enumerate(rows)}
+
+    def num_held(self, text: Text) -> int:
+        """Return how many of a text's first ids its row of the caches holds."""
+        held = self.held.setdefault(text.number, Held(text.ids, 0))
+        if held.ids is not text.ids:  # but those of an earlier run
+            both = zip(held.ids[: held.count], text.ids, strict=False)
+            held.count = next((i for i, (old, new) in enumerate(both) if old != new), min(held.count, len(text.ids)))
+            held.ids = text.ids
+        return held.count
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         num_plain, k = self.pace.next_plan(max(text.room for text in texts))
@@ -156,14 +179,14 @@ class DraftModel:
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text, n in zip(texts, counts, strict=True):
-            self.filled[text.number] = len(text.ids) - 1 + n
+            self.held[text.number].count = len(text.ids) - 1 + n
         self.pace.update(counts, proposal.lengths)
 
     def prepare(self, texts: list[Text], k: int) -> Proposal:
         """Prefill the draft's caches with what they lack: at first the prompt, later what was decoded plainly."""
-        if any(self.filled[text.number] < len(text.ids) - 2 for text in texts):
+        if any(self.num_held(text) < len(text.ids) - 2 for text in texts):
             # Up to the last token but one, which `draft` would write too: so each row has at least one to prefill.
-            starts = [min(self.filled[text.number], len(text.ids) - 2) for text in texts]
+            starts = [min(self.num_held(text), len(text.ids) - 2) for text in texts]
             self.run([text.ids[:-1] for text in texts], starts)
         return Proposal(self.model, k, [k if text.room else 0 for text in texts], num_latest=2)
 
@@ -181,8 +204,8 @@ class DraftModel:
 class HeadModel(DraftModel):
     """An EAGLE-3 head. What it has drafted it runs again, once the target has given taps for what was accepted."""
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        super().begin(target, num_rows, cached)
+    def begin(self, target: Transformer, num_rows: int) -> None:
+        super().begin(target, num_rows)
         assert isinstance(self.model, Head)
         self.model.follow_(target)
         self.pace, self.is_new = Pace(self.levels, HEAD_COST), True
@@ -190,20 +213,20 @@ class HeadModel(DraftModel):
     def prepare(self, texts: list[Text], k: int) -> Proposal:
         room = max(text.room for text in texts)
         # A round first runs the last k + 1 tokens. Where the latest one left more, draft as many again, if they fit.
-        num_missing = max(len(text.ids) - self.filled[text.number] for text in texts)
+        num_missing = max(len(text.ids) - self.num_held(text) for text in texts)
         most = level_that_fills(self.levels, room)
         k = min([level for level in self.levels if max(k, num_missing - 1) <= level <= most], default=k)
         # Prefill the prompt, even one that a round has room for, so that a first round compiles all; what was decoded
         # plainly; and what another drafter proposed.
         if self.is_new or num_missing > k + 1:
             self.is_new = False
-            starts = [max(1, min(self.filled[text.number], len(text.ids) - 1)) for text in texts]
+            starts = [max(1, min(self.num_held(text), len(text.ids) - 1)) for text in texts]
             self.run([text.ids for text in texts], starts)
         return Proposal(self.model, k, [k if text.room else 0 for text in texts], num_latest=k + 1, first=1)
 
     def note(self, proposal: Proposal, texts: list[Text], counts: list[int]) -> None:
         for text in texts:
-            self.filled[text.number] = len(text.ids)
+            self.held[text.number].count = len(text.ids)
         self.pace.update(counts, proposal.lengths)
 
 
@@ -214,7 +237,7 @@ class Lookup:
     levels: tuple[int, ...]
     indexes: list[Suffixes] = field(default_factory=list)
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+    def begin(self, target: Transformer, num_rows: int) -> None:
         self.pace, self.num_vain = Pace(self.levels, VERIFY_COST), 0
         self.indexes = self.indexes if len(self.indexes) == num_rows else [Suffixes() for _ in range(num_rows)]
         self.is_new = [True] * num_rows
@@ -260,10 +283,10 @@ class Both:
     # What was found and not verified: the text, how long it was, and the ids.
     passed_over: list[tuple[Text, int, list[int]]] = field(default_factory=list)
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
+    def begin(self, target: Transformer, num_rows: int) -> None:
         self.wait, self.passed_over = 0, []
-        self.lookup.begin(target, num_rows, cached)
-        self.other.begin(target, num_rows, cached)
+        self.lookup.begin(target, num_rows)
+        self.other.begin(target, num_rows)
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         self.judge_passed_over()

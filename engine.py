@@ -30,8 +30,8 @@ class Rounds(Protocol):
     draft_model: Transformer | None  # whose caches have the same rows
     most_drafts: int  # so many slots of the caches are kept beyond the end of a text
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        """Begin texts that share no more than their first `cached` ids with the latest."""
+    def begin(self, target: Transformer, num_rows: int) -> None:
+        """Begin so many texts of a target."""
 
     def round(self, target: Transformer, texts: list[Text], sampling: Sampling, noise: Noise) -> list[list[int]] | int:
         """Return each text's new ids, or how many tokens to decode plainly before the next round."""
@@ -53,8 +53,8 @@ class Batch:
 
     def __init__(self, prompts: list[list[int]], rooms: list[int], eos_ids: Iterable[int], models: list[Transformer]):
         """models: those with the caches."""
-        self.texts = [Text(row, list(ids), room) for row, (ids, room) in enumerate(zip(prompts, rooms, strict=True))]
-        self.eos_ids = frozenset(eos_ids)
+        self.texts = [Text(row, ids, room) for row, (ids, room) in enumerate(zip(prompts, rooms, strict=True))]
+        self.eos_ids = frozenset(map(int, eos_ids))
         self.models = models
         self.order = list(self.texts)  # which text each row of the caches holds
         self.running = list(self.texts)  # the first of these, which take part in a step
@@ -159,18 +159,19 @@ def read_behind(steps: Iterator[Tensor], lag: int) -> Iterator[list[list[int]]]:
 def checked_capacity(model: Transformer, prompts: list[list[int]], cached: int, speculation: Rounds | None) -> int:
     """Return how many slots of the caches a text may fill. Raises ValueError if a prompt needs more or is empty."""
     capacity = model.max_seq_length - (speculation.most_drafts if speculation else 0)
-    if not prompts or not all(prompts):
+    if not prompts or not all(map(len, prompts)):
         raise ValueError("a prompt is empty; give at least one token, the BOS")
-    cache = model.layers[0].self_attn.cache
-    if cache is None or len(cache.k) < len(prompts):
-        rows = 0 if cache is None else len(cache.k)
-        raise ValueError(f"there are {len(prompts)} prompts and caches for {rows} rows; call setup_caches first")
+    draft = speculation.draft_model if speculation else None
+    for what, each in (("caches", model), ("caches of the draft", draft or model)):
+        cache = each.layers[0].self_attn.cache
+        if cache is None or len(cache.k) < len(prompts):
+            rows = 0 if cache is None else len(cache.k)
+            raise ValueError(f"there are {len(prompts)} prompts and {what} for {rows} rows; call setup_caches first")
     if cached < 0 or min(map(len, prompts)) <= cached:
         raise ValueError(f"a prompt has {min(map(len, prompts))} ids and {cached} are cached; at least one must be new")
     check_ids(chain(*prompts), model.config.vocab_size, "a prompt")
     if (longest := max(map(len, prompts))) > capacity:
         raise ValueError(f"a prompt needs {longest} cache slots, the cache has {capacity}; set up a longer one")
-    draft = speculation.draft_model if speculation else None
     if draft and draft.max_seq_length < model.max_seq_length:
         raise ValueError(f"the draft's caches have {draft.max_seq_length} slots, of {model.max_seq_length} it needs")
     return capacity
@@ -194,13 +195,14 @@ class Engine:
     ) -> Iterator[list[list[int]]]:
         """Yield, step by step, the new ids of each row; as `generate`."""
         model, speculation = self.model, self.speculation
+        prompts = [list(map(int, prompt)) for prompt in prompts]  # of whatever kind they are
         capacity = checked_capacity(model, prompts, cached, speculation)
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
         rooms = [min(max_new_tokens, capacity - len(prompt)) for prompt in prompts]
         models = [model, speculation.draft_model] if speculation and speculation.draft_model else [model]
         if speculation:
-            speculation.begin(model, len(prompts), cached)
+            speculation.begin(model, len(prompts))
         if max(rooms) <= 0:
             return
         batch = Batch(prompts, rooms, self.eos_ids, models)

@@ -181,13 +181,16 @@ def compile_case(engine: Engine, job: Job, case: Case) -> None:
         speculation = replace(engine.speculation, levels=(case.num_drafts,), **source)
     is_whole = case.num_rows in map(len, batches)  # else rows have left, and only a draft model is prefilled
     for cached in sorted({0, max(0, job.max_seq_length - len(shortest[-1]) - 3)}):
-        if speculation and isinstance(speculation.drafter, DraftModel):
-            speculation.drafter.filled = [cached] * case.num_rows
+        drafter = speculation.drafter if speculation else None
+        if isinstance(drafter, DraftModel):
+            drafter.hold([[0] * cached] * case.num_rows)
         # A prompt is at the beginning of its text, but in a conversation.
         prefills = is_whole and (not cached or not job.batches or longest > len(shortest[-1]))
         used = replace(engine, eos_ids=(), speculation=speculation, prefill=engine.prefill if prefills else prefill)
         for _ in used.run([[0] * cached + ids for ids in shortest], 1 if case.num_drafts is None else 3, cached=cached):
             pass
+        if isinstance(drafter, DraftModel):
+            drafter.hold([])
 
 
 def run_batches(args: argparse.Namespace, job: Job, engine: Engine, ranks: Ranks) -> Iterator[list[Row]]:

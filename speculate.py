@@ -182,6 +182,8 @@ class Speculation:
     num_drafted: int = field(default=0, init=False)  # per row, in the latest text
 
     def __post_init__(self) -> None:
+        if self.max_k < 0 or max(self.levels, default=1) < 1:
+            raise ValueError(f"max_k is {self.max_k} and levels {self.levels}; a round has at least one draft")
         is_searched = self.lookup or self.draft_model is None
         self.model_levels = (self.levels or levels_below(self.max_k or MODEL_K)) if self.draft_model else ()
         self.lookup_levels = (self.levels or levels_below(self.max_k or LOOKUP_K)) if is_searched else ()
@@ -196,12 +198,12 @@ class Speculation:
         """Let torch.compile capture a round's call; mode: as in `steps.compiled`."""
         self.draft_and_verify = compiled(draft_and_verify, mode)
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        """Begin a text that shares no more than its first `cached` ids with the latest."""
+    def begin(self, target: Transformer, num_rows: int) -> None:
+        """Begin so many texts of a target."""
         self.slots = torch.arange(target.max_seq_length, device=target.device)
         self.accept_counts = [[0] * (self.most_drafts + 1) for _ in range(num_rows)]
         self.num_drafted = 0
-        self.drafter.begin(target, num_rows, cached)
+        self.drafter.begin(target, num_rows)
 
     def count(self, texts: list[Text], step: list[list[int]]) -> None:
         """Record the ids that a forward of the target gave each text, before they are cut to its room."""

@@ -87,8 +87,8 @@ class Watched:
     tried: Counter[int] = field(default_factory=Counter)  # those before which all were right
     right: Counter[int] = field(default_factory=Counter)
 
-    def begin(self, target: Transformer, num_rows: int, cached: int) -> None:
-        self.drafter.begin(target, num_rows, cached)
+    def begin(self, target: Transformer, num_rows: int) -> None:
+        self.drafter.begin(target, num_rows)
 
     def propose(self, texts: list[Text]) -> Proposal | int:
         began = time.perf_counter()

@@ -31,47 +31,50 @@ HELP = "/reset begins anew, /help says so, /quit or Ctrl-D ends"
 class SpecialNames:
     """The names of a tokenizer's added tokens, as patterns that find them in a text."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None):
         names = sorted(tokenizer.added_ids, key=len, reverse=True)
         names = [name for name in names if len(name.strip()) > 1]  # runs of spaces may be tokens of any text
         controls = [name for name in names if not tokenizer.token_bytes.get(tokenizer.added_ids[name])]
-        self.all = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
-        self.controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")
+        # Others, such as tags of HTML, are for people too, but where the template says something with them.
+        kept = [name for name in names if name in controls or (template and name in template.source)]
+        self.all, self.controls, self.kept = map(one_of, (names, controls, kept))
+        self.marked = one_of([name[0] + MARK + name[1:] for name in names])
 
     def quote(self, message: Message) -> Message:
-        """Return the message with the names in its content marked.
+        """Return the message with names in its content marked: those of tokens that are the template's to write.
 
         In an answer only those of tokens that are never shown: the template may look for </think>.
         """
-        names = self.controls if message["role"] == "assistant" else self.all
+        names = self.controls if message["role"] == "assistant" else self.kept
         content = message["content"].replace(MARK, "")
         return {**message, "content": names.sub(lambda name: f"{name[0][0]}{MARK}{name[0][1:]}", content)}
 
 
-def encode_rendered(tokenizer: Tokenizer, names: re.Pattern[str], text: str, follows: bool) -> list[int]:
+def one_of(names: list[str]) -> re.Pattern[str]:
+    """Return the pattern of any of these names, the first that fits; what they are in is split at them."""
+    return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+
+def encode_rendered(tokenizer: Tokenizer, names: SpecialNames, text: str, follows: bool) -> list[int]:
     """Encode a rendered text, its special tokens to their ids but marked names as text. follows: other text is before.
 
-    What bears no mark is encoded as `transformers` does it, without another BOS.
+    Around them it is encoded as `transformers` does it, without another BOS.
     """
-    if not follows and MARK not in text:
-        return tokenizer.encode_text(text, True)
-    start, *rest = names.split(text)  # [text, name, text, ..., name, text]
-    ids = encode_literal(tokenizer, start, follows) if start else []
-    for name, section in zip(rest[::2], rest[1::2], strict=True):
-        if MARK in section:
-            ids += [tokenizer.added_ids[name], *encode_literal(tokenizer, section, follows=True)]
-        else:
-            ids += tokenizer.encode_text(name + section, True)
+    ids: list[int] = []
+    for i, part in enumerate(names.marked.split(text)):  # [text, marked name, text, ..., marked name, text]
+        if part:
+            ids += encode_part(tokenizer, part, follows or i > 0, parse_special=MARK not in part)
     return ids
 
 
-def encode_literal(tokenizer: Tokenizer, text: str, follows: bool) -> list[int]:
+def encode_part(tokenizer: Tokenizer, text: str, follows: bool, parse_special: bool) -> list[int]:
     text = text.replace(MARK, "")
-    if follows and tokenizer.strips_leading_space:  # it would put a space before the text: here before a line's end
-        before, ids = (tokenizer.encode_text(line, False) for line in ("\n", "\n" + text))
+    # A tokenizer that would put a space before the text puts it before one of these, with which the text is not merged.
+    for lead in ("\n", ".", "x") if follows and tokenizer.strips_leading_space else ():
+        before, ids = (tokenizer.encode_text(line, parse_special) for line in (lead, lead + text))
         if ids[: len(before)] == before:
             return ids[len(before) :]
-    return tokenizer.encode_text(text, False)
+    return tokenizer.encode_text(text, parse_special)
 
 
 def system_messages(system: str | None) -> list[Message]:
@@ -128,7 +131,7 @@ class Conversation:
     ):
         self.tokenizer, self.template, self.capacity = tokenizer, template, capacity
         self.reserve = min(reserve, capacity // 4)
-        self.names = SpecialNames(tokenizer)
+        self.names = SpecialNames(tokenizer, template)
         self.system = system_messages(system)
         self.cached_ids: list[int] = []  # what the model's caches hold
         self.reset()
@@ -183,7 +186,7 @@ class Conversation:
             text = "".join(("\n" if i and i % 2 == 0 else "") + message["content"] for i, message in enumerate(quoted))
         seams = [(length, count) for length, count in self.seams if text.startswith(self.text[:length])]
         length, count = seams[-1]
-        ids = self.ids[:count] + encode_rendered(self.tokenizer, self.names.all, text[length:], follows=length > 0)
+        ids = self.ids[:count] + encode_rendered(self.tokenizer, self.names, text[length:], follows=length > 0)
         if self.template is None and length == 0 and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]
         if not ids:

@@ -42,7 +42,7 @@ class ChatTemplate:
     """A template, and the process that renders it."""
 
     def __init__(self, source: str, special_tokens: dict[str, str], where: str, kwargs: dict[str, Any] | None = None):
-        self.where = where  # for messages
+        self.source, self.where = source, where  # the latter for messages
         self.kwargs = kwargs or {}  # the user's own variables, which go before all but the conversation
         self.special_tokens = special_tokens  # bos_token and its like: their strings, for the template to write
         self.process = subprocess.Popen(

@@ -289,7 +289,7 @@ class CpuCodes(CpuLinear):
 
     def __init__(self, N: int, bias: Tensor | None):
         missing = -N % code_rows()
-        super().__init__(bias if bias is None else F.pad(bias, (0, missing)))
+        super().__init__(frozen_parameter(F.pad(bias, (0, missing))) if bias is not None and missing else bias)
         self.kept_outputs = N if missing else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -387,7 +387,7 @@ def test_speculation_answers_as_plain_decoding_does_turn_after_turn(chat_folder,
     if drafter == "lookup":
         # What was answered is searched too: asked a third time, the question finds its answer in the history.
         text = Text(0, drafting.ids + drafting.ids[-15:-12], room=9)
-        speculation.begin(models[1], 1, 0)
+        speculation.begin(models[1], 1)
         guess = speculation.drafter.look_up(text, 1)
         end = text.ids[-2:] + guess
         assert guess and end in [drafting.ids[i : i + 3] for i in range(len(drafting.ids))]
@@ -550,10 +550,43 @@ def test_special_tokens_in_messages_are_text_and_those_of_the_template_are_token
     assert MARK not in tokenizer.decode(attacked)
 
 
+def test_a_name_in_a_message_changes_nothing_around_it(tmp_path):
+    """Special tokens that take the space beside them, as Phi's do, and a tag that is no special one."""
+    from tokenizers import AddedToken, Tokenizer
+
+    json_tokenizer(tmp_path, "byte-level")
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    flags = {"lstrip": True, "rstrip": True, "normalized": False}
+    backend.add_special_tokens([AddedToken(name, **flags) for name in ("<|user|>", "<|sep|>", "<|end|>")])
+    backend.add_tokens(["<table>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    source = "{% for m in messages %}<|user|>{{ m.role }}<|sep|>\n{{ m.content }}<|end|>\n{% endfor %}<|user|>a<|sep|>"
+    conversation = Conversation(tokenizer, template := ChatTemplate(source, {}, "here"))
+
+    def whole(*contents):
+        return tokenizer.encode(template.render(said(*contents), add_generation_prompt=True), bos=False)
+
+    assert conversation.ask("one ").ids == whole("one ")
+    row = Row(conversation.ids, TextStream(tokenizer, conversation.ids), [])
+    row.push([*tokenizer.encode("y", bos=False), end := tokenizer.added_ids["<|end|>"]], (end,))
+    conversation.answered(row)
+    assert conversation.ask(" a <table> ").ids == whole("one ", "y", " a <table> ")
+    assert tokenizer.added_ids["<table>"] in conversation.ids
+    conversation.reset()
+    quoted, plain = conversation.ask(" is <|sep|> ").ids, whole(" is ")
+    begin = len(tokenizer.encode("<|user|>user<|sep|>\n is", bos=False))
+    assert quoted[:begin] == plain[:begin] and quoted[-4:] == plain[-4:]
+    assert quoted.count(tokenizer.added_ids["<|sep|>"]) == 2 and "is <|sep|>" in tokenizer.decode(quoted)
+
+
 def test_an_answers_own_tokens_stay_visible_to_the_template(chat_folder):
     names = SpecialNames(load_tokenizer(chat_folder))
     quoted = names.quote({"role": "assistant", "content": "so</think>and<|im_end|>"})
     assert quoted["content"] == f"so</think>and<{MARK}|im_end|>"
+    assert names.quote({"role": "user", "content": "</think>"})["content"] == "</think>"
+    template = ChatTemplate("{{ messages[-1].content.split('</think>')[-1] }}", {}, "here")
+    names = SpecialNames(load_tokenizer(chat_folder), template)  # which says something with it
     assert "</think>" not in names.quote({"role": "user", "content": "</think>"})["content"]
 
 

@@ -310,8 +310,9 @@ def test_rows_that_have_ended_leave_and_the_others_go_on_as_before(target, plain
         return
     # The draft's caches hold each row's own text again: the next turn has nothing to prefill that they had.
     texts = [prompt + ids for prompt, ids in zip(PROMPTS, plain, strict=True)]
-    assert all(filled <= len(text) for filled, text in zip(speculation.drafter.filled, texts, strict=True))
-    texts = [text[: max(2, filled)] for filled, text in zip(speculation.drafter.filled, texts, strict=True)]
+    counts = [speculation.drafter.held[row].count for row in range(len(texts))]
+    assert all(count <= len(text) for count, text in zip(counts, texts, strict=True))
+    texts = [text[: max(2, count)] for count, text in zip(counts, texts, strict=True)]
     again = generate(target, texts, 9, GREEDY, cached=1, speculation=speculation)
     expected = [(prompt + ids)[len(text) :][:9] for prompt, ids, text in zip(PROMPTS, plain, texts, strict=True)]
     assert rows_of(again) == expected
@@ -398,6 +399,19 @@ def test_after_a_turn_without_it_the_draft_still_sees_the_whole_text(target, pla
     assert ids == tokens_of(generate(target, [[*text, 3]], 25, GREEDY))
 
 
+def test_a_draft_sees_the_text_whichever_run_has_used_the_caches(target):
+    """By the target alone, or by others who draft with the same model: each text is another."""
+    draft = make_draft("the target")
+    speculation, others = Speculation(draft), Speculation(draft)
+    list(generate(target, [PROMPTS[0]], 20, GREEDY, speculation=speculation))
+    text = [9, 8, 7, 6] * 5
+    for between in (speculation, None, others):
+        turn = text + tokens_of(generate(target, [text], 20, GREEDY, speculation=between))
+        list(generate(target, [[*turn, 5]], 5, GREEDY, cached=len(turn) - 1, speculation=speculation))
+        assert speculation.accept_counts == [[0, 0, 0, 1, 0, 0]], between
+        text = [*reversed(text)]
+
+
 def test_a_second_turn_is_looked_up_in_the_first(target):
     speculation = Speculation(None)
     text = [*range(1, 21), 40, 41]
@@ -422,7 +436,7 @@ def test_logits_that_are_not_finite_are_refused(target, sampling, name):
 def test_rows_that_lookup_finds_nothing_for_are_not_taken_for_rejected_drafts(target):
     speculation = Speculation(None, levels=(2, 0))
     updates = []
-    speculation.begin(target, 2, 0)
+    speculation.begin(target, 2)
     speculation.drafter.pace.update = lambda counts, lengths: updates.append(lengths)
     texts = [[1, 2, 3, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
     for column in range(5):  # into the caches
@@ -659,7 +673,7 @@ def test_of_what_is_found_and_a_draft_model_the_one_proposes_that_promises_more(
     model = tiny_model()
     model.setup_caches(1, 80)
     drafter = Both(Lookup((3, 1, 0)), DraftModel(model, (5, 3, 1, 0)))
-    drafter.begin(model, 1, 0)
+    drafter.begin(model, 1)
     text = Text(0, [*range(20, 60), *range(20, 24)], 10)
     found = drafter.propose([text])
     assert found.k == 3 < drafter.other.pace.k, "what costs nothing, though it is less"
@@ -676,7 +690,7 @@ def test_a_draft_model_that_missed_more_than_a_round_takes_in_is_asked_once_noth
     model = tiny_model()
     model.setup_caches(1, 64)
     drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
-    drafter.begin(model, 1, 0)
+    drafter.begin(model, 1)
     text = Text(0, [*range(20, 40), *range(20, 30)], 30)
     found = drafter.propose([text])
     assert found.k == 7
@@ -693,7 +707,7 @@ def test_a_lookup_that_waits_is_not_asked_while_a_draft_model_proposes():
     model = tiny_model()
     model.setup_caches(1, 300)
     drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
-    drafter.begin(model, 1, 0)
+    drafter.begin(model, 1)
     while drafter.lookup.pace.k:
         drafter.lookup.pace.update([0], [7])
     text, asked = Text(0, [*range(20, 40)] * 2, 250), []
@@ -709,7 +723,7 @@ def test_what_a_text_that_has_ended_accepts_lets_no_draft_model_wait():
     model = tiny_model()
     model.setup_caches(2, 64)
     drafter = Both(Lookup((7, 3, 1, 0)), DraftModel(model, (3, 1, 0)))
-    drafter.begin(model, 2, 0)
+    drafter.begin(model, 2)
     texts = [Text(0, [*range(20, 40), *range(20, 30)], 30), Text(1, [5, 5, 5], 0)]
     found = drafter.propose(texts)
     assert found.lengths == [7, 0]
