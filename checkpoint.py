@@ -363,11 +363,16 @@ def write_config(raw_config: dict[str, Any], dtype: torch.dtype, path: Path) -> 
     (path / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
 
 
+def companions(source: Path) -> list[Path]:
+    """Return the files beside the weights of a folder. Raises ValueError where one is a link that leads out of it."""
+    files = [file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()]
+    return [own_file(source, file.name) for file in files]
+
+
 def copy_texts(source: Path, path: Path) -> None:
     """Copy the files beside the weights of a folder into the folder `path`, which is made of it."""
-    for pattern in COMPANIONS:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(own_file(source, file.name), path / file.name)
+    for file in companions(source):
+        shutil.copyfile(file, path / file.name)
 
 
 def save_hub_checkpoint(model: Transformer, raw_config: dict[str, Any], path: Path, dtype: torch.dtype) -> None:

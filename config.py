@@ -32,14 +32,17 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Keys of config.json that would change the arithmetic, and the values with which they do not: 0 is 0.0 and false too.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "mlp_only_layers": ([], None),
-    **dict.fromkeys(("attention_multiplier", "clip_qkv"), (None,)),
+    "hidden_act": ("silu", "swish"), "mlp_only_layers": ([], None), "is_causal": (True,),
+    # `transformers` divides by a cap of 0.
+    **dict.fromkeys(
+        ("attention_multiplier", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"), (None,)
+    ),
     **dict.fromkeys((
         "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
         "decoder_sparse_step", "norm_topk_prob",
     ), (1, None)),
     **dict.fromkeys((
-        "attention_bias", "mlp_bias", "attention_out_bias", "attn_logit_softcapping", "final_logit_softcapping",
+        "attention_bias", "mlp_bias", "attention_out_bias",
         "use_bidirectional_attention", "use_qk_norm", "use_mrope", "num_local_experts", "num_experts",
         "moe_intermediate_size", "shared_expert_intermediate_size", "is_encoder_decoder", "add_cross_attention",
     ), (0, None)),
@@ -88,6 +91,8 @@ def text_config(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise ValueError(f"config.json: text_config is {text!r}, expected an object")
     beside = {key: raw[key] for key in OUTER_KEYS if raw.get(key) is not None}
+    if beside.keys() & {"dtype", "torch_dtype"}:
+        text = {**text, "dtype": None, "torch_dtype": None}
     return {"model_type": default, **text, "tie_word_embeddings": True, **beside}
 
 
@@ -197,6 +202,8 @@ def refuse_unheeded_values_(values: dict[str, Any]) -> None:
         values["num_experts"] = None  # its other name there
     if family == "granitemoehybrid":
         values.setdefault("num_local_experts", 8)  # as `transformers` does: without the key there are experts
+    if family == "olmo3":
+        values["rope_local_base_freq"] = FAMILIES[family].defaults["rope_local_base_freq"]  # whatever config.json says
     for key, neutral in NEUTRAL_VALUES.items():
         if key in values and not heeds(values, key):
             if values[key] not in neutral:

@@ -104,15 +104,16 @@ def check(args: argparse.Namespace) -> Job:
     if text:
         check_ids(ids, config.vocab_size, "--text_file")
         sliding_windows(ids[:2], 2, 1)  # refuses a text that is too short
-    # Without a BOS the first token is not predicted, and its bytes do not count either.
-    unpredicted = "" if ids[:1] == [tokenizer.bos_id] else tokenizer.decode(ids[:1])
+    # Without a BOS the first token is not predicted, and its bytes do not count either: perhaps a part of a character.
+    unpredicted = b"" if not ids or ids[0] == tokenizer.bos_id else tokenizer.token_bytes.get(ids[0], b"")
+    unpredicted = unpredicted.removeprefix(b" ") if tokenizer.strips_leading_space else unpredicted
     task_window = args.max_seq_length or config.max_position_embeddings
     return Job(
         DTYPES[args.dtype] if args.dtype else checkpoint_dtype(args.checkpoint_path, raw),
         tokenizer,
         eos_token_ids(args.checkpoint_path, tokenizer.named_eos_id),
         ids,
-        len(text.encode()) - len(unpredicted.encode()),
+        len(text.encode()) - len(unpredicted),
         args.max_seq_length or default_window(config),
         load_tasks(args.tasks, args.include_path, task_window) if args.tasks else [],
         task_window,

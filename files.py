@@ -165,7 +165,9 @@ class TensorFiles:
         return dtype, part_of(torch.empty(shape, device="meta"), part, count).shape
 
     def alias(self, name: str, old: str) -> None:
-        """Let a tensor be read under another name than the old one, which may be an alias itself."""
+        """Let a tensor be read under another name than the old one. Raises ValueError where another has that name."""
+        if name in self.files and name != old:
+            raise ValueError(f"{self.path} has both {old} and {name}, which are one tensor's names; download it again")
         self.files[name] = self.files.pop(old)
 
     def cut(self, names: Sequence[str], old: str) -> None:
@@ -231,13 +233,16 @@ def write_whole(path: Path, text: str) -> None:
     Into a file of several names too, all of which mean it.
     """
     with name_file(path):
-        if path.exists() and (not path.is_file() or path.stat().st_nlink > 1):
+        if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")  # a name has at most 255 bytes
         try:
             temporary.write_text(text, encoding="utf-8")
+            if target.exists() and target.stat().st_nlink > 1:
+                shutil.copyfile(temporary, target)
+                return
             if target.exists():
                 shutil.copymode(target, temporary)
             temporary.replace(target)
@@ -280,7 +285,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     A run that is killed leaves its temporary folder, which the next one to the same path removes. Raises ValueError
     where `path` holds something already, or is a folder that has to stay.
     """
-    if path.exists() and (path.is_mount() or path.samefile(".")):
+    if path.name in ("", "..") or (path.exists() and (path.is_mount() or path.samefile("."))):
         raise ValueError(f"{path} cannot be replaced by another folder; name a folder in it")
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ValueError(f"{path} exists already; remove it or name another output")

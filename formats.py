@@ -71,11 +71,15 @@ def find_packed(files: TensorFiles, base: str, shape: torch.Size, quantization: 
         return read_gptq(tensors, options) if method == "gptq" else read_awq(tensors)
     if tensors.has("weight_packed"):
         return read_pack_quantized(tensors)
-    if weight and weight[0] in FLOAT8_DTYPES:
+    dtype = weight[0] if weight else None
+    is_float8 = dtype in FLOAT8_DTYPES
+    if (is_float8 or dtype == torch.int8) and kinds and is_float8 not in {kind.bits is None for kind in kinds}:
+        raise tensors.error("weight", f"is {dtype}, and config.json speaks of {'codes' if is_float8 else 'floats'}")
+    if is_float8:
         return read_float8(tensors, options)
-    if weight and weight[0] in FLOAT_DTYPES and tensors.has("weight_scale"):
-        raise tensors.error("weight", f"is {weight[0]}, not rounded yet; save it with save_compressed=True")
-    return read_int_quantized(tensors) if weight and weight[0] == torch.int8 and tensors.has("weight_scale") else None
+    if dtype in FLOAT_DTYPES and tensors.has("weight_scale"):
+        raise tensors.error("weight", f"is {dtype}, not rounded yet; save it with save_compressed=True")
+    return read_int_quantized(tensors) if dtype == torch.int8 and tensors.has("weight_scale") else None
 
 
 class ModuleTensors:
@@ -212,7 +216,7 @@ def read_pack_quantized(tensors: ModuleTensors) -> Packed:
         tensors.check("weight_shape", (2,))
         if tensors.get("weight_shape").tolist() != [N, K]:
             raise tensors.error("weight_shape", f"is not {[N, K]}")
-    order = tensors.read_order("weight_g_idx", size or K)
+    order = tensors.read_order("weight_g_idx", size or K)  # left out where a module has none, whatever actorder says
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = view_rows_as(tensors.get("weight_packed"), torch.uint8)[:, : -(-K * bits // 8)]
@@ -237,10 +241,14 @@ def read_gptq(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
     # The first version takes 1 off the words of zero points, with borrow, and not off each zero point.
     is_first = str(options.get("checkpoint_format", options.get("format"))).lower() != "gptq_v2"
     added = (0x11111111 if bits == 4 else 0x01010101) if is_first else 0
+    is_symmetric = all(kind.symmetric for kind in tensors.kinds if kind.bits == bits)
 
     def parameters() -> dict[str, Tensor]:
         as_bytes = view_rows_as(tensors.get("qweight").t(), torch.uint8)[:, : -(-K * bits // 8)]
         zeros = unpack_words(tensors.get("qzeros") + added, bits).t()[:N]
+        if is_symmetric and bool((zeros != 2 ** (bits - 1)).any()):
+            told = f"is not {2 ** (bits - 1)} everywhere, as sym says; it is damaged, or of another checkpoint_format"
+            raise tensors.error("qzeros", told)
         return tensors.stored(bits, as_bytes, tensors.get("scales").t(), zeros, order)
 
     return tensors.packed(Form(bits, size, True, dtype, order is not None), parameters, order)

@@ -179,7 +179,11 @@ def read_code_kinds(quantization: Quantization) -> list[Kind]:
         if isinstance(bits := module.get("bits"), int) and bits < 8 and bits != 4:
             raise quantization.error("bits", "4 or 8", module)
     kinds = [{**options, **{k: v for k, v in module.items() if v is not None}} for module in ({}, *modules)]
-    return [Kind(int(kind["bits"]), quantization.read_size(kind)) for kind in kinds if kind["bits"] in (4, 8)]
+    return [
+        Kind(int(kind["bits"]), quantization.read_size(kind), symmetric=is_gptq and kind.get("sym") is True)
+        for kind in kinds
+        if kind["bits"] in (4, 8)
+    ]
 
 
 KIND_READERS = {"compressed-tensors": read_compressed_kinds, "gptq": read_code_kinds, "awq": read_code_kinds}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import NUM_WINDOWS, ROWS, WINDOW, cut_windows, write_windows
-from checkpoint import ModelReader, copy_texts, load_model, meta_model, tensor_specs, write_config
+from checkpoint import ModelReader, companions, copy_texts, load_model, meta_model, tensor_specs, write_config
 from cli.arguments import ArgumentParser, add_checkpoint_options, check_device, number, read_text
 from cli.errors import user_errors
 from cli.template import load_template
@@ -153,6 +153,7 @@ def run(args: argparse.Namespace, windows: Tensor | None = None) -> None:
     form = Form(args.bits, args.groupsize if args.groupsize > 0 else None, has_zeros)
     if reader.forms:
         raise ValueError(f"{args.checkpoint_path} is quantized already: run it, or name the one that it was made from")
+    companions(args.checkpoint_path)  # for what it refuses, before the work
     source = meta_model(reader.raw, forms={})
     raw = {key: value for key, value in reader.raw.items() if key != "layout"}
     raw |= {"quantization_config": quantization_config(form), "tie_word_embeddings": False}

@@ -44,6 +44,8 @@ def parse_ropes_by_layer_type(values: dict[str, Any], head_dim: int) -> dict[str
     # With both types there, what stands beside them has no say, and gptqmodel writes something there.
     if not isinstance(given, dict) or not (given.keys() <= set(LAYERS) or given.keys() >= set(LAYERS)):
         raise ValueError(f"config.json: rope_parameters is {given!r}, expected an object with {' and '.join(LAYERS)}")
+    if given.get("truncate") is not None:  # alone of them heeded there by `transformers`
+        raise ValueError(f"config.json: truncate {given['truncate']!r} beside {' and '.join(LAYERS)} is not supported")
     ropes = [given.get(name) or {} for name in LAYERS]
     if any(not isinstance(rope, dict) for rope in (*ropes, scaling)):
         raise ValueError(f"config.json: rope_parameters {given!r} or rope_scaling {scaling!r} is no object")
@@ -72,6 +74,8 @@ def parse_rope_object(values: dict[str, Any], key: str, rope: Any, head_dim: int
     own_keys = ROPE_KEYS | ROPE_TYPES[rope_type] | family.defaults.get("rope_parameters", {}).keys()
     if heeds(values, "rope_local_base_freq"):
         own_keys -= {"truncate"}  # which `transformers` does not look for there
+    if "truncate" in own_keys & rope.keys() and rope["truncate"] is None:
+        given["truncate"] = False  # as which null is taken
     for name, value in given.items():
         if name not in own_keys or (name == "partial_rotary_factor" and value != 1 and not heeds(values, name)):
             raise ValueError(f"config.json: {name} {value!r} in {key} is not supported")
@@ -186,9 +190,13 @@ FREQUENCIES = {"linear": parse_linear, "llama3": parse_llama3, "yarn": parse_yar
 
 
 def original_length(values: dict[str, Any], given: dict[str, Any], context: int) -> int:
-    """Return original_max_position_embeddings, as in `transformers`: beside the object, in it, else the context."""
+    """Return original_max_position_embeddings, as in `transformers`: beside the object, in it, else the context.
+
+    Beside the objects for types of layers it is not heeded.
+    """
     name = "original_max_position_embeddings"
-    length = given.get(name, context) if values.get(name) is None else values[name]
+    beside = None if heeds(values, "rope_local_base_freq") else values.get(name)
+    length = given.get(name, context) if beside is None else beside
     if isinstance(length, float) and length.is_integer():  # which is a number in there, and a size nowhere else
         length = int(length)
     return read_number({name: length}, name)

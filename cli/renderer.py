@@ -6,6 +6,7 @@
 import json
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -15,18 +16,22 @@ MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 3, 2**29, 2**24
 
 def compile_template(source: str) -> Any:
     """Compile a template in the environment for which chat templates are written, that of `transformers`."""
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what to train on: here it is its body."""
+        """{% generation %} marks what to train on: here it is its body, with variables of its own, as of a call."""
 
         tags = {"generation"}  # noqa: RUF012  # jinja2's own form
 
         def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("say"), [], [], body).set_lineno(line)
+
+        def say(self, caller: Callable[[], str]) -> str:
+            return caller()
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)

@@ -146,7 +146,9 @@ def report_rows(rows: list[Row], context: int) -> None:
         if row.tokens_per_round:
             line += f", {row.tokens_per_round:.1f} tokens a round"
         print(line, file=sys.stderr)
-    if len(rows) > 1 and (rate := sum(row.decode_tokens_per_s or 0 for row in rows)):
+    arrivals = [time for row in rows for time in row.arrivals]
+    if len(rows) > 1 and max(arrivals, default=0) > min(arrivals, default=0):
+        rate = sum(max(0, len(row.tokens) - 1) for row in rows) / (max(arrivals) - min(arrivals))
         print(f"{len(rows)} rows together: {rate:.1f} tok/s", file=sys.stderr)
 
 

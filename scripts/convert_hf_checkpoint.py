@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import ModelReader, checkpoint_dtype, copy_texts, write_config
+from checkpoint import ModelReader, checkpoint_dtype, companions, copy_texts, write_config
 from cli.arguments import ArgumentParser, checkpoint_folder
 from cli.errors import user_errors
 from config import DTYPES, is_head, read_config
@@ -93,6 +93,7 @@ def convert(checkpoint_dir: Path, output_dir: Path, dtype_name: str | None = Non
     raw = read_config(checkpoint_dir)
     if raw.get("layout") == "fused":
         raise ValueError(f"{checkpoint_dir} is converted already")
+    companions(checkpoint_dir)  # for what it refuses, before the work
     dtype = DTYPES[dtype_name] if dtype_name else checkpoint_dtype(checkpoint_dir, raw, AnyFiles)
     if is_head(raw):
         copy_head(checkpoint_dir, output_dir, raw, dtype)

@@ -19,17 +19,19 @@ import fnmatch
 import glob
 import json
 from collections.abc import Iterator
-from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
+from typing import Any
 
 from cli.arguments import ArgumentParser
 from cli.errors import user_errors
 from config import OTHER_LAYOUTS
-from files import check_folder
+from files import check_folder, locked
 
 COMPANIONS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.md", "LICENSE*", "USE_POLICY*"]
 # How weights are named, best first: a repository with several of these holds the same weights several times. Beside an
 # index, which names shards however they are called, it may be one file.
 WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
+NOTES = Path(".cache", "huggingface", "download")  # where the Hub's client notes what it has put into a folder
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             f"{repo_id} was not found: check the spelling, or log in (hf auth login) if it is private"
         ) from None
     except Exception as error:  # its HTTP library's errors too, and which library that is changes between releases
-        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EACCES, EPERM, EROFS):
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS):
             raise ValueError(
                 f"{repo_id} could not be written ({error.strerror}); make room, or name another --output_dir"
             ) from None
@@ -79,13 +81,25 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
     if weights is None:
         raise ValueError(f"{repo_id} has {describe_others(names)}")
     check_folder(output_dir)
-    remove_leftovers(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output_dir):
+            fetch_files(api, repo_id, output_dir, info.sha, names, weights)
+    except BlockingIOError:
+        raise ValueError(f"another run is downloading into {output_dir}; wait for it, or name another folder") from None
+    print(f"wrote {output_dir}", file=sys.stderr)
+
+
+def fetch_files(api: Any, repo_id: str, output_dir: Path, revision: str | None, names: list[str], weights: str) -> None:
+    """Fetch a revision's files, which are those of `names` that are read; weights: one of WEIGHTS."""
+    remove_leftovers(output_dir, names)
+    check_own_files(output_dir, names)
 
     def fetch(*patterns: str) -> None:
         ignored = ["*/*", *([] if weights.endswith(".bin") else ["*.bin.index.json"])]
         with hub_errors(repo_id, revision):
             api.snapshot_download(
-                repo_id, revision=info.sha, local_dir=output_dir, allow_patterns=list(patterns), ignore_patterns=ignored
+                repo_id, revision=revision, local_dir=output_dir, allow_patterns=list(patterns), ignore_patterns=ignored
             )
 
     if weights in names:
@@ -94,7 +108,6 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
         fetch(f"{weights}.index.json")
         shards = shards_of(output_dir / f"{weights}.index.json", names)
     fetch(*COMPANIONS, *map(glob.escape, shards))
-    print(f"wrote {output_dir}", file=sys.stderr)
 
 
 def describe_others(names: list[str]) -> str:
@@ -122,10 +135,27 @@ def shards_of(index: Path, names: list[str]) -> list[str]:
     return shards
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Delete the half files of a run that was killed, which the Hub's client neither takes up again nor deletes."""
-    for file in (output_dir / ".cache" / "huggingface" / "download").glob("*.incomplete"):
+def remove_leftovers(output_dir: Path, names: list[str]) -> None:
+    """Delete what the Hub's client leaves: half files of a run that was killed, and files of an earlier revision.
+
+    It takes up neither. names: the files of the revision that is fetched.
+    """
+    notes = output_dir / NOTES
+    for file in notes.glob("*.incomplete"):
         file.unlink(missing_ok=True)
+    for note in notes.glob("*.metadata"):
+        if (name := note.name.removesuffix(".metadata")) not in names:
+            (output_dir / name).unlink(missing_ok=True)
+            note.unlink()
+
+
+def check_own_files(output_dir: Path, names: list[str]) -> None:
+    """Raise ValueError where the folder has a file that would be replaced and is not the client's."""
+    patterns = [*COMPANIONS, "*.safetensors", "*.bin"]
+    for name in sorted({name for pattern in patterns for name in fnmatch.filter(names, pattern) if "/" not in name}):
+        if (output_dir / name).exists() and not (output_dir / NOTES / f"{name}.metadata").exists():
+            what = "was not put there by a download and would be replaced"
+            raise ValueError(f"{output_dir / name} {what}; move it away, or name another --output_dir")
 
 
 def main(argv: list[str] | None = None) -> None:

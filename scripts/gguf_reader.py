@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ class GgufFile:
         start = -(-self.position // alignment) * alignment
         for name, dimensions, kind, offset in infos:
             self.tensors[name] = self._make_tensor(name, dimensions, kind, start + offset)
+            if offset % alignment:
+                raise ValueError(f"{self.path}: {name} is at {offset}, no multiple of {alignment}; download it again")
+        placed = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        for (name, tensor), (following, its) in pairwise(placed):
+            if tensor.offset + tensor.row_bytes * math.prod(tensor.shape[:-1]) > its.offset:
+                raise ValueError(f"{self.path}: tensors {name} and {following} overlap; download it again")
 
     def _take(self, size: int) -> int:
         """Return where the next `size` bytes begin. Raises EOFError where the file has fewer."""

@@ -55,7 +55,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # What the environment has, all at once.
-FEATURES = """{% generation %}{{ messages[0].content }}{% endgeneration %}
+FEATURES = """{% set x = "a" %}{% generation %}{% set x = "b" %}{{ messages[0].content }}{% endgeneration %}{{ x }}
     {% for message in messages %}
         {% if message.role == 'system' %}{% continue %}{% endif %}
   {{ message | tojson }} {{ message | tojson(indent=2) }} {{ {'b': '<ü>', 'a': 1} | tojson(sort_keys=True) }}

@@ -21,7 +21,17 @@ from torch import Tensor
 import files as files_module
 import quantize
 from checkpoint import load_model, save_hub_checkpoint
-from config import DTYPES, MAX_COUNT, MAX_SIZE, NEUTRAL_VALUES, eos_token_ids, parse_config, parse_dtype, read_config
+from config import (
+    DTYPES,
+    MAX_COUNT,
+    MAX_SIZE,
+    NEUTRAL_VALUES,
+    eos_token_ids,
+    parse_config,
+    parse_dtype,
+    read_config,
+    text_config,
+)
 from files import TensorFiles, locked, new_folder, write_safetensors
 from model import ModelConfig, Transformer, rope_frequencies
 from names import hub_shapes
@@ -335,8 +345,9 @@ SAME_AS_SILENCE: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
     "quantization_config": (None, {}),
-    "attn_logit_softcapping": (None, 0, 0.0),
-    "final_logit_softcapping": (None, 0, 0.0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "is_causal": (True,),
     "embedding_multiplier": (None, 1, 1.0),
     "residual_multiplier": (None, 1, 1.0),
     "attention_multiplier": (None,),
@@ -500,6 +511,9 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         ({"use_mrope": True}, ["use_mrope", "True"]),
         ({"model_type": "qwen2_moe"}, ["model_type", "'qwen2_moe'"]),
         ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0"]),
+        ({"final_logit_softcapping": 0.0}, ["final_logit_softcapping", "0.0"]),
+        ({"is_causal": False}, ["is_causal", "False"]),
+        ({"is_causal": None}, ["is_causal", "None"]),
         ({"logits_scaling": 8}, ["logits_scaling", "8"]),
         ({"is_encoder_decoder": True}, ["is_encoder_decoder", "True"]),
         ({"num_attention_heads": 8, "num_key_value_heads": 3}, ["num_attention_heads 8", "num_key_value_heads 3"]),
@@ -1397,6 +1411,39 @@ def test_a_model_that_sees_without_a_text_config_is_refused_by_key_and_value() -
         parse_config({"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "gpt2"}})
     with pytest.raises(ValueError, match="quantization_config of hqq"):
         parse_config({"model_type": "mistral3", "text_config": MISTRAL, "quantization_config": {"quant_method": "hqq"}})
+
+
+def test_the_outer_dtype_goes_before_the_texts() -> None:
+    text = {**MISTRAL, "dtype": "float16"}
+    outer = {"model_type": "mistral3", "text_config": text, "torch_dtype": "bfloat16"}
+    assert parse_dtype(text_config(outer)) == torch.bfloat16
+    assert parse_dtype(text_config({"model_type": "mistral3", "text_config": text})) == torch.float16
+
+
+def test_rope_of_layer_types_is_read_where_transformers_reads_it() -> None:
+    from transformers import AutoConfig
+
+    olmo = {**FAMILY["olmo3"], "rope_local_base_freq": 77.0}
+    theirs = AutoConfig.for_model(**olmo).rope_parameters["sliding_attention"]["rope_theta"]
+    assert parse_config(olmo).local_rope_theta == theirs == 5e5
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e6}
+    both = {**FAMILY["gemma3_text"], "rope_parameters": {**BY_KIND, "full_attention": yarn}}
+    inside = parse_config(both)
+    assert parse_config({**both, "original_max_position_embeddings": 32}) == inside
+    with pytest.raises(ValueError, match="truncate False beside full_attention"):
+        parse_config({**both, "rope_parameters": {**both["rope_parameters"], "truncate": False}})
+    flat = {**LLAMA, "rope_parameters": {**yarn, "truncate": None}}
+    assert parse_config(flat) == parse_config({**LLAMA, "rope_parameters": {**yarn, "truncate": False}})
+    assert parse_config(flat) != parse_config({**LLAMA, "rope_parameters": yarn})
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "language_model.model.norm.weight"])
+def test_one_tensor_under_two_names_is_refused(
+    tmp_path: Path, gqa_config: dict[str, Any], gqa_tensors: dict[str, Tensor], name: str
+) -> None:
+    path = write_checkpoint(tmp_path / "m", gqa_config, gqa_tensors | {name: 3 * gqa_tensors["model.norm.weight"]})
+    with pytest.raises(ValueError, match=rf"both {name} and model\.norm\.weight"):
+        load_model(path)
 
 
 def test_a_text_config_that_says_little_means_what_transformers_assumes() -> None:

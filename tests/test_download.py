@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 
 from checkpoint import load_model
 from cli.arguments import ROOT, checkpoint_folder
+from files import locked
 from scripts import download
 from tests.conftest import HANG, REPO, assert_user_error, run_forked
 from tests.test_scripts import GetCheckpoint, assert_same_logits, convert, names_in, save_sharded, save_sharded_bin
@@ -42,7 +43,7 @@ class LocalHub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files = files
+        self.files, self.commit = files, COMMIT
         self.fetched: list[str] = []
         self.refuse_repo: tuple[int, str] | None = None
         self.refuse_files: tuple[int, str] | None = None
@@ -71,8 +72,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.refuse(401, "RepoNotFound")
         elif path.startswith("/api/models/org/tiny"):
             self.api(path.removeprefix("/api/models/org/tiny"))
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-            self.file(path.removeprefix(f"/org/tiny/resolve/{COMMIT}/"))
+        elif path.startswith(f"/org/tiny/resolve/{self.server.commit}/"):
+            self.file(path.removeprefix(f"/org/tiny/resolve/{self.server.commit}/"))
         else:
             self.refuse(404, "RepoNotFound")
 
@@ -83,10 +84,10 @@ class HubHandler(BaseHTTPRequestHandler):
         files = self.server.files
         if self.server.refuse_repo:
             self.refuse(*self.server.refuse_repo)
-        elif path in ("", "/revision/main", f"/revision/{COMMIT}"):
+        elif path in ("", "/revision/main", f"/revision/{self.server.commit}"):
             names = [{"rfilename": name} for name in files]
-            self.answer(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": names}).encode())
-        elif path in (f"/tree/{COMMIT}", "/tree/main"):
+            self.answer(json.dumps({"id": "org/tiny", "sha": self.server.commit, "siblings": names}).encode())
+        elif path in (f"/tree/{self.server.commit}", "/tree/main"):
             tree = [{"type": "file", "path": n, "size": len(b), "oid": etag(b)} for n, b in files.items()]
             self.answer(json.dumps(tree).encode())
         else:
@@ -106,7 +107,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.fetched.append(name)
             asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             start = int(asked[1]) if asked else 0
-        headers = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": self.server.commit}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self.answer(body[start:], 206 if start else 200, headers, weights=name == WEIGHTS)
@@ -382,6 +383,38 @@ def test_a_folder_that_holds_other_files_keeps_them(tmp_path: Path, hub: LocalHu
     assert result.returncode == 0, result.stderr
     assert (tmp_path / output / WEIGHTS).is_file() and (tmp_path / output).is_dir()
     assert all((folder / "notes.txt").read_text() == "keep" for folder in (tmp_path, tmp_path / "there"))
+
+
+def test_files_of_an_earlier_revision_do_not_stay(tmp_path: Path, hub: LocalHub, hub_checkpoint: GetCheckpoint) -> None:
+    hub.files |= {WEIGHTS: b"of an earlier revision", "chat_template.jinja": b"{{ messages }}"}
+    assert run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here").returncode == 0
+    (tmp_path / "here" / "notes.txt").write_text("keep")
+    save_sharded(hub_checkpoint("gqa").path, tmp_path / "model")
+    hub.commit = COMMIT[::-1]
+    del hub.files[WEIGHTS], hub.files["chat_template.jinja"]
+    hub.files |= {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    assert visible(tmp_path / "here") == sorted([*hub.files, "notes.txt"])
+    assert_same_logits(tmp_path / "here", hub_checkpoint("gqa"))
+
+
+@pytest.mark.parametrize("name", ["README.md", WEIGHTS])
+def test_a_file_that_is_not_the_hubs_is_not_replaced(tmp_path: Path, hub: LocalHub, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / name).write_text("mine")
+    result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert_user_error(result, f"here/{name} was not put there by a download", "name another --output_dir")
+    assert not hub.fetched and visible(tmp_path / "here") == [name]
+    assert (tmp_path / "here" / name).read_text() == "mine"
+
+
+def test_two_downloads_into_one_folder_do_not_meet(tmp_path: Path, hub: LocalHub) -> None:
+    (tmp_path / "here").mkdir()
+    with locked(tmp_path / "here"):
+        result = run_download(tmp_path, hub.url, "--repo_id", "org/tiny", "--output_dir", "here")
+    assert_user_error(result, "another run is downloading into here")
+    assert not hub.fetched
 
 
 def test_a_private_repository_opens_to_its_token(tmp_path: Path, hub: LocalHub) -> None:

@@ -582,6 +582,25 @@ def test_without_a_bos_the_first_tokens_bytes_do_not_count(tmp_path, run_here):
     assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-4)
 
 
+def test_a_first_token_that_is_a_part_of_a_character_counts_its_bytes(tmp_path, run_here):
+    shutil.copytree(REPO / "checkpoints/demo", tmp_path / "demo")
+    settings = tmp_path / "demo/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": False}))
+    tokenizer = load_tokenizer(tmp_path / "demo")
+    (tmp_path / "text").write_text(text := "漢字")
+    first, *rest = tokenizer.encode(text)
+    if not tokenizer.token_bytes[first].strip():  # a space alone, which is SentencePiece's own
+        num_bytes = len(text.encode())
+    else:
+        num_bytes = len(text.encode()) - len(tokenizer.token_bytes[first].removeprefix(b" "))
+    args = ["--checkpoint_path", tmp_path / "demo", "--text_file", tmp_path / "text"]
+    result = run_here(*args, "--metrics_path", tmp_path / "m.json")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    nll = math.log(metrics["perplexity"]) * len(rest)
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-4)
+
+
 @pytest.fixture
 def few_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Leave of the harness's 14,000 tasks, which take seconds to find, a few; the command looks for them as for all."""

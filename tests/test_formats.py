@@ -588,10 +588,41 @@ def test_the_ranks_shares_are_parts_of_the_weight(tmp_path: Path, name: str) -> 
     assert torch.equal(torch.cat([half[i] for i in (0, 1) for half in halves]), whole["mlp.gate_up_proj"])
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "words"),
+    [
+        ("gptq", "qzeros", lambda zeros: zeros + 1, "qzeros is not 8 everywhere, as sym says"),
+        ("ct int8", "weight", lambda codes: codes.float().to(torch.float8_e4m3fn), "float8.* speaks of codes"),
+        (
+            "ct fp8 by tensor",
+            "weight",
+            lambda values: values.view(torch.int8),
+            "int8, and config.json speaks of floats",
+        ),
+    ],
+)
+def test_tensors_that_config_disproves_are_damage(
+    tmp_path: Path, name: str, kind: str, change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    packed, _ = make_folders(tmp_path, gptq(zeros=False) if name == "gptq" else FORMATS[name])
+    raw, tensors = read_config(packed), load_file(packed / "model.safetensors")
+    if name == "gptq":
+        raw["quantization_config"] |= {"sym": True}
+        (packed / "config.json").write_text(json.dumps(raw))
+        load_model(packed)
+    tensors = {key: change(value) if key.endswith(f"down_proj.{kind}") else value for key, value in tensors.items()}
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        load_model(packed)
+
+
 def test_groups_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
     packed, _ = make_folders(tmp_path, compressed(4, 64))
-    with pytest.raises(ValueError, match=r"o_proj has 64 inputs in groups of 64, .* the 2 ranks"):
-        load_model(packed, ranks=Ranks(0, 2))
+    load_model(packed, ranks=Ranks(0, 2))  # o_proj's 64 inputs are one group, of which each rank has a part
+    with pytest.raises(ValueError, match=r"down_proj has 128 inputs in groups of 64, .* the 4 ranks"):
+        load_model(packed, ranks=Ranks(0, 4))
+    ordered, _ = make_folders(tmp_path / "ordered", gptq(group=64, order=True))
+    load_model(ordered, ranks=Ranks(0, 4))  # dequantized, since a rank's inputs are columns all over the order
 
 
 def test_convert_dequantizes_and_quantize_takes_what_is_no_code(tmp_path: Path, capsys: Any) -> None:

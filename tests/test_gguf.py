@@ -464,6 +464,20 @@ def test_damaged_headers_end_in_a_line(tmp_path, gqa_path):
     assert refused > 50
 
 
+def test_tensors_that_overlap_or_lie_askew_are_damage(tmp_path, gqa_path):
+    write_gguf(gqa_path, tmp_path / "model.gguf")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    places = {}
+    for name in (b"blk.0.ffn_up.weight", b"blk.0.ffn_gate.weight"):
+        begin = whole.index(name) + len(name) + 4 + 2 * 8 + 4  # behind the number of dimensions, these, and the type
+        places[name] = begin, int.from_bytes(whole[begin : begin + 8], "little")
+    (at, offset), (_, other) = places.values()
+    for wrong, words in ((other, "overlap"), (offset + 4, "no multiple of 32")):
+        damaged = whole[:at] + wrong.to_bytes(8, "little") + whole[at + 8 :]
+        (tmp_path / "model.gguf").write_bytes(damaged)
+        assert_user_error(run(tmp_path), words, "download it again")
+
+
 def test_a_gguf_named_as_a_checkpoint_is_answered_with_the_command(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(FileNotFoundError, match=r"run `python scripts/convert_gguf.py .*model.gguf`"):

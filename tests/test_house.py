@@ -110,7 +110,7 @@ def test_what_the_engine_and_quantize_reach_is_small():
     counts = {name: code_lines(name) for name in reached_from("engine", "quantize") - apart}
     counts = {name: count for name, count in counts.items() if not name.startswith("cli")}
     assert sum(count for name, count in counts.items() if name not in folder) <= 1363, counts
-    assert sum(counts[name] for name in folder) <= 1464, counts
+    assert sum(counts[name] for name in folder) <= 1494, counts
     assert counts["model"] <= 312
 
 

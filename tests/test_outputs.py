@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -26,6 +28,23 @@ COMMANDS: list[tuple[Callable[..., None], tuple[str, ...], str]] = [
     (generate.main, GENERATE, "--profile"),
     (evaluation.main, EVAL, "--metrics_path"),
 ]
+
+
+def test_a_file_of_several_names_keeps_what_it_held_where_no_other_can_be_written(tmp_path):
+    (tmp_path / "metrics").write_text("old " * 100)
+    (tmp_path / "other").hardlink_to(tmp_path / "metrics")
+    write_whole(tmp_path / "metrics", "new")
+    assert (tmp_path / "other").read_text() == "new"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(tmp_path / "metrics", "newer " * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert (tmp_path / "other").read_text() == "new" and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("main", "options", "output"), COMMANDS)
