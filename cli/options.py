@@ -58,6 +58,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
     if args.max_new_tokens is None:
         args.max_new_tokens = 1000 if args.interactive else 200
+    if (args.prompt or []).count("-") > 1:
+        raise ValueError("--prompt - is given twice, and the input is one text; give it once")
     args.prompt = [read_stdin() if text == "-" else text for text in args.prompt or []]
     return args
 
@@ -145,7 +147,7 @@ def read_stdin() -> str:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt -: the input is not UTF-8: {error}") from None
-    if not text:  # or a first --prompt - has read it all
+    if not text:
         raise ValueError("--prompt -: the input is empty; give a text, or --prompt '' to begin with none")
     return text.removesuffix("\n")
 

@@ -137,7 +137,7 @@ def report_rows(rows: list[Row], context: int) -> None:
         metrics = row.metrics()
         line = f"{format_count(metrics['new_tokens'])}, ended by {row.finish_reason}"
         if row.finish_reason == "context":
-            line += f": the model's context of {context} tokens is full"
+            line += f": the context of {context} tokens is full"
         if metrics["ttft_ms"]:
             prefilled = format_count(len(row.prompt_ids) - row.num_cached)
             line += f"; {prefilled} prefilled, first after {metrics['ttft_ms']:.0f} ms"
