@@ -229,7 +229,7 @@ def check_device(name: str) -> None:
     import torch  # here, since not every command needs it
 
     if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is not supported; cpu and cuda are")
+        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
     try:
         device = torch.empty(0, device=name).device  # with its index, without which set_device refuses «cuda»
         if device.type == "cuda":

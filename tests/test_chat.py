@@ -876,11 +876,14 @@ def test_a_prompt_may_come_from_a_pipe(run_here):
     assert result.stderr.startswith(b"error: --prompt -: the input is not UTF-8")
 
 
-@pytest.mark.parametrize(("text", "count"), [("", 1), ("def", 2)])  # of two prompts the first has read it all
-def test_a_prompt_from_a_pipe_that_holds_none_is_one_line(run_here, text, count):
+@pytest.mark.parametrize(
+    ("text", "count", "words"),
+    [("", 1, "--prompt -: the input is empty; give a text"), ("def", 2, "--prompt - is given twice")],
+)
+def test_a_prompt_from_a_pipe_that_holds_none_is_one_line(run_here, text, count, words):
     result = run_here(text, *(["--prompt", "-"] * count))
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --prompt -: the input is empty; give a text")
+    assert result.stderr.startswith(f"error: {words}")
 
 
 @pytest.mark.parametrize(

@@ -788,7 +788,7 @@ def test_an_empty_prompt_is_the_bos_alone(tmp_path):
         (["--batch_size", "0"], "--batch_size"),
         (["--dtype", "int3"], "--dtype"),
         (["--promt", "hi"], "unrecognized arguments: --promt hi; did you mean --prompt?"),
-        (["--device", "abacus"], "--device 'abacus' is not supported; cpu and cuda are"),
+        (["--device", "abacus"], "--device abacus is not supported; cpu and cuda are"),
         (["--device", "cuda:99"], "GPUs here); give --device cpu"),
         (["--checkpoint_path", "no/such/folder"], "no/such/folder"),
         (["--checkpoint_path", "tests"], "config.json"),

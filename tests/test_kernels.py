@@ -267,6 +267,18 @@ def test_own_threads_serve_several_callers_and_forks() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("N", [64, 61])  # 61: rows of zeros fill the last block
+def test_biases_of_codes_stay_parameters(N: int) -> None:
+    """Which a model that is moved takes along."""
+    linear = Linear(64, N, bias=True)
+    torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(linear.bias)  # type: ignore[arg-type]
+    layer = cpu_layer(quantize_linear(linear.bfloat16(), Form(8)), torch.bfloat16)
+    assert isinstance(layer, CpuInt8) and "bias" in dict(layer.named_parameters())
+    x = normal(1, 64)
+    torch.testing.assert_close(layer.half()(x.half()).float(), layer.bfloat16()(x).float(), rtol=2**-6, atol=2**-5)
+
+
 def test_own_threads_are_for_models_that_are_all_kernels() -> None:
     raw = RAW | {"hidden_size": 128, "intermediate_size": 192, "quantization_config": quantization_config(Form(8))}
     model, wide = (random_model(form, dtype=torch.bfloat16) for form in (RAW, raw))
@@ -613,7 +625,7 @@ BLOCK_CONFIGS = [
     replace(CONFIG, qk_norm=True, norm_inputs=False, norm_outputs=True, head_dim=24, num_key_value_heads=1),
     replace(CONFIG, qk_norm=True, qk_norm_over_heads=True, query_scaling_beta=0.5, rope_scaling=YARN),
     MIXTURE,
-    replace(MIXTURE, norm_topk_prob=False, num_experts_per_tok=1),
+    replace(MIXTURE, norm_topk_prob=False, num_experts_per_tok=1, gelu=True),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoint import load_model
-from cli.report import TextPrinter, bytes_per_step, report_plain_linears, run_batch, step_weight_bytes
+from cli.report import TextPrinter, bytes_per_step, report_plain_linears, report_rows, run_batch, step_weight_bytes
 from compressed import quantization_config
 from engine import Engine
 from kernels import cpu
@@ -30,6 +30,17 @@ def test_a_stop_text_is_never_shown_in_part():
         shown = "".join(row.push([i], ()) for i in ids) + row.finish("length")
         assert shown == row.text == whole[: whole.find(stop)]
         assert row.finish_reason == "stop"
+
+
+def test_rows_together_are_as_fast_as_all_their_tokens_in_the_time_of_the_longest(capsys):
+    """A row that ended soon was fast, and added nothing to the others after that."""
+    short, long = Row([1], None, []), Row([1], None, [])
+    for row, count in ((short, 3), (long, 21)):
+        row.tokens, row.arrivals, row.finish_reason = [0] * count, [1 + 0.1 * i for i in range(count)], "eos"
+    report_rows([short, long], context=64)
+    assert capsys.readouterr().err.splitlines()[-1] == "2 rows together: 11.0 tok/s"  # 2 + 20 in 2 s
+    report_rows([Row([1], None, [], finish_reason="length")] * 2, context=64)
+    assert "together" not in capsys.readouterr().err
 
 
 def test_text_that_only_begins_like_a_stop_is_shown_in_the_end():

@@ -679,3 +679,5 @@ def test_a_draft_is_shared_where_reading_it_costs_more_than_its_sums(config):
     assert draft_ranks(config, None, int(0.9 * even), ranks) is ONE_RANK
     assert draft_ranks(config, None, int(1.1 * even), ranks) is ranks
     assert draft_ranks(config, Form(4, 256), int(1.1 * even), ranks) is ONE_RANK  # its sizes do not allow it
+    olmo = replace(config, qk_norm_over_heads=True)  # two sums a layer more
+    assert draft_ranks(olmo, None, int(1.1 * even), ranks) is ONE_RANK
