@@ -33,6 +33,7 @@ from linears import Form
 from model import Transformer
 from speculate import draft_and_verify, verify
 from steps import NOT_A_NUMBER, Sampling, compiled, decode, prefill
+from tests.interpreted import prepare_once
 
 RAW: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -103,6 +104,7 @@ def prepare() -> list[str]:
     interpreter_builder.options = InterpreterOptions(debug=True, sanitize_overflow=False)  # heeds device_assert
     ReduceOps.generic_reduce = reduce_in_halves
     InterpreterBuilder.create_dot, InterpreterBuilder.create_si_to_fp = dot, to_float
+    prepare_once()
     AsyncCompile.triton = few_programs  # type: ignore[method-assign]
     operators: dict[str, Callable[..., Tensor]] = {
         "cuda_int4_product": cuda.int4_product,
