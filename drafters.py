@@ -168,8 +168,8 @@ class DraftModel:
         """Return how many of a text's first ids its row of the caches holds."""
         held = self.held.setdefault(text.number, Held(text.ids, 0))
         if held.ids is not text.ids:  # but those of an earlier run
-            both = zip(held.ids[: held.count], text.ids, strict=False)
-            held.count = next((i for i, (old, new) in enumerate(both) if old != new), min(held.count, len(text.ids)))
+            both = list(zip(held.ids[: held.count], text.ids, strict=False))  # it may have ended before its last draft
+            held.count = next((i for i, (old, new) in enumerate(both) if old != new), len(both))
             held.ids = text.ids
         return held.count
 

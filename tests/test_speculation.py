@@ -410,6 +410,11 @@ def test_a_draft_sees_the_text_whichever_run_has_used_the_caches(target):
         list(generate(target, [[*turn, 5]], 5, GREEDY, cached=len(turn) - 1, speculation=speculation))
         assert speculation.accept_counts == [[0, 0, 0, 1, 0, 0]], between
         text = [*reversed(text)]
+    # A text that ends before the last draft of a round: the caches hold drafts behind its end, and the next has others.
+    eos = tokens_of(generate(target, [text], 3, GREEDY))[-1]
+    turn = text + tokens_of(generate(target, [text], 20, GREEDY, speculation=speculation, eos_ids=[eos]))
+    assert speculation.drafter.held[0].count > len(turn)
+    assert speculation.drafter.num_held(Text(0, [*turn, *range(11, 20)], room=5)) == len(turn)
 
 
 def test_a_second_turn_is_looked_up_in_the_first(target):
