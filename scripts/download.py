@@ -92,7 +92,7 @@ def download(repo_id: str, output_dir: Path, revision: str | None = None, token:
 
 def fetch_files(api: Any, repo_id: str, output_dir: Path, revision: str | None, names: list[str], weights: str) -> None:
     """Fetch a revision's files, which are those of `names` that are read; weights: one of WEIGHTS."""
-    remove_leftovers(output_dir, names)
+    remove_leftovers(output_dir)
     check_own_files(output_dir, names)
 
     def fetch(*patterns: str) -> None:
@@ -135,24 +135,20 @@ def shards_of(index: Path, names: list[str]) -> list[str]:
     return shards
 
 
-def remove_leftovers(output_dir: Path, names: list[str]) -> None:
-    """Delete what the Hub's client leaves: half files of a run that was killed, and files of an earlier revision.
-
-    It takes up neither. names: the files of the revision that is fetched.
-    """
-    notes = output_dir / NOTES
-    for file in notes.glob("*.incomplete"):
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete the half files of a run that was killed, which the Hub's client neither takes up again nor deletes."""
+    for file in (output_dir / NOTES).glob("*.incomplete"):
         file.unlink(missing_ok=True)
-    for note in notes.glob("*.metadata"):
-        if (name := note.name.removesuffix(".metadata")) not in names:
-            (output_dir / name).unlink(missing_ok=True)
-            note.unlink()
 
 
 def check_own_files(output_dir: Path, names: list[str]) -> None:
-    """Raise ValueError where the folder has a file that would be replaced and is not the client's."""
-    patterns = [*COMPANIONS, "*.safetensors", "*.bin"]
-    for name in sorted({name for pattern in patterns for name in fnmatch.filter(names, pattern) if "/" not in name}):
+    """Raise ValueError where a file of another revision would be read, or one that is not the client's be replaced."""
+    for note in sorted((output_dir / NOTES).glob("*.metadata")):
+        name = note.name.removesuffix(".metadata")
+        if name not in names and (output_dir / name).is_file():
+            what = "is of another revision or repository and would stay beside this one's files"
+            raise ValueError(f"{output_dir / name} {what}; remove it, or name another --output_dir")
+    for name in sorted({name for pattern in COMPANIONS for name in fnmatch.filter(names, pattern) if "/" not in name}):
         if (output_dir / name).exists() and not (output_dir / NOTES / f"{name}.metadata").exists():
             what = "was not put there by a download and would be replaced"
             raise ValueError(f"{output_dir / name} {what}; move it away, or name another --output_dir")
