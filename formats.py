@@ -249,9 +249,9 @@ def read_gptq(tensors: ModuleTensors, options: Mapping[str, Any]) -> Packed:
         if is_symmetric and bool((zeros != 2 ** (bits - 1)).any()):
             told = f"is not {2 ** (bits - 1)} everywhere, as sym says; it is damaged, or of another checkpoint_format"
             raise tensors.error("qzeros", told)
-        return tensors.stored(bits, as_bytes, tensors.get("scales").t(), zeros, order)
+        return tensors.stored(bits, as_bytes, tensors.get("scales").t(), None if is_symmetric else zeros, order)
 
-    return tensors.packed(Form(bits, size, True, dtype, order is not None), parameters, order)
+    return tensors.packed(Form(bits, size, not is_symmetric, dtype, order is not None), parameters, order)
 
 
 def read_awq(tensors: ModuleTensors) -> Packed:

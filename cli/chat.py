@@ -61,9 +61,9 @@ def encode_rendered(tokenizer: Tokenizer, names: SpecialNames, text: str, follow
     Around them it is encoded as `transformers` does it, without another BOS.
     """
     ids: list[int] = []
-    for i, part in enumerate(names.marked.split(text)):  # [text, marked name, text, ..., marked name, text]
+    for part in names.marked.split(text):  # [text, marked name, text, ..., marked name, text]
         if part:
-            ids += encode_part(tokenizer, part, follows or i > 0, parse_special=MARK not in part)
+            ids += encode_part(tokenizer, part, follows or bool(ids), parse_special=MARK not in part)
     return ids
 
 

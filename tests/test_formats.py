@@ -14,7 +14,7 @@ from torch import Tensor
 import generate
 import quantize
 from checkpoint import ModelReader, load_model, save_hub_checkpoint
-from config import parse_config, read_config
+from config import parse_config, quantization_form, read_config
 from linears import StoredLinear
 from model import Ranks
 from random_weights import random_model
@@ -609,7 +609,8 @@ def test_tensors_that_config_disproves_are_damage(
     if name == "gptq":
         raw["quantization_config"] |= {"sym": True}
         (packed / "config.json").write_text(json.dumps(raw))
-        load_model(packed)
+        linear = load_model(packed, optimize=False).layers[0].mlp.down_proj
+        assert str(linear.form) == str(quantization_form(raw)) == "int4-g32-sym"
     tensors = {key: change(value) if key.endswith(f"down_proj.{kind}") else value for key, value in tensors.items()}
     save_file(tensors, packed / "model.safetensors")
     with pytest.raises(ValueError, match=words):
